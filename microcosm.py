@@ -1,0 +1,239 @@
+"""The miniature world: procedural panoptic images, their captions and their parts.
+
+A scene is a few stuff regions with things on top. It stands in for photographs, so that all three stages of the method
+run on a laptop without a download. What a real pipeline would not have, nothing here gives away: the labelled and
+unlabelled images, `dev` and `val`, and the images that the mini CLIP and the mini SAM learn from all come from disjoint seeds.
+
+Two properties are there on purpose, because the method lives on them:
+* classes are long-tailed, so a labelled list of 16 images shows some classes once or never (what CLIP is for);
+* things have shaded parts and stuff has stains outside the taxonomy, so "a segment" has several honest answers
+  (what the paper calls granularity mismatch, section 3.3).
+
+Axes: S image side in pixels, N segments.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SIZE = 128          # pixels, side of the square images of the data set `mini`
+MIN_VISIBLE = 60    # pixels of a SIZE image; a thing that shows less is left out of the scene
+RADIUS = (11.0, 24.0)  # pixels, half the extent of a thing
+
+# Class names with synonyms, most frequent first. Shape and look vary independently; a hue shift or a loss of colour
+# (the strong augmentation) does not turn one class into another, because the looks differ in pattern as well.
+SHAPES = ("ball, disc", "box, square", "star", "ring, hoop", "cross, plus", "kite, triangle")
+LOOKS = ("red", "striped")
+THINGS = tuple(", ".join(f"{look} {noun}" for noun in shape.split(", "))
+               for shape, look in [(SHAPES[0], "red"), (SHAPES[1], "striped"), (SHAPES[2], "red"), (SHAPES[3], "striped"),
+                                   (SHAPES[4], "red"), (SHAPES[5], "striped"), (SHAPES[0], "striped"), (SHAPES[1], "red"),
+                                   (SHAPES[2], "striped"), (SHAPES[3], "red"), (SHAPES[4], "striped"), (SHAPES[5], "red")])
+STUFF = ("grass, lawn", "water, sea", "brick, brick wall", "sand, beach", "sky", "wood, planks", "tiles, tiled floor", "snow")
+CLASSES = THINGS + STUFF                                           # contiguous index: things first
+_LOOK = [LOOKS.index(name.split(" ")[0]) for name in THINGS]
+_SHAPE = [[s.split(", ")[0] for s in SHAPES].index(name.split(",")[0].split(" ")[1]) for name in THINGS]
+THING_TAIL, STUFF_TAIL = 0.9, 0.5                                  # class frequency ~ rank ** -tail
+
+# First seed of each collection; index i of a collection is drawn from SeedSequence((first, i)).
+SEEDS = {"train": 1, "dev": 2, "val": 3, "clip": 10, "clip-test": 11, "sam": 20, "sam-test": 21}
+
+
+@dataclass
+class Scene:
+    """One image with everything that is true of it.
+
+    image: (S, S, 3) uint8 RGB.   segment_map: (S, S) int32, every pixel k >= 1 = k-th segment (no void).
+    labels: (N,) int64, index into CLASSES.   part_map: (S, S) int32, 0 or k = k-th part, a part lies inside one segment.
+    """
+    image: np.ndarray
+    segment_map: np.ndarray
+    labels: np.ndarray
+    part_map: np.ndarray
+
+
+def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int] = (3, 6), stuff: tuple[int, int] = (1, 3),
+          tail: bool = True) -> Scene:
+    """Draw scene `index` of a collection (a key of SEEDS); the same arguments always give the same pixels.
+
+    Args:
+        size: S, pixels; things keep their size in pixels, so a smaller image is a crop of the world, not a thumbnail.
+        things, stuff: least and most number of things and of stuff regions.
+        tail: long-tailed class frequencies; False draws all classes alike.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence((SEEDS[collection], index)))
+    yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
+    image, region = _stuff(rng, xx, yy, int(rng.integers(stuff[0], stuff[1] + 1)), tail)
+    stuff_labels, region = region
+    owner = region + 1                                             # ids before renumbering: stuff first, then things
+    ids = list(len(THINGS) + stuff_labels)
+    part_map, parts = np.zeros((size, size), np.int32), 0
+    for _ in range(int(rng.integers(0, 3))):                       # stains: not in the taxonomy, part of the stuff below
+        inside = _blob(rng, xx, yy) < 0
+        tint = rng.uniform(0.55, 1.35, 3).astype(np.float32)
+        image[inside] *= tint
+        parts += 1
+        part_map[inside & (owner == owner[inside].min() if inside.any() else inside)] = parts
+    weights = _tail(len(THINGS), THING_TAIL if tail else 0.0)
+    for _ in range(int(rng.integers(things[0], things[1] + 1))):
+        label = int(rng.choice(len(THINGS), p=weights))
+        cover, colour, part = _thing(rng, xx, yy, label)
+        image = image * (1 - cover[..., None]) + colour * cover[..., None]
+        inside = cover > 0.5
+        ids.append(label)
+        owner[inside] = len(ids)
+        part_map[inside] = 0
+        if part is not None:
+            parts += 1
+            part_map[inside & part] = parts
+    image *= rng.uniform(0.8, 1.15) * rng.uniform(0.93, 1.07, 3).astype(np.float32)          # light and white balance
+    image += rng.normal(0, rng.uniform(2, 7), image.shape).astype(np.float32)                # sensor noise
+    owner = _drop_slivers(owner, ids, len(stuff_labels))
+    kept = np.unique(owner)
+    lut = np.zeros(len(ids) + 1, np.int32)
+    lut[kept] = np.arange(1, len(kept) + 1)
+    areas = np.bincount(part_map.ravel(), minlength=parts + 1)
+    part_lut = np.where(areas >= MIN_VISIBLE // 3, np.arange(parts + 1), 0).astype(np.int32)
+    return Scene(image.clip(0, 255).astype(np.uint8), lut[owner], np.array([ids[k - 1] for k in kept], np.int64),
+                 part_lut[part_map])
+
+
+def caption(s: Scene, rng: np.random.Generator, drop_thing: float = 0.15, drop_stuff: float = 0.5) -> str:
+    """What somebody might write under the picture: some of its classes, by any synonym, in any order."""
+    said = [label for label in dict.fromkeys(s.labels.tolist())
+            if rng.random() > (drop_thing if label < len(THINGS) else drop_stuff)]
+    said = said or [int(rng.choice(s.labels))]
+    names = [str(rng.choice(CLASSES[label].split(", "))) for label in rng.permutation(said)]
+    frame = str(rng.choice(["a photo of a {}.", "There is a {} in the scene.", "a {}", "This is a photo of a {}.", "{}"]))
+    return frame.format(" and a ".join(names))
+
+
+def _tail(n: int, exponent: float) -> np.ndarray:
+    weights = np.arange(1, n + 1, dtype=np.float64) ** -exponent
+    return weights / weights.sum()
+
+
+def _noise(rng, size: int, cells: int, aspect: float = 1.0) -> np.ndarray:
+    """(S, S) smooth noise, roughly in -1 to 1: a coarse random grid, interpolated."""
+    gx, gy = max(2, int(cells)), max(2, int(cells * aspect))
+    grid = rng.uniform(-1, 1, (gy + 1, gx + 1)).astype(np.float32)
+    ys, xs = np.linspace(0, gy - 1e-3, size), np.linspace(0, gx - 1e-3, size)
+    y0, x0 = ys.astype(int), xs.astype(int)
+    fy, fx = (ys - y0).astype(np.float32)[:, None], (xs - x0).astype(np.float32)[None]
+    top = grid[y0][:, x0] * (1 - fx) + grid[y0][:, x0 + 1] * fx
+    bottom = grid[y0 + 1][:, x0] * (1 - fx) + grid[y0 + 1][:, x0 + 1] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def _stuff(rng, xx, yy, regions: int, tail: bool):
+    """Texture every pixel. Returns image (S, S, 3) float32 and (labels of the regions, region index (S, S))."""
+    size = xx.shape[0]
+    labels = rng.choice(len(STUFF), regions, replace=False, p=_tail(len(STUFF), STUFF_TAIL if tail else 0.0))
+    scores = [rng.normal() * (xx - size / 2) / size * 2 + rng.normal() * (yy - size / 2) / size * 2 + 0.35 * _noise(rng, size, 4)
+              + rng.normal(0, 0.2) for _ in range(regions)]
+    region = np.argmax(scores, 0)
+    image = np.zeros((size, size, 3), np.float32)
+    for k, label in enumerate(labels):
+        where = region == k
+        image[where] = _texture(rng, xx, yy, int(label))[where]
+    used = np.unique(region)
+    return image, (labels[used], np.searchsorted(used, region))
+
+
+def _texture(rng, xx, yy, label: int) -> np.ndarray:
+    """(S, S, 3) float32 in 0 to 255."""
+    size = xx.shape[0]
+    name = STUFF[label].split(",")[0]
+    phase, fine, coarse = rng.uniform(0, 6.28), rng.normal(0, 1, xx.shape).astype(np.float32), _noise(rng, size, 5)
+    rgb = lambda r, g, b: np.array([r, g, b], np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
+    if name == "grass":
+        blades = _noise(rng, size, size / 2, 0.25)
+        return rgb(70, 135, 55) * (1 + 0.3 * blades + 0.15 * coarse)[..., None]
+    if name == "water":
+        waves = np.sin(yy * rng.uniform(0.55, 0.8) + 2.5 * _noise(rng, size, 6) + phase)
+        return rgb(35, 85, 140) * (1 + 0.22 * waves + 0.1 * coarse)[..., None]
+    if name == "brick":
+        height, width = rng.uniform(7, 9), rng.uniform(14, 18)
+        row = np.floor(yy / height + phase)
+        mortar = ((yy / height + phase) % 1 < 0.17) | ((xx / width + 0.5 * (row % 2) + phase) % 1 < 0.09)
+        return np.where(mortar[..., None], rgb(180, 170, 160), rgb(150, 75, 55) * (1 + 0.12 * coarse + 0.05 * fine)[..., None])
+    if name == "sand":
+        return rgb(215, 190, 135) * (1 + 0.09 * fine + 0.08 * coarse)[..., None]
+    if name == "sky":
+        cloud = np.clip(_noise(rng, size, 3) + _noise(rng, size, 6) * 0.5, 0, 1)[..., None]
+        return rgb(135, 190, 235) * (1 - cloud) + 245 * cloud
+    if name == "wood":
+        grain = np.sin(xx * rng.uniform(0.5, 0.8) + 3 * _noise(rng, size, 4, 0.4) + phase)
+        board = (xx / rng.uniform(20, 26) + phase) % 1 < 0.07
+        return rgb(160, 110, 60) * np.where(board, 0.55, 1 + 0.13 * grain + 0.08 * coarse)[..., None]
+    if name == "tiles":
+        side = rng.uniform(9, 12)
+        check = (np.floor(xx / side + phase) + np.floor(yy / side + phase)) % 2
+        return np.where(check[..., None] > 0, rgb(205, 205, 200), rgb(95, 100, 105)) * (1 + 0.05 * coarse)[..., None]
+    return rgb(238, 243, 250) * (1 + 0.05 * coarse + 0.015 * fine)[..., None]                # snow
+
+
+def _thing(rng, xx, yy, label: int):
+    """One thing: cover (S, S) in 0 to 1 (antialiased), colour (S, S, 3), and the mask of its part or None."""
+    size, radius = xx.shape[0], rng.uniform(*RADIUS)
+    cx, cy = rng.uniform(0.06 * size, 0.94 * size, 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    u = ((xx - cx) * np.cos(angle) + (yy - cy) * np.sin(angle)) / radius
+    v = (-(xx - cx) * np.sin(angle) + (yy - cy) * np.cos(angle)) / radius
+    cover = np.clip(0.5 - _shape(u, v, _SHAPE[label]) * radius, 0, 1)
+    if LOOKS[_LOOK[label]] == "red":
+        colour = np.array([205, 45, 40], np.float32) + rng.normal(0, 14, 3).astype(np.float32)
+        colour = np.broadcast_to(colour, (*xx.shape, 3)).copy()
+    else:
+        width = rng.uniform(4.5, 6.5) / radius
+        stripe = (np.floor(u / width) % 2).astype(np.float32)[..., None]
+        dark = np.array([40, 60, 150], np.float32) + rng.normal(0, 14, 3).astype(np.float32)
+        colour = dark * stripe + (1 - stripe) * np.array([235, 235, 225], np.float32)
+    colour *= (1 - 0.22 * ((xx - cx) + (yy - cy)) / (2 * radius))[..., None]                 # lit from the upper left
+    part = None
+    if rng.random() < 0.65:                                        # a cap or a hub: darker or lighter, same class
+        part = v > rng.uniform(0.05, 0.45) if rng.random() < 0.5 else u * u + v * v < rng.uniform(0.3, 0.5) ** 2
+        factor = rng.uniform(0.4, 0.6) if rng.random() < 0.6 else rng.uniform(1.3, 1.6)
+        colour[part] *= factor
+        if not (part & (cover > 0.5)).any():
+            part = None
+    return cover.astype(np.float32), colour, part
+
+
+def _shape(u, v, shape: int):
+    """Signed distance (approximately, in units of the radius) to the outline of shape number `shape` of SHAPES."""
+    r = np.sqrt(u * u + v * v)
+    if shape == 0:
+        return r - 0.95
+    if shape == 1:
+        return np.maximum(abs(u), abs(v)) - 0.82
+    if shape == 2:
+        wave = abs((np.arctan2(v, u) * 5 / (2 * np.pi)) % 1 - 0.5) * 2
+        return (r - (0.42 + 0.68 * wave)) * 0.6
+    if shape == 3:
+        return abs(r - 0.74) - 0.26
+    if shape == 4:
+        return np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.33), np.maximum(abs(u) - 0.33, abs(v) - 1))
+    return np.maximum(v - 0.6, abs(u) * 0.866 - v * 0.5 - 0.55)
+
+
+def _blob(rng, xx, yy):
+    size = xx.shape[0]
+    cx, cy = rng.uniform(0, size, 2)
+    r = rng.uniform(8, 20)
+    a, b = rng.uniform(0.6, 1.6, 2)
+    return np.sqrt(((xx - cx) * a) ** 2 + ((yy - cy) * b) ** 2) - r * (1 + 0.3 * _noise(rng, size, 6))
+
+
+def _drop_slivers(owner, ids, num_stuff: int):
+    """Give pixels of things that show less than MIN_VISIBLE pixels to the segment that surrounds them most."""
+    areas = np.bincount(owner.ravel(), minlength=len(ids) + 1)
+    for k in range(num_stuff + 1, len(ids) + 1):
+        if 0 < areas[k] < MIN_VISIBLE:
+            mask = owner == k
+            ring = np.zeros_like(mask)
+            for axis in (0, 1):
+                for shift in (-1, 1):
+                    ring |= np.roll(mask, shift, axis)
+            around = owner[ring & ~mask]
+            owner[mask] = np.bincount(around).argmax() if len(around) else 1
+    return owner
