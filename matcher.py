@@ -1,0 +1,132 @@
+"""Bipartite matching of queries to segments (Hungarian assignment), on sampled points.
+
+Implements the matching M of Eq. (3): cost = w_class * class + w_mask * BCE + w_dice * dice, on P points that all masks of an
+image share. Targets are read straight from the segment map: no binary mask of full size is ever built.
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, P points, h w mask grid (stride 4).
+Sources: Mask2Former (arXiv:2112.01527); point sampling from PointRend (arXiv:1912.08193).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+@dataclass
+class Target:
+    """What one image should be segmented into. Exactly one of `segment_map` and `masks` is given.
+
+    labels: (N,) int64 in [0, K).
+    segment_map: (H, W) integers; 0 = void, k = k-th segment: a partition (ground truth, hard pseudo-labels).
+    masks: (N, H, W) bool, may overlap (masks drawn by SAM).
+    """
+    labels: Tensor
+    segment_map: Tensor | None = None
+    masks: Tensor | None = None
+
+    def __post_init__(self):
+        if (self.segment_map is None) == (self.masks is None):
+            raise ValueError("target: expected either a segment map or masks")
+        if self.masks is not None and len(self.masks) != len(self.labels):
+            raise ValueError(f"masks: expected ({len(self.labels)}, H, W) for {len(self.labels)} labels, "
+                             f"got {tuple(self.masks.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device) -> "Target":
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)
+        return Target(move(self.labels), move(self.segment_map), move(self.masks))
+
+    def sample(self, points: Tensor, segments: Tensor) -> Tensor:
+        """Bilinear samples of the binary masks of some segments, each at its own points.
+
+        Args: points (M, P, 2) xy in [0, 1];  segments (M,) int64 in [0, N).   Returns: (M, P) float32 in [0, 1].
+        Equal to `point_sample` of the binary masks: each point mixes four neighbours, of which those outside count 0.
+        """
+        source = self.segment_map if self.masks is None else self.masks
+        height, width = source.shape[-2:]
+        index, weight = _neighbours(points, height, width)                         # (M, P, 4) each
+        if self.masks is None:
+            hit = source.reshape(-1)[index] == (segments + 1)[:, None, None]
+        else:
+            hit = source.flatten(1)[segments[:, None, None], index]
+        return (hit * weight).sum(-1)
+
+    def sample_all(self, points: Tensor) -> Tensor:
+        """Every segment's mask at the same points: points (P, 2) -> (N, P) float32."""
+        n = len(self)
+        if self.masks is not None:
+            return self.sample(points.expand(n, -1, -1), torch.arange(n, device=points.device))
+        index, weight = _neighbours(points, *self.segment_map.shape)               # (P, 4)
+        owner = self.segment_map.reshape(-1)[index].long()
+        samples = points.new_zeros(n + 1, len(points))                             # row 0 collects void
+        samples.scatter_add_(0, owner.T, weight.T.to(samples.dtype))
+        return samples[1:]
+
+
+def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Flat indices and bilinear weights of the four pixels around points xy in [0, 1]: (..., 4) each."""
+    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = x - x0, y - y0
+    xs, ys = torch.stack([x0, x0 + 1, x0, x0 + 1], -1), torch.stack([y0, y0, y0 + 1, y0 + 1], -1)
+    weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], -1)
+    inside = (xs >= 0) & (xs < width) & (ys >= 0) & (ys < height)
+    index = ys.clamp(0, height - 1).long() * width + xs.clamp(0, width - 1).long()
+    return index, weight * inside
+
+
+def point_sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of maps at points; pixel centres lie at (i + 0.5) / size, outside counts 0.
+
+    Args: maps (M, h, w) float;  points (M, P, 2) or (P, 2) xy in [0, 1].   Returns: (M, P).
+    """
+    if points.dim() == 2:                      # points shared by all maps: the maps are the channels of one image
+        return F.grid_sample(maps[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0]
+    return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
+
+
+@dataclass(frozen=True)
+class CostWeights:
+    """Weights of the terms of Eq. (3), the same in the matching cost and in the loss; dimensionless."""
+    label: float = 2.0
+    mask: float = 5.0
+    dice: float = 5.0
+
+
+@torch.no_grad()
+def match(class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor,
+          weights: CostWeights) -> tuple[Tensor, Tensor]:
+    """Assign every segment of one image to a distinct query, at the lowest total cost.
+
+    Args:
+        class_logits: (Q, K+1), unnormalised; index K is no-object.
+        mask_logits: (Q, h, w), logits, 1/4 of the input resolution.
+        points: (P, 2) xy in [0, 1], the same for all masks.
+    Returns: (query_idx, segment_idx), each (min(Q, N),) int64 on the CPU, sorted by query; empty when N = 0.
+    Raises: ValueError if the cost is not finite.
+    """
+    if len(target) == 0:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    cost = matching_cost(class_logits, mask_logits, target, points, weights).cpu()
+    if not torch.isfinite(cost).all():
+        raise ValueError("matching cost is not finite: the model's outputs contain NaN or infinity")
+    queries, segments = linear_sum_assignment(cost.numpy())
+    return torch.as_tensor(queries), torch.as_tensor(segments)
+
+
+@torch.no_grad()
+def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor, weights: CostWeights) -> Tensor:
+    """(Q, N) cost of giving segment n to query q; always computed in fp32. Arguments as in `match`."""
+    with torch.autocast(class_logits.device.type, enabled=False):
+        cost_class = -class_logits.float().softmax(-1)[:, target.labels]           # (Q, N)
+        x = point_sample(mask_logits.float(), points)                              # (Q, P)
+        t = target.sample_all(points)                                              # (N, P)
+        # BCE(x, t) = softplus(x) - x t, so the mean over points needs one product; softplus(-x) = softplus(x) - x
+        cost_mask = (F.softplus(x).sum(-1)[:, None] - x @ t.T) / x.shape[1]
+        p = x.sigmoid()
+        cost_dice = 1 - (2 * p @ t.T + 1) / (p.sum(-1)[:, None] + t.sum(-1)[None] + 1)
+        return weights.label * cost_class + weights.mask * cost_mask + weights.dice * cost_dice
