@@ -1,0 +1,111 @@
+"""Every number of the method, in one place: the configuration, its presets, and the error that a user sees.
+
+Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8); where the paper says otherwise, the
+comment names both. `mini` differs from the paper's sizes in numbers only, never in code.
+"""
+
+from dataclasses import dataclass, replace
+
+from losses import LossConfig
+from matcher import CostWeights
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend: one line saying what, where, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # backbone: an OpenCLIP ConvNeXt
+    backbone: str = "convnext_base_w_320"  # OpenCLIP model name, or `mini`
+    pretrained: str = "laion_aesthetic_s13b_b82k_augreg"  # OpenCLIP tag or a file; `random` starts from noise
+    train_backbone: bool = False       # train the image tower along (student and teacher then each have their own)
+    backbone_lr_multiplier: float = 0.1  # of lr, when the backbone is trained
+    # Mask2Former
+    classifier: str = "language"       # class head: `language` (M2F-Lang) or `linear` (M2F)
+    num_queries: int = 200             # object queries
+    hidden: int = 256                  # channels of both decoders
+    heads: int = 8                     # attention heads, both decoders
+    encoder_layers: int = 6            # deformable attention layers of the pixel decoder
+    encoder_ffn: int = 1024            # hidden units, pixel decoder
+    encoder_points: int = 4            # sampling points a head and level
+    decoder_layers: int = 9            # masked attention layers; plus the prediction of the initial queries = 10 outputs
+    decoder_ffn: int = 2048            # hidden units, masked-attention decoder
+    # set loss, Eq. (3)
+    class_weight: float = 2.0          # in loss and matching; DeWa sets it to 0
+    mask_weight: float = 5.0           # binary cross-entropy
+    dice_weight: float = 5.0           # dice
+    no_object_weight: float = 0.1      # of the no-object class in the cross-entropy
+    num_points: int = 12544            # sampled points a mask
+    oversample: float = 3.0            # candidates a point chosen by uncertainty
+    importance: float = 0.75           # share of points chosen by uncertainty
+    # Mean Teacher, Eq. (1) and (2)
+    lambda_u: float = 1.0              # weight of the unlabelled loss, Eq. (1)
+    ema_decay: float = 0.999           # teacher average, a step, Eq. (2)
+    burn_in: int = 0                   # steps without unlabelled loss; then the teacher is a copy of the student
+    cutmix_prob: float = 0.5           # chance of a CutMix box, an unlabelled image
+    # recognition, Eq. (4)-(6)
+    alpha: float = 0.6                 # the mask transformer's share in the ensemble, 0 to 1, Eq. (6)
+    ensemble_teacher: bool = True      # P_ENS makes the pseudo-labels (off: plain Mean Teacher)
+    clip_scale: float = 0.0            # inverse temperature of Eq. (5); 0 = CLIP's own
+    # panoptic inference
+    object_mask_threshold: float = 0.0  # least score of a query
+    overlap_threshold: float = 0.8     # least visible share of a query's mask
+    # optimisation
+    lr: float = 1e-4                   # AdamW, at the first step
+    weight_decay: float = 0.05         # not on norms and embeddings
+    clip_norm: float = 0.01            # largest L2 norm of the whole gradient
+    poly_power: float = 0.9            # lr(t) = lr * (1 - t / steps) ** poly_power
+    ssl_steps: int = 80_000            # optimiser steps, stage ssl
+    sup_steps: int = 10_000            # stage sup; supplement D: +10 000 for every next larger split
+    dewa_steps: int = 160_000          # stage dewa; the paper says 80 000 on ADE20K
+    labeled_batch: int = 8             # images a step
+    unlabeled_batch: int = 8           # images a step
+    dewa_batch: int = 16               # images a step
+    # data
+    crop: int = 640                    # pixels, square training crop
+    scale_min: float = 0.5             # short side = crop * k, k from scale_min ...
+    scale_max: float = 2.0             # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
+    test_size: int = 640               # pixels, short side at evaluation
+    test_max: int = 2560               # pixels, long side at evaluation
+    workers: int = 4                   # loader processes
+    eval_batch: int = 1                # images at once at evaluation
+    # SAM masks
+    sam: str = "vit_h"                 # segment_anything model, or `mini`
+    sam_weights: str = ""              # file; empty: the one of the preset
+    points_per_side: int = 32          # prompts along each side
+    pred_iou_thresh: float = 0.88      # least IoU that SAM predicts of its own mask
+    stability_thresh: float = 0.95     # least stability
+    mask_nms_thresh: float = 0.7       # box IoU above which the worse of two masks goes
+    points_per_batch: int = 64         # prompts at once; affects speed and memory only
+    # a run
+    seed: int = 0                      # of everything random
+    checkpoint_every: int = 1000       # steps
+    log_every: int = 20                # steps between lines on the screen
+
+    @property
+    def loss(self) -> LossConfig:
+        return LossConfig(CostWeights(self.class_weight, self.mask_weight, self.dice_weight), self.no_object_weight,
+                          self.num_points, self.oversample, self.importance)
+
+    @property
+    def loss_dewa(self) -> LossConfig:
+        """L_loc only: the class term is neither in the loss nor in the matching."""
+        return replace(self, class_weight=0.0).loss
+
+
+OFFICIAL = Config()                    # ADE20K; SAM and CLIP at full size
+MINI = Config(
+    backbone="mini", pretrained="", num_queries=20, hidden=96, heads=4, encoder_layers=2, encoder_ffn=192, decoder_layers=3,
+    decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=600, sup_steps=600, dewa_steps=200,
+    burn_in=200, labeled_batch=4, unlabeled_batch=4, dewa_batch=4, crop=128, scale_min=0.8, scale_max=1.5, test_size=128,
+    test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.5, stability_thresh=0.6,
+    mask_nms_thresh=0.9, points_per_batch=48, checkpoint_every=200)
+
+# Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a photograph, and a linear
+# classifier because it has never read those class names. `--preset official` is the real thing.
+CUSTOM = replace(
+    MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, scale_min=1.0, scale_max=2.5,
+    test_size=256, test_max=512, eval_batch=1, ssl_steps=1200, sup_steps=1200, dewa_steps=400, burn_in=400, workers=1)
+
+PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL}

@@ -1,0 +1,360 @@
+"""Mask2Former in plain torch on an OpenCLIP ConvNeXt: pixel decoder, masked-attention decoder, class heads, inference.
+
+The pixel decoder refines three feature maps by multi-scale deformable attention and adds one FPN level for the mask
+features; the decoder lets Q learned queries attend to the maps, each only inside its own mask so far, and predicts after
+every layer. M2F-Lang (section 3.2) classifies a query by its cosine with the text embeddings of the classes.
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint image-text space, S pixels.
+Sources: Mask2Former (arXiv:2112.01527), Deformable DETR (arXiv:2010.04159), FC-CLIP (arXiv:2308.02487).
+Parameters are laid out as in the official code, so its files load by renaming (`checkpoint.rename_official`).
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_ensemble import MAX_SCALE, ClipBackbone, Vocabulary, geometric_ensemble, zero_shot_logits
+from config import Config
+
+
+class Segmenter(nn.Module):
+    """A backbone and a Mask2Former head, with all that inference needs: what student and teacher are."""
+
+    def __init__(self, backbone: ClipBackbone, vocabulary: Vocabulary, cfg: Config, num_classes: int | None = None):
+        super().__init__()
+        self.backbone, self.cfg = backbone, cfg
+        self.vocabulary = vocabulary
+        self.head = Mask2Former(backbone.channels, cfg, num_classes or len(vocabulary), vocabulary)
+
+    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Images (B, 3, H, W), 0 to 255 -> for each layer class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
+        return self.head(self.backbone(images))
+
+    def posterior(self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, ensemble: bool) -> Tensor:
+        """Class probabilities (B, Q, K+1) of the decoder alone, or ensembled with CLIP, Eq. (6)."""
+        if not ensemble:
+            return class_logits.float().softmax(-1)
+        clip_logits = zero_shot_logits(self.backbone, features[-1], mask_logits, self.vocabulary, self.cfg.clip_scale)
+        return geometric_ensemble(class_logits, clip_logits, self.cfg.alpha).exp()
+
+    def teacher(self) -> "Segmenter":
+        """A copy that is never trained by gradient. A frozen backbone is shared, not copied."""
+        memo = {id(self.backbone): self.backbone} if self.backbone.frozen else {}
+        return copy.deepcopy(self, memo).requires_grad_(False).eval()
+
+    def trained(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name: what the optimiser, the average and checkpoints hold."""
+        return {name: p for name, p in self.named_parameters()
+                if name.startswith("head.") or not self.backbone.frozen}
+
+
+class Mask2Former(nn.Module):
+    """The head: features of the backbone -> predictions of every layer."""
+
+    def __init__(self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary):
+        super().__init__()
+        self.pixel_decoder = PixelDecoder(channels, cfg)
+        self.decoder = MaskedAttentionDecoder(cfg, num_classes, vocabulary)
+
+    def forward(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        mask_features, maps = self.pixel_decoder(features)
+        return self.decoder(maps, mask_features)
+
+
+# ---------------------------------------------------------------------------------------------- pixel decoder
+
+class PixelDecoder(nn.Module):
+    """Deformable attention over strides 8, 16, 32, then one FPN step to stride 4.
+
+    forward: four maps (B, C_i, H/2^i, W/2^i), i = 2..5 -> mask_features (B, C, H/4, W/4) and three maps (B, C, ., .),
+    coarsest first. Always in fp32: offsets of a fraction of a pixel do not survive half precision.
+    """
+
+    def __init__(self, channels: list[int], cfg: Config):
+        super().__init__()
+        c = cfg.hidden
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(n, c, 1), nn.GroupNorm(32, c)) for n in reversed(channels[1:]))
+        self.level_embed = nn.Parameter(torch.randn(3, c))
+        self.layers = nn.ModuleList(
+            DeformableLayer(c, cfg.heads, 3, cfg.encoder_points, cfg.encoder_ffn) for _ in range(cfg.encoder_layers))
+        self.lateral = nn.Sequential(nn.Conv2d(channels[0], c, 1, bias=False), nn.GroupNorm(32, c))
+        self.output = nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.GroupNorm(32, c), nn.ReLU())
+        self.mask_features = nn.Conv2d(c, c, 1)
+        for proj in self.input_proj:
+            nn.init.xavier_uniform_(proj[0].weight)
+            nn.init.zeros_(proj[0].bias)
+        for conv in (self.lateral[0], self.output[0], self.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast(features[0].device.type, enabled=False):
+            features = [f.float() for f in features]
+            maps = [proj(f) for proj, f in zip(self.input_proj, reversed(features[1:]))]
+            shapes = [m.shape[-2:] for m in maps]
+            src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)                         # (B, S, C)
+            pos = torch.cat([sine_position(m).flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed)], 1)
+            reference = torch.cat([_pixel_centres(h, w, src) for h, w in shapes])                    # (S, 2)
+            for layer in self.layers:
+                src = layer(src, pos, reference, shapes)
+            maps = [s.transpose(1, 2).unflatten(2, shape)
+                    for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)]
+            fine = self.lateral(features[0])
+            fine = self.output(fine + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False))
+            return self.mask_features(fine), maps
+
+
+class DeformableLayer(nn.Module):
+    """One encoder layer: deformable self-attention and a feed-forward net, post-norm."""
+
+    def __init__(self, channels: int, heads: int, levels: int, points: int, ffn: int):
+        super().__init__()
+        self.self_attn = DeformableAttention(channels, heads, levels, points)
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.linear1, self.linear2 = nn.Linear(channels, ffn), nn.Linear(ffn, channels)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, src: Tensor, pos: Tensor, reference: Tensor, shapes) -> Tensor:
+        src = self.norm1(src + self.self_attn(src + pos, src, reference, shapes))
+        return self.norm2(src + self.linear2(F.relu(self.linear1(src))))
+
+
+class DeformableAttention(nn.Module):
+    """Each pixel reads a few learned positions on every level, mixed by learned weights (arXiv:2010.04159, Eq. 3)."""
+
+    def __init__(self, channels: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * levels * points)
+        self.value_proj, self.output_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(heads) * (2 * math.pi / heads)             # head i looks in direction i, point j at j + 1 pixels
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, points + 1).view(1, 1, points, 1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((direction.view(heads, 1, 1, 2) * steps).expand(-1, levels, -1, -1).reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tensor, src: Tensor, reference: Tensor, shapes) -> Tensor:
+        """query, src (B, S, C); reference (S, 2) xy in [0, 1]; shapes of the levels -> (B, S, C)."""
+        b, s, c = src.shape
+        value = self.value_proj(src).view(b, s, self.heads, c // self.heads).permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, d, S)
+        offsets = self.sampling_offsets(query).view(b, s, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).view(b, s, self.heads, -1).softmax(-1)
+        weights = weights.permute(0, 2, 3, 1).reshape(b * self.heads, 1, self.levels, self.points, s)
+        out = 0.0
+        for level, (part, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], -1), shapes)):
+            where = reference[:, None, None] + offsets[:, :, :, level] / offsets.new_tensor([w, h])   # (B, S, heads, points, 2)
+            grid = (2 * where - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)
+            sampled = F.grid_sample(part.unflatten(-1, (h, w)), grid, align_corners=False)            # (B heads, d, points, S)
+            out = out + (sampled * weights[:, :, level]).sum(2)
+        return self.output_proj(out.view(b, c, s).transpose(1, 2))
+
+
+def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
+    """(1, C, h, w) sine embedding of the position of each pixel, both axes normalised to (0, 2 pi]; half the channels a axis."""
+    h, w = maps.shape[-2:]
+    half = maps.shape[1] // 2
+    i = torch.arange(half, dtype=torch.float32, device=maps.device)
+    period = temperature ** (2 * (i // 2) / half)
+    def axis(n):
+        angle = (torch.arange(1, n + 1, dtype=torch.float32, device=maps.device) / (n + 1e-6) * 2 * math.pi)[:, None] / period
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)               # (n, half)
+    y, x = axis(h)[:, None].expand(h, w, half), axis(w)[None].expand(h, w, half)
+    return torch.cat([y, x], -1).permute(2, 0, 1)[None]
+
+
+def _pixel_centres(h: int, w: int, like: Tensor) -> Tensor:
+    """(hw, 2) xy in [0, 1]."""
+    y = (torch.arange(h, dtype=like.dtype, device=like.device) + 0.5) / h
+    x = (torch.arange(w, dtype=like.dtype, device=like.device) + 0.5) / w
+    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------------ masked-attention decoder
+
+class MaskedAttentionDecoder(nn.Module):
+    """Q queries, refined by masked cross-attention, self-attention and a feed-forward net, layer after layer.
+
+    forward: three maps (B, C, ., .) coarsest first and mask_features (B, C, H/4, W/4) -> a list of layers + 1 predictions
+    (class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)); the last is the result, all are supervised.
+    """
+
+    def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary):
+        super().__init__()
+        c = cfg.hidden
+        self.query_feat, self.query_embed = nn.Embedding(cfg.num_queries, c), nn.Embedding(cfg.num_queries, c)
+        self.level_embed = nn.Embedding(3, c)
+        self.layers = nn.ModuleList(DecoderLayer(c, cfg.heads, cfg.decoder_ffn) for _ in range(cfg.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(c)
+        self.mask_embed = MLP(c, c, c)
+        self.classify = LanguageClassifier(c, vocabulary) if cfg.classifier == "language" else LinearClassifier(c, num_classes)
+
+    def forward(self, maps: list[Tensor], mask_features: Tensor) -> list[tuple[Tensor, Tensor]]:
+        b = len(mask_features)
+        pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]                            # (1, S_i, C)
+        src = [m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)]      # (B, S_i, C)
+        queries, query_pos = self.query_feat.weight.expand(b, -1, -1), self.query_embed.weight
+        predictions = [self.predict(queries, mask_features)]
+        for i, layer in enumerate(self.layers):
+            level = i % len(maps)
+            allowed = attention_mask(predictions[-1][1], maps[level].shape[-2:])
+            queries = layer(queries, query_pos, src[level], pos[level], allowed)
+            predictions.append(self.predict(queries, mask_features))
+        return predictions
+
+    def predict(self, queries: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
+        queries = self.decoder_norm(queries)
+        return self.classify(queries), torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), mask_features)
+
+
+@torch.no_grad()
+def attention_mask(mask_logits: Tensor, size) -> Tensor:
+    """(B, 1, Q, S) bool: True where a query may look, that is inside its own mask; everywhere, if that is nowhere."""
+    allowed = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False).sigmoid().flatten(2) >= 0.5
+    return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
+
+
+class DecoderLayer(nn.Module):
+    """Masked cross-attention first, then self-attention, then feed-forward; post-norm throughout."""
+
+    def __init__(self, channels: int, heads: int, ffn: int):
+        super().__init__()
+        self.cross_attn, self.self_attn = Attention(channels, heads), Attention(channels, heads)
+        self.linear1, self.linear2 = nn.Linear(channels, ffn), nn.Linear(ffn, channels)
+        self.cross_norm, self.self_norm, self.ffn_norm = (nn.LayerNorm(channels) for _ in range(3))
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, queries: Tensor, query_pos: Tensor, src: Tensor, pos: Tensor, allowed: Tensor) -> Tensor:
+        queries = self.cross_norm(queries + self.cross_attn(queries + query_pos, src + pos, src, allowed))
+        placed = queries + query_pos
+        queries = self.self_norm(queries + self.self_attn(placed, placed, queries))
+        return self.ffn_norm(queries + self.linear2(F.relu(self.linear1(queries))))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameter layout of nn.MultiheadAttention, batch first, mask (B, 1, Q, S) or None."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        heads = lambda x, w, b: F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, heads, ., d)
+        q, k, v = map(heads, (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between."""
+
+    def __init__(self, channels: int, hidden: int, out: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(channels, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[2](F.relu(self.layers[1](F.relu(self.layers[0](x)))))
+
+
+class LinearClassifier(nn.Linear):
+    """M2F: (B, Q, C) -> class_logits (B, Q, K+1)."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__(channels, num_classes + 1)
+
+
+class LanguageClassifier(nn.Module):
+    """M2F-Lang: class_logits = scale * cosine with the text embeddings; no-object has a learned embedding.
+
+    Queries are mapped to the joint space by an MLP; text embeddings are fixed; the scale is learned (exp, at most 100).
+    """
+
+    def __init__(self, channels: int, vocabulary: Vocabulary):
+        super().__init__()
+        self.vocabulary = vocabulary
+        dim = vocabulary.embeddings.shape[1]
+        self.class_embed = MLP(channels, channels, dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.void_embedding = nn.Embedding(1, dim)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """(B, Q, C) -> class_logits (B, Q, K+1)."""
+        e = F.normalize(self.class_embed(queries), dim=-1)
+        void = e @ F.normalize(self.void_embedding.weight, dim=-1).T
+        return self.logit_scale.exp().clamp(max=MAX_SCALE) * torch.cat([self.vocabulary.cosine(e), void], -1)
+
+
+# ------------------------------------------------------------------------------------------------- inference
+
+@torch.no_grad()
+def resize_masks(mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int], output: tuple[int, int]) -> Tensor:
+    """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the size asked for."""
+    full = F.interpolate(mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False)
+    full = full[..., :image[0], :image[1]]
+    if tuple(output) != tuple(image):
+        full = F.interpolate(full, size=output, mode="bilinear", align_corners=False)
+    return full[0]
+
+
+@torch.no_grad()
+def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, object_mask_threshold: float = 0.0,
+                       overlap_threshold: float = 0.8) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries compete for pixels; those that keep most of their mask become segments (arXiv:2107.06278, section 3.4).
+
+    Args:
+        posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).     things: (K,) bool.
+        sizes: (padded, image, output) as in `resize_masks`.
+    Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,), the query's probability.
+        Stuff of one class is one segment (with the score of its first query); things stay apart.
+    """
+    scores, labels = posterior.max(-1)
+    keep = (labels != posterior.shape[-1] - 1) & (scores > object_mask_threshold)
+    scores, labels = scores[keep], labels[keep]
+    height, width = sizes[2]
+    if len(labels) == 0:
+        return torch.zeros(height, width, dtype=torch.int32, device=posterior.device), labels, scores
+    masks = resize_masks(mask_logits[keep], *sizes).sigmoid()                                        # (Q', H, W)
+    winner = (scores[:, None, None] * masks).argmax(0)
+    solid = masks.gather(0, winner[None])[0] >= 0.5
+    n = len(labels)
+    won = torch.bincount(winner.flatten(), minlength=n)
+    own = (masks >= 0.5).flatten(1).sum(1)
+    both = torch.bincount(winner[solid], minlength=n)
+    survives = ((both > 0) & (own > 0) & ~(won / own < overlap_threshold)).tolist()
+    lut, stuff, kept = [0] * n, {}, []                                 # query -> segment id
+    for q, label in enumerate(labels.tolist()):
+        if not survives[q]:
+            continue
+        if label in stuff:
+            lut[q] = stuff[label]
+            continue
+        kept.append(q)
+        lut[q] = len(kept)
+        if not things[label]:
+            stuff[label] = len(kept)
+    segment_map = torch.tensor(lut, dtype=torch.int32, device=winner.device)[winner] * solid
+    return segment_map, labels[kept], scores[kept]
+
+
+@torch.no_grad()
+def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes) -> Tensor:
+    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void."""
+    masks = resize_masks(mask_logits, *sizes).sigmoid()
+    return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).argmax(0)
