@@ -1,0 +1,137 @@
+"""Files that hold a run: written whole or not at all, hashed, and read without executing anything.
+
+A checkpoint is NAME_STEP.pt, a plain torch file, beside NAME_STEP.pt.sha256. The two newest are kept.
+Also: the official DEARLi/FC-CLIP/Mask2Former parameter names.
+"""
+
+import hashlib
+import io
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+KEEP = 2                               # checkpoints of a run
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part, whenever the power goes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact") from None
+
+
+def save(folder: Path, step: int, state: dict) -> Path:
+    """Write folder/step_STEP.pt and its hash, then remove all but the newest KEEP."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    path = Path(folder) / f"step_{step:07d}.pt"
+    write_atomic(path.with_name(path.name + ".sha256"), hashlib.sha256(content).hexdigest().encode())
+    write_atomic(path, content)
+    for old in steps(folder)[:-KEEP]:
+        old.unlink()
+        old.with_name(old.name + ".sha256").unlink(missing_ok=True)
+    return path
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    return sorted(Path(folder).glob("step_*.pt"))
+
+
+def load(path: Path) -> dict:
+    """Read one checkpoint; UserError if it is damaged. Only tensors and plain values are ever unpickled."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        digest = path.with_name(path.name + ".sha256")
+        if digest.exists() and digest.read_text().strip() != hashlib.sha256(content).hexdigest():
+            raise UserError(f"{path}: damaged, its SHA-256 differs from the one in {digest.name}")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UserError:
+        raise
+    except Exception as error:         # torch raises a dozen types for what is one thing to the user
+        raise UserError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from None
+
+
+def newest(folder: Path) -> dict | None:
+    """The newest readable checkpoint of a run folder; None if there is none. A damaged one is said and passed over."""
+    for path in reversed(steps(folder)):
+        try:
+            return load(path)
+        except UserError as error:
+            print(f"warning: {error}; trying the one before")
+    return None
+
+
+@torch.no_grad()
+def load_weights(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], source: str, may_differ: tuple[str, ...] = ()) -> str:
+    """Copy weights into parameters by name. Returns a line that says how many were taken and which were not.
+
+    may_differ: substrings of names that may be missing or of another shape (a linear class head after DeWa).
+    Raises: UserError listing what does not fit; then nothing was copied.
+    """
+    missing = [n for n in into if n not in weights]
+    extra = [n for n in weights if n not in into]
+    shapes = [n for n in into if n in weights and into[n].shape != weights[n].shape]
+    left = [n for n in missing + shapes + extra if any(part in n for part in may_differ)]
+    wrong = [n for n in missing + shapes + extra if n not in left]
+    if wrong:
+        def describe(n):
+            return (f"{n} is missing" if n in missing else f"{n} is not a parameter of this model" if n in extra else
+                    f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}")
+        raise UserError(f"{source}: fits another configuration ({len(wrong)} parameters): {'; '.join(describe(n) for n in wrong[:3])}; "
+                        f"use the flags it was trained with (see config.json beside it)")
+    for name, param in into.items():
+        if name not in left:
+            param.copy_(weights[name])
+    return f"{source}: {len(into) - len([n for n in left if n in into])} of {len(into)} tensors taken" + (
+        f"; not taken: {', '.join(left)}" if left else "")
+
+
+OFFICIAL_NAMES = (                     # (pattern of the official name, ours), first match wins
+    (r"sem_seg_head\.pixel_decoder\.transformer\.level_embed", r"head.pixel_decoder.level_embed"),
+    (r"sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers\.", r"head.pixel_decoder.layers."),
+    (r"sem_seg_head\.pixel_decoder\.adapter_1\.norm\.", r"head.pixel_decoder.lateral.1."),
+    (r"sem_seg_head\.pixel_decoder\.adapter_1\.", r"head.pixel_decoder.lateral.0."),
+    (r"sem_seg_head\.pixel_decoder\.layer_1\.norm\.", r"head.pixel_decoder.output.1."),
+    (r"sem_seg_head\.pixel_decoder\.layer_1\.", r"head.pixel_decoder.output.0."),
+    (r"sem_seg_head\.pixel_decoder\.", r"head.pixel_decoder."),
+    (r"sem_seg_head\.predictor\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r"head.decoder.layers.\1.self_attn."),
+    (r"sem_seg_head\.predictor\.transformer_self_attention_layers\.(\d+)\.norm\.", r"head.decoder.layers.\1.self_norm."),
+    (r"sem_seg_head\.predictor\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r"head.decoder.layers.\1.cross_attn."),
+    (r"sem_seg_head\.predictor\.transformer_cross_attention_layers\.(\d+)\.norm\.", r"head.decoder.layers.\1.cross_norm."),
+    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.norm\.", r"head.decoder.layers.\1.ffn_norm."),
+    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.", r"head.decoder.layers.\1."),
+    (r"sem_seg_head\.predictor\.(class_embed\.layers\.|logit_scale)", r"head.decoder.classify.\1"),
+    (r"sem_seg_head\.predictor\.class_embed\.", r"head.decoder.classify."),
+    (r"sem_seg_head\.predictor\.", r"head.decoder."),
+    (r"void_embedding\.", r"head.decoder.classify.void_embedding."),
+    (r"backbone\.clip_model\.visual\.trunk\.", r"backbone.trunk."),
+    (r"backbone\.clip_model\.visual\.head\.", r"backbone.head."),
+    (r"backbone\.clip_model\.logit_scale", r"backbone.logit_scale"),
+)
+
+
+def rename_official(name: str) -> str | None:
+    """Our name of an official parameter; None for what we do not hold (CLIP's text tower, buffers of the criterion)."""
+    for pattern, ours in OFFICIAL_NAMES:
+        renamed, count = re.subn("^" + pattern, ours, name)
+        if count:
+            return renamed
+    return None

@@ -1,0 +1,486 @@
+"""Images, taxonomies and splits; weak and strong views; batches.
+
+Every random choice is drawn from (seed, step, slot), so a batch does not depend on workers, on what came before it or on
+where a run was resumed.
+Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to 2.0), and labelled
+images also get the SSD colour augmentation (official code only).
+Axes: H W pixels, N segments, B images.    Sources: FACTS of the official mappers; SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
+"""
+
+import colorsys
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from config import Config, UserError
+from matcher import Target
+
+PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
+IGNORE = 255                           # semantic ground truth: no class
+JITTER, HUE = (0.2, 1.8), (-0.2, 0.2)  # strong view: factors of brightness, contrast, saturation; hue in turns
+GRAYSCALE_PROB, BLUR_PROB, BLUR_RADIUS = 0.2, 0.5, (0.1, 2.0)          # strong view; radius in pixels
+CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
+MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
+
+
+# ------------------------------------------------------------------------------------- taxonomies and data sets
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """K classes. names: each with its synonyms, separated by commas.   things: flags.   ids: category ids of the data set."""
+    names: tuple[str, ...]
+    things: tuple[bool, ...]
+    ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def synonyms(self) -> list[list[str]]:
+        return [[name.strip() for name in names.split(",")] for names in self.names]
+
+    @property
+    def short_names(self) -> list[str]:
+        return [names[0] for names in self.synonyms]
+
+    @property
+    def colours(self) -> list[tuple[int, int, int]]:
+        """One RGB colour a class, far apart in hue."""
+        return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.55 + 0.4 * (k % 2), 0.95 - 0.25 * (k % 3 == 2)))
+                for k in range(len(self))]
+
+
+@dataclass
+class Truth:
+    """Ground truth of one image: segment_map (H, W) int32, 0 = void, k = k-th segment; labels, areas, crowd (N,)."""
+    segment_map: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+
+    def semantic(self) -> np.ndarray:
+        """(H, W) class index, IGNORE where void."""
+        return np.append(IGNORE, self.labels)[self.segment_map]
+
+
+@dataclass
+class DataSet:
+    """What a stage sees: training images with labelled and unlabelled indices, and validation images."""
+    name: str
+    taxonomy: Taxonomy
+    train: "MiniImages | PanopticFolder"
+    val: "MiniImages | PanopticFolder"
+    labeled: list[int]
+    unlabeled: list[int]
+
+
+class MiniImages:
+    """Scenes of one collection of the miniature world, drawn once and kept in memory."""
+
+    def __init__(self, collection: str, count: int):
+        import microcosm
+        self.collection = collection
+        self.scenes = [microcosm.scene(collection, i) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def name(self, i: int) -> str:
+        return f"{self.collection}_{i:05d}.png"
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(self.scenes[i].image)
+
+    def truth(self, i: int) -> Truth:
+        s = self.scenes[i]
+        areas = np.bincount(s.segment_map.ravel(), minlength=len(s.labels) + 1)[1:]
+        return Truth(s.segment_map, s.labels, areas, np.zeros(len(s.labels), bool))
+
+
+class PanopticFolder:
+    """Images and ground truth in COCO panoptic format: a JSON, a folder of images, a folder of RGB-coded PNG maps.
+
+    Raises: UserError where a file or a key is missing, or map and JSON disagree.
+    """
+
+    def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy):
+        self.images, self.maps, self.taxonomy = images, maps, taxonomy
+        content = read_json(annotations)
+        index = {category: k for k, category in enumerate(taxonomy.ids)}
+        try:
+            files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+            self.entries = [(files[a["image_id"]], a["file_name"],
+                             [(s["id"], index[s["category_id"]], s["area"], s.get("iscrowd", 0)) for s in a["segments_info"]])
+                            for a in content["annotations"]]
+        except KeyError as error:
+            raise UserError(f"{annotations}: no entry for {error}; expected COCO panoptic format: images (id, file_name), "
+                            f"annotations (image_id, file_name, segments_info with id, category_id, area), categories") from None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, i: int) -> str:
+        return self.entries[i][0]
+
+    def image(self, i: int) -> Image.Image:
+        return open_image(self.images / self.entries[i][0])
+
+    def truth(self, i: int) -> Truth:
+        _, file_name, segments = self.entries[i]
+        rgb = np.asarray(open_image(self.maps / file_name))
+        coded = rgb[..., 0].astype(np.int32)                       # id = R + 256 G + 65536 B
+        coded += rgb[..., 1] * np.int32(256)
+        coded += rgb[..., 2] * np.int32(65536)
+        ids, inverse = np.unique(coded, return_inverse=True)
+        order = {segment[0]: k for k, segment in enumerate(segments, 1)}
+        unknown = [int(v) for v in ids if v and int(v) not in order]
+        if unknown:
+            raise UserError(f"{self.maps / file_name}: segment {unknown[0]} has pixels but is not in segments_info")
+        lut = np.array([order.get(int(v), 0) for v in ids], np.int32)
+        columns = np.array(segments, np.int64).reshape(-1, 4)
+        return Truth(lut[inverse].reshape(rgb.shape[:2]), columns[:, 1], columns[:, 2], columns[:, 3].astype(bool))
+
+
+def open_image(path: Path) -> Image.Image:
+    """RGB image. Raises UserError with the path if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{path}: key '{missing[0]}' is missing; expected COCO panoptic format (images, annotations, categories)")
+    return content
+
+
+MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200    # images
+
+
+def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
+    """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
+    import microcosm
+    if not split.isdigit() or not 0 < int(split) < MINI_TRAIN:
+        raise UserError(f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}")
+    if evaluate_on not in ("dev", "val"):
+        raise UserError(f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val")
+    k, n = len(microcosm.CLASSES), int(split)
+    taxonomy = Taxonomy(microcosm.CLASSES, tuple(i < len(microcosm.THINGS) for i in range(k)), tuple(range(1, k + 1)))
+    val = MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
+    return DataSet("mini", taxonomy, MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
+
+
+def load_folder(root: Path, split: str, seed: int = 0, variant: str = "") -> DataSet:
+    """Any folder in COCO panoptic format.
+
+    Args:
+        root: holds panoptic_train.json and panoptic_val.json (or annotations/panoptic_*.json), the images and the maps.
+        split: a number of labelled images, a name below root/splits (with labeled.txt, and unlabeled.txt if not all the
+            rest), or a file that lists image names, one a line.
+        variant: ending of the JSON names, as in panoptic_train_4class.json.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; --data-root names a folder in COCO panoptic format")
+    annotations = {part: _first(root, [f"panoptic_{part}{variant}.json", f"annotations/panoptic_{part}{variant}.json",
+                                       f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
+                   for part in ("train", "val")}
+    taxonomy = read_taxonomy(annotations["train"])
+    parts = {}
+    for part, path in annotations.items():
+        base, stem = path.parent, path.stem.removesuffix(variant)
+        images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
+        maps = _first(root, [base / stem, f"panoptic/{part}", f"panoptic_{part}", "panoptic"], "the folder of panoptic PNG files")
+        parts[part] = PanopticFolder(path, images, maps, taxonomy)
+    labeled, unlabeled = read_split(root, split, parts["train"], seed)
+    return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
+
+
+def _first(root: Path, candidates, what: str) -> Path:
+    for candidate in candidates:
+        if (root / candidate).exists():
+            return root / candidate
+    raise UserError(f"{root}: {what} is missing; looked for {', '.join(str(c) for c in candidates)}")
+
+
+def read_taxonomy(annotations: Path) -> Taxonomy:
+    """Classes of a COCO panoptic JSON, in its order."""
+    try:
+        rows = [(str(c["name"]), bool(c["isthing"]), int(c["id"])) for c in read_json(annotations)["categories"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{annotations}: a category lacks {error}; expected id, name and isthing") from None
+    if not rows:
+        raise UserError(f"{annotations}: categories is empty; expected at least one class with id, name and isthing")
+    return Taxonomy(*zip(*rows))
+
+
+def read_split(root: Path, split: str, images: PanopticFolder, seed: int) -> tuple[list[int], list[int]]:
+    """Labelled and unlabelled indices; see `load_folder`."""
+    everything = {images.name(i): i for i in range(len(images))}
+    if split.isdigit():
+        if not 0 < int(split) <= len(images):
+            raise UserError(f"--split {split}: expected 1 to {len(images)} labelled images")
+        order = np.random.default_rng(seed).permutation(len(images)).tolist()
+        return sorted(order[:int(split)]), sorted(order[int(split):])
+    path = root / "splits" / split / "labeled.txt"
+    path = path if path.exists() else Path(split)
+    if not path.is_file():
+        known = sorted(p.parent.name for p in root.glob("splits/*/labeled.txt"))
+        raise UserError(f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names")
+    def read(file):
+        names = [line.split()[0].split("/")[-1] for line in file.read_text().splitlines() if line.strip()]
+        absent = [n for n in names if n not in everything]
+        if absent or not names:
+            raise UserError(f"{file}: " + (f"'{absent[0]}' is not an image of the training set ({len(absent)} such names)"
+                                           if absent else "the list is empty"))
+        return [everything[n] for n in names]
+    labeled = read(path)
+    other = path.with_name("unlabeled.txt")
+    return labeled, read(other) if other.exists() else [i for i in range(len(images)) if i not in set(labeled)]
+
+
+# ---------------------------------------------------------------------------------------------- views of an image
+
+@dataclass
+class Sample:
+    """An image on its way to a batch. image: PIL, RGB.   layers: maps that move along, each (H, W), nearest neighbour."""
+    image: Image.Image
+    layers: list[np.ndarray]
+
+
+def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> Sample:
+    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip. Not padded."""
+    sizes = [int(0.1 * k * cfg.crop) for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)]
+    sample = resize(sample, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
+    w, h = sample.image.size
+    cw, ch = min(w, cfg.crop), min(h, cfg.crop)
+    x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
+    image, layers = sample.image.crop((x, y, x + cw, y + ch)), [a[y:y + ch, x:x + cw] for a in sample.layers]
+    if colour:
+        image = ssd_colour(image, rng)
+    if rng.random() < 0.5:
+        image, layers = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [a[:, ::-1] for a in layers]
+    return Sample(image, layers)
+
+
+def resize(sample: Sample, short_side: int, long_side: int) -> Sample:
+    """To a short side, unless the long side then exceeds its limit."""
+    w, h = sample.image.size
+    nw, nh = output_size(w, h, short_side, long_side)
+    if (nw, nh) == (w, h):
+        return sample
+    image = sample.image.resize((nw, nh), Image.Resampling.BILINEAR)
+    ys, xs = ((np.arange(nh) + 0.5) * h / nh).astype(int), ((np.arange(nw) + 0.5) * w / nw).astype(int)
+    return Sample(image, [a[ys[:, None], xs] for a in sample.layers])
+
+
+def output_size(w: int, h: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """(w, h) after scaling the short side to short_side, or less if the long side would exceed long_side."""
+    scale = short_side / min(w, h)
+    scale = min(scale, long_side / max(w, h))
+    return max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
+
+
+def ssd_colour(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with probability 0.5."""
+    x = np.asarray(image).astype(np.float32)
+    if rng.random() < 0.5:
+        x = x + rng.uniform(-32, 32)
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    contrast_first = rng.random() < 0.5
+    if contrast_first:
+        x = x.clip(0, 255) * contrast
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    hue = rng.randint(-18, 18) if rng.random() < 0.5 else 0                        # in OpenCV's units of 2 degrees
+    if saturation != 1.0 or hue:
+        hsv = np.asarray(Image.fromarray(x.clip(0, 255).astype(np.uint8)).convert("HSV")).astype(np.float32)
+        hsv[..., 0] = (hsv[..., 0] + hue * 256 / 180) % 256
+        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
+        x = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
+    if not contrast_first:
+        x = x * contrast
+    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+
+
+def strong_view(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Colour jitter (always, in random order), grayscale with probability 0.2, Gaussian blur with probability 0.5."""
+    steps = [(TF.adjust_brightness, JITTER), (TF.adjust_contrast, JITTER), (TF.adjust_saturation, JITTER), (TF.adjust_hue, HUE)]
+    rng.shuffle(steps)
+    for adjust, interval in steps:
+        image = adjust(image, rng.uniform(*interval))
+    if rng.random() < GRAYSCALE_PROB:
+        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+    if rng.random() < BLUR_PROB:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR_RADIUS)))
+    return image
+
+
+def cutmix_box(height: int, width: int, rng: random.Random, prob: float) -> tuple[int, int, int, int] | None:
+    """(top, bottom, left, right) of a CutMix box in pixels, or None with probability 1 - prob."""
+    if rng.random() > prob:
+        return None
+    area = rng.uniform(*CUTMIX_AREA) * height * width
+    while True:
+        aspect = rng.uniform(*CUTMIX_ASPECT)
+        w, h = int((area / aspect) ** 0.5), int((area * aspect) ** 0.5)
+        x, y = rng.randrange(width), rng.randrange(height)
+        if x + w <= width and y + h <= height:
+            return y, y + h, x, x + w
+
+
+def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Target:
+    """Training target: crowd regions become void, segments without a pixel are dropped, ids are made consecutive."""
+    areas = np.bincount(segment_map.ravel(), minlength=len(labels) + 1)[1:]
+    keep = (areas > 0) & ~crowd
+    lut = np.zeros(len(labels) + 1, np.int32)
+    lut[1:][keep] = np.arange(1, keep.sum() + 1)
+    return Target(torch.as_tensor(labels[keep], dtype=torch.int64), torch.from_numpy(lut[segment_map]))
+
+
+# ----------------------------------------------------------------------------------------------------- batches
+
+@dataclass
+class Labeled:
+    """images (B, 3, S, S) uint8; B targets; names of the files."""
+    images: Tensor
+    targets: list[Target]
+    names: list[str]
+
+    def to(self, device) -> "Labeled":
+        return Labeled(self.images.to(device, non_blocking=True), [t.to(device) for t in self.targets], self.names)
+
+
+@dataclass
+class Unlabeled:
+    """Two views of B images, and for images with a CutMix box the two views of the partner.
+
+    weak, strong: (B, 3, S, S) uint8.   boxes: B boxes (top, bottom, left, right) or None.
+    partner_weak, partner_strong: (M, 3, S, S) uint8, M = boxes that are not None, in their order.
+    """
+    weak: Tensor
+    strong: Tensor
+    boxes: list[tuple[int, int, int, int] | None]
+    partner_weak: Tensor
+    partner_strong: Tensor
+    names: list[str]
+
+    def to(self, device) -> "Unlabeled":
+        move = lambda t: t.to(device, non_blocking=True)
+        return Unlabeled(move(self.weak), move(self.strong), self.boxes, move(self.partner_weak), move(self.partner_strong), self.names)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number `step` of a run: a map from step to batch, so that order and workers do not matter.
+
+    Subclasses say what a batch is; `rng` is the only source of chance they may use.
+    """
+
+    def __init__(self, cfg: Config, steps: int):
+        self.cfg, self.steps = cfg, steps
+        self._order = (None, [])       # the pass that was shuffled last
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def rng(self, *key) -> random.Random:
+        return random.Random(repr((self.cfg.seed, type(self).__name__, *key)))
+
+    def pick(self, indices: list[int], step: int, slot: int, batch: int) -> int:
+        """Endless shuffled passes over the indices."""
+        epoch, position = divmod(step * batch + slot, len(indices))
+        if self._order[0] != epoch:
+            order = list(indices)
+            self.rng("epoch", epoch).shuffle(order)
+            self._order = epoch, order
+        return self._order[1][position]
+
+
+class LabeledBatches(Batches):
+    """Labelled images with ground truth, for stages sup and ssl."""
+
+    def __init__(self, dataset: DataSet, cfg: Config, steps: int):
+        super().__init__(cfg, steps)
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> Labeled:
+        images, targets, names = [], [], []
+        for slot in range(self.cfg.labeled_batch):
+            i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
+            truth = self.dataset.train.truth(i)
+            view = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
+            images.append(to_tensor(view.image, self.cfg.crop))
+            targets.append(to_target(pad(view.layers[0], self.cfg.crop, 0), truth.labels, truth.crowd))
+            names.append(self.dataset.train.name(i))
+        return Labeled(torch.stack(images), targets, names)
+
+
+class SemiSupervisedBatches(Batches):
+    """A labelled batch and an unlabelled one, drawn independently and with replacement."""
+
+    def __init__(self, dataset: DataSet, cfg: Config, steps: int):
+        super().__init__(cfg, steps)
+        self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
+
+    def __getitem__(self, step: int) -> tuple[Labeled, Unlabeled | None]:
+        if step < self.cfg.burn_in:
+            return self.labeled[step], None
+        views, partners, boxes, names = [], [], [], []
+        for slot in range(self.cfg.unlabeled_batch):
+            rng = self.rng(step, slot)
+            name, weak, strong = self._two_views(rng)
+            _, partner_weak, partner_strong = self._two_views(rng)
+            w, h = partner_weak.size
+            boxes.append(cutmix_box(h, w, rng, self.cfg.cutmix_prob))
+            views.append((weak, strong))
+            partners += [(partner_weak, partner_strong)] if boxes[-1] else []
+            names.append(name)
+        def stack(pairs, k):
+            return torch.stack([to_tensor(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
+                0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)
+        return self.labeled[step], Unlabeled(stack(views, 0), stack(views, 1), boxes, stack(partners, 0), stack(partners, 1), names)
+
+    def _two_views(self, rng: random.Random) -> tuple[str, Image.Image, Image.Image]:
+        i = rng.choice(self.dataset.unlabeled)
+        weak = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng).image
+        return self.dataset.train.name(i), weak, strong_view(weak, rng)
+
+
+def to_tensor(image: Image.Image, side: int) -> Tensor:
+    """(3, side, side) uint8, padded right and bottom with grey."""
+    return torch.from_numpy(np.ascontiguousarray(pad(np.asarray(image), side, PAD_VALUE).transpose(2, 0, 1)))
+
+
+def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
+    """(h, w, ...) -> (side, side, ...)."""
+    out = np.full((side, side, *a.shape[2:]), value, a.dtype)
+    out[:a.shape[0], :a.shape[1]] = a
+    return out
+
+
+def loader(batches: Batches, start: int, workers: int):
+    """Iterate over batches start, start + 1, ... with loader processes."""
+    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=_as_it_is,
+                                            num_workers=workers, prefetch_factor=2 if workers else None))
+
+
+def _as_it_is(batch):
+    """Torch's own would turn tuples into lists."""
+    return batch

@@ -1,0 +1,150 @@
+"""Decoder warm-up (DeWa, section 3.3): SAM's masks on all training images, and a decoder that learns to draw them.
+
+SAM is asked everywhere, knows no class and overlaps itself; only L_loc of Eq. (3) is learned (class weight 0, in the loss
+and in the matching). Which of the masks are segments of the taxonomy is left to the semi-supervised stage.
+Differs from the paper: nothing.    Source: Segment Anything (arXiv:2304.02643); run lengths as in the COCO mask API.
+Axes: N masks, H W pixels, B images.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import write_atomic
+from config import Config, UserError
+from data import Batches, DataSet, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
+from losses import set_loss
+from matcher import Target
+from model import Segmenter
+from optim import descend, require_finite
+
+TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))            # one class, three names (official)
+
+
+# ------------------------------------------------------------------------------------------------ masks on disk
+
+def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
+    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was.
+
+    Args:
+        images: has len, name(i) and image(i) (`data.MiniImages`, `data.PanopticFolder`).
+        generator: a segment_anything.SamAutomaticMaskGenerator.    folder: of the JSON files.
+    Returns: the number of images segmented now.
+    """
+    todo = [i for i in range(len(images)) if redo or not mask_file(folder, images.name(i)).exists()]
+    for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True):
+        image = np.asarray(images.image(i))
+        with torch.inference_mode():
+            found = generator.generate(image)
+        height, width = image.shape[:2]
+        content = {"image": {"image_id": Path(images.name(i)).stem, "file_name": images.name(i), "height": height, "width": width},
+                   "annotations": [{"id": k, "segmentation": encode_rle(m["segmentation"]), "area": int(m["area"]),
+                                    "predicted_iou": float(m["predicted_iou"]), "stability_score": float(m["stability_score"]),
+                                    "crop_box": [float(v) for v in m["crop_box"]],
+                                    "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
+                                   for k, m in enumerate(found, 1)]}
+        write_atomic(mask_file(folder, images.name(i)), json.dumps(content).encode())
+    return len(todo)
+
+
+def mask_file(folder: Path, name: str) -> Path:
+    return Path(folder) / f"{Path(name).stem}.json"
+
+
+def read_masks(folder: Path, name: str) -> np.ndarray:
+    """(H, W, N) bool: the masks of an image. Raises UserError if there is no file, or not such a file."""
+    path = mask_file(folder, name)
+    try:
+        content = json.loads(path.read_text())
+        size = content["image"]["height"], content["image"]["width"]
+        masks = [decode_rle(a["segmentation"]) for a in content["annotations"]]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no SAM masks for image {name}; make them with --stage masks") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: not a file of SAM masks ({type(error).__name__}: {error}); delete it and run --stage masks again") from None
+    return np.stack(masks, -1) if masks else np.zeros((*size, 0), bool)
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """(H, W) bool -> {"size": [H, W], "counts": text}, COCO's compressed run lengths.
+
+    Runs go down the columns and start with zeros; each is stored as its difference from the last but one, in groups of
+    5 bits, lowest first, with a bit that says whether more follow, shifted into printable characters.
+    """
+    flat = np.asarray(mask, bool).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    if flat.size and flat[0]:
+        counts = [0, *counts]
+    text = []
+    for k, count in enumerate(counts):
+        x = count - counts[k - 2] if k > 2 else count
+        more = True
+        while more:
+            bits, x = x & 31, x >> 5
+            more = x != (-1 if bits & 16 else 0)
+            text.append(chr(48 + bits + 32 * more))
+    return {"size": [int(v) for v in mask.shape], "counts": "".join(text)}
+
+
+def decode_rle(rle: dict) -> np.ndarray:
+    """The inverse of `encode_rle`: (H, W) bool. Raises ValueError if the runs do not fill the mask."""
+    height, width = rle["size"]
+    codes = np.frombuffer(rle["counts"].encode("ascii"), np.uint8).astype(np.int64) - 48
+    last = (codes & 32) == 0
+    if not len(codes) or not last[-1]:
+        raise ValueError("run lengths end in the middle of a number")
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    place = np.arange(len(codes)) - np.repeat(starts, np.diff(np.append(starts, len(codes))))
+    values = np.add.reduceat((codes & 31) << (5 * place), starts)
+    ends = np.flatnonzero(last)
+    values = values - np.where(codes[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
+    counts = values.copy()
+    counts[1::2] = np.cumsum(values[1::2])                                         # undo the differences, odd runs
+    counts[2::2] = np.cumsum(values[2::2])                                         # even runs; run 0 stands alone
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(f"run lengths cover {counts.sum()} pixels, expected {height * width}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+# ---------------------------------------------------------------------------------------------------- warm-up
+
+class DewaBatches(Batches):
+    """All training images, labelled or not, with all of their SAM masks; a mask that the crop empties is kept (official)."""
+
+    def __init__(self, dataset: DataSet, folder: Path, cfg: Config, steps: int):
+        super().__init__(cfg, steps)
+        self.images, self.folder = dataset.train, folder
+        self.indices = list(range(len(dataset.train)))
+
+    def __getitem__(self, step: int) -> Labeled:
+        images, targets, names = [], [], []
+        for slot in range(self.cfg.dewa_batch):
+            i = self.pick(self.indices, step, slot, self.cfg.dewa_batch)
+            name = self.images.name(i)
+            image, masks = self.images.image(i), read_masks(self.folder, name)
+            if masks.shape[:2] != image.size[::-1]:
+                raise UserError(f"{mask_file(self.folder, name)}: masks are {masks.shape[:2]}, the image is {image.size[::-1]}")
+            view = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
+            masks = torch.from_numpy(np.ascontiguousarray(pad(view.layers[0], self.cfg.crop, 0).transpose(2, 0, 1)))
+            images.append(to_tensor(view.image, self.cfg.crop))
+            targets.append(Target(torch.zeros(len(masks), dtype=torch.int64), masks=masks))
+            names.append(name)
+        return Labeled(torch.stack(images), targets, names)
+
+
+def dewa_step(model: Segmenter, optimizer: torch.optim.Optimizer, batch: Labeled, cfg: Config, step: int,
+              precision: torch.dtype = torch.float32) -> dict[str, float]:
+    """One warm-up step: L_loc of Eq. (3). Returns the loss terms, weighted, and the gradient norm, as floats."""
+    device = batch.images.device
+    generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        layers = model(batch.images)
+    losses = set_loss(layers, batch.targets, cfg.loss_dewa, generator)
+    loss = sum(losses.values())
+    require_finite(loss, step, batch.names, **losses)
+    norm = descend(optimizer, loss, cfg)
+    return {"loss": float(loss.detach()), "mask": float(losses["mask"].detach()), "dice": float(losses["dice"].detach()), "grad_norm": norm}
