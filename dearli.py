@@ -1,0 +1,421 @@
+"""DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
+
+    python dearli.py                                                    the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage masks --dataset mini                       SAM's masks of all training images
+    python dearli.py --stage dewa --dataset mini                        decoder warm-up on them
+    python dearli.py --stage sup --dataset mini --split 16              supervised baseline
+    python dearli.py --stage ssl --dataset mini --split 16 --method dearli
+    python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
+    python dearli.py --stage ladder --dataset mini --seeds 3            the paper's Table 1 in miniature
+
+Stages are short functions below, in the order of the method; what they wire together is in the files they import.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import dewa
+import report
+from clip_ensemble import ClipBackbone, Vocabulary, text_embeddings
+from config import PRESETS, Config, UserError
+from data import DataSet, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini
+from evaluation import evaluate, predict
+from mean_teacher import train_step
+from model import Segmenter
+from optim import build_optimizer
+from trainer import Run
+
+DATASETS = ("mini", "custom")
+METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
+           "dearli": "dear, starting from the DeWa weights"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the command line asks for, beside the numbers in Config."""
+    dataset: str = "mini"
+    data_root: str = ""
+    variant: str = ""
+    split: str = "16"
+    method: str = "dearli"
+    eval_on: str = "val"
+    runs: Path = Path("runs")
+    out: Path | None = None
+    init: Path | None = None
+    masks: Path | None = None
+    weights: Path | None = None
+    resume: bool = False
+    evaluate: bool = True
+    device: torch.device = torch.device("cpu")
+    precision: torch.dtype = torch.float32
+    seeds: int = 3
+
+    @property
+    def name(self) -> str:
+        return Path(self.data_root).resolve().name if self.dataset == "custom" else self.dataset
+
+    def folder(self, kind: str, cfg: Config) -> Path:
+        """runs/DATASET-KIND, with the seed if it is not 0."""
+        return self.runs / f"{self.name}-{kind}{f'-seed{cfg.seed}' if cfg.seed else ''}"
+
+
+# --------------------------------------------------------------------------------------- the three foundations
+
+def load_data(job: Job, cfg: Config) -> DataSet:
+    if job.dataset == "mini":
+        return load_mini(job.split, job.eval_on)
+    if not job.data_root:
+        raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
+    return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant)
+
+
+def load_clip(cfg: Config):
+    """The OpenCLIP model of the configuration and its tokenizer: (clip, tokenize), on the CPU."""
+    torch.manual_seed(cfg.seed)
+    if cfg.backbone == "mini":
+        import mini_clip
+        clip = mini_clip.build(output_stride=8) if cfg.pretrained == "random" else mini_clip.load(cfg.pretrained or mini_clip.WEIGHTS)
+        return clip, mini_clip.tokenize
+    import open_clip
+    if cfg.backbone not in open_clip.list_models():
+        raise UserError(f"unknown backbone '{cfg.backbone}'; available: mini, or an OpenCLIP ConvNeXt such as convnext_base_w_320")
+    try:
+        clip = open_clip.create_model(cfg.backbone, pretrained=None if cfg.pretrained == "random" else cfg.pretrained)
+    except Exception as error:         # the hub client raises its own types, with pages of text
+        raise UserError(f"{cfg.backbone}: weights '{cfg.pretrained}' cannot be had ({type(error).__name__}); give a file with "
+                        f"--pretrained FILE, or --pretrained random with --train-backbone") from None
+    return clip, open_clip.get_tokenizer(cfg.backbone)
+
+
+def load_sam(cfg: Config):
+    """segment_anything's automatic mask generator with the model and thresholds of the configuration."""
+    from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+    if cfg.sam == "mini":
+        import mini_sam
+        sam = mini_sam.load(cfg.sam_weights or mini_sam.WEIGHTS)
+    elif cfg.sam in sam_model_registry:
+        if not Path(cfg.sam_weights).is_file():
+            raise UserError(f"SAM weights '{cfg.sam_weights}': no such file; download the {cfg.sam} checkpoint of Segment Anything "
+                            f"and name it with --sam-weights FILE")
+        sam = sam_model_registry[cfg.sam]()
+        sam.load_state_dict(torch.load(cfg.sam_weights, map_location="cpu", weights_only=True))
+    else:
+        raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, {', '.join(sorted(set(sam_model_registry) - {'default'}))}")
+    return lambda device: SamAutomaticMaskGenerator(
+        sam.eval().to(device), points_per_side=cfg.points_per_side, points_per_batch=cfg.points_per_batch, pred_iou_thresh=cfg.pred_iou_thresh,
+        stability_score_thresh=cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
+
+
+def build(job: Job, cfg: Config, taxonomy: Taxonomy) -> Segmenter:
+    """A segmenter with a random decoder (by seed) on the backbone of the configuration."""
+    clip, tokenize = load_clip(cfg)
+    names = [name for names in taxonomy.synonyms for name in names]
+    vocabulary = Vocabulary(text_embeddings(clip.to(job.device), tokenize, names), [len(s) for s in taxonomy.synonyms])
+    torch.manual_seed(cfg.seed)
+    return Segmenter(ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg).to(job.device)
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+def stage_masks(job: Job, cfg: Config) -> Path:
+    """SAM's masks of all training images, labelled and unlabelled alike."""
+    dataset, folder = load_data(job, cfg), job.out or job.runs / f"{job.name}-masks"
+    done = dewa.generate_masks(dataset.train, load_sam(cfg)(job.device), folder)
+    print(f"{folder}: masks of {len(dataset.train)} images, {done} of them made now")
+    return folder
+
+
+def stage_dewa(job: Job, cfg: Config) -> Path:
+    """Decoder warm-up, L_loc on all SAM masks."""
+    dataset, folder = load_data(job, cfg), job.out or job.folder("dewa", cfg)
+    masks = job.masks or job.runs / f"{job.name}-masks"
+    if not masks.is_dir():
+        raise UserError(f"{masks}: no SAM masks; make them with --stage masks, or name their folder with --masks DIR")
+    run = Run(folder, cfg, {"stage": "dewa", "dataset": job.name}, job.resume)
+    model = build(job, cfg, dewa.TAXONOMY)
+    optimizer = build_optimizer(model, cfg)
+    step = lambda batch, t: dewa.dewa_step(model, optimizer, batch, cfg, t, job.precision)
+    run.train({"student": model}, optimizer, dewa.DewaBatches(dataset, masks, cfg, cfg.dewa_steps), step, job.device, "DeWa")
+    return folder
+
+
+def stage_sup(job: Job, cfg: Config) -> Path:
+    """The supervised baseline: labelled images only."""
+    dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
+    run = Run(folder, cfg, identity(job, "sup"), job.resume)
+    student = build(job, cfg, dataset.taxonomy)
+    start_from(job.init, student)
+    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
+    run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
+    finish(job, cfg, dataset, {"student": student}, folder)
+    return folder
+
+
+def stage_ssl(job: Job, cfg: Config) -> Path:
+    """The semi-supervised stage: ssl, dear or dearli."""
+    dataset, folder = load_data(job, cfg), job.out or job.folder(f"{job.method}-{job.split}", cfg)
+    init = job.init
+    if job.method == "dearli" and init is None:
+        init = job.folder("dewa", cfg)
+        if not checkpoint.steps(init):
+            raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
+                            f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
+    run = Run(folder, cfg, identity(job, job.method), job.resume)
+    student = build(job, cfg, dataset.taxonomy)
+    start_from(init, student)
+    teacher = student.teacher()
+    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, init is not None, job.precision)
+    models = {"student": student, "teacher": teacher}
+    run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps), step, job.device, job.method)
+    finish(job, cfg, dataset, models, folder)
+    return folder
+
+
+def stage_eval(job: Job, cfg: Config) -> Path:
+    """PQ and mIoU of a run: student and teacher, decoder alone and ensembled."""
+    state = read_run(job.weights)
+    dataset = load_data(job, cfg)
+    student = build(job, cfg, dataset.taxonomy)
+    models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
+    for name, model in models.items():
+        checkpoint.load_weights(model.trained(), state[name], f"{job.weights} ({name})")
+    metrics = finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, Path(job.weights))
+    return metrics
+
+
+def identity(job: Job, stage: str) -> dict:
+    """What makes a run that run, beside its numbers: compared on --resume, read back by --stage eval."""
+    return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split}
+
+
+def start_from(folder: Path | None, student: Segmenter) -> None:
+    """Start from the student of another run (DeWa). A linear class head of another number of classes stays random."""
+    if folder is not None:
+        print(checkpoint.load_weights(student.trained(), read_run(folder)["student"], str(folder),
+                                      may_differ=("decoder.classify.weight", "decoder.classify.bias")))
+
+
+def read_run(folder: Path | None) -> dict:
+    if folder is None:
+        raise UserError("--stage eval needs --weights runs/NAME")
+    state = checkpoint.newest(folder) if Path(folder).is_dir() else checkpoint.load(folder)
+    if state is None:
+        raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
+    return state
+
+
+def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> dict | None:
+    """Evaluate, write metrics.json, print the table."""
+    if not job.evaluate:
+        return None
+    metrics = evaluate(models, dataset, cfg, job.device)
+    content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
+    checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
+    print(report.table([(reading, metrics[reading]) for reading in metrics]))
+    print(f"{folder / 'metrics.json'}")
+    return metrics
+
+
+# ------------------------------------------------------------------------------------- demo and ladder (mini)
+
+# Rungs of the paper's Table 1: (title, stage, method, the paper's reading)
+RUNGS = (("M2F-Lang, supervised", "sup", "student/decoder"), ("  + P_ENS at evaluation", "sup", "student/ensemble"),
+         ("M2F-Lang + SSL", "ssl", "student/decoder"), ("DEAR", "dear", "student/ensemble"), ("DEARLi", "dearli", "student/ensemble"))
+
+
+def run_rung(job: Job, cfg: Config, kind: str) -> dict:
+    """Train one rung unless its metrics are there already; returns them. Every rung takes sup_steps optimiser steps in all."""
+    job = dataclasses.replace(job, resume=True)
+    folder = job.folder(f"{kind}-{job.split}", cfg)
+    done = folder / "metrics.json"
+    if done.exists() and json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(
+            {**identity(job, kind), **dataclasses.asdict(rung_config(cfg, kind))})):
+        return json.loads(done.read_text())
+    if kind == "dearli":
+        stage_masks(job, cfg)
+        stage_dewa(job, cfg)
+    stage = stage_sup if kind == "sup" else stage_ssl
+    stage(dataclasses.replace(job, method=kind if kind != "sup" else job.method), rung_config(cfg, kind))
+    return json.loads(done.read_text())
+
+
+def rung_config(cfg: Config, kind: str) -> Config:
+    """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage."""
+    if kind == "sup":
+        return dataclasses.replace(cfg, sup_steps=cfg.ssl_steps)
+    steps = cfg.ssl_steps - (cfg.dewa_steps if kind == "dearli" else 0)
+    return dataclasses.replace(cfg, ensemble_teacher=kind != "ssl", ssl_steps=steps)
+
+
+def stage_demo(job: Job, cfg: Config) -> Path:
+    """All stages on the miniature world, a table, and a picture of what each rung sees."""
+    rows = [(title, run_rung(job, cfg, kind)[reading]) for title, kind, reading in RUNGS if kind in ("sup", "dear", "dearli")]
+    print("\n" + report.table(rows))
+    dataset = load_data(job, cfg)
+    path = (job.out or job.runs) / "demo.png"
+    draw(job, cfg, dataset, path)
+    print(f"\n{path}: images, ground truth and predictions side by side")
+    return path
+
+
+def draw(job: Job, cfg: Config, dataset: DataSet, path: Path, images=(0, 1, 2, 3)) -> None:
+    """A picture of the first validation images, their ground truth, and the prediction of each rung of the demo."""
+    things = torch.tensor(dataset.taxonomy.things)
+    titles, models = ["image", "ground truth"], []
+    for title, kind, ensemble in (("supervised", "sup", False), ("DEAR", "dear", True), ("DEARLi", "dearli", True)):
+        model = build(job, cfg, dataset.taxonomy)
+        checkpoint.load_weights(model.trained(), read_run(job.folder(f"{kind}-{job.split}", cfg))["student"], kind)
+        titles, models = titles + [title], models + [(model, ensemble)]
+    rows = []
+    for i in images:
+        image, truth = dataset.val.image(i), dataset.val.truth(i)
+        maps = [(truth.segment_map, truth.labels)]
+        for model, ensemble in models:
+            segment_map, labels, _ = predict(model, image, things, cfg, job.device, ensemble)
+            maps.append((segment_map.cpu().numpy(), labels.cpu().numpy()))
+        rows.append((image, maps))
+    caption = (f"Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, stuff is not. "
+               f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled images.")
+    report.picture(rows, titles, dataset.taxonomy, path, caption)
+
+
+def stage_ladder(job: Job, cfg: Config) -> Path:
+    """The paper's Table 1 in miniature: every rung over several seeds, all four readings, mean and standard deviation."""
+    results: dict[str, list[dict]] = {}
+    for seed in range(cfg.seed, cfg.seed + job.seeds):
+        for kind in dict.fromkeys(kind for _, kind, _ in RUNGS):
+            metrics = run_rung(job, dataclasses.replace(cfg, seed=seed), kind)
+            results.setdefault(kind, []).append(metrics)
+    def spread(kind, reading, *keys):
+        values = []
+        for metrics in results[kind]:
+            for key in (reading, *keys):
+                metrics = metrics[key]
+            values.append(100 * metrics)
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    keys = (("PQ", ("all", "pq")), ("PQ things", ("things", "pq")), ("PQ stuff", ("stuff", "pq")), ("mIoU", ("miou",)))
+    lines = ["| rung (the paper's reading) | " + " | ".join(name for name, _ in keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines += [f"| {title.strip()} | " + " | ".join(spread(kind, reading, *k) for _, k in keys) + " |" for title, kind, reading in RUNGS]
+    readings = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
+    lines += ["", "| PQ | " + " | ".join(readings) + " |", "|---" * 5 + "|"]
+    lines += [f"| {kind} | " + " | ".join(spread(kind, r, "all", "pq") if r in results[kind][0] else "" for r in readings) + " |" for kind in results]
+    print("\n" + "\n".join(lines))
+    slim = {kind: [{r: {"pq": m[r]["all"]["pq"], "sq": m[r]["all"]["sq"], "rq": m[r]["all"]["rq"], "pq_things": m[r]["things"]["pq"],
+                        "pq_stuff": m[r]["stuff"]["pq"], "miou": m[r]["miou"]} for r in readings if r in m} for m in runs]
+            for kind, runs in results.items()}
+    path = (job.out or job.runs) / "ladder.json"
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    content = {"command": "python " + " ".join(sys.argv), "seeds": list(range(cfg.seed, cfg.seed + job.seeds)), "split": job.split,
+               "evaluated_on": job.eval_on, "versions": versions, "config": dataclasses.asdict(cfg), "results": slim}
+    checkpoint.write_atomic(path, json.dumps(content, indent=1).encode())
+    print(f"\n{path}")
+    return path
+
+
+def stage_mini_clip(job: Job, cfg: Config) -> None:
+    import mini_clip
+    mini_clip.train(job.out or mini_clip.WEIGHTS, seed=cfg.seed)
+
+
+def stage_mini_sam(job: Job, cfg: Config) -> None:
+    import mini_sam
+    mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
+
+
+STAGES = {"demo": stage_demo, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
+          "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="dearli.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stage", default="demo", help=", ".join(STAGES))
+    p.add_argument("--dataset", default="mini", help=", ".join(DATASETS))
+    p.add_argument("--data-root", default="", help="folder of the data set (custom: COCO panoptic format)")
+    p.add_argument("--variant", default="", help="ending of the JSON names of a custom data set, as in panoptic_train_4class.json")
+    p.add_argument("--split", default=None, help="labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16)")
+    p.add_argument("--method", default="dearli", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
+    p.add_argument("--eval-on", default="val", help="mini: val to report, dev to tune")
+    p.add_argument("--preset", default=None, help=f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
+    p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
+    p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
+    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks)")
+    p.add_argument("--weights", type=Path, help="run to evaluate")
+    p.add_argument("--resume", action="store_true", help="go on where the run stopped")
+    p.add_argument("--no-eval", dest="evaluate", action="store_false", help="do not evaluate after training")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", default="fp32", help="fp32, bf16")
+    p.add_argument("--seeds", type=int, default=3, help="ladder: number of seeds")
+    p.add_argument("--steps", type=int, help="optimiser steps of the stage at hand")
+    group = p.add_argument_group("configuration", "every number of the method; see config.py for units and sources")
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            group.add_argument(flag, type=field.type, default=None, metavar=field.type.__name__.upper())
+    return p
+
+
+def choose(what: str, value: str, available) -> str:
+    if value not in available:
+        raise UserError(f"unknown {what} '{value}'; available: {', '.join(available)}")
+    return value
+
+
+def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
+    """Command line -> job and configuration: preset of the data set (or the stored one of a run), then the flags."""
+    choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
+    choose("precision", args.precision, PRECISIONS)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    split, variant, data_root = args.split, args.variant, args.data_root
+    cfg = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
+    if args.stage == "eval":
+        stored = read_run(args.weights)["config"]
+        cfg = Config(**{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
+        split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
+    elif args.stage == "ssl" and "ensemble_teacher" not in given:
+        given["ensemble_teacher"] = args.method != "ssl"
+    if args.steps is not None:
+        given[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
+    cfg = dataclasses.replace(cfg, **given)
+    for name in ("classifier",):
+        choose(name, getattr(cfg, name), ("language", "linear"))
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{args.device}': {str(error).splitlines()[0]}") from None
+    keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
+    return Job(**{**keep, "split": split or "16", "variant": variant, "data_root": data_root, "device": device,
+                  "precision": PRECISIONS[args.precision]}), cfg
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        job, cfg = resolve(args)
+        STAGES[args.stage](job, cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
