@@ -1,0 +1,1112 @@
+"""Tests, in the order of the files. CPU, seeded, no network, no file outside the repository.
+
+Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared/data) and are skipped where it is absent.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import clip_ensemble
+import data
+import dearli
+import dewa
+import mean_teacher
+import microcosm
+import model as m2f
+import optim
+from clip_ensemble import Vocabulary, geometric_ensemble, mask_pool
+from config import MINI, OFFICIAL, Config, UserError
+from evaluation import evaluate
+from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
+from matcher import CostWeights, Target, match, matching_cost, point_sample
+from model import Attention, DeformableAttention, Mask2Former, Segmenter, attention_mask, panoptic_inference, semantic_inference
+from panoptic_eval import MeanIoU, PanopticQuality
+
+REAL_DATA = Path(os.environ.get("DEARLI_TEST_DATA", Path(__file__).parent.parent / "shared" / "data"))
+needs_nuclei = pytest.mark.skipif(not (REAL_DATA / "nuclei_panoptic").is_dir(), reason=f"no real images at {REAL_DATA} (set DEARLI_TEST_DATA)")
+TINY = dataclasses.replace(MINI, pretrained="random", hidden=32, heads=2, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32,
+                           num_queries=6, num_points=64, labeled_batch=2, unlabeled_batch=2, dewa_batch=2, crop=64, test_size=64)
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def small_mini(monkeypatch):
+    """The miniature world with a handful of images."""
+    monkeypatch.setattr(data, "MINI_TRAIN", 12)
+    monkeypatch.setattr(data, "MINI_DEV", 4)
+    monkeypatch.setattr(data, "MINI_VAL", 4)
+
+
+def random_vocabulary(counts=(1, 2, 1), dim=16, seed=0):
+    return Vocabulary(F.normalize(torch.randn(sum(counts), dim, generator=torch.Generator().manual_seed(seed)), dim=-1), list(counts))
+
+
+def tiny_head(cfg=TINY, channels=(8, 8, 16, 16), counts=(1, 2, 1)):
+    torch.manual_seed(0)
+    vocabulary = random_vocabulary(counts)
+    return Mask2Former(list(channels), cfg, len(counts), vocabulary)
+
+
+def features(batch=2, channels=(8, 8, 16, 16), sides=(16, 8, 4, 2)):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, c, s, s, generator=g) for c, s in zip(channels, sides)]
+
+
+def quarters():
+    """A 8 x 8 partition: segment 1 upper left, 2 upper right, 3 below."""
+    segment_map = torch.full((8, 8), 3, dtype=torch.int32)
+    segment_map[:4, :4], segment_map[:4, 4:] = 1, 2
+    return segment_map
+
+
+# ---------------------------------------------------------------------------------------------------------- matcher.py
+
+def test_point_sample_reads_pixel_centres_and_mixes_between_them():
+    # 1 x 2 map [0, 4]: centres at x = 0.25 and 0.75; halfway 2; at x = 0 the outside (0) has weight 1/2
+    maps = torch.tensor([[[0.0, 4.0]]])
+    points = torch.tensor([[0.25, 0.5], [0.75, 0.5], [0.5, 0.5], [1.0, 0.5]])
+    assert point_sample(maps, points).tolist() == [[0.0, 4.0, 2.0, 2.0]]
+
+
+def test_targets_are_sampled_as_their_binary_masks_would_be():
+    segment_map = torch.randint(0, 4, (9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    masks = torch.stack([segment_map == k for k in (1, 2, 3)])
+    labels, points = torch.zeros(3, dtype=torch.int64), torch.rand(3, 50, 2, generator=torch.Generator().manual_seed(1))
+    expected = point_sample(masks.float(), points)
+    for target in (Target(labels, segment_map), Target(labels, masks=masks)):
+        torch.testing.assert_close(target.sample(points, torch.arange(3)), expected)
+        torch.testing.assert_close(target.sample_all(points[0]), point_sample(masks.float(), points[0]))
+
+
+def test_matching_cost_of_one_pair_is_the_sum_worked_out_by_hand():
+    # one query, one segment, P = 2 points with targets 1 and 0; mask logits 0 there: p = 1/2
+    # class: logits 0, 0 -> -1/2; BCE = ln 2; dice = 1 - (2 * 1/2 + 1) / (1 + 1 + 1) = 1/3
+    target = Target(torch.tensor([0]), torch.tensor([[1, 0]], dtype=torch.int32))
+    points = torch.tensor([[0.25, 0.5], [0.75, 0.5]])
+    cost = matching_cost(torch.zeros(1, 2), torch.zeros(1, 1, 2), target, points, CostWeights(2, 5, 5))
+    assert cost.item() == pytest.approx(2 * -0.5 + 5 * math.log(2) + 5 / 3, rel=1e-6)
+
+
+def test_match_finds_the_query_that_draws_the_segment():
+    target = Target(torch.tensor([0, 1, 2]), quarters())
+    masks = torch.stack([10.0 * (quarters() == k) - 5 for k in (3, 1, 0, 2)])                # query 0 draws segment 3, ...
+    points = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
+    queries, segments = match(torch.zeros(4, 4), masks, target, points, CostWeights())
+    assert queries.tolist() == [0, 1, 3] and segments.tolist() == [2, 0, 1]
+
+
+def test_match_with_more_segments_than_queries_uses_every_query_once():
+    target = Target(torch.zeros(3, dtype=torch.int64), quarters())
+    queries, segments = match(torch.zeros(2, 2), torch.randn(2, 4, 4), target, torch.rand(16, 2), CostWeights())
+    assert queries.tolist() == [0, 1] and len(set(segments.tolist())) == 2
+
+
+def test_match_without_segments_is_empty_and_nan_is_an_error_that_says_so():
+    empty = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.int32))
+    assert [len(x) for x in match(torch.zeros(2, 2), torch.zeros(2, 4, 4), empty, torch.rand(4, 2), CostWeights())] == [0, 0]
+    with pytest.raises(ValueError, match="not finite"):
+        match(torch.full((2, 2), math.nan), torch.zeros(2, 4, 4), Target(torch.tensor([0, 0, 0]), quarters()), torch.rand(4, 2), CostWeights())
+
+
+def test_target_refuses_labels_and_masks_of_different_number():
+    with pytest.raises(ValueError, match=r"expected \(5, H, W\) for 5 labels"):
+        Target(torch.zeros(5, dtype=torch.int64), masks=torch.zeros(4, 8, 8, dtype=torch.bool))
+
+
+# ----------------------------------------------------------------------------------------------------------- losses.py
+
+def test_class_loss_is_a_weighted_mean_with_a_light_no_object():
+    # 2 queries, 1 class; query 0 is matched (p = 0.8), query 1 is not (p_void = 0.5): (-ln 0.8 - 0.1 ln 0.5) / 1.1
+    logits = torch.tensor([[[math.log(0.8), math.log(0.2)], [0.0, 0.0]]])
+    target = [Target(torch.tensor([0]), torch.ones(2, 2, dtype=torch.int32))]
+    loss = class_loss(logits, target, [(torch.tensor([0]), torch.tensor([0]))], 0.1)
+    assert loss.item() == pytest.approx((-math.log(0.8) - 0.1 * math.log(0.5)) / 1.1, rel=1e-6)
+
+
+def test_mask_losses_of_an_undecided_mask():
+    # logits 0 at P = 2 points with targets 1, 0: BCE ln 2, dice 1 - (1 + 1) / (1 + 1 + 1) = 1/3; divided by 2 masks
+    points = torch.tensor([[[0.25, 0.5], [0.75, 0.5]]])
+    bce, dice = mask_losses(torch.zeros(1, 1, 2), torch.tensor([[1.0, 0.0]]), points, 2)
+    assert bce.item() == pytest.approx(math.log(2) / 2) and dice.item() == pytest.approx(1 / 6)
+
+
+def test_uncertain_points_lie_where_the_logits_are_small():
+    logits = torch.full((1, 8, 8), 9.0)
+    logits[:, :, 3:5] = 0.1                                                                  # x from 3/8 to 5/8
+    points = uncertain_points(logits, LossConfig(num_points=40, oversample=10), torch.Generator().manual_seed(0))
+    near = (points[0, :30, 0] > 0.25) & (points[0, :30, 0] < 0.75)
+    assert points.shape == (1, 40, 2) and near.all()
+
+
+def test_set_loss_does_not_depend_on_the_order_of_segments():
+    layers = tiny_head()(features())
+    swapped = torch.tensor([0, 2, 1, 3])[quarters().long()].int()
+    def loss(segment_map, labels):
+        targets = [Target(torch.tensor(labels), segment_map)] * 2
+        return {k: v.item() for k, v in set_loss(layers, targets, TINY.loss, torch.Generator().manual_seed(0)).items()}
+    assert loss(quarters(), [0, 1, 2]) == pytest.approx(loss(swapped, [1, 0, 2]), rel=1e-5)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_set_loss_without_any_segment_is_finite_and_reaches_every_parameter(masks):
+    head = tiny_head()
+    none = torch.zeros(0, dtype=torch.int64)
+    target = Target(none, masks=torch.zeros(0, 8, 8, dtype=torch.bool)) if masks else Target(none, torch.zeros(8, 8, dtype=torch.int32))
+    losses = set_loss(head(features()), [target] * 2, TINY.loss)
+    sum(losses.values()).backward()
+    assert losses["mask"] == 0 and losses["dice"] == 0 and losses["class"] > 0
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+def test_dewa_loss_gives_the_class_head_a_gradient_of_exactly_zero():
+    head = tiny_head()
+    masks = torch.zeros(8, 8, 8, dtype=torch.bool)                                           # 8 masks for 6 queries, overlapping
+    for k in range(8):
+        masks[k, :k + 1] = True
+    sum(set_loss(head(features()), [Target(torch.zeros(8, dtype=torch.int64), masks=masks)] * 2, TINY.loss_dewa).values()).backward()
+    grads = {name: p.grad.abs().sum().item() for name, p in head.named_parameters()}
+    assert all(g == 0 for name, g in grads.items() if ".classify." in name) and grads["decoder.mask_embed.layers.2.weight"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------- clip_ensemble.py
+
+def test_mask_pool_is_the_mean_under_the_mask_and_zero_where_there_is_none():
+    features = torch.tensor([[[[1.0, 3.0]], [[10.0, 30.0]]]])                                 # (1, 2, 1, 2)
+    masks = torch.tensor([[[[1.0, 1.0]], [[-1.0, 2.0]], [[-1.0, -1.0]]]])
+    torch.testing.assert_close(mask_pool(features, masks), torch.tensor([[[2.0, 20.0], [3.0, 30.0], [0.0, 0.0]]]))
+
+
+def test_mask_pool_resizes_the_logits_before_it_thresholds():
+    # 1 x 4 logits [3, -1, -1, -1] become [1, -1] on a 1 x 2 grid: one cell, although a quarter of the mask is on
+    pooled = mask_pool(torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0, -1.0, -1.0, -1.0]]]]))
+    assert pooled.item() == pytest.approx(1.0)
+
+
+def test_geometric_ensemble_of_two_classes_by_hand():
+    # decoder: p = (0.6, 0.2), void 0.2, so p_MT = (3/4, 1/4); CLIP (1/5, 4/5); alpha 1/2: sqrt(3/20) : sqrt(4/20)
+    class_logits, clip_logits = torch.tensor([0.6, 0.2, 0.2]).log(), torch.tensor([0.2, 0.8]).log()
+    a, b = math.sqrt(3 / 20), math.sqrt(4 / 20)
+    expected = torch.tensor([0.8 * a / (a + b), 0.8 * b / (a + b), 0.2])
+    torch.testing.assert_close(geometric_ensemble(class_logits, clip_logits, 0.5).exp(), expected)
+
+
+def test_geometric_ensemble_at_its_ends_is_one_of_the_two_and_never_touches_void():
+    class_logits, clip_logits = torch.randn(4, 7, 6), torch.randn(4, 7, 5)
+    p = class_logits.softmax(-1)
+    torch.testing.assert_close(geometric_ensemble(class_logits, clip_logits, 1.0).exp(), p)
+    torch.testing.assert_close(geometric_ensemble(class_logits, clip_logits, 0.0)[..., :-1].exp(), clip_logits.softmax(-1) * (1 - p[..., -1:]))
+    for alpha in (0.0, 0.3, 1.0):
+        ens = geometric_ensemble(class_logits, clip_logits, alpha).exp()
+        torch.testing.assert_close(ens[..., -1], p[..., -1])
+        torch.testing.assert_close(ens.sum(-1), torch.ones(4, 7))
+
+
+def test_geometric_ensemble_survives_probabilities_that_are_zero_in_single_precision():
+    class_logits = torch.tensor([[0.0, -500.0, -1000.0], [-500.0, -400.0, 500.0]])
+    for alpha in (0.0, 0.6, 1.0):
+        ens = geometric_ensemble(class_logits, torch.tensor([[-900.0, 0.0], [900.0, 0.0]]), alpha).exp()
+        assert torch.isfinite(ens).all() and torch.allclose(ens.sum(-1), torch.ones(2))
+
+
+def test_vocabulary_takes_the_best_synonym_and_passes_it_the_whole_gradient():
+    vocabulary = Vocabulary(torch.eye(4), [1, 3])
+    e = torch.tensor([[0.0, 0.1, 0.9, 0.2]], requires_grad=True)
+    cosine = vocabulary.cosine(e)
+    expected = F.normalize(e, dim=-1).detach()
+    torch.testing.assert_close(cosine.detach(), torch.stack([expected[:, 0], expected[:, 2]], -1))
+    cosine[0, 0].backward()                                                                   # the only name of class 0
+    other = e.detach().clone().requires_grad_()
+    F.normalize(other, dim=-1)[0, 0].backward()
+    torch.testing.assert_close(e.grad, other.grad)
+    with pytest.raises(ValueError, match="expected 5 rows"):
+        Vocabulary(torch.eye(4), [2, 3])
+
+
+def test_text_embeddings_average_normalised_templates():
+    class Clip(nn.Linear):
+        def encode_text(self, tokens):
+            return tokens
+    tokenize = lambda prompts: torch.tensor([[float(len(p)), 1.0] for p in prompts])
+    e = clip_ensemble.text_embeddings(Clip(1, 1), tokenize, ["cat", "zebra"], batch=5)
+    rows = F.normalize(torch.tensor([[float(len(t.format("zebra"))), 1.0] for t in clip_ensemble.TEMPLATES]), dim=-1)
+    assert len(clip_ensemble.TEMPLATES) == 14
+    torch.testing.assert_close(e[1], F.normalize(rows.mean(0), dim=-1))
+
+
+# ------------------------------------------------------------------------------------------------------------ model.py
+
+def test_deformable_attention_equals_its_definition():
+    # one level of 3 x 4 pixels, two heads; every sample is read by hand with zeros outside
+    torch.manual_seed(0)
+    heads, points, c, (h, w) = 2, 3, 8, (3, 4)
+    attention = DeformableAttention(c, heads, 1, points)
+    for p in attention.parameters():
+        nn.init.normal_(p, std=0.5)
+    src, query = torch.randn(1, h * w, c), torch.randn(1, h * w, c)
+    reference = m2f._pixel_centres(h, w, src)
+    out = attention(query, src, reference, [(h, w)])
+    value = attention.value_proj(src)[0].view(h, w, heads, c // heads)
+    offsets = attention.sampling_offsets(query)[0].view(h * w, heads, points, 2)
+    weights = attention.attention_weights(query)[0].view(h * w, heads, points).softmax(-1)
+    expected = torch.zeros(h * w, heads, c // heads)
+    for s in range(h * w):
+        for head in range(heads):
+            for k in range(points):
+                x, y = (reference[s] * torch.tensor([w, h]) - 0.5 + offsets[s, head, k]).tolist()
+                for yy in (math.floor(y), math.floor(y) + 1):
+                    for xx in (math.floor(x), math.floor(x) + 1):
+                        if 0 <= yy < h and 0 <= xx < w:
+                            expected[s, head] += weights[s, head, k] * (1 - abs(x - xx)) * (1 - abs(y - yy)) * value[yy, xx, head]
+    torch.testing.assert_close(out[0], attention.output_proj(expected.flatten(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_equals_torch_multihead_attention_with_a_mask():
+    torch.manual_seed(0)
+    ours, theirs = Attention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    q, kv, allowed = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.rand(2, 1, 5, 9) > 0.5
+    allowed[..., 0] = True
+    expected, _ = theirs(q, kv, kv, attn_mask=~allowed.expand(2, 4, 5, 9).flatten(0, 1))
+    torch.testing.assert_close(ours(q, kv, kv, allowed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_looks_inside_its_mask_and_everywhere_if_its_mask_is_empty():
+    logits = torch.tensor([[[[1.0, -1.0], [-1.0, 1.0]], [[-1.0, -1.0], [-1.0, -1.0]]]])
+    assert attention_mask(logits, (2, 2))[0, 0].tolist() == [[True, False, False, True], [True] * 4]
+
+
+def test_sine_position_depends_on_both_axes_and_ends_at_one_turn():
+    p = m2f.sine_position(torch.zeros(1, 8, 3, 5))
+    assert p.shape == (1, 8, 3, 5) and torch.equal(p[0, :4, :, 0], p[0, :4, :, 4]) and torch.equal(p[0, 4:, 0], p[0, 4:, 2])
+    assert p[0, 0, 2, 0].item() == pytest.approx(0, abs=1e-5)                                 # sin(2 pi)
+
+
+def test_the_decoder_predicts_after_every_layer_and_once_before():
+    layers = tiny_head()(features())
+    assert len(layers) == TINY.decoder_layers + 1
+    assert all(c.shape == (2, 6, 4) and m.shape == (2, 6, 16, 16) for c, m in layers)
+    linear = tiny_head(dataclasses.replace(TINY, classifier="linear"))(features())
+    assert linear[-1][0].shape == (2, 6, 4)
+
+
+def sizes(h, w):
+    return ((h, w),) * 3
+
+
+def test_panoptic_inference_merges_stuff_keeps_things_apart_and_drops_void():
+    masks = torch.full((4, 4, 8), -9.0)
+    masks[0, :, :2], masks[1, :, 2:4], masks[2, :, 4:6], masks[3, :, 6:] = 9, 9, 9, 9
+    posterior = torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.7, 0.2], [0.9, 0.0, 0.1], [0.1, 0.1, 0.8]])
+    segment_map, labels, scores = panoptic_inference(posterior, masks, torch.tensor([True, False]), sizes(4, 8))
+    assert segment_map[0].tolist() == [1, 1, 1, 1, 2, 2, 0, 0] and labels.tolist() == [1, 0]
+    assert scores.tolist() == pytest.approx([0.8, 0.9])
+    segment_map, labels, _ = panoptic_inference(posterior, masks, torch.tensor([True, True]), sizes(4, 8))
+    assert segment_map[0].tolist() == [1, 1, 2, 2, 3, 3, 0, 0] and labels.tolist() == [1, 1, 0]
+
+
+def test_panoptic_inference_drops_a_query_that_keeps_less_than_the_overlap_threshold():
+    masks = torch.full((2, 1, 10), -9.0)
+    masks[0, 0, :10], masks[1, 0, :3] = 9, 9                                                  # query 1 wins 3 of query 0's 10 pixels
+    posterior = torch.tensor([[0.6, 0.4], [0.9, 0.1]])
+    things = torch.tensor([True])
+    assert panoptic_inference(posterior, masks, things, sizes(1, 10), 0.0, 0.8)[1].tolist() == [0]          # 7/10 < 0.8
+    assert panoptic_inference(posterior, masks, things, sizes(1, 10), 0.0, 0.7)[0][0].tolist() == [2] * 3 + [1] * 7
+
+
+def test_inference_of_nothing_is_an_empty_map():
+    posterior = torch.tensor([[0.1, 0.9]])
+    segment_map, labels, _ = panoptic_inference(posterior, torch.ones(1, 2, 2), torch.tensor([True]), sizes(4, 4))
+    assert segment_map.eq(0).all() and segment_map.shape == (4, 4) and len(labels) == 0
+
+
+def test_masks_are_cut_from_the_padding_before_they_are_resized():
+    masks = torch.full((1, 4, 4), -9.0)
+    masks[:, :, :2] = 9                                                                       # all of the unpadded half
+    segment_map, _, _ = panoptic_inference(torch.tensor([[0.9, 0.1]]), masks, torch.tensor([True]), ((16, 16), (16, 8), (32, 12)))
+    assert segment_map.shape == (32, 12) and segment_map[:, :11].eq(1).all()
+
+
+def test_semantic_inference_sums_over_queries_and_never_says_void():
+    masks = torch.tensor([[[9.0, 9.0]], [[9.0, -9.0]]])
+    posterior = torch.tensor([[0.3, 0.1, 0.6], [0.0, 0.5, 0.5]])
+    assert semantic_inference(posterior, masks, sizes(1, 2)).tolist() == [[1, 0]]             # 0.3 < 0.1 + 0.5; 0.3 > 0.1
+
+
+def tiny_segmenter(cfg=TINY, seed=0):
+    job = dearli.Job()
+    return dearli.build(job, dataclasses.replace(cfg, seed=seed), data.Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2)))
+
+
+def test_teacher_shares_a_frozen_backbone_and_copies_a_trained_one():
+    student = tiny_segmenter()
+    teacher = student.teacher()
+    assert teacher.backbone is student.backbone and teacher.head is not student.head
+    assert all(name.startswith("head.") for name in student.trained()) and not any(p.requires_grad for p in student.backbone.parameters())
+    student = tiny_segmenter(dataclasses.replace(TINY, train_backbone=True))
+    assert student.teacher().backbone is not student.backbone
+    assert any(name.startswith("backbone.") for name in student.trained())
+
+
+# ------------------------------------------------------------------------------------------- config.py, data.py, optim.py
+
+def test_weak_views_move_image_and_map_together():
+    ramp = np.arange(48 * 64, dtype=np.int32).reshape(48, 64) // 16 % 200                      # map value = grey level
+    image = Image.fromarray(np.repeat(ramp[..., None].astype(np.uint8), 3, -1))
+    cfg = dataclasses.replace(TINY, crop=32, scale_min=1.5, scale_max=1.5)                    # short side 48: not resampled
+    for seed in range(20):
+        view = data.weak_view(data.Sample(image, [ramp]), cfg, random.Random(seed))
+        assert view.image.size == (32, 32) and np.array_equal(np.asarray(view.image)[..., 0], view.layers[0])
+
+
+def test_resizing_keeps_the_long_side_below_its_limit():
+    assert data.output_size(100, 50, 64, 1000) == (128, 64)
+    assert data.output_size(5000, 20, 64, 256) == (256, 1)
+
+
+def test_cutmix_boxes_lie_inside_and_have_the_area_that_was_drawn():
+    rng = random.Random(0)
+    boxes = [data.cutmix_box(80, 120, rng, 0.5) for _ in range(400)]
+    drawn = [b for b in boxes if b]
+    assert 150 < len(drawn) < 250
+    for top, bottom, left, right in drawn:
+        assert 0 <= top <= bottom <= 80 and 0 <= left <= right <= 120 and (bottom - top) * (right - left) <= 0.4 * 80 * 120
+
+
+def test_strong_and_colour_views_keep_the_size_and_change_the_pixels():
+    image = Image.fromarray(microcosm.scene("train", 0).image)
+    for view in (data.strong_view, data.ssd_colour):
+        changed = [np.asarray(view(image, random.Random(seed))) for seed in range(8)]
+        assert all(v.shape == (128, 128, 3) and v.dtype == np.uint8 for v in changed) and not np.array_equal(changed[0], changed[1])
+
+
+def test_crowd_and_vanished_segments_are_no_training_targets():
+    target = data.to_target(np.array([[1, 2, 4]], np.int32), np.array([5, 6, 7, 8]), np.array([False, True, False, False]))
+    assert target.labels.tolist() == [5, 8] and target.segment_map.tolist() == [[1, 0, 2]]
+
+
+def test_a_batch_depends_on_seed_and_step_only_and_not_on_workers(small_mini):
+    dataset = data.load_mini("4")
+    cfg = dataclasses.replace(TINY, burn_in=0)
+    alone = [data.SemiSupervisedBatches(dataset, cfg, 3)[s] for s in (2, 0, 1)]
+    for workers in (0, 2):
+        loaded = list(data.loader(data.SemiSupervisedBatches(dataset, cfg, 3), 0, workers))
+        for (l1, u1), (l2, u2) in zip([alone[1], alone[2], alone[0]], loaded):
+            assert torch.equal(l1.images, l2.images) and torch.equal(u1.strong, u2.strong) and u1.boxes == u2.boxes
+            assert all(torch.equal(a.segment_map, b.segment_map) for a, b in zip(l1.targets, l2.targets))
+    other = data.SemiSupervisedBatches(dataset, dataclasses.replace(cfg, seed=1), 3)[0]
+    assert not torch.equal(other[1].weak, alone[1][1].weak)
+
+
+def test_every_labelled_image_is_seen_once_a_pass(small_mini):
+    batches = data.LabeledBatches(data.load_mini("5"), TINY, 100)
+    seen = [batches.pick(batches.dataset.labeled, step, slot, 2) for step in range(10) for slot in range(2)]
+    assert all(sorted(seen[i:i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 20, 5))
+
+
+def write_coco_folder(root, images=6, side=64):
+    """A data set in COCO panoptic format from the miniature world, with ids above 65535 and a crowd region."""
+    (root / "images").mkdir(parents=True)
+    (root / "panoptic").mkdir()
+    categories = [{"id": 10 * k + 7, "name": name.split(",")[0], "isthing": int(k < len(microcosm.THINGS))} for k, name in enumerate(microcosm.CLASSES)]
+    for part, count in (("train", images), ("val", 2)):
+        content = {"images": [], "annotations": [], "categories": categories}
+        for i in range(count):
+            s = microcosm.scene("train" if part == "train" else "dev", i, side)
+            ids = np.array([0] + [70_000 + 300 * k for k in range(len(s.labels))])[s.segment_map]
+            Image.fromarray(s.image).save(root / "images" / f"{part}{i}.png")
+            Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(root / "panoptic" / f"{part}{i}.png")
+            segments = [{"id": 70_000 + 300 * k, "category_id": 10 * int(label) + 7, "area": int((s.segment_map == k + 1).sum()), "iscrowd": int(k == 1)}
+                        for k, label in enumerate(s.labels)]
+            content["images"].append({"id": i, "file_name": f"{part}{i}.png", "height": side, "width": side})
+            content["annotations"].append({"image_id": i, "file_name": f"{part}{i}.png", "segments_info": segments})
+        (root / f"panoptic_{part}.json").write_text(json.dumps(content))
+    (root / "splits" / "1_3").mkdir(parents=True)
+    (root / "splits" / "1_3" / "labeled.txt").write_text("train0.png train0.png\ntrain3.png train3.png\n")
+    return root
+
+
+def test_a_coco_panoptic_folder_is_read_as_it_was_written(tmp_path):
+    dataset = data.load_folder(write_coco_folder(tmp_path / "set"), "1_3")
+    assert dataset.labeled == [0, 3] and dataset.unlabeled == [1, 2, 4, 5] and len(dataset.taxonomy) == 20
+    s, truth = microcosm.scene("train", 3, 64), dataset.train.truth(3)
+    assert np.array_equal(truth.segment_map, s.segment_map) and np.array_equal(truth.labels, s.labels)
+    assert truth.crowd.tolist() == [k == 1 for k in range(len(s.labels))]
+    assert np.array_equal(truth.semantic(), s.labels[s.segment_map - 1])
+    assert len(data.load_folder(tmp_path / "set", "2").labeled) == 2
+
+
+def test_weight_decay_spares_norms_and_embeddings_only():
+    student = tiny_segmenter()
+    optimizer = optim.build_optimizer(student, TINY)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    named = {name: decay[id(p)] for name, p in student.head.named_parameters()}
+    for name in ("pixel_decoder.level_embed", "decoder.classify.logit_scale", "decoder.layers.0.linear1.bias", "pixel_decoder.lateral.0.weight"):
+        assert named[name] == 0.05, name
+    for name in ("decoder.query_feat.weight", "decoder.level_embed.weight", "decoder.classify.void_embedding.weight",
+                 "pixel_decoder.lateral.1.weight", "decoder.decoder_norm.bias"):
+        assert named[name] == 0.0, name
+
+
+def test_poly_schedule_and_clipping_of_the_whole_gradient():
+    layer = nn.Linear(2, 1, bias=False)
+    cfg = dataclasses.replace(Config(), lr=1.0, clip_norm=0.5)
+    optimizer = optim.build_optimizer(layer, cfg)
+    assert optim.set_lr(optimizer, 0, 100, cfg) == 1.0 and optim.set_lr(optimizer, 50, 100, cfg) == pytest.approx(0.5 ** 0.9)
+    norm = optim.descend(optimizer, (layer.weight * torch.tensor([[3.0, 4.0]])).sum(), cfg)
+    assert norm == pytest.approx(5.0) and layer.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- mean_teacher.py
+
+def test_teacher_is_the_average_of_the_student():
+    student = tiny_segmenter()
+    teacher = student.teacher()
+    before = {k: v.clone() for k, v in teacher.trained().items()}
+    with torch.no_grad():
+        for p in student.head.parameters():
+            p.add_(1.0)
+    mean_teacher.update_teacher(teacher, student, 0.9)
+    for name, p in teacher.trained().items():
+        torch.testing.assert_close(p, before[name] + 0.1, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_in_the_student_never_reaches_the_teacher():
+    student = tiny_segmenter()
+    teacher = student.teacher()
+    student.head.decoder.query_feat.weight.data[0, 0] = math.nan
+    with pytest.raises(optim.NotFinite, match="query_feat"):
+        mean_teacher.update_teacher(teacher, student, 0.9)
+    assert all(torch.isfinite(p).all() for p in teacher.parameters())
+
+
+def test_both_ema_schedules():
+    cold = dataclasses.replace(Config(), ema_decay=0.999, burn_in=0)
+    assert [mean_teacher.ema_decay(t, cold, warm=False) for t in (0, 1, 9, 10 ** 6)] == [0.0, 0.5, 0.9, 0.999]
+    assert [mean_teacher.ema_decay(t, cold, warm=True) for t in (0, 1)] == [0.999, 0.999]
+    burnt = dataclasses.replace(cold, burn_in=2)
+    assert [mean_teacher.ema_decay(t, burnt, warm=False) for t in (0, 1, 2)] == [0.0, 0.0, 0.999]
+
+
+def test_cutmix_of_labels_merges_stuff_drops_what_vanished_and_pastes_void():
+    things = torch.tensor([True, False])                                                      # class 0 thing, 1 stuff
+    first = Target(torch.tensor([0, 1, 0]), torch.tensor([[1, 2, 2, 3]], dtype=torch.int32))
+    second = Target(torch.tensor([1, 0]), torch.tensor([[2, 2, 0, 1]], dtype=torch.int32))
+    mixed = mean_teacher.mix_target(first, second, (0, 1, 2, 4), things)                      # right half from the second
+    # pixel 0 thing, pixel 1 stuff of the first; pixel 2 void and pixel 3 stuff of the second; the first's second thing is gone
+    assert mixed.segment_map.tolist() == [[1, 2, 0, 2]] and mixed.labels.tolist() == [0, 1]
+    mixed = mean_teacher.mix_target(first, second, (0, 1, 0, 2), things)                      # left half: things stay apart
+    assert mixed.segment_map.tolist() == [[3, 3, 1, 2]] and mixed.labels.tolist() == [1, 0, 0]
+    assert first.segment_map.tolist() == [[1, 2, 2, 3]]                                       # nothing edited in place
+
+
+def test_cutmix_of_images_and_labels_uses_the_same_box(small_mini):
+    dataset = data.load_mini("4")
+    batches = data.SemiSupervisedBatches(dataset, dataclasses.replace(TINY, burn_in=0, cutmix_prob=1.0, unlabeled_batch=3), 1)
+    u = batches[0][1]
+    mixed = mean_teacher.mix_images(u.strong, u.partner_strong, u.boxes)
+    for k, (top, bottom, left, right) in enumerate(u.boxes):
+        inside = torch.zeros(64, 64, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(mixed[k][:, inside], u.partner_strong[k][:, inside]) and torch.equal(mixed[k][:, ~inside], u.strong[k][:, ~inside])
+
+
+def test_pseudo_labels_obey_the_clip_switch():
+    teacher = tiny_segmenter().teacher()
+    f = teacher.backbone(torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8))
+    class_logits, mask_logits = teacher.head(f)[-1]
+    decoder = teacher.posterior(f, class_logits, mask_logits, ensemble=False)
+    torch.testing.assert_close(decoder, class_logits.softmax(-1))
+    assert not torch.allclose(teacher.posterior(f, class_logits, mask_logits, ensemble=True), decoder)
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+@pytest.mark.parametrize("classifier", ["language", "linear"])
+def test_a_semi_supervised_step_moves_student_and_teacher_and_leaves_a_frozen_backbone_alone(small_mini, classifier, train_backbone):
+    cfg = dataclasses.replace(TINY, burn_in=0, classifier=classifier, train_backbone=train_backbone)
+    dataset = data.load_mini("4")
+    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    teacher = student.teacher()
+    backbone = [p.clone() for p in student.backbone.trunk.stem.parameters()]
+    head = {k: p.clone() for k, p in student.trained().items()}
+    batch = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
+    losses = mean_teacher.train_step(student, teacher, optim.build_optimizer(student, cfg), *batch, torch.tensor(dataset.taxonomy.things), cfg, 0)
+    assert math.isfinite(losses["loss"]) and losses["grad_norm"] > 0
+    assert losses["loss"] == pytest.approx(sum(v for k, v in losses.items() if "/" in k), rel=1e-5)
+    assert sum(not torch.equal(p, head[k]) for k, p in student.trained().items()) > 0.9 * len([k for k in head if k.startswith("head")])
+    assert all(torch.equal(a, b) for a, b in zip(backbone, student.backbone.trunk.stem.parameters())) != train_backbone
+    assert all(torch.equal(p, student.trained()[k]) for k, p in teacher.trained().items())    # decay 0 at the first step
+
+
+def test_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypatch):
+    cfg = dataclasses.replace(TINY, burn_in=0)
+    dataset = data.load_mini("4")
+    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(64, 64, dtype=torch.int32))
+    monkeypatch.setattr(mean_teacher, "pseudo_labels", lambda teacher, features, *a: [nothing] * len(features[0]))
+    batch = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
+    losses = mean_teacher.train_step(student, student.teacher(), optim.build_optimizer(student, cfg), *batch, torch.tensor(dataset.taxonomy.things), cfg, 0)
+    assert losses["unlabeled/mask"] == 0 and math.isfinite(losses["loss"]) and losses["pseudo_segments"] == 0
+
+
+def test_bf16_keeps_losses_in_single_precision(small_mini):
+    cfg = dataclasses.replace(TINY, burn_in=0)
+    dataset = data.load_mini("4")
+    batch, things = data.SemiSupervisedBatches(dataset, cfg, 1)[0], torch.tensor(dataset.taxonomy.things)
+    def loss(precision):
+        student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+        return mean_teacher.train_step(student, student.teacher(), optim.build_optimizer(student, cfg), *batch, things, cfg, 0, precision=precision)["loss"]
+    assert loss(torch.bfloat16) == pytest.approx(loss(torch.float32), rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------- panoptic_eval.py
+
+def pq_of(pred, pred_labels, true, true_labels, num_classes=2, things=None, **more):
+    """Result of one image; a map given as a list is one row of pixels."""
+    quality = PanopticQuality(num_classes)
+    quality.add(np.atleast_2d(pred), pred_labels, np.atleast_2d(true), true_labels, **more)
+    return quality.result(np.zeros(num_classes, bool) if things is None else things)
+
+
+def counts(result, c=0):
+    return tuple(result["per_class"][c][key] for key in ("tp", "fp", "fn"))
+
+
+def test_pq_of_a_perfect_prediction_is_one_whatever_the_order_of_segments():
+    true = np.array([[1, 1, 2, 2], [3, 3, 0, 2]])
+    pred = np.array([[2, 2, 3, 3], [1, 1, 0, 3]])
+    result = pq_of(pred, [1, 0, 0], true, [0, 0, 1], things=np.array([True, False]))
+    for group, n in (("all", 2), ("things", 1), ("stuff", 1)):
+        assert result[group] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "n": n}
+
+
+def test_pq_does_not_punish_pixels_over_void():
+    # truth of 10 px; the prediction covers 8 of them and 2 void px: IoU = 8 / (10 + 10 - 8 - 2) = 0.8
+    result = pq_of([0, 0] + [1] * 8 + [1, 1], [0], [1] * 10 + [0, 0], [0])
+    assert counts(result) == (1, 0, 0) and result["all"]["pq"] == pytest.approx(0.8)
+
+
+def test_pq_is_sq_times_rq_for_one_match_one_false_positive_and_one_miss():
+    # segment 1: 3 of 4 px, IoU 3/4; prediction 2 (2 px) lies on 1 px of segment 1 and 1 px of segment 2 (3 px):
+    # IoU 1 / (2 + 3 - 1), no match. tp fp fn = 1 1 1: sq 3/4, rq 1 / (1 + 1/2 + 1/2) = 1/2, pq 3/8
+    result = pq_of([1, 1, 1, 2, 2, 0, 0], [0, 0], [1, 1, 1, 1, 2, 2, 2], [0, 0])
+    assert counts(result) == (1, 1, 1)
+    assert [result["all"][key] for key in ("pq", "sq", "rq")] == pytest.approx([3 / 8, 3 / 4, 1 / 2])
+
+
+def test_pq_an_iou_of_exactly_one_half_is_no_match():
+    assert counts(pq_of([1, 1, 0, 0], [0], [1, 1, 1, 1], [0])) == (0, 1, 1)       # 2 / 4
+    assert counts(pq_of([1, 1, 1, 0, 0], [0], [1, 1, 1, 1, 1], [0])) == (1, 0, 0)  # 3 / 5
+
+
+def test_pq_needs_the_same_class():
+    result = pq_of([1, 1], [1], [1, 1], [0])
+    assert counts(result, 0) == (0, 0, 1) and counts(result, 1) == (0, 1, 0)
+    assert result["all"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 2}              # a class only predicted is in the mean
+
+
+def test_pq_classes_that_occur_nowhere_are_not_in_the_mean():
+    result = pq_of([1, 1], [3], [1, 1], [3], num_classes=133)
+    assert result["all"] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "n": 1} and len(result["per_class"]) == 133
+
+
+def test_pq_an_unmatched_prediction_mostly_on_void_is_no_false_positive_but_one_half_on_void_is():
+    assert counts(pq_of([1, 1, 1], [0], [1, 0, 0], [1])) == (0, 0, 0)              # 2 of 3 px on void
+    assert counts(pq_of([1, 1, 1, 1], [0], [1, 1, 0, 0], [1])) == (0, 1, 0)        # 2 of 4
+
+
+def test_pq_crowd_is_never_missed_and_never_matched():
+    crowd = dict(true_crowd=[True])
+    assert counts(pq_of([0, 0], [], [1, 1], [0], **crowd)) == (0, 0, 0)
+    assert counts(pq_of([1, 1], [0], [1, 1], [0], **crowd)) == (0, 0, 0)           # forgiven, but no true positive
+    assert counts(pq_of([1, 1], [1], [1, 1], [0], **crowd), 1) == (0, 1, 0)        # a crowd of another class forgives nothing
+
+
+def test_pq_void_and_crowd_are_added_before_the_half_is_taken():
+    # 5 px: 2 on void, 1 on the crowd of its class, 2 on another segment: 3/5 forgiven; each alone would not do
+    result = pq_of([1] * 5, [0], [0, 0, 1, 2, 2], [0, 1], true_crowd=[True, False])
+    assert counts(result, 0) == (0, 0, 0) and counts(result, 1) == (0, 0, 1)
+
+
+def test_pq_crowd_pixels_stay_in_the_union_of_a_match():
+    # truth of 4 px found whole, and 2 px of crowd with it: IoU 4 / (6 + 4 - 4) = 2/3; on void it would be 1
+    result = pq_of([1] * 6, [0], [1, 1, 1, 1, 2, 2], [0, 0], true_crowd=[False, True])
+    assert counts(result) == (1, 0, 0) and result["all"]["pq"] == pytest.approx(2 / 3)
+
+
+def test_pq_of_several_crowd_regions_of_a_class_only_the_last_listed_forgives():
+    pred, true = [1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 2]
+    assert counts(pq_of(pred, [0, 0], true, [0, 0], true_crowd=[True, True])) == (0, 1, 0)
+    assert counts(pq_of([0] * 6 + [1], [0], [1, 1, 1, 2, 2, 2, 2], [0, 0], true_crowd=[True, True])) == (0, 0, 0)
+    assert counts(pq_of([1] + [0] * 6, [0], [1, 1, 1, 2, 2, 2, 2], [0, 0], true_crowd=[True, True])) == (0, 1, 0)
+
+
+def test_pq_takes_the_area_of_the_truth_from_the_json():
+    # 4 px found whole; stated 5: IoU 4 / (4 + 5 - 4) = 0.8; stated 8: exactly 1/2, no match; stated 2: 4 / 2 = 2, as the API
+    areas = {5: ((1, 0, 0), 0.8), 8: ((0, 1, 1), 0.0), 2: ((1, 0, 0), 2.0), 0: ((0, 1, 1), 0.0)}
+    for area, (expected, pq) in areas.items():
+        result = pq_of([1] * 4, [0], [1] * 4, [0], true_areas=[area])
+        assert counts(result) == expected and result["all"]["pq"] == pytest.approx(pq), area
+
+
+def test_pq_of_an_empty_prediction_misses_every_segment():
+    result = pq_of([0, 0, 0], [], [1, 2, 2], [0, 0])
+    assert counts(result) == (0, 0, 2) and result["all"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 1}
+
+
+def test_pq_of_all_void_truth_counts_nothing_and_divides_by_nothing():
+    with np.errstate(all="raise"):
+        result = pq_of([1, 1, 2], [0, 1], [0, 0, 0], [], things=np.array([True, False]))
+    for group in ("all", "things", "stuff"):
+        assert result[group] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}
+
+
+def test_pq_without_any_image_or_any_thing_class_is_zero_over_zero_classes():
+    nothing = {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}
+    assert PanopticQuality(3).result(np.ones(3, bool))["all"] == nothing
+    result = pq_of([1], [0], [1], [0], things=np.zeros(2, bool))
+    assert result["things"] == nothing and result["stuff"] == result["all"] and result["all"]["pq"] == 1.0
+
+
+@pytest.mark.parametrize("number, dtype", [(250, np.uint8), (300, np.uint16), (70_000, np.uint32)])
+def test_pq_ids_do_not_overflow_the_type_of_the_maps(number, dtype):
+    # every segment one pixel, all found: products of two ids exceed 8, 16 and 32 bits
+    ids = np.arange(1, number + 1, dtype=dtype).reshape(10, -1)
+    result = pq_of(ids, np.zeros(number, int), ids, np.zeros(number, int))
+    assert counts(result) == (number, 0, 0) and result["all"]["pq"] == 1.0
+
+
+def test_pq_a_true_segment_without_a_pixel_is_missed():
+    assert counts(pq_of([1, 1], [0], [1, 1], [0, 0])) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (([3, 1], [0, 0], [1, 1], [0]), r"pred_map: expected values in \[0, 2\], got 1 to 3"),
+    (([1, 1], [0], [1, -1], [0]), r"true_map: expected values in \[0, 1\], got -1 to 1"),
+    (([1, 1], [0, 0], [1, 1], [0]), "pred_map: segment 2 of 2 has a label but no pixel"),
+    (([1, 1], [2], [1, 1], [0]), r"pred_labels: expected values in \[0, 1\], got 2 to 2"),
+    (([1.0, 1.0], [0], [1, 1], [0]), r"pred_map: expected \(H, W\) integers, got \(1, 2\) float64"),
+    (([1, 1], [0], [1, 1, 1], [0]), r"pred_map and true_map: expected one shape, got \(1, 2\) and \(1, 3\)"),
+])
+def test_pq_refuses_what_does_not_fit_and_counts_nothing_of_it(arguments, message):
+    quality = PanopticQuality(2)
+    with pytest.raises(ValueError, match=message):
+        quality.add(np.atleast_2d(arguments[0]), arguments[1], np.atleast_2d(arguments[2]), arguments[3])
+    assert quality.result([True, False])["all"]["n"] == 0
+
+
+def random_panoptic(rng, num_classes=4):
+    """An image with void, crowd (several of a class), half-right predictions and JSON areas that are off by up to a third."""
+    coarse = rng.integers(0, 9, (6, 8))                                            # 0 = void
+    num_true = 9                                                                   # the 9th never has a pixel
+    true = np.kron(coarse, np.ones((4, 4), int))
+    pred = np.roll(np.where(rng.random((6, 8)) < 0.3, rng.integers(0, 9, (6, 8)), coarse).repeat(4, 0).repeat(4, 1),
+                   rng.integers(0, 3), axis=1)
+    true_labels, crowd = rng.integers(0, num_classes, num_true), rng.random(num_true) < 0.3
+    labels_of = np.where(rng.random(9) < 0.8, true_labels, rng.integers(0, num_classes, 9))
+    present, pred = np.unique(pred, return_inverse=True)                           # predictions that have a pixel
+    pred, present = pred.reshape(true.shape) + (present[0] != 0), present[present != 0]
+    areas = np.bincount(true.ravel(), minlength=num_true + 1)[1:]
+    areas = np.where(rng.random(num_true) < 0.5, areas, (areas * rng.uniform(0.67, 1.33, num_true)).astype(int) + 1)
+    return dict(pred_map=pred, pred_labels=labels_of[present - 1], true_map=true, true_labels=true_labels,
+                true_areas=areas, true_crowd=crowd)
+
+
+def test_pq_agrees_with_the_coco_panoptic_api_on_random_maps(tmp_path, num_images=60, num_classes=4):
+    evaluation = pytest.importorskip("panopticapi.evaluation")
+    from panopticapi.utils import id2rgb
+    from PIL import Image
+    rng, quality, pairs = np.random.default_rng(0), PanopticQuality(num_classes), []
+    for i in range(num_images):
+        image = random_panoptic(rng, num_classes)
+        quality.add(**image)
+        annotation = {}
+        for side in ("pred", "true"):
+            labels = image[f"{side}_labels"]
+            ids = np.concatenate([[0], rng.choice(256 ** 3 - 1, len(labels), replace=False) + 1])      # in RGB, all 24 bits
+            Image.fromarray(id2rgb(ids[image[f"{side}_map"]])).save(tmp_path / f"{side}{i}.png")
+            annotation[side] = {"image_id": i, "file_name": f"{side}{i}.png", "segments_info": [
+                {"id": int(ids[k + 1]), "category_id": int(c)} for k, c in enumerate(labels)]}
+        for k, segment in enumerate(annotation["true"]["segments_info"]):
+            segment.update(area=int(image["true_areas"][k]), iscrowd=int(image["true_crowd"][k]))
+        pairs.append((annotation["true"], annotation["pred"]))
+    categories = {c: {"isthing": int(c < 2)} for c in range(num_classes)}
+    theirs = evaluation.pq_compute_single_core(0, pairs, str(tmp_path), str(tmp_path), categories)
+    ours = quality.result(np.arange(num_classes) < 2)
+    for c in range(num_classes):
+        assert counts(ours, c) == (theirs[c].tp, theirs[c].fp, theirs[c].fn)
+        assert ours["per_class"][c]["iou"] == pytest.approx(theirs[c].iou, rel=1e-12)
+        assert min(counts(ours, c)) > 0                                            # the images do exercise the rules
+    for group, isthing in (("all", None), ("things", True), ("stuff", False)):
+        assert ours[group] == pytest.approx(theirs.pq_average(categories, isthing)[0], rel=1e-12)
+
+
+def test_pq_and_miou_merged_over_uneven_processes_equal_one_process_and_are_json():
+    rng = np.random.default_rng(1)
+    images = [random_panoptic(rng) for _ in range(7)]
+    whole, parts = PanopticQuality(4), [PanopticQuality(4) for _ in range(3)]       # 6, 1 and 0 images
+    whole_miou, miou_parts = MeanIoU(4), [MeanIoU(4) for _ in range(3)]
+    for i, image in enumerate(images):
+        pred, true = image["pred_map"] % 4, image["true_map"] % 4
+        for quality, miou in ((whole, whole_miou), (parts[i == 6], miou_parts[i == 6])):
+            quality.add(**image)
+            miou.add(pred, true)
+    for total, rest in ((parts[0], parts[1:]), (miou_parts[0], miou_parts[1:])):
+        for part in rest:
+            total.merge(part)
+    names, things = ["cat", "dog", "sky", "sea"], [True, True, False, False]
+    merged, expected = parts[0].result(things, names), whole.result(things, names)
+    assert merged["all"] == pytest.approx(expected["all"], rel=1e-12) and list(merged["per_class"]) == names
+    assert miou_parts[0].result(names) == whole_miou.result(names)
+    assert json.loads(json.dumps(merged)) == merged                                # no numpy number in it
+    assert json.loads(json.dumps(whole_miou.result(names))) == whole_miou.result(names)
+    with pytest.raises(ValueError, match="merge: expected 4 classes, got 5"):
+        whole.merge(PanopticQuality(5))
+
+
+def test_miou_by_hand_without_void_and_without_classes_that_the_truth_lacks():
+    # the void px counts nowhere. class 0: tp 2, fn 1 (said 1): 2/3. class 1: tp 1, fp 1, fn 1 (said 2): 1/3.
+    # class 2 is only predicted, class 3 occurs nowhere: neither is in the mean, (2/3 + 1/3) / 2
+    miou = MeanIoU(4)
+    miou.add(np.array([[0, 0, 1], [1, 2, 0]]), np.array([[0, 0, 0], [1, 1, 255]], np.uint8))
+    result = miou.result()
+    assert result["miou"] == pytest.approx(0.5) and result["n"] == 2
+    assert result["per_class"][0] == {"iou": pytest.approx(2 / 3), "tp": 2, "fp": 0, "fn": 1}
+    assert result["per_class"][2] == {"iou": 0.0, "tp": 0, "fp": 1, "fn": 0}
+
+
+def test_miou_of_all_void_is_zero_over_zero_classes():
+    miou = MeanIoU(2)
+    miou.add(np.zeros((2, 2), int), np.full((2, 2), 255))
+    assert (miou.result()["miou"], miou.result()["n"]) == (0.0, 0)
+
+
+def test_miou_refuses_a_void_value_that_is_a_class_and_labels_beyond_the_classes():
+    with pytest.raises(ValueError, match="ignore: 255 is also one of the 300 classes"):
+        MeanIoU(300).add(np.zeros((1, 1), int), np.zeros((1, 1), int))
+    with pytest.raises(ValueError, match=r"true: expected values in \[0, 1\], got 0 to 2"):
+        MeanIoU(2).add(np.zeros((1, 2), int), np.array([[0, 2]]))
+
+
+# ------------------------------------------------------------------------------------------------------------ dewa.py
+
+def test_run_lengths_of_coco_by_hand():
+    # columns first: 40 zeros = 0b01_01000 -> low group 8 with "more" (32): chr(48 + 40) = "X", then 1: "1"; 2 ones: "2"
+    mask = np.zeros((6, 7), bool)
+    mask[4:, 6] = True
+    assert dewa.encode_rle(mask) == {"size": [6, 7], "counts": "X12"}
+    assert dewa.encode_rle(np.ones((2, 2), bool))["counts"] == "04"                           # a mask that starts with ones
+    # runs 0 5 1 3 1: the fourth is stored as 3 - 5 = -2 -> 0b11110 = 30 -> chr(78) = "N", the fifth as 1 - 1 = 0
+    assert dewa.encode_rle(np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 0], bool)[:, None])["counts"] == "051N0"
+
+
+def test_run_lengths_come_back_as_the_mask_they_were_made_from():
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (5, 3), (64, 48), (300, 200)):
+        for density in (0.0, 0.02, 0.5, 1.0):
+            mask = rng.random(shape) < density
+            assert np.array_equal(dewa.decode_rle(dewa.encode_rle(mask)), mask)
+    pycocotools = pytest.importorskip("pycocotools.mask")
+    mask = rng.random((37, 53)) < 0.3
+    assert pycocotools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == dewa.encode_rle(mask)["counts"]
+
+
+@pytest.mark.parametrize("counts", ["", "X", "X1", "5", "~~~~"])
+def test_damaged_run_lengths_are_refused(counts):
+    with pytest.raises(ValueError):
+        dewa.decode_rle({"size": [6, 7], "counts": counts})
+
+
+class FakeSam:
+    """Two overlapping masks an image; counts its calls."""
+    calls = 0
+
+    def generate(self, image):
+        self.calls += 1
+        first, second = np.zeros(image.shape[:2], bool), np.zeros(image.shape[:2], bool)
+        first[:40], second[20:, :50] = True, True
+        return [{"segmentation": m, "area": m.sum(), "predicted_iou": 0.9, "stability_score": 0.9, "crop_box": [0, 0, 128, 128],
+                 "point_coords": [[1.0, 2.0]]} for m in (first, second)]
+
+
+def test_masks_on_disk_have_the_official_keys_and_an_interrupted_call_goes_on(small_mini, tmp_path):
+    images, sam = data.load_mini("4").train, FakeSam()
+    assert dewa.generate_masks(images, sam, tmp_path) == 12 and sam.calls == 12
+    content = json.loads((tmp_path / "train_00003.json").read_text())
+    assert content["image"] == {"image_id": "train_00003", "file_name": "train_00003.png", "height": 128, "width": 128}
+    assert set(content["annotations"][0]) == {"id", "segmentation", "area", "predicted_iou", "stability_score", "crop_box", "point_coords"}
+    (tmp_path / "train_00003.json").unlink()
+    assert dewa.generate_masks(images, sam, tmp_path) == 1 and sam.calls == 13
+    masks = dewa.read_masks(tmp_path, "train_00003.png")
+    assert masks.shape == (128, 128, 2) and masks[..., 0].sum() == 40 * 128
+
+
+def test_dewa_batches_keep_masks_that_the_crop_empties(small_mini, tmp_path):
+    dataset = data.load_mini("4")
+    dewa.generate_masks(dataset.train, FakeSam(), tmp_path)
+    for step in range(4):
+        batch = dewa.DewaBatches(dataset, tmp_path, dataclasses.replace(TINY, scale_min=2.0, scale_max=2.0), 4)[step]
+        assert all(len(t) == 2 and t.masks.shape == (2, 64, 64) and t.labels.eq(0).all() for t in batch.targets)
+    (tmp_path / "train_00000.json").write_text('{"image": {"height": 1')
+    with pytest.raises(UserError, match="train_00000.json"):
+        dewa.read_masks(tmp_path, "train_00000.png")
+
+
+# ------------------------------------------------------------------------------------------- checkpoint.py, trainer.py
+
+def test_the_newest_readable_checkpoint_is_found_when_the_newest_is_damaged(tmp_path, capsys):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step, "x": torch.arange(1000)})
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_0000002.pt", "step_0000003.pt"]
+    content = bytearray((tmp_path / "step_0000003.pt").read_bytes())
+    content[len(content) // 2] ^= 1                                                           # one flipped bit
+    (tmp_path / "step_0000003.pt").write_bytes(content)
+    assert checkpoint.newest(tmp_path)["step"] == 2 and "SHA-256" in capsys.readouterr().out
+    (tmp_path / "step_0000003.pt").write_bytes(content[:100])                                 # cut short
+    assert checkpoint.newest(tmp_path)["step"] == 2
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    torch.save({"step": Evil()}, tmp_path / "step_0000001.pt")
+    with pytest.raises(UserError, match="read safely"):
+        checkpoint.load(tmp_path / "step_0000001.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_weights_of_another_configuration_are_refused_and_nothing_is_copied():
+    into = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"b: expected \(3,\), found \(4,\)"):
+        checkpoint.load_weights(into, {"a": torch.ones(2), "b": torch.ones(4)}, "file.pt")
+    assert into["a"].eq(0).all()
+    assert "1 of 2 tensors taken; not taken: b" in checkpoint.load_weights(into, {"a": torch.ones(2), "b": torch.ones(4)}, "file.pt", ("b",))
+
+
+def test_official_names_map_one_to_one_onto_our_parameters():
+    head = Mask2Former([128, 256, 512, 1024], OFFICIAL, 150, random_vocabulary((1,) * 150, 640))
+    ours = {f"head.{name}": list(p.shape) for name, p in head.named_parameters()}
+    assert sum(math.prod(shape) for shape in ours.values()) == 20_350_913                     # trainable, as officially
+    listed = REAL_DATA.parent / "official_keys.json"
+    if not listed.exists():
+        pytest.skip(f"{listed} with the official names is not there")
+    shapes = {checkpoint.rename_official(name): shape for name, shape in json.loads(listed.read_text())["shapes"].items()}
+    assert {name: shape for name, shape in shapes.items() if name and name.startswith("head.")} == ours
+
+
+def log_of(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+TINY_FLAGS = ["--pretrained", "random", "--hidden", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "2", "--encoder-ffn", "32",
+              "--decoder-ffn", "32", "--num-queries", "8", "--num-points", "64", "--labeled-batch", "2", "--unlabeled-batch", "2",
+              "--dewa-batch", "2", "--crop", "64", "--test-size", "64", "--burn-in", "2", "--split", "4", "--device", "cpu"]
+
+
+def run(*args):
+    return dearli.main([str(a) for a in args] + TINY_FLAGS)
+
+
+def test_a_stopped_and_resumed_run_takes_the_same_steps_bit_for_bit(small_mini, tmp_path, monkeypatch):
+    common = ["--stage", "ssl", "--method", "dear", "--no-eval", "--steps", 6, "--checkpoint-every", 2]
+    assert run(*common, "--out", tmp_path / "straight") == 0
+    calls = []
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return mean_teacher.train_step(*args, **kwargs)
+    monkeypatch.setattr(dearli, "train_step", killed)
+    assert run(*common, "--out", tmp_path / "stopped") == 130                                 # in the fourth step; saved after the second
+    monkeypatch.setattr(dearli, "train_step", mean_teacher.train_step)
+    assert run(*common, "--out", tmp_path / "stopped", "--resume") == 0
+    straight, stopped = (checkpoint.newest(tmp_path / name) for name in ("straight", "stopped"))
+    assert straight["step"] == stopped["step"] == 6 and log_of(tmp_path / "straight") == log_of(tmp_path / "stopped")
+    for part in ("student", "teacher"):
+        assert all(torch.equal(p, stopped[part][name]) for name, p in straight[part].items())
+    assert run(*common, "--out", tmp_path / "stopped", "--resume", "--lr", "0.5") == 2        # another configuration
+    assert run(*common, "--out", tmp_path / "stopped") == 2                                   # a run is there already
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_five_in_a_row_stop_the_run(small_mini, tmp_path, monkeypatch, capsys):
+    def broken(student, *args, **kwargs):
+        raise optim.NotFinite("step 0: loss is nan (mask nan); images: train_00001.png")
+    monkeypatch.setattr(dearli, "train_step", broken)
+    assert run("--stage", "sup", "--no-eval", "--steps", 9, "--out", tmp_path / "run") == 2
+    assert "train_00001.png" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- microcosm and its models
+
+def test_scenes_are_partitions_that_never_change_and_collections_differ():
+    s = microcosm.scene("train", 5)
+    areas = np.bincount(s.segment_map.ravel(), minlength=len(s.labels) + 1)
+    assert areas[0] == 0 and (areas[1:] > 0).all() and s.image.shape == (128, 128, 3)
+    assert np.array_equal(s.image, microcosm.scene("train", 5).image) and not np.array_equal(s.image, microcosm.scene("val", 5).image)
+    for part in range(1, s.part_map.max() + 1):
+        assert len(np.unique(s.segment_map[s.part_map == part])) <= 1                          # a part lies inside one segment
+    assert len(set(microcosm.SEEDS.values())) == len(microcosm.SEEDS)
+
+
+def test_captions_name_classes_that_are_there():
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        s = microcosm.scene("train", i)
+        text = microcosm.caption(s, rng)
+        assert any(name in text for label in s.labels for name in microcosm.CLASSES[label].split(", "))
+
+
+def test_mini_clip_knows_the_classes_of_ground_truth_masks():
+    import mini_clip
+    quality = mini_clip.evaluate(mini_clip.load(), "val", images=40)
+    assert quality["class_mean"] > 0.5                                                         # chance 1/20
+
+
+def test_mini_sam_draws_wholes_and_parts_through_the_automatic_generator():
+    import mini_sam
+    quality = mini_sam.evaluate(mini_sam.load(), "val", images=6)
+    assert quality["recall_50"] > 0.7 and quality["masks_max"] <= 40
+
+
+# ------------------------------------------------------------------------------------------------------ whole pipelines
+
+def test_two_images_can_be_learned_by_heart(small_mini):
+    cfg = dataclasses.replace(MINI, labeled_batch=2, num_points=256, lr=1e-3, scale_min=1.0, scale_max=1.0)
+    dataset = data.load_mini("2")
+    dataset.val = dataset.train
+    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    optimizer, things = optim.build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    batches = data.LabeledBatches(dataset, cfg, 140)
+    for step in range(140):
+        optim.set_lr(optimizer, step, 140, cfg)
+        mean_teacher.train_step(student, None, optimizer, batches[step], None, things, cfg, step)
+    metrics = evaluate({"student": student}, dataset, cfg, torch.device("cpu"), ("decoder",), limit=2)["student/decoder"]
+    assert metrics["all"]["pq"] > 0.6, metrics["all"]
+
+
+def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
+    runs = ["--runs", tmp_path]
+    assert run("--stage", "ssl", *runs) == 2                                                   # DEARLi without DeWa weights
+    message = capsys.readouterr().err
+    assert "--stage dewa" in message and "--method dear" in message and message.count("\n") == 1
+    assert run("--stage", "dewa", *runs) == 2 and "--stage masks" in capsys.readouterr().err
+    assert run("--stage", "masks", *runs, "--points-per-side", 4) == 0
+    assert len(list((tmp_path / "mini-masks").glob("*.json"))) == 12
+    assert run("--stage", "dewa", *runs, "--steps", 2) == 0
+    assert all(row["loss"] > 0 for row in log_of(tmp_path / "mini-dewa"))
+    for args in (["sup"], ["ssl", "--method", "ssl"], ["ssl", "--method", "dear"], ["ssl", "--method", "dearli"]):
+        assert run("--stage", *args, *runs, "--steps", 4) == 0
+    metrics = json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text())
+    assert {"student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble"} <= set(metrics)
+    assert 0 <= metrics["teacher/ensemble"]["all"]["pq"] <= 1 and len(metrics["student/decoder"]["per_class"]) == 20
+    (tmp_path / "mini-dearli-4" / "metrics.json").unlink()
+    assert dearli.main(["--stage", "eval", "--dataset", "mini", "--weights", str(tmp_path / "mini-dearli-4"), "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text()) == metrics    # every flag is remembered
+
+
+def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, capsys):
+    sizes = ["--runs", tmp_path, "--ssl-steps", 4, "--dewa-steps", 2, "--points-per-side", 4]
+    assert run(*sizes) == 0
+    assert "DEARLi" in capsys.readouterr().out and Image.open(tmp_path / "demo.png").size[0] > 500
+    assert run("--stage", "ladder", "--seeds", 2, *sizes) == 0
+    content = json.loads((tmp_path / "ladder.json").read_text())
+    assert content["seeds"] == [0, 1] and {k: len(v) for k, v in content["results"].items()} == {"sup": 2, "ssl": 2, "dear": 2, "dearli": 2}
+    # equal optimiser steps: what DEARLi warms up is taken from its semi-supervised stage
+    assert len(log_of(tmp_path / "mini-sup-4")) == len(log_of(tmp_path / "mini-dear-4")) == 4
+    assert len(log_of(tmp_path / "mini-dewa")) + len(log_of(tmp_path / "mini-dearli-4")) == 4
+
+
+def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):
+    root = write_coco_folder(tmp_path / "set")
+    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs", "--steps", 2, "--points-per-side", 4]
+    flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--split", "1_3", "--device", "cpu", "--workers", "0"]
+    for args in (["masks"], ["dewa"], ["sup"], ["ssl", "--method", "ssl"], ["ssl", "--method", "dearli"]):
+        assert dearli.main([str(a) for a in ["--stage", *args, *own]] + flags) == 0
+    metrics = json.loads((tmp_path / "runs" / "set-ssl-1_3" / "metrics.json").read_text())
+    assert 0 <= metrics["student/decoder"]["all"]["pq"] <= 1
+
+
+@needs_nuclei
+def test_real_microscopy_images_train_and_evaluate(tmp_path):
+    flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--split", "1_32", "--device", "cpu", "--workers", "0"]
+    dataset = data.load_folder(REAL_DATA / "nuclei_panoptic", "1_32")
+    assert (len(dataset.train), len(dataset.val), len(dataset.labeled), len(dataset.unlabeled)) == (513, 128, 16, 497)
+    for i in (0, 100):
+        truth = dataset.train.truth(i)
+        assert np.array_equal(np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:], truth.areas)
+    assert dearli.main(["--stage", "ssl", "--method", "ssl", "--dataset", "custom", "--data-root", str(REAL_DATA / "nuclei_panoptic"),
+                        "--runs", str(tmp_path), "--steps", "3", "--no-eval"] + flags) == 0
+
+
+# ------------------------------------------------------------------------------------------------- mistakes at the door
+
+@pytest.mark.parametrize("args, words", [
+    (["--stage", "train"], "unknown stage 'train'; available: demo, masks"),
+    (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom"),
+    (["--stage", "ssl", "--method", "dearly"], "unknown method 'dearly'; available: ssl, dear, dearli"),
+    (["--stage", "sup", "--split", "0"], "unknown split '0' of data set mini"),
+    (["--stage", "sup", "--split", "1_32"], "unknown split '1_32' of data set mini"),
+    (["--stage", "sup", "--precision", "fp8"], "unknown precision 'fp8'"),
+    (["--stage", "sup", "--backbone", "resnet50"], "unknown backbone 'resnet50'"),
+    (["--stage", "sup", "--classifier", "mlp"], "unknown classifier 'mlp'; available: language, linear"),
+    (["--stage", "sup", "--dataset", "custom"], "--data-root"),
+    (["--stage", "sup", "--dataset", "custom", "--data-root", "/no/such/folder"], "/no/such/folder: no such folder"),
+    (["--stage", "eval"], "--weights"),
+    (["--stage", "eval", "--weights", "/no/such/run"], "/no/such/run"),
+    (["--stage", "masks", "--sam", "vit_h"], "SAM weights"),
+    (["--stage", "sup", "--device", "tpu"], "device 'tpu'"),
+])
+def test_a_mistake_on_the_command_line_gets_one_clear_line(args, words, capsys, tmp_path):
+    assert dearli.main([*args, "--runs", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and message.startswith("error: ")
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "not a readable JSON"),
+    ("[]", "key 'images' is missing"),
+    ('{"images": [], "annotations": []}', "key 'categories' is missing"),
+    ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}', "isthing"),
+    ('{"images": [], "annotations": [{"image_id": 3}], "categories": [{"id": 1, "name": "cat", "isthing": 1}]}', "no entry for 3"),
+])
+def test_a_json_without_what_is_needed_gets_one_clear_line(content, words, tmp_path):
+    root = write_coco_folder(tmp_path / "set", images=1)
+    (root / "panoptic_train.json").write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        data.load_folder(root, "1")
+    assert "panoptic_train.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_with_missing_or_wrong_files_says_which(tmp_path):
+    root = write_coco_folder(tmp_path / "set")
+    with pytest.raises(UserError, match="available: 1_3"):
+        data.load_folder(root, "1_64")
+    (root / "splits" / "1_3" / "labeled.txt").write_text("train0.png\nnowhere.png\n")
+    with pytest.raises(UserError, match="'nowhere.png' is not an image of the training set"):
+        data.load_folder(root, "1_3")
+    (root / "images" / "train1.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="train1.png: not a readable image"):
+        data.load_folder(root, "2").train.image(1)
+    Image.fromarray(np.full((64, 64, 3), 9, np.uint8)).save(root / "panoptic" / "train2.png")
+    with pytest.raises(UserError, match="train2.png: segment 592137 has pixels but is not in segments_info"):
+        data.load_folder(root, "2").train.truth(2)
+
+
+def test_weights_of_another_configuration_are_named(small_mini, tmp_path, capsys):
+    assert run("--stage", "sup", "--steps", 1, "--no-eval", "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert dearli.main(["--stage", "eval", "--weights", str(tmp_path / "run"), "--hidden", "64", "--device", "cpu"]) == 2
+    assert "fits another configuration" in capsys.readouterr().err
