@@ -20,18 +20,12 @@ SIZE = 128          # pixels, side of the square images of the data set `mini`
 MIN_VISIBLE = 60    # pixels of a SIZE image; a thing that shows less is left out of the scene
 RADIUS = (11.0, 24.0)  # pixels, half the extent of a thing
 
-# Class names with synonyms, most frequent first. Shape and look vary independently; a hue shift or a loss of colour
-# (the strong augmentation) does not turn one class into another, because the looks differ in pattern as well.
-SHAPES = ("ball, disc", "box, square", "star", "ring, hoop", "cross, plus", "kite, triangle")
-LOOKS = ("red", "striped")
-THINGS = tuple(", ".join(f"{look} {noun}" for noun in shape.split(", "))
-               for shape, look in [(SHAPES[0], "red"), (SHAPES[1], "striped"), (SHAPES[2], "red"), (SHAPES[3], "striped"),
-                                   (SHAPES[4], "red"), (SHAPES[5], "striped"), (SHAPES[0], "striped"), (SHAPES[1], "red"),
-                                   (SHAPES[2], "striped"), (SHAPES[3], "red"), (SHAPES[4], "striped"), (SHAPES[5], "red")])
+# Class names with synonyms, most frequent first. A thing is told by shape, pattern and colour together: any one of them may be
+# shared, so a hue shift or a loss of colour (the strong augmentation) does not turn one class into another.
+THINGS = ("tomato", "beach ball, striped ball", "gold star", "lifebuoy, life ring", "die, dice", "kite", "cookie, biscuit",
+          "gift, present", "starfish, sea star", "tire, wheel", "medical cross, green cross", "warning sign, danger sign")
 STUFF = ("grass, lawn", "water, sea", "brick, brick wall", "sand, beach", "sky", "wood, planks", "tiles, tiled floor", "snow")
 CLASSES = THINGS + STUFF                                           # contiguous index: things first
-_LOOK = [LOOKS.index(name.split(" ")[0]) for name in THINGS]
-_SHAPE = [[s.split(", ")[0] for s in SHAPES].index(name.split(",")[0].split(" ")[1]) for name in THINGS]
 THING_TAIL, STUFF_TAIL = 0.9, 0.5                                  # class frequency ~ rank ** -tail
 
 # First seed of each collection; index i of a collection is drawn from SeedSequence((first, i)).
@@ -97,14 +91,16 @@ def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int]
                  part_lut[part_map])
 
 
-def caption(s: Scene, rng: np.random.Generator, drop_thing: float = 0.15, drop_stuff: float = 0.5) -> str:
-    """What somebody might write under the picture: some of its classes, by any synonym, in any order."""
-    said = [label for label in dict.fromkeys(s.labels.tolist())
-            if rng.random() > (drop_thing if label < len(THINGS) else drop_stuff)]
-    said = said or [int(rng.choice(s.labels))]
+def caption(labels: np.ndarray, rng: np.random.Generator, drop_thing: float = 0.15, drop_stuff: float = 0.5) -> tuple[frozenset, str]:
+    """What somebody might write under a picture with these segments: some of its classes, by any synonym, in any order.
+
+    Returns: the classes that are named, and the caption.
+    """
+    said = [label for label in dict.fromkeys(labels.tolist()) if rng.random() > (drop_thing if label < len(THINGS) else drop_stuff)]
+    said = said or [int(rng.choice(labels))]
     names = [str(rng.choice(CLASSES[label].split(", "))) for label in rng.permutation(said)]
     frame = str(rng.choice(["a photo of a {}.", "There is a {} in the scene.", "a {}", "This is a photo of a {}.", "{}"]))
-    return frame.format(" and a ".join(names))
+    return frozenset(said), frame.format(" and a ".join(names))
 
 
 def _tail(n: int, exponent: float) -> np.ndarray:
@@ -179,41 +175,69 @@ def _thing(rng, xx, yy, label: int):
     angle = rng.uniform(0, 2 * np.pi)
     u = ((xx - cx) * np.cos(angle) + (yy - cy) * np.sin(angle)) / radius
     v = (-(xx - cx) * np.sin(angle) + (yy - cy) * np.cos(angle)) / radius
-    cover = np.clip(0.5 - _shape(u, v, _SHAPE[label]) * radius, 0, 1)
-    if LOOKS[_LOOK[label]] == "red":
-        colour = np.array([205, 45, 40], np.float32) + rng.normal(0, 14, 3).astype(np.float32)
-        colour = np.broadcast_to(colour, (*xx.shape, 3)).copy()
-    else:
-        width = rng.uniform(4.5, 6.5) / radius
-        stripe = (np.floor(u / width) % 2).astype(np.float32)[..., None]
-        dark = np.array([40, 60, 150], np.float32) + rng.normal(0, 14, 3).astype(np.float32)
-        colour = dark * stripe + (1 - stripe) * np.array([235, 235, 225], np.float32)
+    shape, pattern, first, second = APPEARANCE[THINGS[label].split(",")[0]]
+    distance = _outline(u, v, shape)
+    cover = np.clip(0.5 - distance * radius, 0, 1)
+    mix = _pattern(u, v, pattern, distance, radius)[..., None]                               # 0 first colour, 1 second
+    first, second = (np.array(c, np.float32) + rng.normal(0, 12, 3).astype(np.float32) for c in (first, second))
+    colour = first * (1 - mix) + second * mix
     colour *= (1 - 0.22 * ((xx - cx) + (yy - cy)) / (2 * radius))[..., None]                 # lit from the upper left
     part = None
     if rng.random() < 0.65:                                        # a cap or a hub: darker or lighter, same class
-        part = v > rng.uniform(0.05, 0.45) if rng.random() < 0.5 else u * u + v * v < rng.uniform(0.3, 0.5) ** 2
-        factor = rng.uniform(0.4, 0.6) if rng.random() < 0.6 else rng.uniform(1.3, 1.6)
-        colour[part] *= factor
+        part = v > rng.uniform(0.05, 0.45) if rng.random() < 0.5 else u * u + v * v < rng.uniform(0.35, 0.55) ** 2
+        colour[part] *= rng.uniform(0.4, 0.6) if rng.random() < 0.6 else rng.uniform(1.3, 1.6)
         if not (part & (cover > 0.5)).any():
             part = None
     return cover.astype(np.float32), colour, part
 
 
-def _shape(u, v, shape: int):
-    """Signed distance (approximately, in units of the radius) to the outline of shape number `shape` of SHAPES."""
+APPEARANCE = {                         # shape, pattern, two colours
+    "tomato": ("disc", "plain", (205, 45, 40), (205, 45, 40)),
+    "beach ball": ("disc", "sectors", (235, 235, 230), (45, 95, 200)),
+    "cookie": ("disc", "dots", (200, 150, 90), (70, 40, 25)),
+    "die": ("box", "dots", (240, 240, 235), (25, 25, 30)),
+    "gift": ("box", "ribbon", (200, 50, 150), (250, 215, 70)),
+    "gold star": ("star", "plain", (240, 200, 50), (240, 200, 50)),
+    "starfish": ("star", "dots", (225, 110, 60), (250, 215, 180)),
+    "tire": ("ring", "plain", (45, 45, 50), (45, 45, 50)),
+    "lifebuoy": ("ring", "sectors", (240, 240, 235), (215, 60, 40)),
+    "kite": ("triangle", "checks", (70, 175, 80), (240, 225, 90)),
+    "warning sign": ("triangle", "rim", (245, 200, 40), (35, 30, 30)),
+    "medical cross": ("cross", "plain", (30, 150, 90), (30, 150, 90)),
+}
+
+
+def _pattern(u, v, pattern: str, distance, radius: float):
+    """(S, S) in 0 to 1: how much of the second colour shows; u, v in units of the radius."""
+    if pattern == "sectors":
+        return (np.floor((np.arctan2(v, u) / (2 * np.pi) + 0.5) * 8) % 2).astype(np.float32)
+    if pattern == "dots":
+        x, y = (u * 1.7 + 0.5) % 1 - 0.5, (v * 1.7 + 0.5) % 1 - 0.5
+        return np.clip((0.24 - np.sqrt(x * x + y * y)) * radius / 1.7 + 0.5, 0, 1)
+    if pattern == "ribbon":
+        return ((abs(u) < 0.16) | (abs(v) < 0.16)).astype(np.float32)
+    if pattern == "checks":
+        return ((np.floor(u * 2.2) + np.floor(v * 2.2)) % 2).astype(np.float32)
+    if pattern == "rim":
+        return (distance > -0.17).astype(np.float32)
+    return np.zeros_like(u)
+
+
+def _outline(u, v, shape: str):
+    """Signed distance (approximately, in units of the radius) to the outline of a shape; negative inside."""
     r = np.sqrt(u * u + v * v)
-    if shape == 0:
+    if shape == "disc":
         return r - 0.95
-    if shape == 1:
+    if shape == "box":
         return np.maximum(abs(u), abs(v)) - 0.82
-    if shape == 2:
+    if shape == "star":
         wave = abs((np.arctan2(v, u) * 5 / (2 * np.pi)) % 1 - 0.5) * 2
         return (r - (0.42 + 0.68 * wave)) * 0.6
-    if shape == 3:
-        return abs(r - 0.74) - 0.26
-    if shape == 4:
-        return np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.33), np.maximum(abs(u) - 0.33, abs(v) - 1))
-    return np.maximum(v - 0.6, abs(u) * 0.866 - v * 0.5 - 0.55)
+    if shape == "ring":
+        return abs(r - 0.72) - 0.28
+    if shape == "cross":
+        return np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.36), np.maximum(abs(u) - 0.36, abs(v) - 1))
+    return np.maximum(v - 0.6, abs(u) * 0.866 - v * 0.5 - 0.55)                              # triangle
 
 
 def _blob(rng, xx, yy):
