@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from config import Config
 from data import PAD_VALUE, DataSet, Sample, resize
-from model import Segmenter, panoptic_inference, semantic_inference
+from model import Segmenter, panoptic_inference, resize_masks, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
 POSTERIORS = {"decoder": False, "ensemble": True}
@@ -34,24 +34,25 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     for group in _groups(images, range(count), cfg):
         views = [resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group]
         batch = torch.stack([_pad_tensor(v) for v in views]).to(device)
-        results = {r: [] for r in readings}
-        shared = {}
+        results, logits, shared = {}, {}, {}
         for name, model in models.items():
             model.eval()
             if id(model.backbone) not in shared:
                 shared[id(model.backbone)] = model.backbone(batch)
             features = shared[id(model.backbone)]
-            class_logits, mask_logits = model.head(features)[-1]
+            class_logits, logits[name] = model.head(features)[-1]
             for posterior in posteriors:
-                results[name, posterior] = model.posterior(features, class_logits, mask_logits, POSTERIORS[posterior]), mask_logits
+                results[name, posterior] = model.posterior(features, class_logits, logits[name], POSTERIORS[posterior])
         for slot, i in enumerate(group):
             truth, view = images.truth(i), views[slot]
             sizes = (tuple(batch.shape[-2:]), view.size[::-1], truth.segment_map.shape)
-            for reading, (posterior, mask_logits) in results.items():
-                segment_map, labels, _ = panoptic_inference(posterior[slot], mask_logits[slot], things, sizes,
-                                                            cfg.object_mask_threshold, cfg.overlap_threshold)
+            masks = {name: resize_masks(m[slot], *sizes).sigmoid() for name, m in logits.items()}
+            for reading, posterior in results.items():
+                given = posterior[slot], logits[reading[0]][slot]
+                segment_map, labels, _ = panoptic_inference(*given, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold,
+                                                            masks[reading[0]])
                 pq[reading].add(segment_map.cpu().numpy(), labels.cpu().numpy(), truth.segment_map, truth.labels, truth.areas, truth.crowd)
-                semantic = semantic_inference(posterior[slot], mask_logits[slot], sizes)
+                semantic = semantic_inference(*given, sizes, masks[reading[0]])
                 miou[reading].add(semantic.cpu().numpy(), truth.semantic())
         bar.update(len(group))
     bar.close()

@@ -315,12 +315,13 @@ def resize_masks(mask_logits: Tensor, padded: tuple[int, int], image: tuple[int,
 
 @torch.no_grad()
 def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, object_mask_threshold: float = 0.0,
-                       overlap_threshold: float = 0.8) -> tuple[Tensor, Tensor, Tensor]:
+                       overlap_threshold: float = 0.8, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries compete for pixels; those that keep most of their mask become segments (arXiv:2107.06278, section 3.4).
 
     Args:
         posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).     things: (K,) bool.
         sizes: (padded, image, output) as in `resize_masks`.
+        masks: (Q, H, W) probabilities at the output size, if they are at hand already.
     Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,), the query's probability.
         Stuff of one class is one segment (with the score of its first query); things stay apart.
     """
@@ -330,7 +331,7 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
     height, width = sizes[2]
     if len(labels) == 0:
         return torch.zeros(height, width, dtype=torch.int32, device=posterior.device), labels, scores
-    masks = resize_masks(mask_logits[keep], *sizes).sigmoid()                                        # (Q', H, W)
+    masks = resize_masks(mask_logits[keep], *sizes).sigmoid() if masks is None else masks[keep]      # (Q', H, W)
     winner = (scores[:, None, None] * masks).argmax(0)
     solid = masks.gather(0, winner[None])[0] >= 0.5
     n = len(labels)
@@ -354,7 +355,7 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
 
 
 @torch.no_grad()
-def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes) -> Tensor:
+def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None) -> Tensor:
     """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void."""
-    masks = resize_masks(mask_logits, *sizes).sigmoid()
+    masks = resize_masks(mask_logits, *sizes).sigmoid() if masks is None else masks
     return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).argmax(0)
