@@ -43,6 +43,7 @@ class Config:
     lambda_u: float = 1.0              # weight of the unlabelled loss, Eq. (1)
     ema_decay: float = 0.999           # teacher average, a step, Eq. (2)
     burn_in: int = 0                   # steps without unlabelled loss; then the teacher is a copy of the student
+    burn_in_warm: int = 0              # the same for a run that starts from DeWa weights
     cutmix_prob: float = 0.5           # chance of a CutMix box, an unlabelled image
     # recognition, Eq. (4)-(6)
     alpha: float = 0.6                 # the mask transformer's share in the ensemble, 0 to 1, Eq. (6)
@@ -66,12 +67,17 @@ class Config:
     crop: int = 640                    # pixels, square training crop
     scale_min: float = 0.5             # short side = crop * k, k from scale_min ...
     scale_max: float = 2.0             # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
+    jitter: float = 0.8                # strong view: brightness, contrast and saturation change by factors of 1 +- jitter
+    jitter_hue: float = 0.2            # strong view: hue turns by up to +- this share of a circle
+    grayscale_prob: float = 0.2        # strong view
+    blur_prob: float = 0.5             # strong view
+    blur_radius: float = 2.0           # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
     test_size: int = 640               # pixels, short side at evaluation
     test_max: int = 2560               # pixels, long side at evaluation
     workers: int = 4                   # loader processes
     eval_batch: int = 1                # images at once at evaluation
     # SAM masks
-    sam: str = "vit_h"                 # segment_anything model, or `mini`
+    sam: str = "vit_h"                 # segment_anything model, `mini`, or `regions` (stable regions, without any network)
     sam_weights: str = ""              # file; empty: the one of the preset
     points_per_side: int = 32          # prompts along each side
     pred_iou_thresh: float = 0.88      # least IoU that SAM predicts of its own mask
@@ -95,17 +101,20 @@ class Config:
 
 
 OFFICIAL = Config()                    # ADE20K; SAM and CLIP at full size
+# SAM's thresholds (0.88, 0.95, NMS 0.7) are for large images and a confident model; the mini SAM's opinion of its own masks is
+# modest, and parts nearly as large as their whole must survive. Chosen on the mini SAM's own test scenes: most segments found with at
+# most 40 masks an image.
 MINI = Config(
     backbone="mini", pretrained="", num_queries=20, hidden=96, heads=4, encoder_layers=2, encoder_ffn=192, decoder_layers=3,
-    decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=600, sup_steps=600, dewa_steps=200,
-    burn_in=200, labeled_batch=4, unlabeled_batch=4, dewa_batch=4, crop=128, scale_min=0.8, scale_max=1.5, test_size=128,
-    test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.5, stability_thresh=0.6,
-    mask_nms_thresh=0.9, points_per_batch=48, checkpoint_every=200)
+    decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=500, sup_steps=500, dewa_steps=150,
+    burn_in=250, burn_in_warm=100, labeled_batch=4, unlabeled_batch=4, dewa_batch=4, crop=128, jitter=0.4, jitter_hue=0.05, grayscale_prob=0.05, blur_radius=1.0, scale_min=0.8, scale_max=1.5, test_size=128,
+    test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.3, stability_thresh=0.6,
+    mask_nms_thresh=0.9, points_per_batch=16, checkpoint_every=200)
 
 # Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a photograph, and a linear
 # classifier because it has never read those class names. `--preset official` is the real thing.
 CUSTOM = replace(
-    MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, scale_min=1.0, scale_max=2.5,
-    test_size=256, test_max=512, eval_batch=1, ssl_steps=1200, sup_steps=1200, dewa_steps=400, burn_in=400, workers=1)
+    MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, scale_min=1.5, scale_max=3.5,
+    test_size=320, test_max=512, eval_batch=1, sam="regions", ssl_steps=1000, sup_steps=1000, dewa_steps=300, burn_in=400, burn_in_warm=400, workers=1)
 
 PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL}

@@ -24,8 +24,6 @@ from matcher import Target
 
 PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
 IGNORE = 255                           # semantic ground truth: no class
-JITTER, HUE = (0.2, 1.8), (-0.2, 0.2)  # strong view: factors of brightness, contrast, saturation; hue in turns
-GRAYSCALE_PROB, BLUR_PROB, BLUR_RADIUS = 0.2, 0.5, (0.1, 2.0)          # strong view; radius in pixels
 CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
 MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
 
@@ -320,16 +318,17 @@ def ssd_colour(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray(x.clip(0, 255).astype(np.uint8))
 
 
-def strong_view(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Colour jitter (always, in random order), grayscale with probability 0.2, Gaussian blur with probability 0.5."""
-    steps = [(TF.adjust_brightness, JITTER), (TF.adjust_contrast, JITTER), (TF.adjust_saturation, JITTER), (TF.adjust_hue, HUE)]
+def strong_view(image: Image.Image, cfg: Config, rng: random.Random) -> Image.Image:
+    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur."""
+    factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
+    steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (TF.adjust_hue, hue)]
     rng.shuffle(steps)
     for adjust, interval in steps:
         image = adjust(image, rng.uniform(*interval))
-    if rng.random() < GRAYSCALE_PROB:
+    if rng.random() < cfg.grayscale_prob:
         image = TF.rgb_to_grayscale(image, num_output_channels=3)
-    if rng.random() < BLUR_PROB:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR_RADIUS)))
+    if rng.random() < cfg.blur_prob:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, cfg.blur_radius)))
     return image
 
 
@@ -433,14 +432,15 @@ class LabeledBatches(Batches):
 
 
 class SemiSupervisedBatches(Batches):
-    """A labelled batch and an unlabelled one, drawn independently and with replacement."""
+    """A labelled batch and an unlabelled one, drawn independently and with replacement. No unlabelled one during burn-in."""
 
-    def __init__(self, dataset: DataSet, cfg: Config, steps: int):
+    def __init__(self, dataset: DataSet, cfg: Config, steps: int, warm: bool = False):
         super().__init__(cfg, steps)
         self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
+        self.burn_in = cfg.burn_in_warm if warm else cfg.burn_in
 
     def __getitem__(self, step: int) -> tuple[Labeled, Unlabeled | None]:
-        if step < self.cfg.burn_in:
+        if step < self.burn_in:
             return self.labeled[step], None
         views, partners, boxes, names = [], [], [], []
         for slot in range(self.cfg.unlabeled_batch):
@@ -460,7 +460,7 @@ class SemiSupervisedBatches(Batches):
     def _two_views(self, rng: random.Random) -> tuple[str, Image.Image, Image.Image]:
         i = rng.choice(self.dataset.unlabeled)
         weak = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng).image
-        return self.dataset.train.name(i), weak, strong_view(weak, rng)
+        return self.dataset.train.name(i), weak, strong_view(weak, self.cfg, rng)
 
 
 def to_tensor(image: Image.Image, side: int) -> Tensor:

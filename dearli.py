@@ -30,7 +30,7 @@ from evaluation import evaluate, predict
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
-from trainer import Run
+from trainer import Run, differing
 
 DATASETS = ("mini", "custom")
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
@@ -82,7 +82,7 @@ def load_clip(cfg: Config):
     torch.manual_seed(cfg.seed)
     if cfg.backbone == "mini":
         import mini_clip
-        clip = mini_clip.build(output_stride=8) if cfg.pretrained == "random" else mini_clip.load(cfg.pretrained or mini_clip.WEIGHTS)
+        clip = mini_clip.build() if cfg.pretrained == "random" else mini_clip.load(cfg.pretrained or mini_clip.WEIGHTS)
         return clip, mini_clip.tokenize
     import open_clip
     if cfg.backbone not in open_clip.list_models():
@@ -96,8 +96,11 @@ def load_clip(cfg: Config):
 
 
 def load_sam(cfg: Config):
-    """segment_anything's automatic mask generator with the model and thresholds of the configuration."""
+    """device -> segment_anything's automatic mask generator with the model and thresholds of the configuration."""
     from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+    if cfg.sam == "regions":
+        import regions
+        return lambda device: regions.StableRegions()
     if cfg.sam == "mini":
         import mini_sam
         sam = mini_sam.load(cfg.sam_weights or mini_sam.WEIGHTS)
@@ -108,7 +111,7 @@ def load_sam(cfg: Config):
         sam = sam_model_registry[cfg.sam]()
         sam.load_state_dict(torch.load(cfg.sam_weights, map_location="cpu", weights_only=True))
     else:
-        raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, {', '.join(sorted(set(sam_model_registry) - {'default'}))}")
+        raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, regions, {', '.join(sorted(set(sam_model_registry) - {'default'}))}")
     return lambda device: SamAutomaticMaskGenerator(
         sam.eval().to(device), points_per_side=cfg.points_per_side, points_per_batch=cfg.points_per_batch, pred_iou_thresh=cfg.pred_iou_thresh,
         stability_score_thresh=cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
@@ -174,9 +177,9 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     start_from(init, student)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
-    step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, init is not None, job.precision)
-    models = {"student": student, "teacher": teacher}
-    run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps), step, job.device, job.method)
+    warm, models = init is not None, {"student": student, "teacher": teacher}
+    step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, warm, job.precision)
+    run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps, warm), step, job.device, job.method)
     finish(job, cfg, dataset, models, folder)
     return folder
 
@@ -235,18 +238,19 @@ RUNGS = (("M2F-Lang, supervised", "sup", "student/decoder"), ("  + P_ENS at eval
 
 def run_rung(job: Job, cfg: Config, kind: str) -> dict:
     """Train one rung unless its metrics are there already; returns them. Every rung takes sup_steps optimiser steps in all."""
-    job = dataclasses.replace(job, resume=True)
+    job, wanted = dataclasses.replace(job, resume=True), rung_config(cfg, kind)
     folder = job.folder(f"{kind}-{job.split}", cfg)
-    done = folder / "metrics.json"
-    if done.exists() and json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(
-            {**identity(job, kind), **dataclasses.asdict(rung_config(cfg, kind))})):
-        return json.loads(done.read_text())
+    if (folder / "metrics.json").exists():
+        stored = json.loads((folder / "config.json").read_text())
+        steps = ("sup_steps", "ssl_steps", "dewa_steps")
+        if not differing(stored, {**identity(job, kind), **dataclasses.asdict(wanted)}) and all(stored[k] == getattr(wanted, k) for k in steps):
+            return json.loads((folder / "metrics.json").read_text())
     if kind == "dearli":
         stage_masks(job, cfg)
         stage_dewa(job, cfg)
     stage = stage_sup if kind == "sup" else stage_ssl
-    stage(dataclasses.replace(job, method=kind if kind != "sup" else job.method), rung_config(cfg, kind))
-    return json.loads(done.read_text())
+    stage(dataclasses.replace(job, method=kind if kind != "sup" else job.method), wanted)
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def rung_config(cfg: Config, kind: str) -> Config:

@@ -131,9 +131,10 @@ def ema_decay(step: int, cfg: Config, warm: bool) -> float:
     During burn-in 0: the teacher is the student. From a random start min(1 - 1/(t+1), ema_decay), so the first step copies
     the student; after a burn-in, or from DeWa weights, constant.
     """
-    if step < cfg.burn_in:
+    burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+    if step < burn_in:
         return 0.0
-    if cfg.burn_in or warm:
+    if burn_in or warm:
         return cfg.ema_decay
     return min(1 - 1 / (step + 1), cfg.ema_decay)
 

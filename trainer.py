@@ -18,7 +18,9 @@ from config import Config, UserError
 from data import Batches, loader
 from optim import NotFinite, set_lr
 
-MAY_CHANGE = {"ssl_steps", "sup_steps", "dewa_steps", "workers", "checkpoint_every", "log_every", "eval_batch"}  # on --resume
+# What may change on --resume: how far to go, how fast, and how masks are made, which is another stage's business
+MAY_CHANGE = {"ssl_steps", "sup_steps", "dewa_steps", "workers", "checkpoint_every", "log_every", "eval_batch", "sam", "sam_weights",
+              "points_per_side", "points_per_batch", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh"}
 MAX_SKIPPED = 5                        # steps in a row whose loss is not finite, before the run stops
 
 
@@ -42,7 +44,7 @@ class Run:
         self.log = self.folder / "log.jsonl"
 
     def _require_same(self, stored: dict) -> None:
-        differs = [k for k in self.config if k not in MAY_CHANGE and stored.get(k) != self.config[k]]
+        differs = differing(stored, self.config)
         if differs:
             listed = ", ".join(f"{k}: {stored.get(k)} there, {self.config[k]} now" for k in differs[:6])
             raise UserError(f"{self.folder}: cannot be resumed with another configuration ({listed}); choose another folder with --out")
@@ -101,6 +103,11 @@ class Run:
             except (ValueError, KeyError):
                 continue
         return kept
+
+
+def differing(stored: dict, config: dict) -> list[str]:
+    """Keys that make a stored run another run than the one asked for."""
+    return [key for key in config if key not in MAY_CHANGE and stored.get(key) != config[key]]
 
 
 def to_device(batch, device: torch.device):
