@@ -106,8 +106,9 @@ class Run:
 
 
 def differing(stored: dict, config: dict) -> list[str]:
-    """Keys that make a stored run another run than the one asked for."""
-    return [key for key in config if key not in MAY_CHANGE and stored.get(key) != config[key]]
+    """Keys that make a stored run another run than the one asked for; figures of the warm-up matter to the warm-up only."""
+    return [key for key in config if key not in MAY_CHANGE and stored.get(key) != config[key]
+            and not (key.startswith("dewa_") and config["stage"] != "dewa")]
 
 
 def to_device(batch, device: torch.device):
