@@ -288,7 +288,7 @@ def draw(job: Job, cfg: Config, dataset: DataSet, path: Path, images=(0, 1, 2, 3
             segment_map, labels, _ = predict(model, image, things, cfg, job.device, ensemble)
             maps.append((segment_map.cpu().numpy(), labels.cpu().numpy()))
         rows.append((image, maps))
-    caption = (f"Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, stuff is not. "
+    caption = (f"Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, stuff is not; black: no answer. "
                f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled images.")
     report.picture(rows, titles, dataset.taxonomy, path, caption)
 
