@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         job, cfg = resolve(args)
         STAGES[args.stage](job, cfg)
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
