@@ -56,8 +56,7 @@ def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int]
     """
     rng = np.random.default_rng(np.random.SeedSequence((SEEDS[collection], index)))
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
-    image, region = _stuff(rng, xx, yy, int(rng.integers(stuff[0], stuff[1] + 1)), tail)
-    stuff_labels, region = region
+    image, stuff_labels, region = _stuff(rng, xx, yy, int(rng.integers(stuff[0], stuff[1] + 1)), tail)
     owner = region + 1                                             # ids before renumbering: stuff first, then things
     ids = list(len(THINGS) + stuff_labels)
     part_map, parts = np.zeros((size, size), np.int32), 0
@@ -66,7 +65,8 @@ def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int]
         tint = rng.uniform(0.55, 1.35, 3).astype(np.float32)
         image[inside] *= tint
         parts += 1
-        part_map[inside & (owner == owner[inside].min() if inside.any() else inside)] = parts
+        if inside.any():                                           # a part lies inside one segment
+            part_map[inside & (owner == owner[inside].min())] = parts
     weights = _tail(len(THINGS), THING_TAIL if tail else 0.0)
     for _ in range(int(rng.integers(things[0], things[1] + 1))):
         label = int(rng.choice(len(THINGS), p=weights))
@@ -121,7 +121,7 @@ def _noise(rng, size: int, cells: int, aspect: float = 1.0) -> np.ndarray:
 
 
 def _stuff(rng, xx, yy, regions: int, tail: bool):
-    """Texture every pixel. Returns image (S, S, 3) float32 and (labels of the regions, region index (S, S))."""
+    """Texture every pixel. Returns image (S, S, 3) float32, labels of the regions, region index (S, S)."""
     size = xx.shape[0]
     labels = rng.choice(len(STUFF), regions, replace=False, p=_tail(len(STUFF), STUFF_TAIL if tail else 0.0))
     scores = [rng.normal() * (xx - size / 2) / size * 2 + rng.normal() * (yy - size / 2) / size * 2 + 0.35 * _noise(rng, size, 4)
@@ -132,7 +132,7 @@ def _stuff(rng, xx, yy, regions: int, tail: bool):
         where = region == k
         image[where] = _texture(rng, xx, yy, int(label))[where]
     used = np.unique(region)
-    return image, (labels[used], np.searchsorted(used, region))
+    return image, labels[used], np.searchsorted(used, region)
 
 
 def _texture(rng, xx, yy, label: int) -> np.ndarray:
