@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from config import UserError
 
@@ -77,6 +79,26 @@ def newest(folder: Path) -> dict | None:
         except UserError as error:
             print(f"warning: {error}; trying the one before")
     return None
+
+
+def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.Module:
+    """Fill a foundation model (CLIP, SAM) from a .safetensors or a plain torch file, in fp32; in eval mode afterwards.
+
+    Raises: UserError if the file is missing (hint says how to get it), damaged, or of another model; never executes pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; {hint}")
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else load(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, not a safetensors file ({error}); {hint}") from None
+    try:
+        module.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: weights of another model than {type(module).__name__} ({' '.join(str(error).split())[:160]} ...); "
+                        f"{hint}") from None
+    return module.eval()
 
 
 @torch.no_grad()

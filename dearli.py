@@ -105,11 +105,8 @@ def load_sam(cfg: Config):
         import mini_sam
         sam = mini_sam.load(cfg.sam_weights or mini_sam.WEIGHTS)
     elif cfg.sam in sam_model_registry:
-        if not Path(cfg.sam_weights).is_file():
-            raise UserError(f"SAM weights '{cfg.sam_weights}': no such file; download the {cfg.sam} checkpoint of Segment Anything "
-                            f"and name it with --sam-weights FILE")
-        sam = sam_model_registry[cfg.sam]()
-        sam.load_state_dict(torch.load(cfg.sam_weights, map_location="cpu", weights_only=True))
+        sam = checkpoint.load_foundation(sam_model_registry[cfg.sam](), cfg.sam_weights or f"{cfg.sam}.pth",
+                                         f"download the {cfg.sam} checkpoint of Segment Anything and name it with --sam-weights FILE")
     else:
         raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, regions, {', '.join(sorted(set(sam_model_registry) - {'default'}))}")
     return lambda device: SamAutomaticMaskGenerator(
@@ -412,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         job, cfg = resolve(args)
         STAGES[args.stage](job, cfg)
-    except (UserError, FileNotFoundError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -21,12 +21,13 @@ import open_clip
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import register_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import microcosm
+from checkpoint import load_foundation
 from clip_ensemble import MAX_SCALE, PIXEL_MEAN, PIXEL_STD, TEMPLATES, ClipBackbone, Vocabulary, text_embeddings, zero_shot_logits
 
 WEIGHTS = Path(__file__).parent / "weights" / "mini_clip.safetensors"
@@ -60,12 +61,8 @@ def build() -> open_clip.CLIP:
 
 
 def load(path: str | os.PathLike = WEIGHTS) -> open_clip.CLIP:
-    """The trained model in fp32, in eval mode, frozen."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no mini CLIP; make it with `python dearli.py --stage mini-clip`")
-    model = build()
-    model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    return model.eval().requires_grad_(False)
+    """The trained model in fp32, in eval mode, frozen. Raises UserError if the file is missing, damaged or of another model."""
+    return load_foundation(build(), path, "make the mini CLIP with `python dearli.py --stage mini-clip`").requires_grad_(False)
 
 
 def tokenize(texts: str | list[str]) -> Tensor:

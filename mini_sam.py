@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import microcosm
+from checkpoint import load_foundation
 from config import MINI
 
 WEIGHTS = Path(__file__).parent / "weights" / "mini_sam.safetensors"
@@ -106,12 +106,8 @@ def build() -> Sam:
 
 
 def load(path: Path = WEIGHTS) -> Sam:
-    """The trained mini SAM: eval mode, fp32. Raises FileNotFoundError naming the command that makes the weights."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no mini SAM weights; make them with: python dearli.py --stage mini-sam")
-    sam = build()
-    sam.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    return sam.eval()
+    """The trained mini SAM: eval mode, fp32. Raises UserError if the file is missing, damaged or of another model."""
+    return load_foundation(build(), path, "make the mini SAM with `python dearli.py --stage mini-sam`")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------

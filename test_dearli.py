@@ -1080,7 +1080,7 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "sup", "--dataset", "custom", "--data-root", "/no/such/folder"], "/no/such/folder: no such folder"),
     (["--stage", "eval"], "--weights"),
     (["--stage", "eval", "--weights", "/no/such/run"], "/no/such/run"),
-    (["--stage", "masks", "--sam", "vit_h"], "SAM weights"),
+    (["--stage", "masks", "--sam", "vit_b"], "no such weights file; download the vit_b checkpoint"),
     (["--stage", "sup", "--device", "tpu"], "device 'tpu'"),
 ])
 def test_a_mistake_on_the_command_line_gets_one_clear_line(args, words, capsys, tmp_path):
@@ -1124,3 +1124,19 @@ def test_weights_of_another_configuration_are_named(small_mini, tmp_path, capsys
     capsys.readouterr()
     assert dearli.main(["--stage", "eval", "--weights", str(tmp_path / "run"), "--hidden", "64", "--device", "cpu"]) == 2
     assert "fits another configuration" in capsys.readouterr().err
+
+
+def test_a_damaged_or_foreign_foundation_gets_one_clear_line(small_mini, tmp_path, capsys):
+    import mini_clip
+    import mini_sam
+    cut, foreign, pickled = tmp_path / "cut.safetensors", mini_clip.WEIGHTS, tmp_path / "sam_vit_b.pth"
+    cut.write_bytes(mini_sam.WEIGHTS.read_bytes()[:10_000])
+    torch.save({"hook": print}, pickled)                                     # code in a weights file is not run
+    for args, words in ((("masks", "--sam-weights", cut), "cut.safetensors: damaged"),
+                        (("masks", "--sam-weights", foreign), "mini_clip.safetensors: weights of another model than Sam"),
+                        (("masks", "--sam", "vit_b", "--sam-weights", pickled), "sam_vit_b.pth: not a checkpoint that can be read safely"),
+                        (("sup", "--pretrained", cut), "cut.safetensors: damaged")):
+        flags = [str(a) for a in ("--stage", *args, "--runs", tmp_path / "runs", "--split", "4", "--device", "cpu")]
+        assert dearli.main(flags) == 2, args
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1, message
