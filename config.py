@@ -63,6 +63,7 @@ class Config:
     labeled_batch: int = 8             # images a step
     unlabeled_batch: int = 8           # images a step
     dewa_batch: int = 16               # images a step
+    dewa_keep_empty: bool = True       # SAM masks that the crop emptied stay targets; off where crops show a small part of the image
     # data
     crop: int = 640                    # pixels, square training crop
     scale_min: float = 0.5             # short side = crop * k, k from scale_min ...
@@ -107,14 +108,15 @@ OFFICIAL = Config()                    # ADE20K; SAM and CLIP at full size
 MINI = Config(
     backbone="mini", pretrained="", num_queries=20, hidden=96, heads=4, encoder_layers=2, encoder_ffn=192, decoder_layers=3,
     decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=500, sup_steps=500, dewa_steps=150,
-    burn_in=250, burn_in_warm=100, labeled_batch=4, unlabeled_batch=4, dewa_batch=8, crop=128, jitter=0.4, jitter_hue=0.05, grayscale_prob=0.05, blur_radius=1.0, scale_min=0.8, scale_max=1.5, test_size=128,
-    test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.3, stability_thresh=0.6,
+    burn_in=250, burn_in_warm=100, labeled_batch=4, unlabeled_batch=4, dewa_batch=8, crop=128, scale_min=0.8, scale_max=1.5,
+    jitter=0.4, jitter_hue=0.05, grayscale_prob=0.05, blur_radius=1.0, test_size=128, test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.3, stability_thresh=0.6,
     mask_nms_thresh=0.9, points_per_batch=16, checkpoint_every=200)
 
 # Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a photograph, and a linear
 # classifier because it has never read those class names. `--preset official` is the real thing.
 CUSTOM = replace(
-    MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, scale_min=1.5, scale_max=3.5,
-    test_size=320, test_max=512, eval_batch=1, sam="regions", ssl_steps=800, sup_steps=800, dewa_steps=200, burn_in=400, burn_in_warm=300, workers=1)
+    MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, num_points=2048, scale_min=1.5, scale_max=3.5,
+    test_size=256, test_max=512, eval_batch=1, sam="regions", ssl_steps=2400, sup_steps=2400, dewa_steps=400, dewa_keep_empty=False,
+    burn_in=1000, burn_in_warm=300, workers=1)
 
 PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL}

@@ -113,7 +113,7 @@ def decode_rle(rle: dict) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- warm-up
 
 class DewaBatches(Batches):
-    """All training images, labelled or not, with all of their SAM masks; a mask that the crop empties is kept (official)."""
+    """All training images, labelled or not, with all of their SAM masks; one that the crop empties stays a target (official), or not."""
 
     def __init__(self, dataset: DataSet, folder: Path, cfg: Config, steps: int):
         super().__init__(cfg, steps)
@@ -130,6 +130,8 @@ class DewaBatches(Batches):
                 raise UserError(f"{mask_file(self.folder, name)}: masks are {masks.shape[:2]}, the image is {image.size[::-1]}")
             view = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
             masks = torch.from_numpy(np.ascontiguousarray(pad(view.layers[0], self.cfg.crop, 0).transpose(2, 0, 1)))
+            if not self.cfg.dewa_keep_empty:
+                masks = masks[masks.flatten(1).any(1)]
             images.append(to_tensor(view.image, self.cfg.crop))
             targets.append(Target(torch.zeros(len(masks), dtype=torch.int64), masks=masks))
             names.append(name)

@@ -852,12 +852,18 @@ def test_masks_on_disk_have_the_official_keys_and_an_interrupted_call_goes_on(sm
     assert masks.shape == (128, 128, 2) and masks[..., 0].sum() == 40 * 128
 
 
-def test_dewa_batches_keep_masks_that_the_crop_empties(small_mini, tmp_path):
-    dataset = data.load_mini("4")
+def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(small_mini, tmp_path):
+    dataset, cfg = data.load_mini("4"), dataclasses.replace(TINY, scale_min=2.0, scale_max=2.0)
     dewa.generate_masks(dataset.train, FakeSam(), tmp_path)
+    emptied = 0
     for step in range(4):
-        batch = dewa.DewaBatches(dataset, tmp_path, dataclasses.replace(TINY, scale_min=2.0, scale_max=2.0), 4)[step]
+        batch = dewa.DewaBatches(dataset, tmp_path, cfg, 4)[step]
         assert all(len(t) == 2 and t.masks.shape == (2, 64, 64) and t.labels.eq(0).all() for t in batch.targets)
+        shown = dewa.DewaBatches(dataset, tmp_path, dataclasses.replace(cfg, dewa_keep_empty=False), 4)[step]
+        for every, left in zip(batch.targets, shown.targets):
+            assert torch.equal(left.masks, every.masks[every.masks.any(2).any(1)]) and len(left.labels) == len(left.masks)
+            emptied += len(every) - len(left)
+    assert emptied > 0
     (tmp_path / "train_00000.json").write_text('{"image": {"height": 1')
     with pytest.raises(UserError, match="train_00000.json"):
         dewa.read_masks(tmp_path, "train_00000.png")
@@ -987,6 +993,15 @@ def test_mini_clip_knows_the_classes_of_ground_truth_masks():
     import mini_clip
     quality = mini_clip.evaluate(mini_clip.load(), "val", images=40)
     assert quality["class_mean"] > 0.5                                                         # chance 1/20
+
+
+def test_the_mini_sam_is_remade_by_one_call(tmp_path):
+    import mini_sam
+    phases = (dict(name="encoder", steps=1, images=1, points=3, lr=2e-3, prompts=False, affinity_on=True),
+              dict(name="refine", steps=2, images=2, points=3, lr=2e-3, prompts=True, affinity_on=True))
+    quality = mini_sam.train(tmp_path / "sam.safetensors", phases=phases, scenes=2, test_images=1)
+    assert quality["steps"] == {"encoder": 1, "refine": 2} and 0 <= quality["recall50"] <= 1
+    assert mini_sam.evaluate(mini_sam.load(tmp_path / "sam.safetensors"), images=1)["masks_max"] == quality["masks_max"]
 
 
 def test_mini_sam_draws_wholes_and_parts_through_the_automatic_generator():
