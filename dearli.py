@@ -22,6 +22,7 @@ import torch
 
 import checkpoint
 import dewa
+import official
 import report
 from clip_ensemble import ClipBackbone, Vocabulary, text_embeddings
 from config import PRESETS, Config, UserError
@@ -35,6 +36,7 @@ from trainer import Run, differing
 DATASETS = ("mini", "custom")
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
+FORMATS = ("official", "safetensors")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,6 +54,7 @@ class Job:
     init: Path | None = None
     masks: Path | None = None
     weights: Path | None = None
+    format: str = "official"
     resume: bool = False
     evaluate: bool = True
     device: torch.device = torch.device("cpu")
@@ -77,13 +80,15 @@ def load_data(job: Job, cfg: Config) -> DataSet:
     return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant)
 
 
-def load_clip(cfg: Config):
-    """The OpenCLIP model of the configuration and its tokenizer: (clip, tokenize), on the CPU."""
+def load_clip(cfg: Config, weights: dict | None = None):
+    """The OpenCLIP model of the configuration and its tokenizer: (clip, tokenize), on the CPU. weights: CLIP's, instead of a download."""
     torch.manual_seed(cfg.seed)
+    if weights is not None:
+        cfg = dataclasses.replace(cfg, pretrained="random")
     if cfg.backbone == "mini":
         import mini_clip
         clip = mini_clip.build() if cfg.pretrained == "random" else mini_clip.load(cfg.pretrained or mini_clip.WEIGHTS)
-        return clip, mini_clip.tokenize
+        return fill_clip(clip, weights, cfg), mini_clip.tokenize
     import open_clip
     if cfg.backbone not in open_clip.list_models():
         raise UserError(f"unknown backbone '{cfg.backbone}'; available: mini, or an OpenCLIP ConvNeXt such as convnext_base_w_320")
@@ -92,7 +97,17 @@ def load_clip(cfg: Config):
     except Exception as error:         # the hub client raises its own types, with pages of text
         raise UserError(f"{cfg.backbone}: weights '{cfg.pretrained}' cannot be had ({type(error).__name__}); give a file with "
                         f"--pretrained FILE, or --pretrained random with --train-backbone") from None
-    return clip, open_clip.get_tokenizer(cfg.backbone)
+    return fill_clip(clip, weights, cfg), open_clip.get_tokenizer(cfg.backbone)
+
+
+def fill_clip(clip, weights: dict | None, cfg: Config):
+    """CLIP with the weights that a checkpoint brings along, if it does."""
+    if weights is not None:
+        try:
+            clip.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint holds another CLIP than --backbone {cfg.backbone}: {' '.join(str(error).split())[:200]} ...") from None
+    return clip
 
 
 def load_sam(cfg: Config):
@@ -114,9 +129,9 @@ def load_sam(cfg: Config):
         stability_score_thresh=cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
 
 
-def build(job: Job, cfg: Config, taxonomy: Taxonomy) -> Segmenter:
-    """A segmenter with a random decoder (by seed) on the backbone of the configuration."""
-    clip, tokenize = load_clip(cfg)
+def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None = None) -> Segmenter:
+    """A segmenter with a random decoder (by seed) on the backbone of the configuration, or of a checkpoint that brings its own."""
+    clip, tokenize = load_clip(cfg, clip_weights)
     names = [name for names in taxonomy.synonyms for name in names]
     vocabulary = Vocabulary(text_embeddings(clip.to(job.device), tokenize, names), [len(s) for s in taxonomy.synonyms])
     torch.manual_seed(cfg.seed)
@@ -151,8 +166,9 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
     run = Run(folder, cfg, identity(job, "sup"), job.resume)
-    student = build(job, cfg, dataset.taxonomy)
-    start_from(job.init, student)
+    start = read_run(job.init) if job.init else {}
+    student = build(job, cfg, dataset.taxonomy, start.get("clip"))
+    start_from(start, job.init, student)
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
     run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
@@ -170,8 +186,9 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
             raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
                             f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
     run = Run(folder, cfg, identity(job, job.method), job.resume)
-    student = build(job, cfg, dataset.taxonomy)
-    start_from(init, student)
+    start = read_run(init) if init else {}
+    student = build(job, cfg, dataset.taxonomy, start.get("clip"))
+    start_from(start, init, student)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
     warm, models = init is not None, {"student": student, "teacher": teacher}
@@ -182,15 +199,17 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
 
 
 def stage_eval(job: Job, cfg: Config) -> Path:
-    """PQ and mIoU of a run: student and teacher, decoder alone and ensembled."""
+    """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
     state = read_run(job.weights)
     dataset = load_data(job, cfg)
-    student = build(job, cfg, dataset.taxonomy)
+    student = build(job, cfg, dataset.taxonomy, state.get("clip"))
+    require_classes(state, len(dataset.taxonomy), job.weights)
     models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
     for name, model in models.items():
         checkpoint.load_weights(model.trained(), state[name], f"{job.weights} ({name})")
-    metrics = finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, Path(job.weights))
-    return metrics
+    folder = job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
+    finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, folder)
+    return folder
 
 
 def identity(job: Job, stage: str) -> dict:
@@ -198,20 +217,34 @@ def identity(job: Job, stage: str) -> dict:
     return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split}
 
 
-def start_from(folder: Path | None, student: Segmenter) -> None:
-    """Start from the student of another run (DeWa). A linear class head of another number of classes stays random."""
-    if folder is not None:
-        print(checkpoint.load_weights(student.trained(), read_run(folder)["student"], str(folder),
+def start_from(state: dict, source: Path | None, student: Segmenter) -> None:
+    """Start from another run or file (DeWa), if there is one. A linear class head of another number of classes stays random."""
+    if state:
+        print(checkpoint.load_weights(student.trained(), state["student"], str(source),
                                       may_differ=("decoder.classify.weight", "decoder.classify.bias")))
 
 
 def read_run(folder: Path | None) -> dict:
+    """A run's newest checkpoint, or an official or exported file: {"student" and / or "teacher": weights, "config" or "clip": ...}."""
     if folder is None:
-        raise UserError("--stage eval needs --weights runs/NAME")
-    state = checkpoint.newest(folder) if Path(folder).is_dir() else checkpoint.load(folder)
-    if state is None:
-        raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
-    return state
+        raise UserError("this stage needs --weights runs/NAME, or a checkpoint of the official code")
+    if Path(folder).is_dir():
+        state = checkpoint.newest(folder)
+        if state is None:
+            raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
+        return state
+    weights = official.read(folder)
+    if weights is None:
+        return checkpoint.load(folder)
+    print(f"{folder}: {weights.summary()}")
+    return {"student": weights.head, "clip": weights.clip, "weights": weights}
+
+
+def require_classes(state: dict, expected: int, source: Path) -> None:
+    """Raise if an official file says that it was trained on another number of classes (a language head would not notice)."""
+    found = state["weights"].num_classes if "weights" in state else None
+    if found not in (None, expected):
+        raise UserError(f"{source}: trained on {found} classes, the data set has {expected}; choose the data set it belongs to")
 
 
 def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> dict | None:
@@ -323,6 +356,31 @@ def stage_ladder(job: Job, cfg: Config) -> Path:
     return path
 
 
+def stage_export(job: Job, cfg: Config) -> Path:
+    """A run, or an official file, as one file: for the official code, or as safetensors."""
+    state = read_run(job.weights)
+    weights = state.get("weights")
+    if weights is None:
+        weights = whole_model(job, cfg, state)
+    path = job.out or Path(job.weights).with_suffix(".pth" if job.format == "official" else ".safetensors")
+    if path.exists():
+        raise UserError(f"{path}: exists already; name another file with --out")
+    official.write(path, weights, job.format)
+    print(f"{path}: {weights.summary()}")
+    return path
+
+
+def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
+    """The student of a run with its CLIP and the criterion's buffers, which runs do not store."""
+    warm_up = state["config"]["stage"] == "dewa"
+    taxonomy = dewa.TAXONOMY if warm_up else load_data(job, cfg).taxonomy
+    clip = load_clip(cfg)[0].state_dict()
+    trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
+    kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
+    return official.Weights(kind, {n: t for n, t in state["student"].items() if n.startswith("head.")}, {**clip, **trained},
+                            official.criterion(kind, len(taxonomy), cfg.no_object_weight))
+
+
 def stage_mini_clip(job: Job, cfg: Config) -> None:
     import mini_clip
     mini_clip.train(job.out or mini_clip.WEIGHTS, seed=cfg.seed)
@@ -334,7 +392,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
 
 
 STAGES = {"demo": stage_demo, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
-          "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+          "export": stage_export, "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -353,7 +411,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
     p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks)")
-    p.add_argument("--weights", type=Path, help="run to evaluate")
+    p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
+    p.add_argument("--format", default="official", help=f"export: {', '.join(FORMATS)}")
     p.add_argument("--resume", action="store_true", help="go on where the run stopped")
     p.add_argument("--no-eval", dest="evaluate", action="store_false", help="do not evaluate after training")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -379,13 +438,13 @@ def choose(what: str, value: str, available) -> str:
 def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     """Command line -> job and configuration: preset of the data set (or the stored one of a run), then the flags."""
     choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
-    choose("precision", args.precision, PRECISIONS)
+    choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
     cfg = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
-    if args.stage == "eval":
-        stored = read_run(args.weights)["config"]
-        cfg = Config(**{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
+    if args.stage in ("eval", "export"):
+        stored = read_run(args.weights).get("config", {})
+        cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
     elif args.stage == "ssl" and "ensemble_teacher" not in given:
         given["ensemble_teacher"] = args.method != "ssl"

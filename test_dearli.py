@@ -25,6 +25,7 @@ import dewa
 import mean_teacher
 import microcosm
 import model as m2f
+import official
 import optim
 from clip_ensemble import Vocabulary, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
@@ -919,11 +920,71 @@ def test_official_names_map_one_to_one_onto_our_parameters():
     head = Mask2Former([128, 256, 512, 1024], OFFICIAL, 150, random_vocabulary((1,) * 150, 640))
     ours = {f"head.{name}": list(p.shape) for name, p in head.named_parameters()}
     assert sum(math.prod(shape) for shape in ours.values()) == 20_350_913                     # trainable, as officially
+    shapes = {official.to_ours(name): shape for name, shape in official_shapes().items()}
+    assert {name: shape for name, shape in shapes.items() if name.startswith("head.")} == ours
+
+
+def official_shapes():
     listed = REAL_DATA.parent / "official_keys.json"
     if not listed.exists():
         pytest.skip(f"{listed} with the official names is not there")
-    shapes = {checkpoint.rename_official(name): shape for name, shape in json.loads(listed.read_text())["shapes"].items()}
-    assert {name: shape for name, shape in shapes.items() if name and name.startswith("head.")} == ours
+    return json.loads(listed.read_text())["shapes"]
+
+
+def test_an_official_file_of_real_size_loads_runs_and_goes_back_unchanged(tmp_path):
+    torch.manual_seed(0)
+    sizes = {name: [151] if name.endswith("empty_weight") else shape for name, shape in official_shapes().items()}     # K + 1
+    model = {name: torch.randn(shape) * 0.02 for name, shape in sizes.items()}
+    weights = official.recognise({"model": model, "iteration": 79_999})
+    assert weights.kind == "student" and weights.num_classes == 150 and (len(weights.head), len(weights.clip)) == (298, 493)
+    back = official.official(weights)
+    assert back.keys() == model.keys() and all(back[name] is model[name] for name in model)
+    segmenter = dearli.build(dearli.Job(), OFFICIAL, data.Taxonomy(("a, b", "c"), (True, False), (1, 2)), weights.clip)
+    assert "298 of 298 tensors taken" in checkpoint.load_weights(segmenter.trained(), weights.head, "file")
+    with torch.no_grad():
+        class_logits, mask_logits = segmenter.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[-1]
+    assert class_logits.shape == (1, 200, 3) and mask_logits.shape == (1, 200, 16, 16)
+
+
+def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp_path, capsys):
+    runs = ["--runs", tmp_path]
+    assert run("--stage", "ssl", "--method", "dear", *runs, "--steps", 3) == 0
+    folder, theirs, ours, again = tmp_path / "mini-dear-4", tmp_path / "a.pth", tmp_path / "b.safetensors", tmp_path / "c.pth"
+    flags = ["--dataset", "mini", "--device", "cpu"]
+    main = lambda *args: dearli.main([str(a) for a in args] + flags)
+    assert main("--stage", "export", "--weights", folder, "--out", theirs) == 0
+    assert main("--stage", "export", "--weights", theirs, "--format", "safetensors", "--out", ours) == 0
+    assert main("--stage", "export", "--weights", ours, "--out", again) == 0
+    first, second = (torch.load(p, weights_only=True)["model"] for p in (theirs, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) and first[n].dtype == second[n].dtype for n in first)
+    capsys.readouterr()
+    assert main("--stage", "export", "--weights", ours, "--out", again) == 2 and "exists already" in capsys.readouterr().err
+    # the file alone gives the figures of the run: it brings its CLIP along (the run's own was random)
+    expected = json.loads((folder / "metrics.json").read_text())
+    for file in (theirs, ours):
+        assert run("--stage", "eval", "--weights", file, "--out", tmp_path / "eval") == 0
+        assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["student/ensemble"] == expected["student/ensemble"]
+    assert run("--stage", "ssl", "--init", theirs, "--out", tmp_path / "more", "--steps", 2, "--no-eval") == 0
+
+
+def test_official_files_are_told_apart_and_what_does_not_fit_is_refused(small_mini, tmp_path, capsys):
+    head = {official.to_official(f"head.{n}"): p for n, p in tiny_head().state_dict().items()}
+    for extra, kind, classes in (({}, "teacher", None), (official.criterion("dewa", 1, 0.1), "dewa", 1), (official.criterion("student", 150, 0.1), "student", 150)):
+        weights = official.recognise({"model": {**head, **extra}})
+        assert (weights.kind, weights.num_classes) == (kind, classes) and len(weights.head) == len(head)
+    assert official.recognise({"step": 3, "student": {}}) is None
+    clip = dearli.load_clip(TINY)[0].state_dict()
+    whole = official.Weights("student", weights.head, clip, official.criterion("student", 150, 0.1))
+    official.write(tmp_path / "ade.pth", whole, "official")
+    wrong = {**clip, "visual.head.proj.weight": torch.zeros(1, 1)}
+    official.write(tmp_path / "other.pth", dataclasses.replace(whole, clip=wrong), "official")
+    (tmp_path / "cut.safetensors").write_bytes(b"12345678")
+    for name, words in (("ade.pth", "trained on 150 classes, the data set has 20"), ("other.pth", "another CLIP than --backbone mini"),
+                        ("cut.safetensors", "damaged"), ("none.pth", "no such file")):
+        capsys.readouterr()
+        assert run("--stage", "eval", "--weights", tmp_path / name) == 2, name
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
 
 
 def log_of(folder):
