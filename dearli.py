@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import datasets
 import dewa
 import official
 import report
 from clip_ensemble import ClipBackbone, Vocabulary, text_embeddings
-from config import PRESETS, Config, UserError
+from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError
 from data import DataSet, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini
 from evaluation import evaluate, predict
 from mean_teacher import train_step
@@ -33,7 +34,7 @@ from model import Segmenter
 from optim import build_optimizer
 from trainer import Run, differing
 
-DATASETS = ("mini", "custom")
+DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
 FORMATS = ("official", "safetensors")
@@ -54,6 +55,7 @@ class Job:
     init: Path | None = None
     masks: Path | None = None
     weights: Path | None = None
+    assets: Path | None = None
     format: str = "official"
     resume: bool = False
     evaluate: bool = True
@@ -76,7 +78,10 @@ def load_data(job: Job, cfg: Config) -> DataSet:
     if job.dataset == "mini":
         return load_mini(job.split, job.eval_on)
     if not job.data_root:
-        raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
+        raise UserError(f"--dataset {job.dataset} needs --data-root DIR: " + (
+            "a folder in COCO panoptic format" if job.dataset == "custom" else "the folder with its downloads, see --stage prepare"))
+    if job.dataset in datasets.NAMES:
+        return datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed)
     return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant)
 
 
@@ -139,6 +144,17 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
 
 
 # ------------------------------------------------------------------------------------------------------ stages
+
+def stage_prepare(job: Job, cfg: Config) -> Path:
+    """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
+    choose("data set to prepare", job.dataset, datasets.NAMES)
+    if not job.data_root:
+        raise UserError(f"--stage prepare needs --data-root DIR: the folder with the downloads of {job.dataset}")
+    folder = datasets.prepare(job.dataset, Path(job.data_root), job.assets, cfg.workers)
+    dataset = datasets.load(job.dataset, Path(job.data_root), "1")
+    print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
+    return folder
+
 
 def stage_masks(job: Job, cfg: Config) -> Path:
     """SAM's masks of all training images, labelled and unlabelled alike."""
@@ -391,7 +407,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
+STAGES = {"demo": stage_demo, "prepare": stage_prepare, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
           "export": stage_export, "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
@@ -412,6 +428,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
     p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks)")
     p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
+    p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
+    p.add_argument("--print-config", action="store_true", help="print every number of the run that the other flags describe, and stop")
     p.add_argument("--format", default="official", help=f"export: {', '.join(FORMATS)}")
     p.add_argument("--resume", action="store_true", help="go on where the run stopped")
     p.add_argument("--no-eval", dest="evaluate", action="store_false", help="do not evaluate after training")
@@ -437,6 +455,7 @@ def choose(what: str, value: str, available) -> str:
 
 def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     """Command line -> job and configuration: preset of the data set (or the stored one of a run), then the flags."""
+    args.dataset = datasets.ALIASES.get(args.dataset, args.dataset)
     choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
@@ -448,6 +467,9 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
     elif args.stage == "ssl" and "ensemble_teacher" not in given:
         given["ensemble_teacher"] = args.method != "ssl"
+    known = {"ade20k": datasets.ADE_SPLITS}.get(args.dataset, datasets.COCO_SPLITS)
+    if args.dataset in datasets.NAMES and split in known:
+        cfg = dataclasses.replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (known.index(split) + 1))
     if args.steps is not None:
         given[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
     cfg = dataclasses.replace(cfg, **given)
@@ -467,6 +489,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         job, cfg = resolve(args)
+        if args.print_config:
+            print(json.dumps(dataclasses.asdict(cfg), indent=1))
+            return 0
         STAGES[args.stage](job, cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

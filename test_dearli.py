@@ -4,10 +4,12 @@ Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import nn
 import checkpoint
 import clip_ensemble
 import data
+import datasets
 import dearli
 import dewa
 import mean_teacher
@@ -467,6 +470,149 @@ def test_poly_schedule_and_clipping_of_the_whole_gradient():
     assert optim.set_lr(optimizer, 0, 100, cfg) == 1.0 and optim.set_lr(optimizer, 50, 100, cfg) == pytest.approx(0.5 ** 0.9)
     norm = optim.descend(optimizer, (layer.weight * torch.tensor([[3.0, 4.0]])).sum(), cfg)
     assert norm == pytest.approx(5.0) and layer.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- datasets.py
+
+def test_ade_segments_follow_the_rules_by_hand():
+    semantic = np.array([[1, 1, 1, 8], [1, 1, 4, 8], [0, 0, 4, 13]], np.uint8)               # wall, floor; bed (8) and person (13) are things
+    instances = np.zeros((3, 4, 3), np.uint8)
+    instances[0, 2:, 0], instances[0, 2:, 1] = 1, 5                                          # instance class 1 = bed, hides a wall pixel
+    ids, segments = datasets.ade_panoptic(semantic, instances)
+    assert ids.tolist() == [[1, 1, 3, 3], [1, 1, 2, 0], [0, 0, 2, 0]]                        # things without an instance are void
+    assert [(s["category_id"], s["area"], s["bbox"]) for s in segments] == [(0, 5, [0, 0, 3, 2]), (3, 2, [2, 1, 1, 2]), (7, 2, [2, 0, 2, 1])]
+    instances[2, 0] = (2, 5, 0)
+    with pytest.raises(ValueError, match=r"instance 5 has classes \[1, 2\]"):
+        datasets.ade_panoptic(semantic, instances)
+
+
+def test_coco_objects_fuse_stuff_and_void_into_one_background():
+    ids = np.array([[9, 9, 0, 4], [7, 7, 5, 4]], np.int32)
+    segments = [{"id": 9, "category_id": 3, "area": 2, "iscrowd": 1}, {"id": 7, "category_id": 92, "area": 2, "bbox": [0, 1, 2, 1], "iscrowd": 0},
+                {"id": 4, "category_id": 1, "area": 2, "iscrowd": 0}, {"id": 5, "category_id": 200, "area": 1, "iscrowd": 0}]
+    fused, kept = datasets.objects_panoptic(ids, segments)
+    assert fused.tolist() == [[9, 9, 7, 4], [7, 7, 7, 4]]
+    assert kept == [segments[0], segments[2], {"id": 7, "category_id": 0, "area": 4, "bbox": [0, 1, 2, 1], "iscrowd": 0}]
+    things_only = [segments[0], segments[2]]
+    fused, kept = datasets.objects_panoptic(np.array([[9, 0, 4]], np.int32), things_only)
+    assert fused.tolist() == [[9, 1, 4]] and kept[-1] == {"id": 1, "category_id": 0, "area": 1, "iscrowd": 0}
+    assert datasets.objects_panoptic(np.array([[9, 4]], np.int32), things_only)[1] == things_only
+
+
+def write_downloads(name, root, monkeypatch):
+    """The downloads of a data set in their original layout, two handfuls of pixels each, and its official lists."""
+    kind = "ade20k" if name == "ade20k" else "coco"
+    base, rng = root / datasets.FOLDERS[kind], np.random.default_rng(0)
+    def save(array, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    photo = lambda: rng.integers(0, 256, (64, 96, 3), np.uint8)
+    if kind == "ade20k":
+        stems = {"training": [f"ADE_train_{i:08d}" for i in range(1, 5)], "validation": ["ADE_val_00000001", "ADE_val_00000002"]}
+        for part, names in stems.items():
+            for stem in names:
+                semantic = np.repeat(np.repeat(rng.choice([0, 1, 3, 4, 13, 21], (4, 6)).astype(np.uint8), 16, 0), 16, 1)
+                instances = np.zeros((64, 96, 3), np.uint8)
+                instances[8:40, 10:50, :2], instances[30:60, 60:90, :2] = (5, 1), (9, 2)
+                save(photo(), base / "images" / part / f"{stem}.jpg")
+                save(semantic, base / "annotations" / part / f"{stem}.png")
+                save(instances, base / "annotations_instance" / part / f"{stem}.png")
+        labeled = "".join(f"images/training/{s}.jpg annotations/training/{s}.png\n" for s in stems["training"][:2])
+        prompts = ["0:invalid_class_id", *(f"{k}:class {k},synonym {k}" for k in range(1, 151))]
+    else:
+        categories = [{"id": 1, "name": "person", "isthing": 1}, {"id": 3, "name": "car", "isthing": 1}, {"id": 92, "name": "banner", "isthing": 0},
+                      {"id": 200, "name": "rug", "isthing": 0}]
+        for part, count in (("train", 4), ("val", 2)):
+            content = {"images": [], "annotations": [], "categories": categories}
+            for i in range(1, count + 1):
+                ids = np.repeat(np.repeat(rng.choice([0, 300, 70_000, 5, 6], (4, 6)), 16, 0), 16, 1).astype(np.int32)
+                segments = [{"id": n, "category_id": c, "area": int((ids == n).sum()), "bbox": [0, 0, 96, 64], "iscrowd": int(n == 6)}
+                            for n, c in ((300, 1), (70_000, 92), (5, 200), (6, 3)) if (ids == n).any()]
+                content["images"].append({"id": i, "file_name": f"{i:012d}.jpg", "width": 96, "height": 64})
+                content["annotations"].append({"image_id": i, "file_name": f"{i:012d}.png", "segments_info": segments})
+                save(photo(), base / f"{part}2017" / f"{i:012d}.jpg")
+                save(np.asarray(datasets.encode(ids)), base / f"panoptic_{part}2017" / f"{i:012d}.png")
+            (base / "annotations").mkdir(exist_ok=True)
+            (base / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
+        labeled = "".join(f"train2017/{i:012d}.jpg masks/{i:012d}.png\n" for i in (1, 2))
+        prompts = ["0:background" if name == "coco-objects" else "0:invalid_class_id", "1:person,child", "2:invalid_class_id", "3:car", "92:banner", "200:rug"]
+    hashes = {}
+    for given, _, _ in datasets.lists(name).values():
+        path = root / "assets" / given
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(prompts) if given.startswith("prompts") else labeled)
+        hashes[given] = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets, "SHA256", hashes)
+    return base
+
+
+@pytest.mark.parametrize("name, classes, split", [("ade20k", 150, "1_128"), ("coco", 4, "1_512"), ("coco-objects", 3, "1_512")])
+def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes, split, tmp_path, monkeypatch, capsys):
+    base = write_downloads(name, tmp_path, monkeypatch)
+    root = ["--dataset", name, "--data-root", str(tmp_path), "--device", "cpu"]
+    assert dearli.main(["--stage", "sup", *root]) == 2 and "--stage prepare" in capsys.readouterr().err
+    assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets"), "--workers", "1"]) == 0
+    assert f"{classes} classes, 4 training and 2 validation images" in capsys.readouterr().out
+    dataset = datasets.load(name, tmp_path, split)
+    assert (dataset.labeled, len(dataset.unlabeled)) == ([0, 1], 2 if name != "ade20k" else 2)
+    for i in range(4):
+        truth = dataset.train.truth(i)
+        assert truth.segment_map.shape == (64, 96) and truth.segment_map.max() <= len(truth.labels)
+    if name == "ade20k":                                                     # mIoU against the original semantic map, 0 = ignored
+        original = np.asarray(Image.open(base / "annotations" / "validation" / "ADE_val_00000001.png"))
+        assert np.array_equal(dataset.val.truth(0).semantic(), np.where(original == 0, 255, original - 1.0))
+    if name == "coco-objects":
+        assert dataset.taxonomy.things == (False, True, True) and all((dataset.train.truth(i).segment_map > 0).all() for i in range(4))
+    flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", split, "--runs", str(tmp_path / "runs"), "--workers", "0"]
+    for args in (["sup"], ["ssl", "--method", "dear"]):
+        assert dearli.main(["--stage", *args, *root, *flags, "--steps", "3"]) == 0
+    metrics = json.loads((tmp_path / "runs" / f"{name}-dear-{split}" / "metrics.json").read_text())
+    assert 0 <= metrics["student/ensemble"]["all"]["pq"] <= 1 and len(metrics["student/ensemble"]["per_class"]) == classes
+
+
+def test_an_interrupted_preparation_goes_on_and_wrong_lists_are_refused(tmp_path, monkeypatch):
+    base = write_downloads("ade20k", tmp_path, monkeypatch)
+    maps, assets = base / "ade20k_panoptic_train", tmp_path / "assets"
+    datasets.prepare("ade20k", tmp_path, assets, workers=1)
+    target = base / "ade20k_panoptic_train.json"
+    whole = json.loads(target.read_text())
+    rows = [{"key": image["id"], "image": image, "annotation": a} for image, a in zip(whole["images"], whole["annotations"])]
+    target.with_name(target.name + ".part").write_text("".join(json.dumps(r) + "\n" for r in rows[:2]) + json.dumps(rows[2])[:40])   # cut
+    target.unlink()
+    before = (maps / "ADE_train_00000001.png").stat().st_mtime_ns
+    datasets.prepare("ade20k", tmp_path, assets, workers=1)
+    assert json.loads(target.read_text()) == whole and (maps / "ADE_train_00000001.png").stat().st_mtime_ns == before
+    (base / "dearli" / "ade20k" / "1_64" / "labeled.txt").unlink()
+    (assets / "splits" / "ade20k" / "1_64" / "labeled.txt").write_text("another list\n")
+    with pytest.raises(UserError, match="labeled.txt: SHA-256 is .* expected"):
+        datasets.prepare("ade20k", tmp_path, assets)
+    shutil.rmtree(base / "annotations_instance" / "validation")
+    with pytest.raises(UserError, match=r"1 of 6 parts of ade20k are missing: annotations_instance/validation \(from http"):
+        datasets.prepare("ade20k", tmp_path, assets)
+    with pytest.raises(UserError, match="unknown split '1_512' of ade20k; available: 1_128, 1_64, 1_32, 1_16, 1_8"):
+        datasets.load("ade20k", tmp_path, "1_512")
+
+
+def test_official_lists_have_the_counts_of_the_paper():
+    if not (REAL_DATA / "splits").is_dir():
+        pytest.skip(f"no official lists at {REAL_DATA} (set DEARLI_TEST_DATA)")
+    for name, counts in (("ade20k", (158, 316, 632, 1263, 2526)), ("coco", (232, 463, 925, 1849, 3697))):
+        for given, _, digest in datasets.lists(name).values():
+            assert hashlib.sha256((REAL_DATA / given).read_bytes()).hexdigest() == digest
+        splits = datasets.ADE_SPLITS if name == "ade20k" else datasets.COCO_SPLITS
+        assert tuple(len((REAL_DATA / "splits" / name / s / "labeled.txt").read_text().splitlines()) for s in splits) == counts
+    names = [datasets.read_names(REAL_DATA / "prompts" / f"{n}_prompts.txt") for n in ("ade20k_150", "coco_panoptic", "coco_objects")]
+    assert [len(n) for n in names] == [150, 133, 81]                         # classes, and all of their names:
+    assert [sum(len(v.split(",")) for v in n.values()) for n in names] == [403, 254, 174]
+
+
+def test_presets_are_the_official_configurations_and_can_be_printed(capsys):
+    assert dearli.main(["--stage", "sup", "--dataset", "coco_panoptic", "--split", "1_64", "--print-config", "--device", "cpu"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["crop"], printed["dewa_crop"], printed["test_size"], printed["test_max"], printed["sup_steps"]) == (512, 640, 512, 2048, 40_000)
+    assert dearli.main(["--dataset", "ade", "--split", "1_128", "--print-config", "--device", "cpu", "--alpha", "0.3"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["crop"], printed["sup_steps"], printed["ssl_steps"], printed["alpha"], printed["clip_norm"]) == (640, 10_000, 80_000, 0.3, 0.01)
 
 
 # ----------------------------------------------------------------------------------------------------- mean_teacher.py
@@ -1144,8 +1290,8 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
 # ------------------------------------------------------------------------------------------------- mistakes at the door
 
 @pytest.mark.parametrize("args, words", [
-    (["--stage", "train"], "unknown stage 'train'; available: demo, masks"),
-    (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom"),
+    (["--stage", "train"], "unknown stage 'train'; available: demo, prepare, masks"),
+    (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom, ade20k, coco, coco-objects"),
     (["--stage", "ssl", "--method", "dearly"], "unknown method 'dearly'; available: ssl, dear, dearli"),
     (["--stage", "sup", "--split", "0"], "unknown split '0' of data set mini"),
     (["--stage", "sup", "--split", "1_32"], "unknown split '1_32' of data set mini"),
