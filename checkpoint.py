@@ -5,12 +5,15 @@ A checkpoint is NAME_STEP.pt, a plain torch file, beside NAME_STEP.pt.sha256. Th
 
 import hashlib
 import io
+import json
 import os
 from pathlib import Path
+from typing import Callable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 
 from config import UserError
 
@@ -77,6 +80,22 @@ def newest(folder: Path) -> dict | None:
         except UserError as error:
             print(f"warning: {error}; trying the one before")
     return None
+
+
+def cached(folder: Path, key: list, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """make(), or what it returned when it was called with this key before (the text tower of a large CLIP takes minutes on a CPU).
+
+    key: JSON values, everything that the tensor depends on. A file that is damaged is made anew.
+    """
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        try:
+            return load_file(path)["tensor"]
+        except (SafetensorError, KeyError):
+            print(f"warning: {path}: damaged; made again")
+    tensor = make()
+    write_atomic(path, save_tensors({"tensor": tensor.cpu().contiguous()}))
+    return tensor
 
 
 def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.Module:

@@ -14,6 +14,7 @@ Stages are short functions below, in the order of the method; what they wire tog
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ import datasets
 import dewa
 import official
 import report
-from clip_ensemble import ClipBackbone, Vocabulary, text_embeddings
+from clip_ensemble import TEMPLATES, ClipBackbone, Vocabulary, text_embeddings
 from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError
 from data import DataSet, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini
 from evaluation import evaluate, predict
@@ -37,6 +38,7 @@ from trainer import Run, differing
 DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
+CACHE = Path(os.environ.get("DEARLI_CACHE", Path.home() / ".cache" / "dearli"))     # text embeddings of real CLIPs
 FORMATS = ("official", "safetensors")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -138,7 +140,14 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
     """A segmenter with a random decoder (by seed) on the backbone of the configuration, or of a checkpoint that brings its own."""
     clip, tokenize = load_clip(cfg, clip_weights)
     names = [name for names in taxonomy.synonyms for name in names]
-    vocabulary = Vocabulary(text_embeddings(clip.to(job.device), tokenize, names), [len(s) for s in taxonomy.synonyms])
+    embed = lambda: text_embeddings(clip.to(job.device), tokenize, names)
+    if cfg.backbone == "mini" or cfg.pretrained == "random" or clip_weights is not None:
+        embeddings = embed()
+    else:
+        stat = Path(cfg.pretrained).stat() if Path(cfg.pretrained).is_file() else None
+        key = [cfg.backbone, cfg.pretrained, stat and [stat.st_size, stat.st_mtime_ns], TEMPLATES, names]
+        embeddings = checkpoint.cached(CACHE, key, embed)
+    vocabulary = Vocabulary(embeddings, [len(s) for s in taxonomy.synonyms])
     torch.manual_seed(cfg.seed)
     return Segmenter(ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg).to(job.device)
 
