@@ -29,7 +29,7 @@ import report
 from clip_ensemble import TEMPLATES, ClipBackbone, Vocabulary, text_embeddings
 from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError
 from data import DataSet, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini
-from evaluation import evaluate, predict
+from evaluation import evaluate, flatten, frequency_groups, group_quality, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
@@ -56,6 +56,7 @@ class Job:
     out: Path | None = None
     init: Path | None = None
     masks: Path | None = None
+    groups: int = 0
     weights: Path | None = None
     assets: Path | None = None
     format: str = "official"
@@ -277,6 +278,12 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
     if not job.evaluate:
         return None
     metrics = evaluate(models, dataset, cfg, job.device)
+    if job.groups:
+        groups = frequency_groups(dataset, job.groups)
+        for reading in metrics:
+            metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
+            print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
+                  + ", ".join(f"{100 * group['pq']:.1f}" for group in metrics[reading]["groups"]))
     content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
     checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
     print(report.table([(reading, metrics[reading]) for reading in metrics]))
@@ -381,6 +388,24 @@ def stage_ladder(job: Job, cfg: Config) -> Path:
     return path
 
 
+def stage_zeroshot(job: Job, cfg: Config) -> Path:
+    """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
+    dataset, folder = load_data(job, cfg), job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg)
+    if job.masks is None or str(job.masks) == "gt":
+        partition = lambda i: dataset.val.truth(i).segment_map
+    else:
+        masks = job.masks
+        if str(masks) == "sam":
+            masks = job.runs / f"{job.name}-masks-{job.eval_on}"
+            dewa.generate_masks(dataset.val, load_sam(cfg)(job.device), masks)
+        partition = lambda i: flatten(dewa.read_masks(masks, dataset.val.name(i)))
+    metrics = zero_shot(build(job, cfg, dataset.taxonomy), dataset, cfg, job.device, partition)
+    checkpoint.write_atomic(folder / "metrics.json", json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode())
+    print(report.table([("zero-shot", metrics)], report.COLUMNS[:-1]))
+    print(f"{folder / 'metrics.json'}")
+    return folder
+
+
 def stage_export(job: Job, cfg: Config) -> Path:
     """A run, or an official file, as one file: for the official code, or as safetensors."""
     state = read_run(job.weights)
@@ -417,7 +442,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
 
 
 STAGES = {"demo": stage_demo, "prepare": stage_prepare, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
-          "export": stage_export, "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+          "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -435,7 +460,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
     p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
-    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks)")
+    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks); zeroshot: gt, sam or a folder")
+    p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
     p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
     p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
     p.add_argument("--print-config", action="store_true", help="print every number of the run that the other flags describe, and stop")

@@ -32,7 +32,7 @@ import official
 import optim
 from clip_ensemble import Vocabulary, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
-from evaluation import evaluate
+from evaluation import evaluate, flatten, frequency_groups, group_quality
 from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
 from matcher import CostWeights, Target, match, matching_cost, point_sample
 from model import Attention, DeformableAttention, Mask2Former, Segmenter, attention_mask, panoptic_inference, semantic_inference
@@ -1264,6 +1264,34 @@ def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
     (tmp_path / "mini-dearli-4" / "metrics.json").unlink()
     assert dearli.main(["--stage", "eval", "--dataset", "mini", "--weights", str(tmp_path / "mini-dearli-4"), "--device", "cpu"]) == 0
     assert json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text()) == metrics    # every flag is remembered
+
+
+def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, tmp_path):
+    flags = ["--dataset", "mini", "--split", 4, "--device", "cpu", "--runs", tmp_path, "--stage", "zeroshot"]
+    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+    assert main("--masks", "gt") == 0
+    metrics = json.loads((tmp_path / "mini-zeroshot-gt" / "metrics.json").read_text())["zero-shot"]
+    assert metrics["all"]["pq"] > 0.4
+    assert all(c["sq"] == pytest.approx(1) for c in metrics["per_class"].values() if c["tp"])          # true masks, only the classes may be wrong
+    assert main("--masks", "sam", "--points-per-side", 4) == 0
+    sam = json.loads((tmp_path / "mini-zeroshot-sam" / "metrics.json").read_text())["zero-shot"]
+    assert 0 <= sam["all"]["pq"] < metrics["all"]["pq"]
+    masks = np.zeros((4, 6, 3), bool)
+    masks[:, :, 1], masks[1:3, 1:4, 0], masks[1, 1, 2] = True, True, True      # large, small on top, one pixel
+    assert flatten(masks, least=2).tolist() == [[2] * 6, [2, 0, 1, 1, 2, 2], [2, 1, 1, 1, 2, 2], [2] * 6]
+
+
+def test_groups_of_classes_by_labelled_pixels(small_mini):
+    dataset = data.load_mini("4")
+    groups = frequency_groups(dataset, 5)
+    assert sorted(k for g in groups for k in g) == list(range(20)) and [len(g) for g in groups] == [4] * 5
+    pixels = sum(np.bincount(dataset.train.truth(i).semantic().ravel().astype(int), minlength=20) for i in dataset.labeled)
+    assert max(pixels[groups[0]]) <= min(pixels[groups[-1]])
+    per_class = {n: {"pq": k / 20, "tp": k % 2, "fp": 0, "fn": 0} for k, n in enumerate(dataset.taxonomy.short_names)}
+    rows = group_quality({"per_class": per_class}, dataset.taxonomy, groups)
+    for group, row in zip(groups, rows):
+        odd = [k for k in group if k % 2]
+        assert row["n"] == len(odd) and row["pq"] == pytest.approx(np.mean(odd) / 20 if odd else 0)
 
 
 def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, capsys):
