@@ -1,18 +1,19 @@
 """Files that hold a run: written whole or not at all, hashed, and read without executing anything.
 
 A checkpoint is NAME_STEP.pt, a plain torch file, beside NAME_STEP.pt.sha256. The two newest are kept.
-Also: the official DEARLi/FC-CLIP/Mask2Former parameter names.
 """
 
 import hashlib
 import io
+import json
 import os
-import re
 from pathlib import Path
+from typing import Callable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 
 from config import UserError
 
@@ -81,6 +82,22 @@ def newest(folder: Path) -> dict | None:
     return None
 
 
+def cached(folder: Path, key: list, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """make(), or what it returned when it was called with this key before (the text tower of a large CLIP takes minutes on a CPU).
+
+    key: JSON values, everything that the tensor depends on. A file that is damaged is made anew.
+    """
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        try:
+            return load_file(path)["tensor"]
+        except (SafetensorError, KeyError):
+            print(f"warning: {path}: damaged; made again")
+    tensor = make()
+    write_atomic(path, save_tensors({"tensor": tensor.cpu().contiguous()}))
+    return tensor
+
+
 def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.Module:
     """Fill a foundation model (CLIP, SAM) from a .safetensors or a plain torch file, in fp32; in eval mode afterwards.
 
@@ -124,36 +141,3 @@ def load_weights(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
             param.copy_(weights[name])
     return f"{source}: {len(into) - len([n for n in left if n in into])} of {len(into)} tensors taken" + (
         f"; not taken: {', '.join(left)}" if left else "")
-
-
-OFFICIAL_NAMES = (                     # (pattern of the official name, ours), first match wins
-    (r"sem_seg_head\.pixel_decoder\.transformer\.level_embed", r"head.pixel_decoder.level_embed"),
-    (r"sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers\.", r"head.pixel_decoder.layers."),
-    (r"sem_seg_head\.pixel_decoder\.adapter_1\.norm\.", r"head.pixel_decoder.lateral.1."),
-    (r"sem_seg_head\.pixel_decoder\.adapter_1\.", r"head.pixel_decoder.lateral.0."),
-    (r"sem_seg_head\.pixel_decoder\.layer_1\.norm\.", r"head.pixel_decoder.output.1."),
-    (r"sem_seg_head\.pixel_decoder\.layer_1\.", r"head.pixel_decoder.output.0."),
-    (r"sem_seg_head\.pixel_decoder\.", r"head.pixel_decoder."),
-    (r"sem_seg_head\.predictor\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r"head.decoder.layers.\1.self_attn."),
-    (r"sem_seg_head\.predictor\.transformer_self_attention_layers\.(\d+)\.norm\.", r"head.decoder.layers.\1.self_norm."),
-    (r"sem_seg_head\.predictor\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r"head.decoder.layers.\1.cross_attn."),
-    (r"sem_seg_head\.predictor\.transformer_cross_attention_layers\.(\d+)\.norm\.", r"head.decoder.layers.\1.cross_norm."),
-    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.norm\.", r"head.decoder.layers.\1.ffn_norm."),
-    (r"sem_seg_head\.predictor\.transformer_ffn_layers\.(\d+)\.", r"head.decoder.layers.\1."),
-    (r"sem_seg_head\.predictor\.(class_embed\.layers\.|logit_scale)", r"head.decoder.classify.\1"),
-    (r"sem_seg_head\.predictor\.class_embed\.", r"head.decoder.classify."),
-    (r"sem_seg_head\.predictor\.", r"head.decoder."),
-    (r"void_embedding\.", r"head.decoder.classify.void_embedding."),
-    (r"backbone\.clip_model\.visual\.trunk\.", r"backbone.trunk."),
-    (r"backbone\.clip_model\.visual\.head\.", r"backbone.head."),
-    (r"backbone\.clip_model\.logit_scale", r"backbone.logit_scale"),
-)
-
-
-def rename_official(name: str) -> str | None:
-    """Our name of an official parameter; None for what we do not hold (CLIP's text tower, buffers of the criterion)."""
-    for pattern, ours in OFFICIAL_NAMES:
-        renamed, count = re.subn("^" + pattern, ours, name)
-        if count:
-            return renamed
-    return None

@@ -58,7 +58,7 @@ class Config:
     clip_norm: float = 0.01            # largest L2 norm of the whole gradient
     poly_power: float = 0.9            # lr(t) = lr * (1 - t / steps) ** poly_power
     ssl_steps: int = 80_000            # optimiser steps, stage ssl
-    sup_steps: int = 10_000            # stage sup; supplement D: +10 000 for every next larger split
+    sup_steps: int = 10_000            # stage sup; on ADE20K and COCO 10 000 more for every next larger split (supplement D)
     dewa_steps: int = 160_000          # stage dewa; the paper says 80 000 on ADE20K
     labeled_batch: int = 8             # images a step
     unlabeled_batch: int = 8           # images a step
@@ -66,6 +66,7 @@ class Config:
     dewa_keep_empty: bool = True       # SAM masks that the crop emptied stay targets; off where crops show a small part of the image
     # data
     crop: int = 640                    # pixels, square training crop
+    dewa_crop: int = 0                 # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
     scale_min: float = 0.5             # short side = crop * k, k from scale_min ...
     scale_max: float = 2.0             # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
     jitter: float = 0.8                # strong view: brightness, contrast and saturation change by factors of 1 +- jitter
@@ -102,6 +103,8 @@ class Config:
 
 
 OFFICIAL = Config()                    # ADE20K; SAM and CLIP at full size
+COCO = replace(OFFICIAL, crop=512, dewa_crop=640, test_size=512, test_max=2048)
+SUP_STEPS_A_SPLIT = 10_000             # supplement D: the smallest split takes so many steps, every next larger one as many more
 # SAM's thresholds (0.88, 0.95) are for large images and a confident model; the mini SAM's opinion of its own masks is modest. At SAM's own
 # NMS, these kept the best recall on the mini SAM's test scenes for about 13 masks an image: there are some 6 segments to be found.
 MINI = Config(
@@ -118,4 +121,4 @@ CUSTOM = replace(
     test_size=256, test_max=512, eval_batch=1, sam="regions", ssl_steps=2400, sup_steps=2400, dewa_steps=400, dewa_keep_empty=False,
     burn_in=1000, burn_in_warm=300, workers=1)
 
-PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL}
+PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL, "ade20k": OFFICIAL, "coco": COCO, "coco-objects": COCO}

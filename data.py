@@ -62,10 +62,11 @@ class Truth:
     labels: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    classes: np.ndarray | None = None  # (H, W) semantic ground truth of its own, where the data set has one
 
     def semantic(self) -> np.ndarray:
         """(H, W) class index, IGNORE where void."""
-        return np.append(IGNORE, self.labels)[self.segment_map]
+        return np.append(IGNORE, self.labels)[self.segment_map] if self.classes is None else self.classes
 
 
 @dataclass
@@ -105,52 +106,59 @@ class MiniImages:
 class PanopticFolder:
     """Images and ground truth in COCO panoptic format: a JSON, a folder of images, a folder of RGB-coded PNG maps.
 
+    The index is a few flat arrays: loader processes share them, and reading never makes them grow.
+    semantic: folder of class maps (0 = none, else class + 1) that mIoU is measured against, where the data set has its own (ADE20K).
     Raises: UserError where a file or a key is missing, or map and JSON disagree.
     """
 
-    def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy):
-        self.images, self.maps, self.taxonomy = images, maps, taxonomy
+    def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None):
+        self.images, self.maps, self.taxonomy, self.semantic = images, maps, taxonomy, semantic
         content = read_json(annotations)
         index = {category: k for k, category in enumerate(taxonomy.ids)}
         try:
             files = {entry["id"]: entry["file_name"] for entry in content["images"]}
-            self.entries = [(files[a["image_id"]], a["file_name"],
-                             [(s["id"], index[s["category_id"]], s["area"], s.get("iscrowd", 0)) for s in a["segments_info"]])
-                            for a in content["annotations"]]
+            rows = content["annotations"]
+            self.names, self.files = np.array([files[a["image_id"]] for a in rows], str), np.array([a["file_name"] for a in rows], str)
+            counts = [len(a["segments_info"]) for a in rows]
+            self.segments = np.array([(s["id"], index[s["category_id"]], s["area"], s.get("iscrowd", 0)) for a in rows for s in a["segments_info"]],
+                                     np.int64).reshape(-1, 4)       # id, class, area, crowd
         except KeyError as error:
             raise UserError(f"{annotations}: no entry for {error}; expected COCO panoptic format: images (id, file_name), "
                             f"annotations (image_id, file_name, segments_info with id, category_id, area), categories") from None
+        self.starts = np.cumsum([0, *counts])
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.names)
 
     def name(self, i: int) -> str:
-        return self.entries[i][0]
+        return str(self.names[i])
 
     def image(self, i: int) -> Image.Image:
-        return open_image(self.images / self.entries[i][0])
+        return open_image(self.images / self.name(i))
 
     def truth(self, i: int) -> Truth:
-        _, file_name, segments = self.entries[i]
-        rgb = np.asarray(open_image(self.maps / file_name))
+        path, segments = self.maps / str(self.files[i]), self.segments[self.starts[i]:self.starts[i + 1]]
+        rgb = np.asarray(open_image(path))
         coded = rgb[..., 0].astype(np.int32)                       # id = R + 256 G + 65536 B
         coded += rgb[..., 1] * np.int32(256)
         coded += rgb[..., 2] * np.int32(65536)
         ids, inverse = np.unique(coded, return_inverse=True)
-        order = {segment[0]: k for k, segment in enumerate(segments, 1)}
+        order = {number: k for k, number in enumerate(segments[:, 0].tolist(), 1)}
         unknown = [int(v) for v in ids if v and int(v) not in order]
         if unknown:
-            raise UserError(f"{self.maps / file_name}: segment {unknown[0]} has pixels but is not in segments_info")
+            raise UserError(f"{path}: segment {unknown[0]} has pixels but is not in segments_info")
         lut = np.array([order.get(int(v), 0) for v in ids], np.int32)
-        columns = np.array(segments, np.int64).reshape(-1, 4)
-        return Truth(lut[inverse].reshape(rgb.shape[:2]), columns[:, 1], columns[:, 2], columns[:, 3].astype(bool))
+        classes = None
+        if self.semantic is not None:
+            classes = np.asarray(open_image(self.semantic / f"{Path(self.name(i)).stem}.png", "L")) - np.uint8(1)      # 0 becomes IGNORE
+        return Truth(lut[inverse].reshape(rgb.shape[:2]), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool), classes)
 
 
-def open_image(path: Path) -> Image.Image:
-    """RGB image. Raises UserError with the path if it cannot be read."""
+def open_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """An image in a Pillow mode. Raises UserError with the path if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -14,6 +14,7 @@ Stages are short functions below, in the order of the method; what they wire tog
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -21,20 +22,24 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import datasets
 import dewa
+import official
 import report
-from clip_ensemble import ClipBackbone, Vocabulary, text_embeddings
-from config import PRESETS, Config, UserError
+from clip_ensemble import TEMPLATES, ClipBackbone, Vocabulary, text_embeddings
+from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError
 from data import DataSet, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini
-from evaluation import evaluate, predict
+from evaluation import evaluate, flatten, frequency_groups, group_quality, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
 from trainer import Run, differing
 
-DATASETS = ("mini", "custom")
+DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
+CACHE = Path(os.environ.get("DEARLI_CACHE", Path.home() / ".cache" / "dearli"))     # text embeddings of real CLIPs
+FORMATS = ("official", "safetensors")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -51,7 +56,10 @@ class Job:
     out: Path | None = None
     init: Path | None = None
     masks: Path | None = None
+    groups: int = 0
     weights: Path | None = None
+    assets: Path | None = None
+    format: str = "official"
     resume: bool = False
     evaluate: bool = True
     device: torch.device = torch.device("cpu")
@@ -73,17 +81,22 @@ def load_data(job: Job, cfg: Config) -> DataSet:
     if job.dataset == "mini":
         return load_mini(job.split, job.eval_on)
     if not job.data_root:
-        raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
+        raise UserError(f"--dataset {job.dataset} needs --data-root DIR: " + (
+            "a folder in COCO panoptic format" if job.dataset == "custom" else "the folder with its downloads, see --stage prepare"))
+    if job.dataset in datasets.NAMES:
+        return datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed)
     return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant)
 
 
-def load_clip(cfg: Config):
-    """The OpenCLIP model of the configuration and its tokenizer: (clip, tokenize), on the CPU."""
+def load_clip(cfg: Config, weights: dict | None = None):
+    """The OpenCLIP model of the configuration and its tokenizer: (clip, tokenize), on the CPU. weights: CLIP's, instead of a download."""
     torch.manual_seed(cfg.seed)
+    if weights is not None:
+        cfg = dataclasses.replace(cfg, pretrained="random")
     if cfg.backbone == "mini":
         import mini_clip
         clip = mini_clip.build() if cfg.pretrained == "random" else mini_clip.load(cfg.pretrained or mini_clip.WEIGHTS)
-        return clip, mini_clip.tokenize
+        return fill_clip(clip, weights, cfg), mini_clip.tokenize
     import open_clip
     if cfg.backbone not in open_clip.list_models():
         raise UserError(f"unknown backbone '{cfg.backbone}'; available: mini, or an OpenCLIP ConvNeXt such as convnext_base_w_320")
@@ -92,7 +105,17 @@ def load_clip(cfg: Config):
     except Exception as error:         # the hub client raises its own types, with pages of text
         raise UserError(f"{cfg.backbone}: weights '{cfg.pretrained}' cannot be had ({type(error).__name__}); give a file with "
                         f"--pretrained FILE, or --pretrained random with --train-backbone") from None
-    return clip, open_clip.get_tokenizer(cfg.backbone)
+    return fill_clip(clip, weights, cfg), open_clip.get_tokenizer(cfg.backbone)
+
+
+def fill_clip(clip, weights: dict | None, cfg: Config):
+    """CLIP with the weights that a checkpoint brings along, if it does."""
+    if weights is not None:
+        try:
+            clip.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint holds another CLIP than --backbone {cfg.backbone}: {' '.join(str(error).split())[:200]} ...") from None
+    return clip
 
 
 def load_sam(cfg: Config):
@@ -114,16 +137,34 @@ def load_sam(cfg: Config):
         stability_score_thresh=cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
 
 
-def build(job: Job, cfg: Config, taxonomy: Taxonomy) -> Segmenter:
-    """A segmenter with a random decoder (by seed) on the backbone of the configuration."""
-    clip, tokenize = load_clip(cfg)
+def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None = None) -> Segmenter:
+    """A segmenter with a random decoder (by seed) on the backbone of the configuration, or of a checkpoint that brings its own."""
+    clip, tokenize = load_clip(cfg, clip_weights)
     names = [name for names in taxonomy.synonyms for name in names]
-    vocabulary = Vocabulary(text_embeddings(clip.to(job.device), tokenize, names), [len(s) for s in taxonomy.synonyms])
+    embed = lambda: text_embeddings(clip.to(job.device), tokenize, names)
+    if cfg.backbone == "mini" or cfg.pretrained == "random" or clip_weights is not None:
+        embeddings = embed()
+    else:
+        stat = Path(cfg.pretrained).stat() if Path(cfg.pretrained).is_file() else None
+        key = [cfg.backbone, cfg.pretrained, stat and [stat.st_size, stat.st_mtime_ns], TEMPLATES, names]
+        embeddings = checkpoint.cached(CACHE, key, embed)
+    vocabulary = Vocabulary(embeddings, [len(s) for s in taxonomy.synonyms])
     torch.manual_seed(cfg.seed)
     return Segmenter(ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg).to(job.device)
 
 
 # ------------------------------------------------------------------------------------------------------ stages
+
+def stage_prepare(job: Job, cfg: Config) -> Path:
+    """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
+    choose("data set to prepare", job.dataset, datasets.NAMES)
+    if not job.data_root:
+        raise UserError(f"--stage prepare needs --data-root DIR: the folder with the downloads of {job.dataset}")
+    folder = datasets.prepare(job.dataset, Path(job.data_root), job.assets, cfg.workers)
+    dataset = datasets.load(job.dataset, Path(job.data_root), "1")
+    print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
+    return folder
+
 
 def stage_masks(job: Job, cfg: Config) -> Path:
     """SAM's masks of all training images, labelled and unlabelled alike."""
@@ -151,8 +192,9 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
     run = Run(folder, cfg, identity(job, "sup"), job.resume)
-    student = build(job, cfg, dataset.taxonomy)
-    start_from(job.init, student)
+    start = read_run(job.init) if job.init else {}
+    student = build(job, cfg, dataset.taxonomy, start.get("clip"))
+    start_from(start, job.init, student)
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
     run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
@@ -170,8 +212,9 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
             raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
                             f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
     run = Run(folder, cfg, identity(job, job.method), job.resume)
-    student = build(job, cfg, dataset.taxonomy)
-    start_from(init, student)
+    start = read_run(init) if init else {}
+    student = build(job, cfg, dataset.taxonomy, start.get("clip"))
+    start_from(start, init, student)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
     warm, models = init is not None, {"student": student, "teacher": teacher}
@@ -182,15 +225,17 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
 
 
 def stage_eval(job: Job, cfg: Config) -> Path:
-    """PQ and mIoU of a run: student and teacher, decoder alone and ensembled."""
+    """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
     state = read_run(job.weights)
     dataset = load_data(job, cfg)
-    student = build(job, cfg, dataset.taxonomy)
+    student = build(job, cfg, dataset.taxonomy, state.get("clip"))
+    require_classes(state, len(dataset.taxonomy), job.weights)
     models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
     for name, model in models.items():
         checkpoint.load_weights(model.trained(), state[name], f"{job.weights} ({name})")
-    metrics = finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, Path(job.weights))
-    return metrics
+    folder = job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
+    finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, folder)
+    return folder
 
 
 def identity(job: Job, stage: str) -> dict:
@@ -198,20 +243,34 @@ def identity(job: Job, stage: str) -> dict:
     return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split}
 
 
-def start_from(folder: Path | None, student: Segmenter) -> None:
-    """Start from the student of another run (DeWa). A linear class head of another number of classes stays random."""
-    if folder is not None:
-        print(checkpoint.load_weights(student.trained(), read_run(folder)["student"], str(folder),
+def start_from(state: dict, source: Path | None, student: Segmenter) -> None:
+    """Start from another run or file (DeWa), if there is one. A linear class head of another number of classes stays random."""
+    if state:
+        print(checkpoint.load_weights(student.trained(), state["student"], str(source),
                                       may_differ=("decoder.classify.weight", "decoder.classify.bias")))
 
 
 def read_run(folder: Path | None) -> dict:
+    """A run's newest checkpoint, or an official or exported file: {"student" and / or "teacher": weights, "config" or "clip": ...}."""
     if folder is None:
-        raise UserError("--stage eval needs --weights runs/NAME")
-    state = checkpoint.newest(folder) if Path(folder).is_dir() else checkpoint.load(folder)
-    if state is None:
-        raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
-    return state
+        raise UserError("this stage needs --weights runs/NAME, or a checkpoint of the official code")
+    if Path(folder).is_dir():
+        state = checkpoint.newest(folder)
+        if state is None:
+            raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
+        return state
+    weights = official.read(folder)
+    if weights is None:
+        return checkpoint.load(folder)
+    print(f"{folder}: {weights.summary()}")
+    return {"student": weights.head, "clip": weights.clip, "weights": weights}
+
+
+def require_classes(state: dict, expected: int, source: Path) -> None:
+    """Raise if an official file says that it was trained on another number of classes (a language head would not notice)."""
+    found = state["weights"].num_classes if "weights" in state else None
+    if found not in (None, expected):
+        raise UserError(f"{source}: trained on {found} classes, the data set has {expected}; choose the data set it belongs to")
 
 
 def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> dict | None:
@@ -219,6 +278,12 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
     if not job.evaluate:
         return None
     metrics = evaluate(models, dataset, cfg, job.device)
+    if job.groups:
+        groups = frequency_groups(dataset, job.groups)
+        for reading in metrics:
+            metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
+            print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
+                  + ", ".join(f"{100 * group['pq']:.1f}" for group in metrics[reading]["groups"]))
     content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
     checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
     print(report.table([(reading, metrics[reading]) for reading in metrics]))
@@ -323,6 +388,49 @@ def stage_ladder(job: Job, cfg: Config) -> Path:
     return path
 
 
+def stage_zeroshot(job: Job, cfg: Config) -> Path:
+    """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
+    dataset, folder = load_data(job, cfg), job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg)
+    if job.masks is None or str(job.masks) == "gt":
+        partition = lambda i: dataset.val.truth(i).segment_map
+    else:
+        masks = job.masks
+        if str(masks) == "sam":
+            masks = job.runs / f"{job.name}-masks-{job.eval_on}"
+            dewa.generate_masks(dataset.val, load_sam(cfg)(job.device), masks)
+        partition = lambda i: flatten(dewa.read_masks(masks, dataset.val.name(i)))
+    metrics = zero_shot(build(job, cfg, dataset.taxonomy), dataset, cfg, job.device, partition)
+    checkpoint.write_atomic(folder / "metrics.json", json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode())
+    print(report.table([("zero-shot", metrics)], report.COLUMNS[:-1]))
+    print(f"{folder / 'metrics.json'}")
+    return folder
+
+
+def stage_export(job: Job, cfg: Config) -> Path:
+    """A run, or an official file, as one file: for the official code, or as safetensors."""
+    state = read_run(job.weights)
+    weights = state.get("weights")
+    if weights is None:
+        weights = whole_model(job, cfg, state)
+    path = job.out or Path(job.weights).with_suffix(".pth" if job.format == "official" else ".safetensors")
+    if path.exists():
+        raise UserError(f"{path}: exists already; name another file with --out")
+    official.write(path, weights, job.format)
+    print(f"{path}: {weights.summary()}")
+    return path
+
+
+def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
+    """The student of a run with its CLIP and the criterion's buffers, which runs do not store."""
+    warm_up = state["config"]["stage"] == "dewa"
+    taxonomy = dewa.TAXONOMY if warm_up else load_data(job, cfg).taxonomy
+    clip = load_clip(cfg)[0].state_dict()
+    trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
+    kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
+    return official.Weights(kind, {n: t for n, t in state["student"].items() if n.startswith("head.")}, {**clip, **trained},
+                            official.criterion(kind, len(taxonomy), cfg.no_object_weight))
+
+
 def stage_mini_clip(job: Job, cfg: Config) -> None:
     import mini_clip
     mini_clip.train(job.out or mini_clip.WEIGHTS, seed=cfg.seed)
@@ -333,8 +441,8 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
-          "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+STAGES = {"demo": stage_demo, "prepare": stage_prepare, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
+          "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -352,8 +460,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
     p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
-    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks)")
-    p.add_argument("--weights", type=Path, help="run to evaluate")
+    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks); zeroshot: gt, sam or a folder")
+    p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
+    p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
+    p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
+    p.add_argument("--print-config", action="store_true", help="print every number of the run that the other flags describe, and stop")
+    p.add_argument("--format", default="official", help=f"export: {', '.join(FORMATS)}")
     p.add_argument("--resume", action="store_true", help="go on where the run stopped")
     p.add_argument("--no-eval", dest="evaluate", action="store_false", help="do not evaluate after training")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -378,17 +490,21 @@ def choose(what: str, value: str, available) -> str:
 
 def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     """Command line -> job and configuration: preset of the data set (or the stored one of a run), then the flags."""
+    args.dataset = datasets.ALIASES.get(args.dataset, args.dataset)
     choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
-    choose("precision", args.precision, PRECISIONS)
+    choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
     cfg = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
-    if args.stage == "eval":
-        stored = read_run(args.weights)["config"]
-        cfg = Config(**{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
+    if args.stage in ("eval", "export"):
+        stored = read_run(args.weights).get("config", {})
+        cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
     elif args.stage == "ssl" and "ensemble_teacher" not in given:
         given["ensemble_teacher"] = args.method != "ssl"
+    known = {"ade20k": datasets.ADE_SPLITS}.get(args.dataset, datasets.COCO_SPLITS)
+    if args.dataset in datasets.NAMES and split in known:
+        cfg = dataclasses.replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (known.index(split) + 1))
     if args.steps is not None:
         given[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
     cfg = dataclasses.replace(cfg, **given)
@@ -408,6 +524,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         job, cfg = resolve(args)
+        if args.print_config:
+            print(json.dumps(dataclasses.asdict(cfg), indent=1))
+            return 0
         STAGES[args.stage](job, cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

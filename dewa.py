@@ -7,6 +7,7 @@ Axes: N masks, H W pixels, B images.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ class DewaBatches(Batches):
     """All training images, labelled or not, with all of their SAM masks; one that the crop empties stays a target (official), or not."""
 
     def __init__(self, dataset: DataSet, folder: Path, cfg: Config, steps: int):
-        super().__init__(cfg, steps)
+        super().__init__(replace(cfg, crop=cfg.dewa_crop or cfg.crop), steps)
         self.images, self.folder = dataset.train, folder
         self.indices = list(range(len(dataset.train)))
 

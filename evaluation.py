@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from clip_ensemble import zero_shot_logits
 from config import Config
 from data import PAD_VALUE, DataSet, Sample, resize
 from model import Segmenter, panoptic_inference, resize_masks, semantic_inference
@@ -76,6 +77,68 @@ def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: 
     posterior = model.posterior(features, class_logits, mask_logits, ensemble)
     sizes = (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
     return panoptic_inference(posterior[0], mask_logits[0], things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)
+
+
+@torch.no_grad()
+def zero_shot(model: Segmenter, dataset: DataSet, cfg: Config, device: torch.device, partition, limit: int | None = None) -> dict:
+    """PQ of CLIP alone: given segments, each classified by Eq. (4) and (5); Figure 3 (true segments), section 3.3 (SAM's).
+
+    partition(i) -> (H, W) integers of validation image i, 0 = no segment.   Segments that are given one class of stuff are joined.
+    Returns: {"all", "things", "stuff", "per_class"}, as `evaluate`.
+    """
+    taxonomy, images = dataset.taxonomy, dataset.val
+    pq = PanopticQuality(len(taxonomy))
+    for i in tqdm(range(min(limit or len(images), len(images))), desc="zero-shot", unit="image", dynamic_ncols=True):
+        segments, truth = np.unique(partition(i), return_inverse=True), images.truth(i)
+        ids, segment_map = segments[0], segments[1].reshape(truth.segment_map.shape).astype(np.int32)
+        segment_map = segment_map + (1 if ids[0] else 0)                     # 1 ... N, 0 = none
+        view = resize(Sample(images.image(i), [segment_map]), cfg.test_size, cfg.test_max)
+        batch = _pad_tensor(view.image)[None].to(device)
+        grid = np.zeros(batch.shape[-2:], np.int32)
+        grid[:view.layers[0].shape[0], :view.layers[0].shape[1]] = view.layers[0]
+        quarter = torch.from_numpy(grid[2::4, 2::4].copy()).to(device)                             # as fine as the decoder's masks
+        number = torch.arange(1, int(segment_map.max()) + 1, device=device)
+        mask_logits = 2.0 * (quarter[None, None] == number[:, None, None]) - 1                     # (1, N, H/4, W/4)
+        features = model.backbone(batch)
+        classes = zero_shot_logits(model.backbone, features[-1], mask_logits, model.vocabulary, cfg.clip_scale)[0].argmax(-1).cpu().numpy()
+        lut, labels, joined = np.zeros(len(classes) + 1, np.int32), [], {}
+        for k, label in enumerate(classes.tolist(), 1):
+            if taxonomy.things[label] or label not in joined:
+                labels.append(label)
+                joined[label] = len(labels)
+            lut[k] = len(labels) if taxonomy.things[label] else joined[label]
+        pq.add(lut[segment_map], np.array(labels, np.int64), truth.segment_map, truth.labels, truth.areas, truth.crowd)
+    return pq.result(np.array(taxonomy.things), taxonomy.short_names)
+
+
+def flatten(masks: np.ndarray, least: int = 512) -> np.ndarray:
+    """Overlapping masks (H, W, N) -> partition (H, W) int32: large masks first, smaller on top; what then shows fewer than `least`
+    pixels goes (as the official panoptic view of SAM's masks)."""
+    out = np.zeros(masks.shape[:2], np.int32)
+    for k in np.argsort(-masks.sum((0, 1)), kind="stable"):
+        out[masks[..., k]] = k + 1
+    left = np.bincount(out.ravel(), minlength=masks.shape[-1] + 1) >= least
+    return np.where(left[out], out, 0)
+
+
+def frequency_groups(dataset: DataSet, groups: int) -> list[list[int]]:
+    """Classes by their share of the pixels of the labelled images, least to most frequent, in groups of one size (Figure 5)."""
+    pixels = np.zeros(len(dataset.taxonomy), np.int64)
+    for i in dataset.labeled:
+        truth = dataset.train.truth(i)
+        np.add.at(pixels, truth.labels, np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:])
+    return [part.tolist() for part in np.array_split(np.argsort(pixels, kind="stable"), groups)]
+
+
+def group_quality(result: dict, taxonomy, groups: list[list[int]]) -> list[dict]:
+    """Mean PQ of each group of classes, over the n that are in the ground truth or predicted: [{"pq", "n", "classes"}]."""
+    rows = []
+    for group in groups:
+        names = [taxonomy.short_names[k] for k in group]
+        per_class = [result["per_class"][name] for name in names]
+        counted = [c["pq"] for c in per_class if c["tp"] + c["fp"] + c["fn"]]
+        rows.append({"pq": float(np.mean(counted)) if counted else 0.0, "n": len(counted), "classes": names})
+    return rows
 
 
 def _pad_tensor(image) -> torch.Tensor:

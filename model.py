@@ -5,7 +5,7 @@ features; the decoder lets Q learned queries attend to the maps, each only insid
 every layer. M2F-Lang (section 3.2) classifies a query by its cosine with the text embeddings of the classes.
 Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint image-text space, S pixels.
 Sources: Mask2Former (arXiv:2112.01527), Deformable DETR (arXiv:2010.04159), FC-CLIP (arXiv:2308.02487).
-Parameters are laid out as in the official code, so its files load by renaming (`checkpoint.rename_official`).
+Parameters are laid out as in the official code, so its files load by renaming (`official.py`).
 """
 
 import copy

@@ -4,10 +4,12 @@ Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +22,17 @@ from torch import nn
 import checkpoint
 import clip_ensemble
 import data
+import datasets
 import dearli
 import dewa
 import mean_teacher
 import microcosm
 import model as m2f
+import official
 import optim
 from clip_ensemble import Vocabulary, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
-from evaluation import evaluate
+from evaluation import evaluate, flatten, frequency_groups, group_quality
 from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
 from matcher import CostWeights, Target, match, matching_cost, point_sample
 from model import Attention, DeformableAttention, Mask2Former, Segmenter, attention_mask, panoptic_inference, semantic_inference
@@ -466,6 +470,149 @@ def test_poly_schedule_and_clipping_of_the_whole_gradient():
     assert optim.set_lr(optimizer, 0, 100, cfg) == 1.0 and optim.set_lr(optimizer, 50, 100, cfg) == pytest.approx(0.5 ** 0.9)
     norm = optim.descend(optimizer, (layer.weight * torch.tensor([[3.0, 4.0]])).sum(), cfg)
     assert norm == pytest.approx(5.0) and layer.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- datasets.py
+
+def test_ade_segments_follow_the_rules_by_hand():
+    semantic = np.array([[1, 1, 1, 8], [1, 1, 4, 8], [0, 0, 4, 13]], np.uint8)               # wall, floor; bed (8) and person (13) are things
+    instances = np.zeros((3, 4, 3), np.uint8)
+    instances[0, 2:, 0], instances[0, 2:, 1] = 1, 5                                          # instance class 1 = bed, hides a wall pixel
+    ids, segments = datasets.ade_panoptic(semantic, instances)
+    assert ids.tolist() == [[1, 1, 3, 3], [1, 1, 2, 0], [0, 0, 2, 0]]                        # things without an instance are void
+    assert [(s["category_id"], s["area"], s["bbox"]) for s in segments] == [(0, 5, [0, 0, 3, 2]), (3, 2, [2, 1, 1, 2]), (7, 2, [2, 0, 2, 1])]
+    instances[2, 0] = (2, 5, 0)
+    with pytest.raises(ValueError, match=r"instance 5 has classes \[1, 2\]"):
+        datasets.ade_panoptic(semantic, instances)
+
+
+def test_coco_objects_fuse_stuff_and_void_into_one_background():
+    ids = np.array([[9, 9, 0, 4], [7, 7, 5, 4]], np.int32)
+    segments = [{"id": 9, "category_id": 3, "area": 2, "iscrowd": 1}, {"id": 7, "category_id": 92, "area": 2, "bbox": [0, 1, 2, 1], "iscrowd": 0},
+                {"id": 4, "category_id": 1, "area": 2, "iscrowd": 0}, {"id": 5, "category_id": 200, "area": 1, "iscrowd": 0}]
+    fused, kept = datasets.objects_panoptic(ids, segments)
+    assert fused.tolist() == [[9, 9, 7, 4], [7, 7, 7, 4]]
+    assert kept == [segments[0], segments[2], {"id": 7, "category_id": 0, "area": 4, "bbox": [0, 1, 2, 1], "iscrowd": 0}]
+    things_only = [segments[0], segments[2]]
+    fused, kept = datasets.objects_panoptic(np.array([[9, 0, 4]], np.int32), things_only)
+    assert fused.tolist() == [[9, 1, 4]] and kept[-1] == {"id": 1, "category_id": 0, "area": 1, "iscrowd": 0}
+    assert datasets.objects_panoptic(np.array([[9, 4]], np.int32), things_only)[1] == things_only
+
+
+def write_downloads(name, root, monkeypatch):
+    """The downloads of a data set in their original layout, two handfuls of pixels each, and its official lists."""
+    kind = "ade20k" if name == "ade20k" else "coco"
+    base, rng = root / datasets.FOLDERS[kind], np.random.default_rng(0)
+    def save(array, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    photo = lambda: rng.integers(0, 256, (64, 96, 3), np.uint8)
+    if kind == "ade20k":
+        stems = {"training": [f"ADE_train_{i:08d}" for i in range(1, 5)], "validation": ["ADE_val_00000001", "ADE_val_00000002"]}
+        for part, names in stems.items():
+            for stem in names:
+                semantic = np.repeat(np.repeat(rng.choice([0, 1, 3, 4, 13, 21], (4, 6)).astype(np.uint8), 16, 0), 16, 1)
+                instances = np.zeros((64, 96, 3), np.uint8)
+                instances[8:40, 10:50, :2], instances[30:60, 60:90, :2] = (5, 1), (9, 2)
+                save(photo(), base / "images" / part / f"{stem}.jpg")
+                save(semantic, base / "annotations" / part / f"{stem}.png")
+                save(instances, base / "annotations_instance" / part / f"{stem}.png")
+        labeled = "".join(f"images/training/{s}.jpg annotations/training/{s}.png\n" for s in stems["training"][:2])
+        prompts = ["0:invalid_class_id", *(f"{k}:class {k},synonym {k}" for k in range(1, 151))]
+    else:
+        categories = [{"id": 1, "name": "person", "isthing": 1}, {"id": 3, "name": "car", "isthing": 1}, {"id": 92, "name": "banner", "isthing": 0},
+                      {"id": 200, "name": "rug", "isthing": 0}]
+        for part, count in (("train", 4), ("val", 2)):
+            content = {"images": [], "annotations": [], "categories": categories}
+            for i in range(1, count + 1):
+                ids = np.repeat(np.repeat(rng.choice([0, 300, 70_000, 5, 6], (4, 6)), 16, 0), 16, 1).astype(np.int32)
+                segments = [{"id": n, "category_id": c, "area": int((ids == n).sum()), "bbox": [0, 0, 96, 64], "iscrowd": int(n == 6)}
+                            for n, c in ((300, 1), (70_000, 92), (5, 200), (6, 3)) if (ids == n).any()]
+                content["images"].append({"id": i, "file_name": f"{i:012d}.jpg", "width": 96, "height": 64})
+                content["annotations"].append({"image_id": i, "file_name": f"{i:012d}.png", "segments_info": segments})
+                save(photo(), base / f"{part}2017" / f"{i:012d}.jpg")
+                save(np.asarray(datasets.encode(ids)), base / f"panoptic_{part}2017" / f"{i:012d}.png")
+            (base / "annotations").mkdir(exist_ok=True)
+            (base / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
+        labeled = "".join(f"train2017/{i:012d}.jpg masks/{i:012d}.png\n" for i in (1, 2))
+        prompts = ["0:background" if name == "coco-objects" else "0:invalid_class_id", "1:person,child", "2:invalid_class_id", "3:car", "92:banner", "200:rug"]
+    hashes = {}
+    for given, _, _ in datasets.lists(name).values():
+        path = root / "assets" / given
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(prompts) if given.startswith("prompts") else labeled)
+        hashes[given] = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets, "SHA256", hashes)
+    return base
+
+
+@pytest.mark.parametrize("name, classes, split", [("ade20k", 150, "1_128"), ("coco", 4, "1_512"), ("coco-objects", 3, "1_512")])
+def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes, split, tmp_path, monkeypatch, capsys):
+    base = write_downloads(name, tmp_path, monkeypatch)
+    root = ["--dataset", name, "--data-root", str(tmp_path), "--device", "cpu"]
+    assert dearli.main(["--stage", "sup", *root]) == 2 and "--stage prepare" in capsys.readouterr().err
+    assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets"), "--workers", "1"]) == 0
+    assert f"{classes} classes, 4 training and 2 validation images" in capsys.readouterr().out
+    dataset = datasets.load(name, tmp_path, split)
+    assert (dataset.labeled, len(dataset.unlabeled)) == ([0, 1], 2 if name != "ade20k" else 2)
+    for i in range(4):
+        truth = dataset.train.truth(i)
+        assert truth.segment_map.shape == (64, 96) and truth.segment_map.max() <= len(truth.labels)
+    if name == "ade20k":                                                     # mIoU against the original semantic map, 0 = ignored
+        original = np.asarray(Image.open(base / "annotations" / "validation" / "ADE_val_00000001.png"))
+        assert np.array_equal(dataset.val.truth(0).semantic(), np.where(original == 0, 255, original - 1.0))
+    if name == "coco-objects":
+        assert dataset.taxonomy.things == (False, True, True) and all((dataset.train.truth(i).segment_map > 0).all() for i in range(4))
+    flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", split, "--runs", str(tmp_path / "runs"), "--workers", "0"]
+    for args in (["sup"], ["ssl", "--method", "dear"]):
+        assert dearli.main(["--stage", *args, *root, *flags, "--steps", "3"]) == 0
+    metrics = json.loads((tmp_path / "runs" / f"{name}-dear-{split}" / "metrics.json").read_text())
+    assert 0 <= metrics["student/ensemble"]["all"]["pq"] <= 1 and len(metrics["student/ensemble"]["per_class"]) == classes
+
+
+def test_an_interrupted_preparation_goes_on_and_wrong_lists_are_refused(tmp_path, monkeypatch):
+    base = write_downloads("ade20k", tmp_path, monkeypatch)
+    maps, assets = base / "ade20k_panoptic_train", tmp_path / "assets"
+    datasets.prepare("ade20k", tmp_path, assets, workers=1)
+    target = base / "ade20k_panoptic_train.json"
+    whole = json.loads(target.read_text())
+    rows = [{"key": image["id"], "image": image, "annotation": a} for image, a in zip(whole["images"], whole["annotations"])]
+    target.with_name(target.name + ".part").write_text("".join(json.dumps(r) + "\n" for r in rows[:2]) + json.dumps(rows[2])[:40])   # cut
+    target.unlink()
+    before = (maps / "ADE_train_00000001.png").stat().st_mtime_ns
+    datasets.prepare("ade20k", tmp_path, assets, workers=1)
+    assert json.loads(target.read_text()) == whole and (maps / "ADE_train_00000001.png").stat().st_mtime_ns == before
+    (base / "dearli" / "ade20k" / "1_64" / "labeled.txt").unlink()
+    (assets / "splits" / "ade20k" / "1_64" / "labeled.txt").write_text("another list\n")
+    with pytest.raises(UserError, match="labeled.txt: SHA-256 is .* expected"):
+        datasets.prepare("ade20k", tmp_path, assets)
+    shutil.rmtree(base / "annotations_instance" / "validation")
+    with pytest.raises(UserError, match=r"1 of 6 parts of ade20k are missing: annotations_instance/validation \(from http"):
+        datasets.prepare("ade20k", tmp_path, assets)
+    with pytest.raises(UserError, match="unknown split '1_512' of ade20k; available: 1_128, 1_64, 1_32, 1_16, 1_8"):
+        datasets.load("ade20k", tmp_path, "1_512")
+
+
+def test_official_lists_have_the_counts_of_the_paper():
+    if not (REAL_DATA / "splits").is_dir():
+        pytest.skip(f"no official lists at {REAL_DATA} (set DEARLI_TEST_DATA)")
+    for name, counts in (("ade20k", (158, 316, 632, 1263, 2526)), ("coco", (232, 463, 925, 1849, 3697))):
+        for given, _, digest in datasets.lists(name).values():
+            assert hashlib.sha256((REAL_DATA / given).read_bytes()).hexdigest() == digest
+        splits = datasets.ADE_SPLITS if name == "ade20k" else datasets.COCO_SPLITS
+        assert tuple(len((REAL_DATA / "splits" / name / s / "labeled.txt").read_text().splitlines()) for s in splits) == counts
+    names = [datasets.read_names(REAL_DATA / "prompts" / f"{n}_prompts.txt") for n in ("ade20k_150", "coco_panoptic", "coco_objects")]
+    assert [len(n) for n in names] == [150, 133, 81]                         # classes, and all of their names:
+    assert [sum(len(v.split(",")) for v in n.values()) for n in names] == [403, 254, 174]
+
+
+def test_presets_are_the_official_configurations_and_can_be_printed(capsys):
+    assert dearli.main(["--stage", "sup", "--dataset", "coco_panoptic", "--split", "1_64", "--print-config", "--device", "cpu"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["crop"], printed["dewa_crop"], printed["test_size"], printed["test_max"], printed["sup_steps"]) == (512, 640, 512, 2048, 40_000)
+    assert dearli.main(["--dataset", "ade", "--split", "1_128", "--print-config", "--device", "cpu", "--alpha", "0.3"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["crop"], printed["sup_steps"], printed["ssl_steps"], printed["alpha"], printed["clip_norm"]) == (640, 10_000, 80_000, 0.3, 0.01)
 
 
 # ----------------------------------------------------------------------------------------------------- mean_teacher.py
@@ -919,11 +1066,84 @@ def test_official_names_map_one_to_one_onto_our_parameters():
     head = Mask2Former([128, 256, 512, 1024], OFFICIAL, 150, random_vocabulary((1,) * 150, 640))
     ours = {f"head.{name}": list(p.shape) for name, p in head.named_parameters()}
     assert sum(math.prod(shape) for shape in ours.values()) == 20_350_913                     # trainable, as officially
+    shapes = {official.to_ours(name): shape for name, shape in official_shapes().items()}
+    assert {name: shape for name, shape in shapes.items() if name.startswith("head.")} == ours
+
+
+def test_embeddings_are_made_once_for_a_key_and_again_when_damaged(tmp_path, capsys):
+    calls = []
+    make = lambda: calls.append(1) or torch.arange(6.0).view(2, 3)
+    first, second = (checkpoint.cached(tmp_path, ["model", ["a", "b"]], make) for _ in range(2))
+    assert torch.equal(first, second) and len(calls) == 1
+    checkpoint.cached(tmp_path, ["model", ["a", "c"]], make)
+    assert len(calls) == 2
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:40])
+    assert torch.equal(checkpoint.cached(tmp_path, ["model", ["a", "b"]], make), first) and len(calls) == 3
+    assert "damaged" in capsys.readouterr().out
+
+
+def official_shapes():
     listed = REAL_DATA.parent / "official_keys.json"
     if not listed.exists():
         pytest.skip(f"{listed} with the official names is not there")
-    shapes = {checkpoint.rename_official(name): shape for name, shape in json.loads(listed.read_text())["shapes"].items()}
-    assert {name: shape for name, shape in shapes.items() if name and name.startswith("head.")} == ours
+    return json.loads(listed.read_text())["shapes"]
+
+
+def test_an_official_file_of_real_size_loads_runs_and_goes_back_unchanged(tmp_path):
+    torch.manual_seed(0)
+    sizes = {name: [151] if name.endswith("empty_weight") else shape for name, shape in official_shapes().items()}     # K + 1
+    model = {name: torch.randn(shape) * 0.02 for name, shape in sizes.items()}
+    weights = official.recognise({"model": model, "iteration": 79_999})
+    assert weights.kind == "student" and weights.num_classes == 150 and (len(weights.head), len(weights.clip)) == (298, 493)
+    back = official.official(weights)
+    assert back.keys() == model.keys() and all(back[name] is model[name] for name in model)
+    segmenter = dearli.build(dearli.Job(), OFFICIAL, data.Taxonomy(("a, b", "c"), (True, False), (1, 2)), weights.clip)
+    assert "298 of 298 tensors taken" in checkpoint.load_weights(segmenter.trained(), weights.head, "file")
+    with torch.no_grad():
+        class_logits, mask_logits = segmenter.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[-1]
+    assert class_logits.shape == (1, 200, 3) and mask_logits.shape == (1, 200, 16, 16)
+
+
+def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp_path, capsys):
+    runs = ["--runs", tmp_path]
+    assert run("--stage", "ssl", "--method", "dear", *runs, "--steps", 3) == 0
+    folder, theirs, ours, again = tmp_path / "mini-dear-4", tmp_path / "a.pth", tmp_path / "b.safetensors", tmp_path / "c.pth"
+    flags = ["--dataset", "mini", "--device", "cpu"]
+    main = lambda *args: dearli.main([str(a) for a in args] + flags)
+    assert main("--stage", "export", "--weights", folder, "--out", theirs) == 0
+    assert main("--stage", "export", "--weights", theirs, "--format", "safetensors", "--out", ours) == 0
+    assert main("--stage", "export", "--weights", ours, "--out", again) == 0
+    first, second = (torch.load(p, weights_only=True)["model"] for p in (theirs, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) and first[n].dtype == second[n].dtype for n in first)
+    capsys.readouterr()
+    assert main("--stage", "export", "--weights", ours, "--out", again) == 2 and "exists already" in capsys.readouterr().err
+    # the file alone gives the figures of the run: it brings its CLIP along (the run's own was random)
+    expected = json.loads((folder / "metrics.json").read_text())
+    for file in (theirs, ours):
+        assert run("--stage", "eval", "--weights", file, "--out", tmp_path / "eval") == 0
+        assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["student/ensemble"] == expected["student/ensemble"]
+    assert run("--stage", "ssl", "--init", theirs, "--out", tmp_path / "more", "--steps", 2, "--no-eval") == 0
+
+
+def test_official_files_are_told_apart_and_what_does_not_fit_is_refused(small_mini, tmp_path, capsys):
+    head = {official.to_official(f"head.{n}"): p for n, p in tiny_head().state_dict().items()}
+    for extra, kind, classes in (({}, "teacher", None), (official.criterion("dewa", 1, 0.1), "dewa", 1), (official.criterion("student", 150, 0.1), "student", 150)):
+        weights = official.recognise({"model": {**head, **extra}})
+        assert (weights.kind, weights.num_classes) == (kind, classes) and len(weights.head) == len(head)
+    assert official.recognise({"step": 3, "student": {}}) is None
+    clip = dearli.load_clip(TINY)[0].state_dict()
+    whole = official.Weights("student", weights.head, clip, official.criterion("student", 150, 0.1))
+    official.write(tmp_path / "ade.pth", whole, "official")
+    wrong = {**clip, "visual.head.proj.weight": torch.zeros(1, 1)}
+    official.write(tmp_path / "other.pth", dataclasses.replace(whole, clip=wrong), "official")
+    (tmp_path / "cut.safetensors").write_bytes(b"12345678")
+    for name, words in (("ade.pth", "trained on 150 classes, the data set has 20"), ("other.pth", "another CLIP than --backbone mini"),
+                        ("cut.safetensors", "damaged"), ("none.pth", "no such file")):
+        capsys.readouterr()
+        assert run("--stage", "eval", "--weights", tmp_path / name) == 2, name
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
 
 
 def log_of(folder):
@@ -1046,6 +1266,34 @@ def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
     assert json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text()) == metrics    # every flag is remembered
 
 
+def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, tmp_path):
+    flags = ["--dataset", "mini", "--split", 4, "--device", "cpu", "--runs", tmp_path, "--stage", "zeroshot"]
+    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+    assert main("--masks", "gt") == 0
+    metrics = json.loads((tmp_path / "mini-zeroshot-gt" / "metrics.json").read_text())["zero-shot"]
+    assert metrics["all"]["pq"] > 0.4
+    assert all(c["sq"] == pytest.approx(1) for c in metrics["per_class"].values() if c["tp"])          # true masks, only the classes may be wrong
+    assert main("--masks", "sam", "--points-per-side", 4) == 0
+    sam = json.loads((tmp_path / "mini-zeroshot-sam" / "metrics.json").read_text())["zero-shot"]
+    assert 0 <= sam["all"]["pq"] < metrics["all"]["pq"]
+    masks = np.zeros((4, 6, 3), bool)
+    masks[:, :, 1], masks[1:3, 1:4, 0], masks[1, 1, 2] = True, True, True      # large, small on top, one pixel
+    assert flatten(masks, least=2).tolist() == [[2] * 6, [2, 0, 1, 1, 2, 2], [2, 1, 1, 1, 2, 2], [2] * 6]
+
+
+def test_groups_of_classes_by_labelled_pixels(small_mini):
+    dataset = data.load_mini("4")
+    groups = frequency_groups(dataset, 5)
+    assert sorted(k for g in groups for k in g) == list(range(20)) and [len(g) for g in groups] == [4] * 5
+    pixels = sum(np.bincount(dataset.train.truth(i).semantic().ravel().astype(int), minlength=20) for i in dataset.labeled)
+    assert max(pixels[groups[0]]) <= min(pixels[groups[-1]])
+    per_class = {n: {"pq": k / 20, "tp": k % 2, "fp": 0, "fn": 0} for k, n in enumerate(dataset.taxonomy.short_names)}
+    rows = group_quality({"per_class": per_class}, dataset.taxonomy, groups)
+    for group, row in zip(groups, rows):
+        odd = [k for k in group if k % 2]
+        assert row["n"] == len(odd) and row["pq"] == pytest.approx(np.mean(odd) / 20 if odd else 0)
+
+
 def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, capsys):
     sizes = ["--runs", tmp_path, "--ssl-steps", 4, "--dewa-steps", 2, "--points-per-side", 4]
     assert run(*sizes) == 0
@@ -1083,8 +1331,8 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
 # ------------------------------------------------------------------------------------------------- mistakes at the door
 
 @pytest.mark.parametrize("args, words", [
-    (["--stage", "train"], "unknown stage 'train'; available: demo, masks"),
-    (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom"),
+    (["--stage", "train"], "unknown stage 'train'; available: demo, prepare, masks"),
+    (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom, ade20k, coco, coco-objects"),
     (["--stage", "ssl", "--method", "dearly"], "unknown method 'dearly'; available: ssl, dear, dearli"),
     (["--stage", "sup", "--split", "0"], "unknown split '0' of data set mini"),
     (["--stage", "sup", "--split", "1_32"], "unknown split '1_32' of data set mini"),
