@@ -138,10 +138,7 @@ class PanopticFolder:
 
     def truth(self, i: int) -> Truth:
         path, segments = self.maps / str(self.files[i]), self.segments[self.starts[i]:self.starts[i + 1]]
-        rgb = np.asarray(open_image(path))
-        coded = rgb[..., 0].astype(np.int32)                       # id = R + 256 G + 65536 B
-        coded += rgb[..., 1] * np.int32(256)
-        coded += rgb[..., 2] * np.int32(65536)
+        coded = segment_ids(path)
         ids, inverse = np.unique(coded, return_inverse=True)
         order = {number: k for k, number in enumerate(segments[:, 0].tolist(), 1)}
         unknown = [int(v) for v in ids if v and int(v) not in order]
@@ -150,15 +147,24 @@ class PanopticFolder:
         lut = np.array([order.get(int(v), 0) for v in ids], np.int32)
         classes = None
         if self.semantic is not None:
-            classes = np.asarray(open_image(self.semantic / f"{Path(self.name(i)).stem}.png", "L")) - np.uint8(1)      # 0 becomes IGNORE
-        return Truth(lut[inverse].reshape(rgb.shape[:2]), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool), classes)
+            classes = np.asarray(open_image(self.semantic / f"{Path(self.name(i)).stem}.png", None)) - np.uint8(1)     # 0 becomes IGNORE
+        return Truth(lut[inverse].reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool), classes)
 
 
-def open_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """An image in a Pillow mode. Raises UserError with the path if it cannot be read."""
+def segment_ids(path: Path) -> np.ndarray:
+    """(H, W) int32 ids of a panoptic PNG: R + 256 G + 65536 B."""
+    rgb = np.asarray(open_image(path))
+    coded = rgb[..., 0].astype(np.int32)
+    coded += rgb[..., 1] * np.int32(256)
+    coded += rgb[..., 2] * np.int32(65536)
+    return coded
+
+
+def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
+    """An image in a Pillow mode; None: as it is stored (class maps: a palette must not be applied). Raises UserError with the path."""
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            return image.convert(mode) if mode else image.copy()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from checkpoint import write_atomic
 from config import UserError
-from data import DataSet, PanopticFolder, Taxonomy, open_image, read_json, read_split
+from data import DataSet, PanopticFolder, Taxonomy, open_image, read_json, read_split, segment_ids
 
 REPOSITORY = "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
-ADE_SPLITS, COCO_SPLITS = ("1_128", "1_64", "1_32", "1_16", "1_8"), ("1_512", "1_256", "1_128", "1_64", "1_32")
 # Semantic class (0 to 149) of instance class 1 to 100; these are the things of ADE20K, the other 50 classes are stuff.
 ADE_THINGS = (7, 8, 10, 12, 14, 15, 18, 19, 20, 22, 23, 24, 27, 30, 31, 32, 33, 35, 36, 37, 38, 39, 41, 42, 43, 44, 45, 47, 49, 50, 53, 55,
               56, 57, 58, 62, 64, 65, 66, 67, 69, 70, 71, 72, 73, 74, 75, 76, 78, 80, 81, 82, 83, 85, 86, 87, 88, 89, 90, 92, 93, 95, 97,
@@ -32,6 +31,9 @@ ADE_THINGS = (7, 8, 10, 12, 14, 15, 18, 19, 20, 22, 23, 24, 27, 30, 31, 32, 33, 
               135, 136, 137, 138, 139, 142, 143, 144, 146, 147, 148, 149)
 COCO_LAST_THING = 90                   # category ids above are stuff
 NAMES = ("ade20k", "coco", "coco-objects")
+DOWNLOAD = {"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"}                     # what each of them is made from
+SPLITS = {"ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"), "coco": ("1_512", "1_256", "1_128", "1_64", "1_32")}      # smallest first
+PROMPTS = {"ade20k": "ade20k_150_prompts.txt", "coco": "coco_panoptic_prompts.txt", "coco-objects": "coco_objects_prompts.txt"}
 ALIASES = {"ade": "ade20k", "ade20k-panoptic": "ade20k", "ade20k_panoptic": "ade20k", "coco-panoptic": "coco", "coco_panoptic": "coco", "coco2017": "coco",
            "objects": "coco-objects", "coco_objects": "coco-objects"}
 ADE_ZIP, ADE_INSTANCES = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
@@ -76,8 +78,7 @@ def load(name: str, root: Path, split: str, seed: int = 0) -> DataSet:
     Raises: UserError naming what is missing and the command that makes it.
     """
     base = locate(name, root)
-    known = ADE_SPLITS if name == "ade20k" else COCO_SPLITS
-    folder = base / "dearli" / ("ade20k" if name == "ade20k" else "coco")
+    known, folder = splits(name), base / "dearli" / DOWNLOAD[name]
     if not split.isdigit() and split not in known and not Path(split).is_file():
         raise UserError(f"unknown split '{split}' of {name}; available: {', '.join(known)}, a number, or a file of image names")
     if name == "ade20k":
@@ -87,7 +88,7 @@ def load(name: str, root: Path, split: str, seed: int = 0) -> DataSet:
         end = "_objects" if name == "coco-objects" else ""
         places = {part: (base / "annotations" / f"panoptic_{part}2017{end}.json", base / f"{part}2017", base / f"panoptic_{part}2017{end}", None)
                   for part in ("train", "val")}
-    prompts = base / "dearli" / next(iter(lists(name)))
+    prompts = base / "dearli" / PROMPTS[name]
     for path in (prompts, *(p for place in places.values() for p in place[:3])):
         if not path.exists():
             raise UserError(f"{path}: missing; make it with `python dearli.py --stage prepare --dataset {name} --data-root {root}`")
@@ -102,6 +103,11 @@ def load(name: str, root: Path, split: str, seed: int = 0) -> DataSet:
     listed = folder / split / "labeled.txt"
     labeled, unlabeled = read_split(base, str(listed) if split in known else split, parts["train"], seed)
     return DataSet(name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
+
+
+def splits(name: str) -> tuple[str, ...]:
+    """The official partitions of a data set, smallest first."""
+    return SPLITS[DOWNLOAD[name]]
 
 
 def read_names(path: Path) -> dict[int, str]:
@@ -169,12 +175,6 @@ def encode(ids: np.ndarray) -> Image.Image:
     return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8))
 
 
-def decode(image: Image.Image) -> np.ndarray:
-    """The inverse of `encode`: (H, W) int32."""
-    rgb = np.asarray(image).astype(np.int32)
-    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
-
-
 # ------------------------------------------------------------------------------------------------------ preparation
 
 def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4) -> Path:
@@ -183,21 +183,23 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
     Raises: UserError listing every download that is missing and its address, or a list that cannot be had or is not the official one.
     """
     base = locate(name, root)
-    kind = "ade20k" if name == "ade20k" else "coco"
+    kind = DOWNLOAD[name]
     missing = {path: source for path, source in ORIGINALS[kind].items() if not (base / path).exists()}
     if missing:
         listed = "; ".join(f"{path} (from {source})" for path, source in missing.items())
         raise UserError(f"{base}: {len(missing)} of {len(ORIGINALS[kind])} parts of {kind} are missing: {listed}")
     fetch_lists(name, base, assets)
     if name == "ade20k":
-        names = read_names(base / "dearli" / "ade20k_150_prompts.txt")
+        names = read_names(base / "dearli" / PROMPTS[name])
         categories = [{"id": k, "name": names[k + 1], "isthing": int(k in ADE_THINGS)} for k in range(150)]
         for part, out in (("training", "train"), ("validation", "val")):
             maps = base / f"ade20k_panoptic_{out}"
             images = sorted((base / "images" / part).glob("*.jpg"))
+            if not images:
+                raise UserError(f"{base / 'images' / part}: no *.jpg files; the download is incomplete")
             tasks = [(str(p), str(base / "annotations" / part / f"{p.stem}.png"), str(base / "annotations_instance" / part / f"{p.stem}.png"),
                       str(maps / f"{p.stem}.png")) for p in images]
-            convert(tasks, [p.stem for p in images], _ade_image, maps, categories, workers)
+            convert(tasks, [p.stem for p in images], _ade_image, maps, base / f"{maps.name}.json", categories, workers)
     elif name == "coco-objects":
         for part in ("train", "val"):
             content = read_json(base / "annotations" / f"panoptic_{part}2017.json")
@@ -205,13 +207,14 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
             tasks = [(images[a["image_id"]], a, str(base / f"panoptic_{part}2017" / a["file_name"]), str(maps / a["file_name"]))
                      for a in content["annotations"]]
             things = [c for c in content["categories"] if c["id"] <= COCO_LAST_THING]
-            convert(tasks, [str(a["image_id"]) for a in content["annotations"]], _objects_image, maps, [BACKGROUND, *things], workers)
+            keys = [str(a["image_id"]) for a in content["annotations"]]
+            convert(tasks, keys, _objects_image, maps, base / "annotations" / f"{maps.name}.json", [BACKGROUND, *things], workers)
     return base
 
 
 def locate(name: str, root: Path) -> Path:
     """The folder of a data set: DATA_ROOT itself, or a folder of the usual name in it."""
-    root, folder = Path(root), FOLDERS["ade20k" if name == "ade20k" else "coco"]
+    root, folder = Path(root), FOLDERS[DOWNLOAD[name]]
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data-root names the folder with the downloads of {name}")
     return root / folder if (root / folder).is_dir() else root
@@ -242,24 +245,21 @@ def fetch_lists(name: str, base: Path, assets: Path | None) -> None:
 
 def lists(name: str) -> dict[str, tuple[str, str, str]]:
     """Files below base/dearli: (path in --assets, path in the official repository, SHA-256)."""
-    kind, splits = ("ade20k", ADE_SPLITS) if name == "ade20k" else ("coco", COCO_SPLITS)
-    prompts = {"ade20k": "ade20k_150_prompts.txt", "coco": "coco_panoptic_prompts.txt", "coco-objects": "coco_objects_prompts.txt"}[name]
+    kind, prompts = DOWNLOAD[name], PROMPTS[name]
     files = {prompts: (f"prompts/{prompts}", f"mask2former/data/vlm_datasets/eng_prompts/{prompts}")}
-    for split in splits:
+    for split in splits(name):
         for part in ("labeled", "unlabeled") if kind == "ade20k" else ("labeled",):         # COCO: unlabelled = all others
             path = f"{split}/{part}.txt"
             files[f"{kind}/{path}"] = f"splits/{kind}/{path}", f"datasets/{'ade' if kind == 'ade20k' else 'coco'}_splits/{path}"
     return {local: (*paths, SHA256[paths[0]]) for local, paths in files.items()}
 
 
-def convert(tasks: list[tuple], keys: list[str], worker: Callable, maps: Path, categories: list[dict], workers: int) -> int:
-    """Run worker(task) -> {"image", "annotation"} on all tasks, then write MAPS.json. Returns the number of images converted now.
+def convert(tasks: list[tuple], keys: list[str], worker: Callable, maps: Path, target: Path, categories: list[dict], workers: int) -> int:
+    """Run worker(task) -> {"image", "annotation"} on all tasks, then write the JSON `target`. Returns the number of images converted now.
 
-    Finished images are noted in MAPS.json.part, line by line, so that an interrupted call goes on where it was.
+    Finished images are noted in TARGET.part, line by line, so that an interrupted call goes on where it was.
     """
-    target, part = maps.parent / f"{maps.name}.json", maps.parent / f"{maps.name}.json.part"
-    if maps.name.startswith("panoptic_"):
-        target, part = (p.parent / "annotations" / p.name for p in (target, part))
+    part = target.with_name(f"{target.name}.part")
     if target.exists():
         return 0
     maps.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def convert(tasks: list[tuple], keys: list[str], worker: Callable, maps: Path, c
     todo = [(key, task) for key, task in zip(keys, tasks) if key not in done]
     run = lambda pair: {"key": pair[0], **worker(pair[1])}
     with open(part, "a") as log, ThreadPool(max(1, workers)) as pool:          # Pillow and numpy work outside Python's lock
-        log.write("\n" if done else "")
+        log.write("\n" if log.tell() else "")                      # the last line may have been cut
         for row in tqdm(pool.imap_unordered(run, todo), total=len(todo), desc=maps.name, unit="image", dynamic_ncols=True):
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -289,7 +289,7 @@ def _ade_image(task: tuple) -> dict:
     image, semantic, instances, out = map(Path, task)
     with Image.open(image) as opened:
         width, height = opened.size
-    classes, numbers = _read_map(semantic), _read_map(instances)
+    classes, numbers = (np.asarray(open_image(path, None)) for path in (semantic, instances))
     if classes.shape != (height, width) or numbers.shape != (height, width, 3):
         raise UserError(f"{semantic}, {instances}: expected maps of {height} x {width}, the instances with 3 channels, got {classes.shape}, {numbers.shape}")
     try:
@@ -303,19 +303,9 @@ def _ade_image(task: tuple) -> dict:
 
 def _objects_image(task: tuple) -> dict:
     image, annotation, source, out = task
-    ids, segments = objects_panoptic(decode(open_image(Path(source))), annotation["segments_info"])
+    ids, segments = objects_panoptic(segment_ids(Path(source)), annotation["segments_info"])
     _write_png(Path(out), ids)
     return {"image": image, "annotation": {**annotation, "segments_info": segments}}
-
-
-def _read_map(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the download is incomplete") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable PNG ({error})") from None
 
 
 def _write_png(path: Path, ids: np.ndarray) -> None:

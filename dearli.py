@@ -58,6 +58,7 @@ class Job:
     masks: Path | None = None
     groups: int = 0
     weights: Path | None = None
+    state: dict | None = None          # what `weights` holds, read once (`read_run`)
     assets: Path | None = None
     format: str = "official"
     resume: bool = False
@@ -226,13 +227,13 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
 
 def stage_eval(job: Job, cfg: Config) -> Path:
     """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
-    state = read_run(job.weights)
+    state = job.state
     dataset = load_data(job, cfg)
     student = build(job, cfg, dataset.taxonomy, state.get("clip"))
     require_classes(state, len(dataset.taxonomy), job.weights)
     models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
     for name, model in models.items():
-        checkpoint.load_weights(model.trained(), state[name], f"{job.weights} ({name})")
+        take(state, name, model, f"{job.weights} ({name})")
     folder = job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
     finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, folder)
     return folder
@@ -246,8 +247,13 @@ def identity(job: Job, stage: str) -> dict:
 def start_from(state: dict, source: Path | None, student: Segmenter) -> None:
     """Start from another run or file (DeWa), if there is one. A linear class head of another number of classes stays random."""
     if state:
-        print(checkpoint.load_weights(student.trained(), state["student"], str(source),
-                                      may_differ=("decoder.classify.weight", "decoder.classify.bias")))
+        print(take(state, "student", student, str(source), may_differ=("decoder.classify.weight", "decoder.classify.bias")))
+
+
+def take(state: dict, which: str, model: Segmenter, source: str, may_differ: tuple[str, ...] = ()) -> str:
+    """Weights of the student or the teacher of `read_run`; a backbone that came with its whole CLIP is in the model already (`build`)."""
+    into = {name: p for name, p in model.trained().items() if "clip" not in state or name.startswith("head.")}
+    return checkpoint.load_weights(into, state[which], source, may_differ)
 
 
 def read_run(folder: Path | None) -> dict:
@@ -408,7 +414,7 @@ def stage_zeroshot(job: Job, cfg: Config) -> Path:
 
 def stage_export(job: Job, cfg: Config) -> Path:
     """A run, or an official file, as one file: for the official code, or as safetensors."""
-    state = read_run(job.weights)
+    state = job.state
     weights = state.get("weights")
     if weights is None:
         weights = whole_model(job, cfg, state)
@@ -493,18 +499,19 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     args.dataset = datasets.ALIASES.get(args.dataset, args.dataset)
     choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
+    state = None
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
     cfg = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
     if args.stage in ("eval", "export"):
-        stored = read_run(args.weights).get("config", {})
+        state = read_run(args.weights)
+        stored = state.get("config", {})
         cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
     elif args.stage == "ssl" and "ensemble_teacher" not in given:
         given["ensemble_teacher"] = args.method != "ssl"
-    known = {"ade20k": datasets.ADE_SPLITS}.get(args.dataset, datasets.COCO_SPLITS)
-    if args.dataset in datasets.NAMES and split in known:
-        cfg = dataclasses.replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (known.index(split) + 1))
+    if args.dataset in datasets.NAMES and split in datasets.splits(args.dataset):
+        cfg = dataclasses.replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (datasets.splits(args.dataset).index(split) + 1))
     if args.steps is not None:
         given[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
     cfg = dataclasses.replace(cfg, **given)
@@ -516,7 +523,7 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{args.device}': {str(error).splitlines()[0]}") from None
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
-    return Job(**{**keep, "split": split or "16", "variant": variant, "data_root": data_root, "device": device,
+    return Job(**{**keep, "split": split or "16", "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
 
 

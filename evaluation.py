@@ -89,9 +89,11 @@ def zero_shot(model: Segmenter, dataset: DataSet, cfg: Config, device: torch.dev
     taxonomy, images = dataset.taxonomy, dataset.val
     pq = PanopticQuality(len(taxonomy))
     for i in tqdm(range(min(limit or len(images), len(images))), desc="zero-shot", unit="image", dynamic_ncols=True):
-        segments, truth = np.unique(partition(i), return_inverse=True), images.truth(i)
-        ids, segment_map = segments[0], segments[1].reshape(truth.segment_map.shape).astype(np.int32)
-        segment_map = segment_map + (1 if ids[0] else 0)                     # 1 ... N, 0 = none
+        truth, given = images.truth(i), partition(i)
+        segment_map = np.searchsorted(np.unique(np.append(0, given)), given).astype(np.int32)      # 0 = none, 1 ... N
+        if not segment_map.any():
+            pq.add(segment_map, np.zeros(0, np.int64), truth.segment_map, truth.labels, truth.areas, truth.crowd)
+            continue
         view = resize(Sample(images.image(i), [segment_map]), cfg.test_size, cfg.test_max)
         batch = _pad_tensor(view.image)[None].to(device)
         grid = np.zeros(batch.shape[-2:], np.int32)

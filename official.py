@@ -70,7 +70,7 @@ def _rename(name: str, source: int, target: int) -> str:
 class Weights:
     """A whole model in three parts. kind: of KINDS.
 
-    head: parameters of `Segmenter.head`, by our names.   clip: OpenCLIP's state dict, all of it or its visual part.
+    head: parameters of `Segmenter.head`, by our names.   clip: OpenCLIP's state dict, text tower included.
     rest: what only the official code has (the criterion's buffers), by its names.
     """
     kind: str
@@ -85,7 +85,7 @@ class Weights:
 
     def summary(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "any number of classes"
-        return (f"official {self.kind} file: {len(self.head)} tensors of the head, {len(self.clip)} of CLIP, {classes}"
+        return (f"{self.kind} file: {len(self.head)} tensors of the head, {len(self.clip)} of CLIP, {classes}"
                 + (f"; not used: {', '.join(self.rest)}" if self.rest else ""))
 
 

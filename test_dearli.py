@@ -32,7 +32,7 @@ import official
 import optim
 from clip_ensemble import Vocabulary, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
-from evaluation import evaluate, flatten, frequency_groups, group_quality
+from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
 from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
 from matcher import CostWeights, Target, match, matching_cost, point_sample
 from model import Attention, DeformableAttention, Mask2Former, Segmenter, attention_mask, panoptic_inference, semantic_inference
@@ -517,7 +517,8 @@ def write_downloads(name, root, monkeypatch):
                 save(photo(), base / "images" / part / f"{stem}.jpg")
                 save(semantic, base / "annotations" / part / f"{stem}.png")
                 save(instances, base / "annotations_instance" / part / f"{stem}.png")
-        labeled = "".join(f"images/training/{s}.jpg annotations/training/{s}.png\n" for s in stems["training"][:2])
+        line = lambda stem: f"images/training/{stem}.jpg annotations/training/{stem}.png\n"
+        labeled, unlabeled = (line(a) + line(b) for a, b in (stems["training"][:2], stems["training"][2:]))
         prompts = ["0:invalid_class_id", *(f"{k}:class {k},synonym {k}" for k in range(1, 151))]
     else:
         categories = [{"id": 1, "name": "person", "isthing": 1}, {"id": 3, "name": "car", "isthing": 1}, {"id": 92, "name": "banner", "isthing": 0},
@@ -534,13 +535,13 @@ def write_downloads(name, root, monkeypatch):
                 save(np.asarray(datasets.encode(ids)), base / f"panoptic_{part}2017" / f"{i:012d}.png")
             (base / "annotations").mkdir(exist_ok=True)
             (base / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
-        labeled = "".join(f"train2017/{i:012d}.jpg masks/{i:012d}.png\n" for i in (1, 2))
+        labeled, unlabeled = "".join(f"train2017/{i:012d}.jpg masks/{i:012d}.png\n" for i in (1, 2)), ""
         prompts = ["0:background" if name == "coco-objects" else "0:invalid_class_id", "1:person,child", "2:invalid_class_id", "3:car", "92:banner", "200:rug"]
     hashes = {}
     for given, _, _ in datasets.lists(name).values():
         path = root / "assets" / given
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(prompts) if given.startswith("prompts") else labeled)
+        path.write_text("\n".join(prompts) if given.startswith("prompts") else unlabeled if "unlabeled" in given else labeled)
         hashes[given] = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(datasets, "SHA256", hashes)
     return base
@@ -554,7 +555,7 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets"), "--workers", "1"]) == 0
     assert f"{classes} classes, 4 training and 2 validation images" in capsys.readouterr().out
     dataset = datasets.load(name, tmp_path, split)
-    assert (dataset.labeled, len(dataset.unlabeled)) == ([0, 1], 2 if name != "ade20k" else 2)
+    assert (dataset.labeled, dataset.unlabeled) == ([0, 1], [2, 3])
     for i in range(4):
         truth = dataset.train.truth(i)
         assert truth.segment_map.shape == (64, 96) and truth.segment_map.max() <= len(truth.labels)
@@ -566,7 +567,15 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes
     flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", split, "--runs", str(tmp_path / "runs"), "--workers", "0"]
     for args in (["sup"], ["ssl", "--method", "dear"]):
         assert dearli.main(["--stage", *args, *root, *flags, "--steps", "3"]) == 0
+    runs = [*root, "--preset", "mini", "--pretrained", "random", "--split", split, "--runs", str(tmp_path / "runs")]
+    assert dearli.main(["--stage", "zeroshot", *runs, "--masks", "gt"]) == 0
+    weights = ["--weights", str(tmp_path / "runs" / f"{name}-dear-{split}"), "--out", str(tmp_path / "student.pth")]
+    assert dearli.main(["--stage", "export", *root, *weights]) == 0 and f"{classes} classes" in capsys.readouterr().out
+    assert dearli.main(["--stage", "eval", *root, *flags, "--weights", str(tmp_path / "student.pth"), "--groups", "2"]) == 0
+    assert capsys.readouterr().out.count("student file") == 1                # read once, said once
     metrics = json.loads((tmp_path / "runs" / f"{name}-dear-{split}" / "metrics.json").read_text())
+    exported = json.loads((tmp_path / "runs" / "student" / "metrics.json").read_text())["student/ensemble"]
+    assert exported["all"] == metrics["student/ensemble"]["all"] and len(exported["groups"]) == 2
     assert 0 <= metrics["student/ensemble"]["all"]["pq"] <= 1 and len(metrics["student/ensemble"]["per_class"]) == classes
 
 
@@ -599,8 +608,8 @@ def test_official_lists_have_the_counts_of_the_paper():
     for name, counts in (("ade20k", (158, 316, 632, 1263, 2526)), ("coco", (232, 463, 925, 1849, 3697))):
         for given, _, digest in datasets.lists(name).values():
             assert hashlib.sha256((REAL_DATA / given).read_bytes()).hexdigest() == digest
-        splits = datasets.ADE_SPLITS if name == "ade20k" else datasets.COCO_SPLITS
-        assert tuple(len((REAL_DATA / "splits" / name / s / "labeled.txt").read_text().splitlines()) for s in splits) == counts
+        lines = lambda split: (REAL_DATA / "splits" / name / split / "labeled.txt").read_text().splitlines()
+        assert tuple(len(lines(split)) for split in datasets.splits(name)) == counts
     names = [datasets.read_names(REAL_DATA / "prompts" / f"{n}_prompts.txt") for n in ("ade20k_150", "coco_panoptic", "coco_objects")]
     assert [len(n) for n in names] == [150, 133, 81]                         # classes, and all of their names:
     assert [sum(len(v.split(",")) for v in n.values()) for n in names] == [403, 254, 174]
@@ -1124,6 +1133,12 @@ def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp
         assert run("--stage", "eval", "--weights", file, "--out", tmp_path / "eval") == 0
         assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["student/ensemble"] == expected["student/ensemble"]
     assert run("--stage", "ssl", "--init", theirs, "--out", tmp_path / "more", "--steps", 2, "--no-eval") == 0
+    # a backbone that was trained along is exported with its CLIP, and trained on from there
+    assert run("--stage", "sup", "--init", theirs, "--out", tmp_path / "along", "--steps", 2, "--train-backbone") == 0
+    assert main("--stage", "export", "--weights", tmp_path / "along", "--out", tmp_path / "along.pth") == 0
+    assert run("--stage", "eval", "--weights", tmp_path / "along.pth", "--out", tmp_path / "eval") == 0
+    one, other = (json.loads((tmp_path / d / "metrics.json").read_text())["student/ensemble"]["all"] for d in ("along", "eval"))
+    assert one == other
 
 
 def test_official_files_are_told_apart_and_what_does_not_fit_is_refused(small_mini, tmp_path, capsys):
@@ -1276,6 +1291,10 @@ def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, t
     assert main("--masks", "sam", "--points-per-side", 4) == 0
     sam = json.loads((tmp_path / "mini-zeroshot-sam" / "metrics.json").read_text())["zero-shot"]
     assert 0 <= sam["all"]["pq"] < metrics["all"]["pq"]
+    dataset = data.load_mini("4")
+    model = dearli.build(dearli.Job(), MINI, dataset.taxonomy)
+    nothing = zero_shot(model, dataset, MINI, torch.device("cpu"), lambda i: np.zeros((128, 128), np.int32))
+    assert nothing["all"]["pq"] == 0 and sum(c["fn"] for c in nothing["per_class"].values()) > 0
     masks = np.zeros((4, 6, 3), bool)
     masks[:, :, 1], masks[1:3, 1:4, 0], masks[1, 1, 2] = True, True, True      # large, small on top, one pixel
     assert flatten(masks, least=2).tolist() == [[2] * 6, [2, 0, 1, 1, 2, 2], [2, 1, 1, 1, 2, 2], [2] * 6]
