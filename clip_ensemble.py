@@ -7,6 +7,8 @@ Axes: B images, Q queries, K classes, T names, D joint image-text space, C chann
 Sources: FC-CLIP (arXiv:2308.02487), ODISE (arXiv:2303.04803); prompts from ViLD (arXiv:2104.13921).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,31 +18,28 @@ TEMPLATES = (
     "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
     "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
     "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.")
-# CLIP's image statistics times 255, RGB
-PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)
-PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
+# Image statistics times 255, RGB: CLIP's, and ImageNet's for backbones without CLIP
+PIXEL_MEAN, PIXEL_STD = (122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAX_SCALE = 100.0                      # CLIP clamps its inverse temperature here
 
 
-class ClipBackbone(nn.Module):
-    """The image tower of an OpenCLIP ConvNeXt: feature maps, and the way from pooled features into the joint space.
+class Backbone(nn.Module):
+    """A timm ConvNeXt as a source of feature maps, and nothing more (plain Mask2Former on ImageNet weights).
 
-    Args: clip: an `open_clip.CLIP` whose image tower is a timm ConvNeXt.   frozen: no gradients, for ever.
+    Args: trunk: the ConvNeXt.   mean, std: of its images, 0 to 255, RGB.   frozen: no gradients, for ever.
     Student and teacher share one frozen backbone: it is no part of the average, the optimiser or a checkpoint.
     """
 
-    def __init__(self, clip: nn.Module, frozen: bool = True):
+    def __init__(self, trunk: nn.Module, frozen: bool = True, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
-        self.trunk, self.head = clip.visual.trunk, clip.visual.head
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
-        self.register_buffer("logit_scale", clip.logit_scale.detach().float().clone())
-        self.channels = [f["num_chs"] for f in self.trunk.feature_info]
-        # As officially, a trained backbone trains its feature maps only: the way into the joint space stays CLIP's.
-        self.requires_grad_(not frozen)
-        self.trunk.head.requires_grad_(False)
-        self.head.requires_grad_(False)
+        self.trunk = trunk
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.channels = [f["num_chs"] for f in trunk.feature_info]
         self.frozen = frozen
+        self.requires_grad_(not frozen)
+        trunk.head.requires_grad_(False)
 
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)     # frozen means eval: no drop path
@@ -54,6 +53,19 @@ class ClipBackbone(nn.Module):
                 x = stage(x)
                 maps.append(x)
         return maps
+
+
+class ClipBackbone(Backbone):
+    """The image tower of an OpenCLIP ConvNeXt: feature maps, and the way from pooled features into the joint space.
+
+    Args: clip: an `open_clip.CLIP` whose image tower is a timm ConvNeXt.
+    As officially, a trained backbone trains its feature maps only: the way into the joint space stays CLIP's.
+    """
+
+    def __init__(self, clip: nn.Module, frozen: bool = True):
+        super().__init__(clip.visual.trunk, frozen, PIXEL_MEAN, PIXEL_STD)
+        self.head = clip.visual.head.requires_grad_(False)
+        self.register_buffer("logit_scale", clip.logit_scale.detach().float().clone())
 
     def embed(self, pooled: Tensor) -> Tensor:
         """Pooled features of the last stage (B, Q, C) -> joint space (B, Q, D), not normalised."""
@@ -121,11 +133,30 @@ def zero_shot_logits(backbone: ClipBackbone, features: Tensor, mask_logits: Tens
         return scale.to(pooled) * vocabulary.cosine(backbone.embed(pooled))
 
 
+def alpha_at(alpha: float | str, progress: float) -> float:
+    """The alpha of Eq. (6) at a time of the training: a number is constant, `A:B` goes from A to B, linearly.
+
+    progress: 0 to 1. At evaluation 1. The paper names a growing alpha as future work (supplement C).
+    """
+    first, _, last = str(alpha).partition(":")
+    return float(first) + progress * (float(last or first) - float(first))
+
+
+def alpha_of_share(share: float) -> float:
+    """An alpha for the labelled share of the training images, 0 to 1: the more labels, the more the decoder is trusted (supplement C).
+
+    A line in log2(share) through the best alpha of each partition of Table 8 (the vertex of the parabola through its three
+    values), kept to the 0.5 to 0.7 that the table covers.
+    """
+    return min(max(0.64 + 0.028 * (math.log2(share) + 5), 0.5), 0.7)
+
+
 def geometric_ensemble(class_logits: Tensor, clip_logits: Tensor, alpha: float) -> Tensor:
     """Log-probabilities of the ensemble, Eq. (6): p_ENS ~ p_MT ** alpha * p_CLIP ** (1 - alpha) over the K classes.
 
     Args: class_logits (..., K+1), the decoder's, index K is no-object;  clip_logits (..., K);  alpha in [0, 1].
     Returns: (..., K+1) fp32. The probability of no-object is the decoder's own: CLIP has no opinion about it.
+        alpha = 1 is P_MT, the decoder alone; alpha = 0 is P_CLIP.
     Computed in log space: a posterior that underflows to 0 would be -inf times 0 when alpha is 0 or 1.
     """
     log_p = class_logits.float().log_softmax(-1)

@@ -17,8 +17,8 @@ class UserError(Exception):
 @dataclass(frozen=True)
 class Config:
     # backbone: an OpenCLIP ConvNeXt
-    backbone: str = "convnext_base_w_320"  # OpenCLIP model name, or `mini`
-    pretrained: str = "laion_aesthetic_s13b_b82k_augreg"  # OpenCLIP tag or a file; `random` starts from noise
+    backbone: str = "convnext_base_w_320"  # OpenCLIP ConvNeXt, timm ConvNeXt (`convnext_base.fb_in1k`), or `mini`
+    pretrained: str = "laion_aesthetic_s13b_b82k_augreg"  # OpenCLIP tag or a file; empty: the backbone's own; `random` starts from noise
     train_backbone: bool = False       # train the image tower along (student and teacher then each have their own)
     backbone_lr_multiplier: float = 0.1  # of lr, when the backbone is trained
     # Mask2Former
@@ -46,8 +46,10 @@ class Config:
     burn_in_warm: int = 0              # the same for a run that starts from DeWa weights
     cutmix_prob: float = 0.5           # chance of a CutMix box, an unlabelled image
     # recognition, Eq. (4)-(6)
-    alpha: float = 0.6                 # the mask transformer's share in the ensemble, 0 to 1, Eq. (6)
-    ensemble_teacher: bool = True      # P_ENS makes the pseudo-labels (off: plain Mean Teacher)
+    alpha: float | str = 0.6           # the mask transformer's share in the ensemble, 0 to 1, Eq. (6); `0.4:0.8` grows while there are
+    #                                    pseudo-labels, `labeled` depends on the labelled share of the images (`clip_ensemble.alpha_of_share`)
+    teacher_posterior: str = "ensemble"  # what makes the pseudo-labels: `decoder` (P_MT), `clip` (P_CLIP) or `ensemble` (P_ENS), Table 7
+    labels: str = "panoptic"           # `semantic`: one segment a class, in ground truth and pseudo-labels (Table 12)
     clip_scale: float = 0.0            # inverse temperature of Eq. (5); 0 = CLIP's own
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
@@ -90,6 +92,11 @@ class Config:
     seed: int = 0                      # of everything random
     checkpoint_every: int = 1000       # steps
     log_every: int = 20                # steps between lines on the screen
+
+    @property
+    def has_ensemble(self) -> bool:
+        """CLIP has a say: a linear classifier under a plain Mean Teacher never asks it (and a backbone of timm has none)."""
+        return self.classifier == "language" or self.teacher_posterior != "decoder"
 
     @property
     def loss(self) -> LossConfig:

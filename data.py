@@ -9,9 +9,11 @@ Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.0152
 
 import colorsys
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from config import Config, UserError
 from matcher import Target
 
 PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
-IGNORE = 255                           # semantic ground truth: no class
+IGNORE = -1                            # semantic ground truth: no class
 CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
 MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
 
@@ -62,11 +64,20 @@ class Truth:
     labels: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
-    classes: np.ndarray | None = None  # (H, W) semantic ground truth of its own, where the data set has one
+    classes: Callable[[], np.ndarray] | None = None    # reads the (H, W) semantic ground truth, where the data set has one of its own
 
     def semantic(self) -> np.ndarray:
         """(H, W) class index, IGNORE where void."""
-        return np.append(IGNORE, self.labels)[self.segment_map] if self.classes is None else self.classes
+        return np.append(IGNORE, self.labels)[self.segment_map] if self.classes is None else self.classes()
+
+    def by_class(self) -> "Truth":
+        """The semantic ground truth as a partition: one segment a class."""
+        classes = self.semantic() - IGNORE                         # 0 = void, class + 1
+        areas = np.bincount(classes.ravel())
+        areas[0] = 0
+        labels, lut = np.flatnonzero(areas), np.zeros(len(areas), np.int32)
+        lut[labels] = np.arange(1, len(labels) + 1)
+        return Truth(lut[classes], labels + IGNORE, areas[labels], np.zeros(len(labels), bool))
 
 
 @dataclass
@@ -107,23 +118,27 @@ class PanopticFolder:
     """Images and ground truth in COCO panoptic format: a JSON, a folder of images, a folder of RGB-coded PNG maps.
 
     The index is a few flat arrays: loader processes share them, and reading never makes them grow.
-    semantic: folder of class maps (0 = none, else class + 1) that mIoU is measured against, where the data set has its own (ADE20K).
+    semantic: folder of class maps that mIoU is measured against, where the data set has its own: uint8, class `semantic_first` + k
+        for class k, anything else is no class (ADE20K counts from 1, COCO-Objects from 0).
+    Images without annotation come after the `annotated` first ones; they serve as unlabelled images. A validation set has none of them.
     Raises: UserError where a file or a key is missing, or map and JSON disagree.
     """
 
-    def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None):
-        self.images, self.maps, self.taxonomy, self.semantic = images, maps, taxonomy, semantic
+    def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None, semantic_first: int = 1,
+                 validation: bool = False):
+        self.images, self.maps, self.taxonomy, self.semantic, self.semantic_first = images, maps, taxonomy, semantic, semantic_first
         content = read_json(annotations)
         index = {category: k for k, category in enumerate(taxonomy.ids)}
         try:
             files = {entry["id"]: entry["file_name"] for entry in content["images"]}
             rows = content["annotations"]
-            self.names, self.files = np.array([files[a["image_id"]] for a in rows], str), np.array([a["file_name"] for a in rows], str)
-            counts = [len(a["segments_info"]) for a in rows]
+            names, counts = [files.pop(a["image_id"]) for a in rows], [len(a["segments_info"]) for a in rows]
+            self.annotated = len(rows)
+            self.names, self.files = np.array(names + ([] if validation else list(files.values())), str), np.array([a["file_name"] for a in rows], str)
             self.segments = np.array([(s["id"], index[s["category_id"]], s["area"], s.get("iscrowd", 0)) for a in rows for s in a["segments_info"]],
                                      np.int64).reshape(-1, 4)       # id, class, area, crowd
         except KeyError as error:
-            raise UserError(f"{annotations}: no entry for {error}; expected COCO panoptic format: images (id, file_name), "
+            raise UserError(f"{annotations}: no entry for {error}, or two annotations; expected COCO panoptic format: images (id, file_name), "
                             f"annotations (image_id, file_name, segments_info with id, category_id, area), categories") from None
         self.starts = np.cumsum([0, *counts])
 
@@ -145,10 +160,39 @@ class PanopticFolder:
         if unknown:
             raise UserError(f"{path}: segment {unknown[0]} has pixels but is not in segments_info")
         lut = np.array([order.get(int(v), 0) for v in ids], np.int32)
-        classes = None
-        if self.semantic is not None:
-            classes = np.asarray(open_image(self.semantic / f"{Path(self.name(i)).stem}.png", None)) - np.uint8(1)     # 0 becomes IGNORE
-        return Truth(lut[inverse].reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool), classes)
+        return Truth(lut[inverse].reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
+                     self.semantic and (lambda: self.class_map(i)))
+
+    def class_map(self, i: int) -> np.ndarray:
+        """(H, W) class index of image i by the data set's own semantic ground truth, IGNORE where there is none."""
+        path = self.semantic / f"{Path(self.name(i)).stem}.png"
+        stored = np.asarray(open_image(path, None))
+        if stored.ndim != 2:
+            raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}")
+        classes = stored.astype(np.int32) - self.semantic_first
+        classes[(classes < 0) | (classes >= len(self.taxonomy))] = IGNORE
+        return classes
+
+
+class ImageFolder:
+    """All images of a folder and of those in it, without ground truth: for SAM and the warm-up (SA-1B, where masks lie beside them)."""
+
+    def __init__(self, folder: Path):
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder of images")
+        self.folder = Path(folder)
+        self.names = np.array(sorted(str(p.relative_to(folder)) for p in self.folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")), str)
+        if not len(self.names):
+            raise UserError(f"{folder}: no images (*.jpg, *.png) in this folder")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        return str(self.names[i])
+
+    def image(self, i: int) -> Image.Image:
+        return open_image(self.folder / self.name(i))
 
 
 def segment_ids(path: Path) -> np.ndarray:
@@ -221,7 +265,7 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "") -> Dat
         base, stem = path.parent, path.stem.removesuffix(variant)
         images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
         maps = _first(root, [base / stem, f"panoptic/{part}", f"panoptic_{part}", "panoptic"], "the folder of panoptic PNG files")
-        parts[part] = PanopticFolder(path, images, maps, taxonomy)
+        parts[part] = PanopticFolder(path, images, maps, taxonomy, validation=part == "val")
     labeled, unlabeled = read_split(root, split, parts["train"], seed)
     return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
 
@@ -248,23 +292,27 @@ def read_split(root: Path, split: str, images: PanopticFolder, seed: int) -> tup
     """Labelled and unlabelled indices; see `load_folder`."""
     everything = {images.name(i): i for i in range(len(images))}
     if split.isdigit():
-        if not 0 < int(split) <= len(images):
-            raise UserError(f"--split {split}: expected 1 to {len(images)} labelled images")
-        order = np.random.default_rng(seed).permutation(len(images)).tolist()
-        return sorted(order[:int(split)]), sorted(order[int(split):])
+        if not 0 < int(split) <= images.annotated:
+            raise UserError(f"--split {split}: expected 1 to {images.annotated} labelled images")
+        order = np.random.default_rng(seed).permutation(images.annotated).tolist()
+        return sorted(order[:int(split)]), sorted(order[int(split):]) + list(range(images.annotated, len(images)))
     path = root / "splits" / split / "labeled.txt"
     path = path if path.exists() else Path(split)
     if not path.is_file():
         known = sorted(p.parent.name for p in root.glob("splits/*/labeled.txt"))
         raise UserError(f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names")
     def read(file):
-        names = [line.split()[0].split("/")[-1] for line in file.read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        names = [n if n in everything else n.split("/")[-1] for n in names]        # official lists name files by their path
         absent = [n for n in names if n not in everything]
         if absent or not names:
             raise UserError(f"{file}: " + (f"'{absent[0]}' is not an image of the training set ({len(absent)} such names)"
                                            if absent else "the list is empty"))
         return [everything[n] for n in names]
     labeled = read(path)
+    bare = [images.name(i) for i in labeled if i >= images.annotated]
+    if bare:
+        raise UserError(f"{path}: '{bare[0]}' has no annotation ({len(bare)} such names); a labelled image needs one")
     other = path.with_name("unlabeled.txt")
     return labeled, read(other) if other.exists() else [i for i in range(len(images)) if i not in set(labeled)]
 
@@ -400,6 +448,22 @@ class Unlabeled:
         return Unlabeled(move(self.weak), move(self.strong), self.boxes, move(self.partner_weak), move(self.partner_strong), self.names)
 
 
+def require_files(images, indices, what: str, maps: bool = True) -> None:
+    """Raise UserError before a run begins if images that it will need, or their maps, are not there. Folders are listed, no file is opened."""
+    if not isinstance(images, PanopticFolder):
+        return
+    listed: dict[Path, set[str]] = {}
+    def there(path: Path) -> bool:
+        if path.parent not in listed:
+            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        return path.name in listed[path.parent]
+    for kind, folder, names in (("image", images.images, images.names), ("panoptic map", images.maps, images.files))[:1 + maps]:
+        absent = [path for path in (folder / str(names[i]) for i in indices) if not there(path)]
+        if absent:
+            raise UserError(f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
+                            f"or take them from the list")
+
+
 class Batches(torch.utils.data.Dataset):
     """Batch number `step` of a run: a map from step to batch, so that order and workers do not matter.
 
@@ -438,6 +502,7 @@ class LabeledBatches(Batches):
         for slot in range(self.cfg.labeled_batch):
             i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
             truth = self.dataset.train.truth(i)
+            truth = truth.by_class() if self.cfg.labels == "semantic" else truth
             view = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
             images.append(to_tensor(view.image, self.cfg.crop))
             targets.append(to_target(pad(view.layers[0], self.cfg.crop, 0), truth.labels, truth.crowd))
@@ -491,8 +556,11 @@ def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
 
 def loader(batches: Batches, start: int, workers: int):
     """Iterate over batches start, start + 1, ... with loader processes."""
-    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=_as_it_is,
-                                            num_workers=workers, prefetch_factor=2 if workers else None))
+    try:
+        yield from torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=_as_it_is,
+                                               num_workers=workers, prefetch_factor=2 if workers else None)
+    except UserError as error:         # a worker's error arrives with its traceback as text
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
 def _as_it_is(batch):

@@ -84,22 +84,24 @@ def load(name: str, root: Path, split: str, seed: int = 0) -> DataSet:
     if name == "ade20k":
         places = {part: (base / f"ade20k_panoptic_{part}.json", base / "images" / long, base / f"ade20k_panoptic_{part}", base / "annotations" / long)
                   for part, long in (("train", "training"), ("val", "validation"))}
+        shift = 1                                                  # prompts and class maps count ADE's classes from 1, the panoptic JSON from 0
     else:
         end = "_objects" if name == "coco-objects" else ""
-        places = {part: (base / "annotations" / f"panoptic_{part}2017{end}.json", base / f"{part}2017", base / f"panoptic_{part}2017{end}", None)
+        masks = base / "masks" if name == "coco-objects" and (base / "masks").is_dir() else None       # the 81-class maps of UniMatch
+        places = {part: (base / "annotations" / f"panoptic_{part}2017{end}.json", base / f"{part}2017", base / f"panoptic_{part}2017{end}", masks)
                   for part in ("train", "val")}
+        shift = 0
     prompts = base / "dearli" / PROMPTS[name]
     for path in (prompts, *(p for place in places.values() for p in place[:3])):
         if not path.exists():
             raise UserError(f"{path}: missing; make it with `python dearli.py --stage prepare --dataset {name} --data-root {root}`")
     names, categories = read_names(prompts), read_json(places["train"][0])["categories"]
-    shift = 1 if name == "ade20k" else 0                           # prompts count ADE's classes from 1, the panoptic JSON from 0
     unnamed = [c["id"] for c in categories if c["id"] + shift not in names]
     if unnamed:
         raise UserError(f"{prompts}: no names for category {unnamed[0]}")
     taxonomy = Taxonomy(tuple(names[c["id"] + shift] for c in categories), tuple(bool(c["isthing"]) for c in categories),
                         tuple(c["id"] for c in categories))
-    parts = {part: PanopticFolder(annotations, images, maps, taxonomy, semantic) for part, (annotations, images, maps, semantic) in places.items()}
+    parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val") for part, place in places.items()}
     listed = folder / split / "labeled.txt"
     labeled, unlabeled = read_split(base, str(listed) if split in known else split, parts["train"], seed)
     return DataSet(name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
@@ -209,6 +211,8 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
             things = [c for c in content["categories"] if c["id"] <= COCO_LAST_THING]
             keys = [str(a["image_id"]) for a in content["annotations"]]
             convert(tasks, keys, _objects_image, maps, base / "annotations" / f"{maps.name}.json", [BACKGROUND, *things], workers)
+        if not (base / "masks").is_dir():
+            print(f"{base / 'masks'}: not there, so mIoU will be measured on the converted panoptic maps; officially it is on UniMatch's 81-class maps")
     return base
 
 

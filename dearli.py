@@ -14,7 +14,6 @@ Stages are short functions below, in the order of the method; what they wire tog
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -24,12 +23,13 @@ import torch
 import checkpoint
 import datasets
 import dewa
+import foundation
 import official
 import report
-from clip_ensemble import TEMPLATES, ClipBackbone, Vocabulary, text_embeddings
+from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
 from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError
-from data import DataSet, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini
-from evaluation import evaluate, flatten, frequency_groups, group_quality, predict, zero_shot
+from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, require_files
+from evaluation import evaluate, flatten, frequency_groups, group_quality, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
@@ -38,7 +38,6 @@ from trainer import Run, differing
 DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
-CACHE = Path(os.environ.get("DEARLI_CACHE", Path.home() / ".cache" / "dearli"))     # text embeddings of real CLIPs
 FORMATS = ("official", "safetensors")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,6 +55,7 @@ class Job:
     out: Path | None = None
     init: Path | None = None
     masks: Path | None = None
+    images: Path | None = None
     groups: int = 0
     weights: Path | None = None
     state: dict | None = None          # what `weights` holds, read once (`read_run`)
@@ -69,14 +69,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        return Path(self.data_root).resolve().name if self.dataset == "custom" else self.dataset
+        """Of the images, in the names of run folders."""
+        folder = self.images or (self.data_root if self.dataset == "custom" else None)
+        return Path(folder).resolve().name if folder else self.dataset
 
     def folder(self, kind: str, cfg: Config) -> Path:
         """runs/DATASET-KIND, with the seed if it is not 0."""
         return self.runs / f"{self.name}-{kind}{f'-seed{cfg.seed}' if cfg.seed else ''}"
 
 
-# --------------------------------------------------------------------------------------- the three foundations
+# ------------------------------------------------------------------------------------------- data and model
 
 def load_data(job: Job, cfg: Config) -> DataSet:
     if job.dataset == "mini":
@@ -89,58 +91,32 @@ def load_data(job: Job, cfg: Config) -> DataSet:
     return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant)
 
 
-def load_clip(cfg: Config, weights: dict | None = None):
-    """The OpenCLIP model of the configuration and its tokenizer: (clip, tokenize), on the CPU. weights: CLIP's, instead of a download."""
-    torch.manual_seed(cfg.seed)
-    if weights is not None:
-        cfg = dataclasses.replace(cfg, pretrained="random")
-    if cfg.backbone == "mini":
-        import mini_clip
-        clip = mini_clip.build() if cfg.pretrained == "random" else mini_clip.load(cfg.pretrained or mini_clip.WEIGHTS)
-        return fill_clip(clip, weights, cfg), mini_clip.tokenize
-    import open_clip
-    if cfg.backbone not in open_clip.list_models():
-        raise UserError(f"unknown backbone '{cfg.backbone}'; available: mini, or an OpenCLIP ConvNeXt such as convnext_base_w_320")
-    try:
-        clip = open_clip.create_model(cfg.backbone, pretrained=None if cfg.pretrained == "random" else cfg.pretrained)
-    except Exception as error:         # the hub client raises its own types, with pages of text
-        raise UserError(f"{cfg.backbone}: weights '{cfg.pretrained}' cannot be had ({type(error).__name__}); give a file with "
-                        f"--pretrained FILE, or --pretrained random with --train-backbone") from None
-    return fill_clip(clip, weights, cfg), open_clip.get_tokenizer(cfg.backbone)
+def load_images(job: Job, cfg: Config):
+    """What SAM segments and the decoder is warmed up on: a folder of images, or the training images of the data set."""
+    if job.images:
+        return ImageFolder(job.images)
+    images = load_data(job, cfg).train
+    require_files(images, range(len(images)), "training", maps=False)
+    return images
 
 
-def fill_clip(clip, weights: dict | None, cfg: Config):
-    """CLIP with the weights that a checkpoint brings along, if it does."""
-    if weights is not None:
-        try:
-            clip.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint holds another CLIP than --backbone {cfg.backbone}: {' '.join(str(error).split())[:200]} ...") from None
-    return clip
-
-
-def load_sam(cfg: Config):
-    """device -> segment_anything's automatic mask generator with the model and thresholds of the configuration."""
-    from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
-    if cfg.sam == "regions":
-        import regions
-        return lambda device: regions.StableRegions()
-    if cfg.sam == "mini":
-        import mini_sam
-        sam = mini_sam.load(cfg.sam_weights or mini_sam.WEIGHTS)
-    elif cfg.sam in sam_model_registry:
-        sam = checkpoint.load_foundation(sam_model_registry[cfg.sam](), cfg.sam_weights or f"{cfg.sam}.pth",
-                                         f"download the {cfg.sam} checkpoint of Segment Anything and name it with --sam-weights FILE")
-    else:
-        raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, regions, {', '.join(sorted(set(sam_model_registry) - {'default'}))}")
-    return lambda device: SamAutomaticMaskGenerator(
-        sam.eval().to(device), points_per_side=cfg.points_per_side, points_per_batch=cfg.points_per_batch, pred_iou_thresh=cfg.pred_iou_thresh,
-        stability_score_thresh=cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
+def settle(cfg: Config, dataset: DataSet) -> Config:
+    """`--alpha labeled` as a number."""
+    if cfg.alpha != "labeled":
+        return cfg
+    share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
+    return dataclasses.replace(cfg, alpha=round(alpha_of_share(share), 3))
 
 
 def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None = None) -> Segmenter:
     """A segmenter with a random decoder (by seed) on the backbone of the configuration, or of a checkpoint that brings its own."""
-    clip, tokenize = load_clip(cfg, clip_weights)
+    if foundation.is_timm(cfg.backbone):
+        if cfg.has_ensemble or clip_weights is not None:
+            raise UserError(f"backbone {cfg.backbone} has no text tower: it needs --classifier linear, and --method ssl in the semi-supervised stage")
+        trunk = foundation.load_timm(cfg)
+        torch.manual_seed(cfg.seed)
+        return Segmenter(Backbone(trunk, frozen=not cfg.train_backbone), None, cfg, len(taxonomy)).to(job.device)
+    clip, tokenize = foundation.load_clip(cfg, clip_weights)
     names = [name for names in taxonomy.synonyms for name in names]
     embed = lambda: text_embeddings(clip.to(job.device), tokenize, names)
     if cfg.backbone == "mini" or cfg.pretrained == "random" or clip_weights is not None:
@@ -148,10 +124,10 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
     else:
         stat = Path(cfg.pretrained).stat() if Path(cfg.pretrained).is_file() else None
         key = [cfg.backbone, cfg.pretrained, stat and [stat.st_size, stat.st_mtime_ns], TEMPLATES, names]
-        embeddings = checkpoint.cached(CACHE, key, embed)
+        embeddings = checkpoint.cached(foundation.CACHE, key, embed)
     vocabulary = Vocabulary(embeddings, [len(s) for s in taxonomy.synonyms])
     torch.manual_seed(cfg.seed)
-    return Segmenter(ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg).to(job.device)
+    return Segmenter(ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg, len(taxonomy)).to(job.device)
 
 
 # ------------------------------------------------------------------------------------------------------ stages
@@ -169,34 +145,39 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
 
 def stage_masks(job: Job, cfg: Config) -> Path:
     """SAM's masks of all training images, labelled and unlabelled alike."""
-    dataset, folder = load_data(job, cfg), job.out or job.runs / f"{job.name}-masks"
-    done = dewa.generate_masks(dataset.train, load_sam(cfg)(job.device), folder)
-    print(f"{folder}: masks of {len(dataset.train)} images, {done} of them made now")
+    images, folder = load_images(job, cfg), job.out or job.runs / f"{job.name}-masks"
+    done = dewa.generate_masks(images, foundation.load_sam(cfg)(job.device), folder)
+    print(f"{folder}: masks of {len(images)} images, {done} of them made now")
     return folder
 
 
 def stage_dewa(job: Job, cfg: Config) -> Path:
     """Decoder warm-up, L_loc on all SAM masks."""
-    dataset, folder = load_data(job, cfg), job.out or job.folder("dewa", cfg)
-    masks = job.masks or job.runs / f"{job.name}-masks"
+    cfg = dataclasses.replace(cfg, teacher_posterior="decoder")                                # there is no teacher
+    images, folder = load_images(job, cfg), job.out or job.folder("dewa", cfg)
+    beside = job.images and dewa.mask_file(job.images, images.name(0)).exists()                # as in SA-1B
+    masks = job.masks or (job.images if beside else job.runs / f"{job.name}-masks")
     if not masks.is_dir():
         raise UserError(f"{masks}: no SAM masks; make them with --stage masks, or name their folder with --masks DIR")
     run = Run(folder, cfg, {"stage": "dewa", "dataset": job.name}, job.resume)
     model = build(job, cfg, dewa.TAXONOMY)
     optimizer = build_optimizer(model, cfg)
     step = lambda batch, t: dewa.dewa_step(model, optimizer, batch, cfg, t, job.precision)
-    run.train({"student": model}, optimizer, dewa.DewaBatches(dataset, masks, cfg, cfg.dewa_steps), step, job.device, "DeWa")
+    run.train({"student": model}, optimizer, dewa.DewaBatches(images, masks, cfg, cfg.dewa_steps), step, job.device, "DeWa")
     return folder
 
 
 def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
+    cfg = settle(cfg, dataset)
+    require_files(dataset.train, dataset.labeled, "labelled")
+    require_files(dataset.val, range(len(dataset.val)), "validation")
     run = Run(folder, cfg, identity(job, "sup"), job.resume)
     start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     start_from(start, job.init, student)
-    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
     run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
     finish(job, cfg, dataset, {"student": student}, folder)
@@ -206,6 +187,10 @@ def stage_sup(job: Job, cfg: Config) -> Path:
 def stage_ssl(job: Job, cfg: Config) -> Path:
     """The semi-supervised stage: ssl, dear or dearli."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"{job.method}-{job.split}", cfg)
+    cfg = settle(cfg, dataset)
+    require_files(dataset.train, dataset.labeled, "labelled")
+    require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
+    require_files(dataset.val, range(len(dataset.val)), "validation")
     init = job.init
     if job.method == "dearli" and init is None:
         init = job.folder("dewa", cfg)
@@ -217,7 +202,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     start_from(start, init, student)
     teacher = student.teacher()
-    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     warm, models = init is not None, {"student": student, "teacher": teacher}
     step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, warm, job.precision)
     run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps, warm), step, job.device, job.method)
@@ -229,6 +214,8 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
     state = job.state
     dataset = load_data(job, cfg)
+    cfg = settle(cfg, dataset)
+    require_files(dataset.val, range(len(dataset.val)), "validation")
     student = build(job, cfg, dataset.taxonomy, state.get("clip"))
     require_classes(state, len(dataset.taxonomy), job.weights)
     models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
@@ -299,39 +286,54 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
 
 # ------------------------------------------------------------------------------------- demo and ladder (mini)
 
-# Rungs of the paper's Table 1: (title, stage, method, the paper's reading)
-RUNGS = (("M2F-Lang, supervised", "sup", "student/decoder"), ("  + P_ENS at evaluation", "sup", "student/ensemble"),
-         ("M2F-Lang + SSL", "ssl", "student/decoder"), ("DEAR", "dear", "student/ensemble"), ("DEARLi", "dearli", "student/ensemble"))
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A row of a table: what is trained, what is changed in the configuration, and the reading that the paper takes."""
+    title: str
+    kind: str                          # sup, ssl, dear or dearli
+    reading: str
+    changes: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def run(self) -> str:
+        """Name of what is trained; rows that differ in the reading alone share it."""
+        return "-".join([self.kind, *(f"{key}-{value}".replace(":", "-") for key, value in self.changes)])
 
 
-def run_rung(job: Job, cfg: Config, kind: str) -> dict:
+RUNGS = (Rung("M2F-Lang, supervised", "sup", "student/decoder"), Rung("  + P_ENS at evaluation", "sup", "student/ensemble"),   # Table 1
+         Rung("M2F-Lang + SSL", "ssl", "student/decoder"), Rung("DEAR", "dear", "student/ensemble"), Rung("DEARLi", "dearli", "student/ensemble"))
+ALPHAS = tuple(Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),)) for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled"))   # Table 8
+
+
+def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
     """Train one rung unless its metrics are there already; returns them. Every rung takes sup_steps optimiser steps in all."""
-    job, wanted = dataclasses.replace(job, resume=True), rung_config(cfg, kind)
-    folder = job.folder(f"{kind}-{job.split}", cfg)
+    folder = job.folder(f"{rung.run}-{job.split}", cfg)
+    kind, job, wanted = rung.kind, dataclasses.replace(job, resume=True, out=None), rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
     if (folder / "metrics.json").exists():
-        stored = json.loads((folder / "config.json").read_text())
-        steps = ("sup_steps", "ssl_steps", "dewa_steps")
-        if not differing(stored, {**identity(job, kind), **dataclasses.asdict(wanted)}) and all(stored[k] == getattr(wanted, k) for k in steps):
+        stored, expected = json.loads((folder / "config.json").read_text()), {**identity(job, kind), **dataclasses.asdict(settle(wanted, load_data(job, cfg)))}
+        if not differing(stored, expected) and all(stored[k] == expected[k] for k in ("sup_steps", "ssl_steps", "dewa_steps")):
             return json.loads((folder / "metrics.json").read_text())
     if kind == "dearli":
         stage_masks(job, cfg)
         stage_dewa(job, cfg)
-    stage = stage_sup if kind == "sup" else stage_ssl
-    stage(dataclasses.replace(job, method=kind if kind != "sup" else job.method), wanted)
+    if kind == "sup":
+        stage_sup(dataclasses.replace(job, out=folder), wanted)
+    else:
+        stage_ssl(dataclasses.replace(job, out=folder, method=kind), wanted)
     return json.loads((folder / "metrics.json").read_text())
 
 
 def rung_config(cfg: Config, kind: str) -> Config:
     """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage."""
     if kind == "sup":
-        return dataclasses.replace(cfg, sup_steps=cfg.ssl_steps)
+        return dataclasses.replace(cfg, sup_steps=cfg.ssl_steps, teacher_posterior="decoder")
     steps = cfg.ssl_steps - (cfg.dewa_steps if kind == "dearli" else 0)
-    return dataclasses.replace(cfg, ensemble_teacher=kind != "ssl", ssl_steps=steps)
+    return dataclasses.replace(cfg, teacher_posterior="decoder" if kind == "ssl" else "ensemble", ssl_steps=steps)
 
 
 def stage_demo(job: Job, cfg: Config) -> Path:
     """All stages on the miniature world, a table, and a picture of what each rung sees."""
-    rows = [(title, run_rung(job, cfg, kind)[reading]) for title, kind, reading in RUNGS if kind in ("sup", "dear", "dearli")]
+    rows = [(rung.title, run_rung(job, cfg, rung)[rung.reading]) for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
     print("\n" + report.table(rows))
     dataset = load_data(job, cfg)
     path = (job.out or job.runs) / "demo.png"
@@ -344,16 +346,16 @@ def draw(job: Job, cfg: Config, dataset: DataSet, path: Path, images=(0, 1, 2, 3
     """A picture of the first validation images, their ground truth, and the prediction of each rung of the demo."""
     things = torch.tensor(dataset.taxonomy.things)
     titles, models = ["image", "ground truth"], []
-    for title, kind, ensemble in (("supervised", "sup", False), ("DEAR", "dear", True), ("DEARLi", "dearli", True)):
+    for title, kind, posterior in (("supervised", "sup", "decoder"), ("DEAR", "dear", "ensemble"), ("DEARLi", "dearli", "ensemble")):
         model = build(job, cfg, dataset.taxonomy)
         checkpoint.load_weights(model.trained(), read_run(job.folder(f"{kind}-{job.split}", cfg))["student"], kind)
-        titles, models = titles + [title], models + [(model, ensemble)]
+        titles, models = titles + [title], models + [(model, posterior_alphas(cfg)[posterior])]
     rows = []
     for i in images:
         image, truth = dataset.val.image(i), dataset.val.truth(i)
         maps = [(truth.segment_map, truth.labels)]
-        for model, ensemble in models:
-            segment_map, labels, _ = predict(model, image, things, cfg, job.device, ensemble)
+        for model, alpha in models:
+            segment_map, labels, _ = predict(model, image, things, cfg, job.device, alpha)
             maps.append((segment_map.cpu().numpy(), labels.cpu().numpy()))
         rows.append((image, maps))
     caption = (f"Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, stuff is not; black: no answer. "
@@ -362,30 +364,39 @@ def draw(job: Job, cfg: Config, dataset: DataSet, path: Path, images=(0, 1, 2, 3
 
 
 def stage_ladder(job: Job, cfg: Config) -> Path:
-    """The paper's Table 1 in miniature: every rung over several seeds, all four readings, mean and standard deviation."""
+    """The paper's Table 1 in miniature."""
+    return compare(job, cfg, RUNGS, "ladder")
+
+
+def stage_alpha(job: Job, cfg: Config) -> Path:
+    """The paper's Table 8 in miniature, and an alpha that grows or follows the labelled share (supplement C)."""
+    return compare(job, cfg, ALPHAS, "alpha")
+
+
+def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
+    """Every rung over several seeds, all readings, mean and standard deviation: two tables, and the raw figures in NAME.json."""
     results: dict[str, list[dict]] = {}
     for seed in range(cfg.seed, cfg.seed + job.seeds):
-        for kind in dict.fromkeys(kind for _, kind, _ in RUNGS):
-            metrics = run_rung(job, dataclasses.replace(cfg, seed=seed), kind)
-            results.setdefault(kind, []).append(metrics)
-    def spread(kind, reading, *keys):
+        for rung in {r.run: r for r in rungs}.values():
+            results.setdefault(rung.run, []).append(run_rung(job, dataclasses.replace(cfg, seed=seed), rung))
+    def spread(run, reading, *keys):
         values = []
-        for metrics in results[kind]:
+        for metrics in results[run]:
             for key in (reading, *keys):
                 metrics = metrics[key]
             values.append(100 * metrics)
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
     keys = (("PQ", ("all", "pq")), ("PQ things", ("things", "pq")), ("PQ stuff", ("stuff", "pq")), ("mIoU", ("miou",)))
-    lines = ["| rung (the paper's reading) | " + " | ".join(name for name, _ in keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    lines += [f"| {title.strip()} | " + " | ".join(spread(kind, reading, *k) for _, k in keys) + " |" for title, kind, reading in RUNGS]
+    lines = ["| rung (the paper's reading) | " + " | ".join(title for title, _ in keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines += [f"| {r.title.strip()} | " + " | ".join(spread(r.run, r.reading, *k) for _, k in keys) + " |" for r in rungs]
     readings = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
     lines += ["", "| PQ | " + " | ".join(readings) + " |", "|---" * 5 + "|"]
-    lines += [f"| {kind} | " + " | ".join(spread(kind, r, "all", "pq") if r in results[kind][0] else "" for r in readings) + " |" for kind in results]
+    lines += [f"| {run} | " + " | ".join(spread(run, r, "all", "pq") if r in results[run][0] else "" for r in readings) + " |" for run in results]
     print("\n" + "\n".join(lines))
-    slim = {kind: [{r: {"pq": m[r]["all"]["pq"], "sq": m[r]["all"]["sq"], "rq": m[r]["all"]["rq"], "pq_things": m[r]["things"]["pq"],
-                        "pq_stuff": m[r]["stuff"]["pq"], "miou": m[r]["miou"]} for r in readings if r in m} for m in runs]
-            for kind, runs in results.items()}
-    path = (job.out or job.runs) / "ladder.json"
+    slim = {run: [{r: {"pq": m[r]["all"]["pq"], "sq": m[r]["all"]["sq"], "rq": m[r]["all"]["rq"], "pq_things": m[r]["things"]["pq"],
+                       "pq_stuff": m[r]["stuff"]["pq"], "miou": m[r]["miou"]} for r in readings if r in m} for m in metrics]
+            for run, metrics in results.items()}
+    path = (job.out or job.runs) / f"{name}.json"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     content = {"command": "python " + " ".join(sys.argv), "seeds": list(range(cfg.seed, cfg.seed + job.seeds)), "split": job.split,
                "evaluated_on": job.eval_on, "versions": versions, "config": dataclasses.asdict(cfg), "results": slim}
@@ -397,13 +408,16 @@ def stage_ladder(job: Job, cfg: Config) -> Path:
 def stage_zeroshot(job: Job, cfg: Config) -> Path:
     """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg)
+    require_files(dataset.val, range(len(dataset.val)), "validation")
+    if foundation.is_timm(cfg.backbone):
+        raise UserError(f"--stage zeroshot: backbone {cfg.backbone} has no text tower; expected an OpenCLIP ConvNeXt such as {', '.join(foundation.TAGS)}")
     if job.masks is None or str(job.masks) == "gt":
         partition = lambda i: dataset.val.truth(i).segment_map
     else:
         masks = job.masks
         if str(masks) == "sam":
             masks = job.runs / f"{job.name}-masks-{job.eval_on}"
-            dewa.generate_masks(dataset.val, load_sam(cfg)(job.device), masks)
+            dewa.generate_masks(dataset.val, foundation.load_sam(cfg)(job.device), masks)
         partition = lambda i: flatten(dewa.read_masks(masks, dataset.val.name(i)))
     metrics = zero_shot(build(job, cfg, dataset.taxonomy), dataset, cfg, job.device, partition)
     checkpoint.write_atomic(folder / "metrics.json", json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode())
@@ -428,9 +442,11 @@ def stage_export(job: Job, cfg: Config) -> Path:
 
 def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
     """The student of a run with its CLIP and the criterion's buffers, which runs do not store."""
+    if foundation.is_timm(cfg.backbone):
+        raise UserError(f"--stage export: a file holds a whole CLIP, and backbone {cfg.backbone} has none; its runs are used as they are (--weights, --init)")
     warm_up = state["config"]["stage"] == "dewa"
     taxonomy = dewa.TAXONOMY if warm_up else load_data(job, cfg).taxonomy
-    clip = load_clip(cfg)[0].state_dict()
+    clip = foundation.load_clip(cfg)[0].state_dict()
     trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
     kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
     return official.Weights(kind, {n: t for n, t in state["student"].items() if n.startswith("head.")}, {**clip, **trained},
@@ -448,7 +464,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
 
 
 STAGES = {"demo": stage_demo, "prepare": stage_prepare, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
-          "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+          "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -467,6 +483,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
     p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks); zeroshot: gt, sam or a folder")
+    p.add_argument("--images", type=Path, help="masks, dewa: a folder of images instead of the training images (SA-1B, masks beside the images)")
     p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
     p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
     p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
@@ -476,7 +493,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-eval", dest="evaluate", action="store_false", help="do not evaluate after training")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", default="fp32", help="fp32, bf16")
-    p.add_argument("--seeds", type=int, default=3, help="ladder: number of seeds")
+    p.add_argument("--seeds", type=int, default=3, help="ladder, alpha: number of seeds")
     p.add_argument("--steps", type=int, help="optimiser steps of the stage at hand")
     group = p.add_argument_group("configuration", "every number of the method; see config.py for units and sources")
     for field in dataclasses.fields(Config):
@@ -484,8 +501,16 @@ def parser() -> argparse.ArgumentParser:
         if field.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
         else:
-            group.add_argument(flag, type=field.type, default=None, metavar=field.type.__name__.upper())
+            kind = field.type if isinstance(field.type, type) else number_or_text
+            group.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper())
     return p
+
+
+def number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def choose(what: str, value: str, available) -> str:
@@ -508,15 +533,23 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         stored = state.get("config", {})
         cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
-    elif args.stage == "ssl" and "ensemble_teacher" not in given:
-        given["ensemble_teacher"] = args.method != "ssl"
+    elif args.stage in ("sup", "ssl") and "teacher_posterior" not in given:
+        given["teacher_posterior"] = "ensemble" if args.stage == "ssl" and args.method != "ssl" else "decoder"
+    if "pretrained" not in given and given.get("backbone", cfg.backbone) != cfg.backbone:
+        given["pretrained"] = foundation.TAGS.get(given["backbone"], "")
     if args.dataset in datasets.NAMES and split in datasets.splits(args.dataset):
         cfg = dataclasses.replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (datasets.splits(args.dataset).index(split) + 1))
     if args.steps is not None:
         given[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
     cfg = dataclasses.replace(cfg, **given)
-    for name in ("classifier",):
-        choose(name, getattr(cfg, name), ("language", "linear"))
+    for name, values in (("classifier", ("language", "linear")), ("teacher_posterior", ("decoder", "clip", "ensemble")), ("labels", ("panoptic", "semantic"))):
+        choose(name.replace("_", " "), getattr(cfg, name), values)
+    try:
+        ends = [0.5] if cfg.alpha == "labeled" else [alpha_at(cfg.alpha, 0.0), alpha_at(cfg.alpha, 1.0)]
+    except ValueError:
+        ends = [-1.0]
+    if not all(0 <= a <= 1 for a in ends):
+        raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomic
 from config import Config, UserError
-from data import Batches, DataSet, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
+from data import Batches, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
 from losses import set_loss
 from matcher import Target
 from model import Segmenter
@@ -52,7 +52,7 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
 
 
 def mask_file(folder: Path, name: str) -> Path:
-    return Path(folder) / f"{Path(name).stem}.json"
+    return Path(folder) / Path(name).with_suffix(".json")
 
 
 def read_masks(folder: Path, name: str) -> np.ndarray:
@@ -114,12 +114,15 @@ def decode_rle(rle: dict) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- warm-up
 
 class DewaBatches(Batches):
-    """All training images, labelled or not, with all of their SAM masks; one that the crop empties stays a target (official), or not."""
+    """All training images, labelled or not, with all of their SAM masks; one that the crop empties stays a target (official), or not.
 
-    def __init__(self, dataset: DataSet, folder: Path, cfg: Config, steps: int):
+    images: has len, name(i) and image(i).   folder: of the masks, `generate_masks`.
+    """
+
+    def __init__(self, images, folder: Path, cfg: Config, steps: int):
         super().__init__(replace(cfg, crop=cfg.dewa_crop or cfg.crop), steps)
-        self.images, self.folder = dataset.train, folder
-        self.indices = list(range(len(dataset.train)))
+        self.images, self.folder = images, folder
+        self.indices = range(len(images))
 
     def __getitem__(self, step: int) -> Labeled:
         images, targets, names = [], [], []

@@ -8,25 +8,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clip_ensemble import zero_shot_logits
+from clip_ensemble import alpha_at, zero_shot_logits
 from config import Config
-from data import PAD_VALUE, DataSet, Sample, resize
+from data import IGNORE, PAD_VALUE, DataSet, Sample, resize
 from model import Segmenter, panoptic_inference, resize_masks, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
-POSTERIORS = {"decoder": False, "ensemble": True}
+
+def posterior_alphas(cfg: Config) -> dict[str, float]:
+    """The posteriors to evaluate and their alpha: the decoder's, and where CLIP has a say the ensemble's."""
+    return {"decoder": 1.0, **({"ensemble": alpha_at(cfg.alpha, 1.0)} if cfg.has_ensemble else {})}
 
 
 @torch.no_grad()
-def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device: torch.device, posteriors=tuple(POSTERIORS),
-             limit: int | None = None, title: str = "evaluation") -> dict:
-    """PQ, SQ, RQ and mIoU on the validation images.
+def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device: torch.device, limit: int | None = None,
+             title: str = "evaluation") -> dict:
+    """PQ, SQ, RQ and mIoU on the validation images, by every posterior of the configuration.
 
-    Args: models: by name; those that share a backbone share its pass.   posteriors: of "decoder", "ensemble".
+    Args: models: by name; those that share a backbone share its pass.
     Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou"}, ...}, values 0 to 1.
     """
     taxonomy, images = dataset.taxonomy, dataset.val
     things = torch.tensor(taxonomy.things, device=device)
+    posteriors = posterior_alphas(cfg)
     readings = [(m, p) for m in models for p in posteriors]
     pq = {r: PanopticQuality(len(taxonomy)) for r in readings}
     miou = {r: MeanIoU(len(taxonomy)) for r in readings}
@@ -42,8 +46,8 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
                 shared[id(model.backbone)] = model.backbone(batch)
             features = shared[id(model.backbone)]
             class_logits, logits[name] = model.head(features)[-1]
-            for posterior in posteriors:
-                results[name, posterior] = model.posterior(features, class_logits, logits[name], POSTERIORS[posterior])
+            for posterior, alpha in posteriors.items():
+                results[name, posterior] = model.posterior(features, class_logits, logits[name], alpha)
         for slot, i in enumerate(group):
             truth, view = images.truth(i), views[slot]
             sizes = (tuple(batch.shape[-2:]), view.size[::-1], truth.segment_map.shape)
@@ -54,7 +58,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
                                                             masks[reading[0]])
                 pq[reading].add(segment_map.cpu().numpy(), labels.cpu().numpy(), truth.segment_map, truth.labels, truth.areas, truth.crowd)
                 semantic = semantic_inference(*given, sizes, masks[reading[0]])
-                miou[reading].add(semantic.cpu().numpy(), truth.semantic())
+                miou[reading].add(semantic.cpu().numpy(), truth.semantic(), IGNORE)
         bar.update(len(group))
     bar.close()
     result = {}
@@ -68,13 +72,13 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
 
 
 @torch.no_grad()
-def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: torch.device, ensemble: bool):
-    """Segment one PIL image: segment_map (H, W) int32 at its size, labels (N,), scores (N,)."""
+def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: torch.device, alpha: float):
+    """Segment one PIL image: segment_map (H, W) int32 at its size, labels (N,), scores (N,).   alpha: as in `Segmenter.posterior`."""
     view = resize(Sample(image, []), cfg.test_size, cfg.test_max).image
     batch = _pad_tensor(view)[None].to(device)
     features = model.eval().backbone(batch)
     class_logits, mask_logits = model.head(features)[-1]
-    posterior = model.posterior(features, class_logits, mask_logits, ensemble)
+    posterior = model.posterior(features, class_logits, mask_logits, alpha)
     sizes = (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
     return panoptic_inference(posterior[0], mask_logits[0], things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)
 

@@ -9,11 +9,12 @@ Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B 
 import torch
 from torch import Tensor
 
+from clip_ensemble import alpha_at
 from config import Config
 from data import Labeled, Unlabeled
 from losses import set_loss
 from matcher import Target
-from model import Segmenter, panoptic_inference
+from model import Segmenter, panoptic_inference, semantic_inference
 from optim import NotFinite, descend, require_finite
 
 
@@ -23,7 +24,7 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
     """One Mean Teacher step, Eq. (1) and (2). Without unlabelled images: a supervised step.
 
     Args:
-        things: (K,) bool.     step: from 0.     warm: the teacher started from DeWa weights (constant decay).
+        things: (K,) bool; none of them with semantic labels.     step: from 0.     warm: the teacher started from DeWa weights (constant decay).
         precision: of the model's matrix products; losses, matching and the ensemble are always fp32.
     Returns: the loss terms, weighted, and the gradient norm, as floats.   Raises: NotFinite, with the teacher untouched.
     """
@@ -38,7 +39,7 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
             weak = torch.cat([unlabeled.weak, unlabeled.partner_weak])
             f_student, f_teacher = backbone_features(student, teacher, torch.cat([labeled.images, strong]), weak)
             # 2 pseudo-labels: weak views, teacher, CLIP ensemble; then CutMix, the same boxes as on the images
-            pseudo = pseudo_labels(teacher, f_teacher, things, weak.shape[-2:], cfg.ensemble_teacher)
+            pseudo = pseudo_labels(teacher, f_teacher, things, weak.shape[-2:], teacher_alpha(cfg, step, warm))
             pseudo = mix_targets(pseudo[:len(strong)], pseudo[len(strong):], unlabeled.boxes, things)
             # 3 the student learns from both, without the ensemble
             layers = student.head(f_student)
@@ -69,15 +70,20 @@ def backbone_features(student: Segmenter, teacher: Segmenter, for_student: Tenso
 
 
 @torch.no_grad()
-def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, size, ensemble: bool) -> list[Target]:
+def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, size, alpha: float) -> list[Target]:
     """Hard panoptic pseudo-labels of B images: Eq. (4)-(6), then panoptic inference at full resolution `size` = (H, W).
 
     No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
+    Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
     """
     class_logits, mask_logits = teacher.head(features)[-1]
-    posterior = teacher.posterior(features, class_logits, mask_logits, ensemble)
+    posterior = teacher.posterior(features, class_logits, mask_logits, alpha)
     targets = []
     for p, m in zip(posterior, mask_logits):
+        if teacher.cfg.labels == "semantic":
+            labels, segment_map = semantic_inference(p, m, (size, size, size)).unique(return_inverse=True)
+            targets.append(Target(labels, (segment_map + 1).int()))
+            continue
         segment_map, labels, _ = panoptic_inference(p, m, things, (size, size, size), teacher.cfg.object_mask_threshold,
                                                     teacher.cfg.overlap_threshold)
         targets.append(Target(labels, segment_map))
@@ -123,6 +129,14 @@ def mix_target(first: Target, second: Target, box: tuple[int, int, int, int], th
         if not things[label]:
             stuff[label] = len(kept)
     return Target(labels[kept], torch.tensor(lut, dtype=mixed.dtype, device=mixed.device)[mixed.long()])
+
+
+def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
+    """The decoder's share in the posterior that makes the pseudo-labels of a step: P_MT, P_CLIP or P_ENS (Table 7)."""
+    if cfg.teacher_posterior != "ensemble":
+        return {"decoder": 1.0, "clip": 0.0}[cfg.teacher_posterior]
+    burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+    return alpha_at(cfg.alpha, (step - burn_in) / max(cfg.ssl_steps - burn_in, 1))
 
 
 def ema_decay(step: int, cfg: Config, warm: bool) -> float:

@@ -15,29 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_ensemble import MAX_SCALE, ClipBackbone, Vocabulary, geometric_ensemble, zero_shot_logits
+from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, zero_shot_logits
 from config import Config
 
 
 class Segmenter(nn.Module):
-    """A backbone and a Mask2Former head, with all that inference needs: what student and teacher are."""
+    """A backbone and a Mask2Former head, with all that inference needs: what student and teacher are.
 
-    def __init__(self, backbone: ClipBackbone, vocabulary: Vocabulary, cfg: Config, num_classes: int | None = None):
+    vocabulary: of the K classes; None on a backbone without CLIP, which has a linear classifier and no ensemble.
+    """
+
+    def __init__(self, backbone: Backbone, vocabulary: Vocabulary | None, cfg: Config, num_classes: int):
         super().__init__()
         self.backbone, self.cfg = backbone, cfg
         self.vocabulary = vocabulary
-        self.head = Mask2Former(backbone.channels, cfg, num_classes or len(vocabulary), vocabulary)
+        self.head = Mask2Former(backbone.channels, cfg, num_classes, vocabulary)
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Images (B, 3, H, W), 0 to 255 -> for each layer class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
         return self.head(self.backbone(images))
 
-    def posterior(self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, ensemble: bool) -> Tensor:
-        """Class probabilities (B, Q, K+1) of the decoder alone, or ensembled with CLIP, Eq. (6)."""
-        if not ensemble:
+    def posterior(self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, alpha: float) -> Tensor:
+        """Class probabilities (B, Q, K+1), Eq. (6). alpha: the decoder's share; 1 is the decoder alone, without asking CLIP."""
+        if alpha == 1:
             return class_logits.float().softmax(-1)
         clip_logits = zero_shot_logits(self.backbone, features[-1], mask_logits, self.vocabulary, self.cfg.clip_scale)
-        return geometric_ensemble(class_logits, clip_logits, self.cfg.alpha).exp()
+        return geometric_ensemble(class_logits, clip_logits, alpha).exp()
 
     def teacher(self) -> "Segmenter":
         """A copy that is never trained by gradient. A frozen backbone is shared, not copied."""
@@ -53,7 +56,7 @@ class Segmenter(nn.Module):
 class Mask2Former(nn.Module):
     """The head: features of the backbone -> predictions of every layer."""
 
-    def __init__(self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary):
+    def __init__(self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
         super().__init__()
         self.pixel_decoder = PixelDecoder(channels, cfg)
         self.decoder = MaskedAttentionDecoder(cfg, num_classes, vocabulary)
@@ -190,7 +193,7 @@ class MaskedAttentionDecoder(nn.Module):
     (class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)); the last is the result, all are supervised.
     """
 
-    def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary):
+    def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
         super().__init__()
         c = cfg.hidden
         self.query_feat, self.query_embed = nn.Embedding(cfg.num_queries, c), nn.Embedding(cfg.num_queries, c)

@@ -19,18 +19,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test asks the network
+
 import checkpoint
 import clip_ensemble
 import data
 import datasets
 import dearli
 import dewa
+import foundation
 import mean_teacher
 import microcosm
 import model as m2f
 import official
 import optim
-from clip_ensemble import Vocabulary, geometric_ensemble, mask_pool
+from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
 from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
@@ -43,6 +46,25 @@ needs_nuclei = pytest.mark.skipif(not (REAL_DATA / "nuclei_panoptic").is_dir(), 
 TINY = dataclasses.replace(MINI, pretrained="random", hidden=32, heads=2, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32,
                            num_queries=6, num_points=64, labeled_batch=2, unlabeled_batch=2, dewa_batch=2, crop=64, test_size=64)
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Downloads find an empty cache and nobody at home."""
+    monkeypatch.setattr(foundation, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(foundation, "SAM_ADDRESS", (tmp_path / "nowhere").as_uri())
+    monkeypatch.setattr(datasets, "REPOSITORY", (tmp_path / "nowhere").as_uri())
+
+
+@pytest.fixture(scope="session")
+def small_openclip(tmp_path_factory):
+    """A real OpenCLIP ConvNeXt with a real tokenizer, only smaller: its name."""
+    import open_clip
+    path = tmp_path_factory.mktemp("open_clip") / "convnext_test.json"
+    vision = dict(timm_model_name="convnext_atto", timm_model_pretrained=False, timm_pool="", timm_proj="linear", timm_drop=0.0, timm_drop_path=0.1, image_size=64)
+    path.write_text(json.dumps(dict(embed_dim=32, vision_cfg=vision, text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))))
+    open_clip.add_model_config(path)
+    return path.stem
 
 
 @pytest.fixture
@@ -224,6 +246,26 @@ def test_geometric_ensemble_survives_probabilities_that_are_zero_in_single_preci
         assert torch.isfinite(ens).all() and torch.allclose(ens.sum(-1), torch.ones(2))
 
 
+def test_alpha_is_a_constant_a_schedule_or_follows_the_labelled_share():
+    assert alpha_at(0.6, 0.0) == alpha_at(0.6, 1.0) == 0.6
+    assert [alpha_at("0.4:0.8", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.4, 0.6, 0.8])
+    # Table 8: the vertex of the parabola through (0.5, 26.70), (0.6, 27.67), (0.7, 24.35) and so on, kept to 0.5 ... 0.7; a line through all
+    table = [(26.70, 27.67, 24.35), (31.22, 32.27, 31.05), (34.60, 34.77, 34.88), (36.88, 38.27, 37.80), (39.66, 40.62, 41.42)]
+    best = [min(max(0.6 + 0.05 * (c - a) / (2 * b - a - c), 0.5), 0.7) for a, b, c in table]
+    slope, middle = np.polyfit(np.arange(-7, -2) + 5, best, 1)
+    assert (round(slope, 3), round(middle, 2)) == (0.028, 0.64)
+    assert alpha_of_share(1 / 32) == pytest.approx(0.64) and alpha_of_share(1 / 16) == pytest.approx(0.668)
+    assert (alpha_of_share(1e-6), alpha_of_share(1.0)) == (0.5, 0.7)
+
+
+def test_alpha_grows_only_while_there_are_pseudo_labels():
+    cfg = dataclasses.replace(TINY, alpha="0.4:0.8", ssl_steps=30, burn_in=10, burn_in_warm=20)
+    assert [mean_teacher.teacher_alpha(cfg, step, False) for step in (10, 20)] == pytest.approx([0.4, 0.6])
+    assert [mean_teacher.teacher_alpha(cfg, step, True) for step in (20, 25)] == pytest.approx([0.4, 0.6])
+    fixed = [mean_teacher.teacher_alpha(dataclasses.replace(cfg, teacher_posterior=p), 20, False) for p in ("decoder", "clip")]
+    assert fixed == [1.0, 0.0]
+
+
 def test_vocabulary_takes_the_best_synonym_and_passes_it_the_whole_gradient():
     vocabulary = Vocabulary(torch.eye(4), [1, 3])
     e = torch.tensor([[0.0, 0.1, 0.9, 0.2]], requires_grad=True)
@@ -247,6 +289,105 @@ def test_text_embeddings_average_normalised_templates():
     rows = F.normalize(torch.tensor([[float(len(t.format("zebra"))), 1.0] for t in clip_ensemble.TEMPLATES]), dim=-1)
     assert len(clip_ensemble.TEMPLATES) == 14
     torch.testing.assert_close(e[1], F.normalize(rows.mean(0), dim=-1))
+
+
+# -------------------------------------------------------------------------------------------------------- foundation.py
+
+def test_a_download_is_checked_kept_and_missed_in_one_line(tmp_path):
+    content = b"weights" * 1000
+    (tmp_path / "far").write_bytes(content)
+    near, digest, far = tmp_path / "cache" / "w.pth", hashlib.sha256(content).hexdigest(), (tmp_path / "far").as_uri()
+    with pytest.raises(UserError, match="far: cannot be fetched .*invalid hash.* put it to .*w.pth, or else"):
+        foundation.fetch(near, far, "0" * 64, "or else")
+    assert not list(near.parent.iterdir())                                                    # nothing half-done is left behind
+    assert foundation.fetch(near, far, digest, "") == near and near.read_bytes() == content
+    (tmp_path / "far").unlink()
+    assert foundation.fetch(near, far, digest, "") == near                                    # from the cache
+    near.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"w.pth: SHA-256 is .*, expected {digest}; delete it"):
+        foundation.fetch(near, far, digest, "")
+
+
+def test_sam_comes_from_a_file_the_cache_or_nowhere(tmp_path, monkeypatch):
+    import mini_sam
+    import segment_anything
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", mini_sam.build)         # the size of the model is not the point
+    cfg = dataclasses.replace(OFFICIAL, sam="vit_b")
+    with pytest.raises(UserError, match="cannot be fetched .* put it to .*sam_vit_b_01ec64.pth, or name it with --sam-weights FILE"):
+        foundation.load_sam(cfg)
+    file = tmp_path / "cache" / "sam_vit_b_01ec64.pth"
+    file.parent.mkdir(exist_ok=True)
+    weights = mini_sam.load(mini_sam.WEIGHTS).state_dict()
+    torch.save(weights, file)
+    with pytest.raises(UserError, match="sam_vit_b_01ec64.pth: SHA-256 is"):                  # not Meta's file
+        foundation.load_sam(cfg)
+    monkeypatch.setitem(foundation.SAM_FILES, "vit_b", (file.name, foundation.sha256(file)))
+    for found in (cfg, dataclasses.replace(cfg, sam_weights=str(file))):
+        taken = foundation.load_sam(found)(torch.device("cpu")).predictor.model.state_dict()
+        assert all(torch.equal(taken[name], weights[name]) for name in weights)
+
+
+def test_openclip_weights_come_from_a_file_the_hub_or_nowhere(tmp_path, small_openclip, monkeypatch):
+    import open_clip
+    cfg = dataclasses.replace(OFFICIAL, backbone=small_openclip, pretrained="random")
+    clip, tokenize = foundation.load_clip(cfg)
+    assert tokenize(["a cat"]).shape == (1, 77)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    again, _ = foundation.load_clip(dataclasses.replace(cfg, seed=1, pretrained=str(tmp_path / "clip.pt")))
+    assert all(torch.equal(a, b) for a, b in zip(clip.state_dict().values(), again.state_dict().values()))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:9000])
+    with pytest.raises(UserError, match=f"cut.pt: not weights of {small_openclip}, or damaged"):
+        foundation.load_clip(dataclasses.replace(cfg, pretrained=str(tmp_path / "cut.pt")))
+    with pytest.raises(UserError, match="no OpenCLIP weights are called 'laion7b'; available: laion_aesthetic_s13b_b82k, laion_aesthetic_s13b_b82k_augreg"):
+        foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="laion7b"))
+    with pytest.raises(UserError, match="weights cannot be had .* download https://huggingface.co/laion/CLIP-convnext_base_w_320.* name it with --pretrained FILE") as error:
+        foundation.load_clip(OFFICIAL)
+    assert "\n" not in str(error.value)
+    # the hub's cache names a file by its SHA-256, which is checked
+    blob = tmp_path / hashlib.sha256((tmp_path / "clip.pt").read_bytes()).hexdigest()
+    shutil.copy(tmp_path / "clip.pt", blob)
+    (tmp_path / "snapshot.bin").symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, **more: str(tmp_path / "snapshot.bin"))
+    assert foundation._hub_file("laion/some", foundation.CLIP_FILES, "some") == tmp_path / "snapshot.bin"
+    blob.write_bytes(blob.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged, its SHA-256 is not"):
+        foundation._hub_file("laion/some", foundation.CLIP_FILES, "some")
+
+
+def test_the_weights_of_the_paper_are_known_to_openclip_and_go_with_their_model(capsys):
+    import open_clip
+    assert all(tag in open_clip.list_pretrained_tags_by_model(model) for model, tag in foundation.TAGS.items())
+    assert dearli.main(["--dataset", "coco", "--backbone", "convnext_large_d_320", "--print-config", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["pretrained"] == "laion2b_s29b_b131k_ft_soup"
+
+
+def test_a_timm_backbone_trains_plain_mask2former_and_refuses_what_needs_text(small_mini, tmp_path, capsys):
+    timm_flags = ["--backbone", "convnext_atto.d2_in1k", "--classifier", "linear"]
+    for extra in ([], ["--train-backbone"]):
+        out = tmp_path / f"sup{len(extra)}"
+        assert run("--stage", "sup", *timm_flags, *extra, "--steps", 2, "--out", out) == 0
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert "student/decoder" in metrics and "student/ensemble" not in metrics
+    assert run("--stage", "masks", "--runs", tmp_path) == 0
+    assert run("--stage", "dewa", *timm_flags, "--runs", tmp_path, "--steps", 2) == 0
+    assert run("--stage", "ssl", "--method", "ssl", *timm_flags, "--init", tmp_path / "mini-dewa", "--out", tmp_path / "ssl", "--steps", 3) == 0
+    assert run("--stage", "eval", "--weights", tmp_path / "ssl") == 0
+    capsys.readouterr()
+    for args, words in ((["--stage", "sup", *timm_flags[:2]], "no text tower: it needs --classifier linear"),
+                        (["--stage", "ssl", "--method", "dear", *timm_flags], "--method ssl"), (["--stage", "zeroshot", *timm_flags], "has no text tower"),
+                        (["--stage", "export", "--weights", tmp_path / "ssl"], "has none"),
+                        (["--stage", "sup", "--backbone", "resnet50"], "unknown backbone 'resnet50'; available: mini, an OpenCLIP ConvNeXt")):
+        assert run(*args, "--out", tmp_path / "refused") == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
+    # weights of timm's own making, from a file
+    import timm
+    made = timm.create_model("convnext_atto", num_classes=10)
+    torch.save(made.state_dict(), tmp_path / "timm.pth")
+    cfg = dataclasses.replace(TINY, backbone="convnext_atto.d2_in1k", pretrained=str(tmp_path / "timm.pth"))
+    assert torch.equal(foundation.load_timm(cfg).stem[0].weight, made.stem[0].weight)
+    with pytest.raises(UserError, match="weights cannot be had .*huggingface.co/timm/convnext_atto.d2_in1k"):
+        foundation.load_timm(dataclasses.replace(cfg, pretrained=""))
 
 
 # ------------------------------------------------------------------------------------------------------------ model.py
@@ -451,6 +592,36 @@ def test_a_coco_panoptic_folder_is_read_as_it_was_written(tmp_path):
     assert len(data.load_folder(tmp_path / "set", "2").labeled) == 2
 
 
+def test_images_without_annotation_are_unlabelled_images(tmp_path):
+    root = write_coco_folder(tmp_path / "set", images=3)
+    path = root / "panoptic_train.json"
+    content = json.loads(path.read_text())
+    Image.new("RGB", (20, 16)).save(root / "images" / "new.png")
+    content["images"].append({"id": "new", "file_name": "new.png", "width": 20, "height": 16})
+    path.write_text(json.dumps(content))
+    (root / "panoptic_val.json").write_text(json.dumps(content))
+    dataset = data.load_folder(root, "2")
+    assert len(dataset.train) == 4 and len(dataset.val) == 3 and len(dataset.labeled) == 2 and 3 in dataset.unlabeled
+    assert dataset.train.image(3).size == (20, 16)
+    data.require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
+    (root / "list.txt").write_text("new.png\n")
+    with pytest.raises(UserError, match="'new.png' has no annotation"):
+        data.load_folder(root, str(root / "list.txt"))
+    with pytest.raises(UserError, match="expected 1 to 3 labelled images"):
+        data.load_folder(root, "4")
+
+
+def test_an_error_in_a_loader_process_is_one_line(tmp_path):
+    root = write_coco_folder(tmp_path / "set", images=2)
+    dataset = data.load_folder(root, "1")
+    for path in (root / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="not a readable image") as error:
+            next(iter(data.loader(data.LabeledBatches(dataset, TINY, 1), 0, workers)))
+        assert "\n" not in str(error.value) and str(root) in str(error.value)
+
+
 def test_weight_decay_spares_norms_and_embeddings_only():
     student = tiny_segmenter()
     optimizer = optim.build_optimizer(student, TINY)
@@ -561,9 +732,15 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes
         assert truth.segment_map.shape == (64, 96) and truth.segment_map.max() <= len(truth.labels)
     if name == "ade20k":                                                     # mIoU against the original semantic map, 0 = ignored
         original = np.asarray(Image.open(base / "annotations" / "validation" / "ADE_val_00000001.png"))
-        assert np.array_equal(dataset.val.truth(0).semantic(), np.where(original == 0, 255, original - 1.0))
+        assert np.array_equal(dataset.val.truth(0).semantic(), original - 1.0)
     if name == "coco-objects":
         assert dataset.taxonomy.things == (False, True, True) and all((dataset.train.truth(i).segment_map > 0).all() for i in range(4))
+    if name == "coco-objects":                                               # mIoU against UniMatch's maps once they are there
+        for stem in ("000000000001", "000000000002"):
+            rows = np.repeat(np.array([[0, 1, 2, 255]], np.uint8), 64, 0).repeat(24, 1)
+            (base / "masks").mkdir(exist_ok=True)
+            Image.fromarray(rows).save(base / "masks" / f"{stem}.png")
+        assert np.unique(datasets.load(name, tmp_path, split).val.truth(0).semantic()).tolist() == [data.IGNORE, 0, 1, 2]
     flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", split, "--runs", str(tmp_path / "runs"), "--workers", "0"]
     for args in (["sup"], ["ssl", "--method", "dear"]):
         assert dearli.main(["--stage", *args, *root, *flags, "--steps", "3"]) == 0
@@ -577,6 +754,69 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes
     exported = json.loads((tmp_path / "runs" / "student" / "metrics.json").read_text())["student/ensemble"]
     assert exported["all"] == metrics["student/ensemble"]["all"] and len(exported["groups"]) == 2
     assert 0 <= metrics["student/ensemble"]["all"]["pq"] <= 1 and len(metrics["student/ensemble"]["per_class"]) == classes
+
+
+def test_lists_come_from_the_repository_and_a_missing_network_is_named(tmp_path, monkeypatch):
+    write_downloads("coco", tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="cannot be fetched .* name it with --assets DIR"):
+        datasets.prepare("coco", tmp_path)
+    for given, remote, _ in datasets.lists("coco").values():                 # what the official repository would answer
+        (tmp_path / "repository" / remote).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "assets" / given, tmp_path / "repository" / remote)
+    monkeypatch.setattr(datasets, "REPOSITORY", (tmp_path / "repository").as_uri())
+    datasets.prepare("coco", tmp_path)
+    assert len(datasets.load("coco", tmp_path, "1_512").labeled) == 2
+
+
+def test_files_that_are_listed_but_absent_stop_a_run_before_it_begins(tmp_path, monkeypatch, capsys):
+    base = write_downloads("coco", tmp_path, monkeypatch)
+    root = ["--dataset", "coco", "--data-root", str(tmp_path), "--device", "cpu"]
+    assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets")]) == 0
+    flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "1_512", "--runs", str(tmp_path / "runs"), "--steps", "3"]
+    for stage, lost, words in ((["ssl", "--method", "dear"], base / "train2017" / "000000000004.jpg", "1 of 2 unlabelled images"),
+                               (["sup"], base / "panoptic_train2017" / "000000000002.png", "1 of 2 labelled panoptic maps"),
+                               (["sup"], base / "val2017" / "000000000001.jpg", "1 of 2 validation images")):
+        content = lost.read_bytes()
+        lost.unlink()
+        capsys.readouterr()
+        assert dearli.main(["--stage", *stage, *root, *flags]) == 2
+        message = capsys.readouterr().err
+        assert str(lost) in message and words in message and message.count("\n") == 1 and not (tmp_path / "runs").exists()
+        lost.write_bytes(content)
+
+
+needs_coco = pytest.mark.skipif(not (REAL_DATA / "coco_panoptic_sample").is_dir(), reason=f"no COCO sample at {REAL_DATA} (set DEARLI_TEST_DATA)")
+
+
+@needs_coco
+def test_real_coco_images_through_the_coco_preset_with_a_small_openclip(tmp_path, small_openclip):
+    sample, base = REAL_DATA / "coco_panoptic_sample", tmp_path / "coco"
+    content = json.loads((sample / "panoptic_examples.json").read_text())
+    for part in ("train", "val"):
+        shutil.copytree(sample / "input_images", base / f"{part}2017")
+        shutil.copytree(sample / "panoptic_examples", base / f"panoptic_{part}2017")
+        (base / "annotations").mkdir(exist_ok=True)
+        (base / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
+    root = ["--dataset", "coco", "--data-root", str(tmp_path), "--device", "cpu"]
+    assert dearli.main(["--stage", "prepare", *root, "--assets", str(REAL_DATA)]) == 0
+    dataset = datasets.load("coco", tmp_path, "1")
+    assert [len(dataset.val.truth(i).labels) for i in range(2)] == [18, 32] and len(dataset.taxonomy) == 133
+    pq = PanopticQuality(133)
+    for truth in (dataset.val.truth(i) for i in range(2)):
+        whole = ~truth.crowd                                                 # crowd is no segment that could be predicted
+        lut = np.concatenate([[0], np.where(whole, np.cumsum(whole), 0)])
+        pq.add(lut[truth.segment_map], truth.labels[whole], truth.segment_map, truth.labels, truth.areas, truth.crowd)
+    assert pq.result(dataset.taxonomy.things)["all"]["pq"] == pytest.approx(1.0)
+    flags = ["--backbone", small_openclip, "--pretrained", "random", "--runs", str(tmp_path / "runs"), "--split", "1", "--crop", "128", "--num-queries", "20",
+             "--encoder-layers", "1", "--decoder-layers", "2", "--num-points", "256", "--labeled-batch", "1", "--unlabeled-batch", "1", "--workers", "1"]
+    assert dearli.main(["--stage", "ssl", "--method", "dear", *root, *flags, "--steps", "2"]) == 0
+    metrics = json.loads((tmp_path / "runs" / "coco-dear-1" / "metrics.json").read_text())
+    assert metrics["images"] == 2 and 0 <= metrics["student/ensemble"]["all"]["pq"] <= 1 and len(metrics["student/ensemble"]["per_class"]) == 133
+    stored = json.loads((tmp_path / "runs" / "coco-dear-1" / "config.json").read_text())
+    assert (stored["test_size"], stored["test_max"], stored["overlap_threshold"]) == (512, 2048, 0.8)
+    assert dearli.main(["--stage", "eval", *root, "--weights", str(tmp_path / "runs" / "coco-dear-1")]) == 0
+    again = json.loads((tmp_path / "runs" / "coco-dear-1" / "metrics.json").read_text())
+    assert again["student/ensemble"] == metrics["student/ensemble"]
 
 
 def test_an_interrupted_preparation_goes_on_and_wrong_lists_are_refused(tmp_path, monkeypatch):
@@ -682,9 +922,30 @@ def test_pseudo_labels_obey_the_clip_switch():
     teacher = tiny_segmenter().teacher()
     f = teacher.backbone(torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8))
     class_logits, mask_logits = teacher.head(f)[-1]
-    decoder = teacher.posterior(f, class_logits, mask_logits, ensemble=False)
+    decoder = teacher.posterior(f, class_logits, mask_logits, 1.0)
     torch.testing.assert_close(decoder, class_logits.softmax(-1))
-    assert not torch.allclose(teacher.posterior(f, class_logits, mask_logits, ensemble=True), decoder)
+    assert not torch.allclose(teacher.posterior(f, class_logits, mask_logits, 0.6), decoder)
+    clip = teacher.posterior(f, class_logits, mask_logits, 0.0)                               # P_CLIP, and the decoder's own no-object
+    p_clip = clip_ensemble.zero_shot_logits(teacher.backbone, f[-1], mask_logits, teacher.vocabulary).softmax(-1)
+    torch.testing.assert_close(clip, torch.cat([p_clip * (1 - decoder[..., -1:]), decoder[..., -1:]], -1), rtol=1e-4, atol=1e-6)
+
+
+def test_semantic_labels_are_one_segment_a_class(small_mini):
+    truth = data.Truth(np.array([[0, 1, 2], [3, 3, 1]], np.int32), np.array([4, 2, 4]), np.array([2, 1, 2]), np.zeros(3, bool))
+    merged = truth.by_class()                                                                 # segments 1 and 3 are of class 4
+    assert merged.segment_map.tolist() == [[0, 2, 1], [2, 2, 2]] and merged.labels.tolist() == [2, 4] and merged.areas.tolist() == [1, 4]
+    own = dataclasses.replace(truth, classes=lambda: np.array([[0, data.IGNORE, 1], [1, 1, 1]]))    # where the data set has class maps
+    assert own.by_class().segment_map.tolist() == [[1, 0, 2], [2, 2, 2]] and own.by_class().labels.tolist() == [0, 1]
+    cfg = dataclasses.replace(TINY, burn_in=0, labels="semantic")
+    dataset = data.load_mini("4")
+    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    teacher, nothing = student.teacher(), torch.zeros(20, dtype=torch.bool)
+    labeled, unlabeled = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
+    assert all(len(t.labels.unique()) == len(t) for t in labeled.targets)
+    for pseudo in mean_teacher.pseudo_labels(teacher, teacher.backbone(unlabeled.weak), nothing, (64, 64), 0.6):
+        assert len(pseudo.labels.unique()) == len(pseudo) and (pseudo.segment_map > 0).all() and pseudo.segment_map.max() == len(pseudo)
+    losses = mean_teacher.train_step(student, teacher, optim.build_optimizer(student, cfg), labeled, unlabeled, nothing, cfg, 0)
+    assert math.isfinite(losses["loss"]) and losses["unlabeled/mask"] > 0
 
 
 @pytest.mark.parametrize("train_backbone", [False, True])
@@ -1013,9 +1274,9 @@ def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(sma
     dewa.generate_masks(dataset.train, FakeSam(), tmp_path)
     emptied = 0
     for step in range(4):
-        batch = dewa.DewaBatches(dataset, tmp_path, cfg, 4)[step]
+        batch = dewa.DewaBatches(dataset.train, tmp_path, cfg, 4)[step]
         assert all(len(t) == 2 and t.masks.shape == (2, 64, 64) and t.labels.eq(0).all() for t in batch.targets)
-        shown = dewa.DewaBatches(dataset, tmp_path, dataclasses.replace(cfg, dewa_keep_empty=False), 4)[step]
+        shown = dewa.DewaBatches(dataset.train, tmp_path, dataclasses.replace(cfg, dewa_keep_empty=False), 4)[step]
         for every, left in zip(batch.targets, shown.targets):
             assert torch.equal(left.masks, every.masks[every.masks.any(2).any(1)]) and len(left.labels) == len(left.masks)
             emptied += len(every) - len(left)
@@ -1023,6 +1284,24 @@ def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(sma
     (tmp_path / "train_00000.json").write_text('{"image": {"height": 1')
     with pytest.raises(UserError, match="train_00000.json"):
         dewa.read_masks(tmp_path, "train_00000.png")
+
+
+def test_the_decoder_is_warmed_up_on_a_folder_with_masks_beside_the_images_as_in_sa1b(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        path = tmp_path / "SA1B" / "sa_000000" / f"sa_{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (70, 90, 3), np.uint8)).save(path)
+        mask = np.zeros((70, 90), bool)
+        mask[10:40, 20:60] = True
+        annotation = {"id": 400 + i, "segmentation": dewa.encode_rle(mask), "bbox": [20, 10, 40, 30], "area": 1200, "predicted_iou": 0.9,
+                      "stability_score": 0.9, "crop_box": [0, 0, 90, 70], "point_coords": [[30.0, 20.0]]}
+        path.with_suffix(".json").write_text(json.dumps({"image": {"image_id": i, "width": 90, "height": 70, "file_name": path.name},
+                                                         "annotations": [annotation]}))
+    images = data.ImageFolder(tmp_path / "SA1B")
+    assert len(images) == 3 and dewa.read_masks(tmp_path / "SA1B", images.name(1))[..., 0].sum() == 1200
+    assert run("--stage", "dewa", "--images", tmp_path / "SA1B", "--runs", tmp_path, "--steps", 2) == 0
+    assert checkpoint.steps(tmp_path / "SA1B-dewa")
 
 
 def test_stable_regions_find_discs_and_what_they_lie_on_without_any_label():
@@ -1147,7 +1426,7 @@ def test_official_files_are_told_apart_and_what_does_not_fit_is_refused(small_mi
         weights = official.recognise({"model": {**head, **extra}})
         assert (weights.kind, weights.num_classes) == (kind, classes) and len(weights.head) == len(head)
     assert official.recognise({"step": 3, "student": {}}) is None
-    clip = dearli.load_clip(TINY)[0].state_dict()
+    clip = foundation.load_clip(TINY)[0].state_dict()
     whole = official.Weights("student", weights.head, clip, official.criterion("student", 150, 0.1))
     official.write(tmp_path / "ade.pth", whole, "official")
     wrong = {**clip, "visual.head.proj.weight": torch.zeros(1, 1)}
@@ -1257,7 +1536,7 @@ def test_two_images_can_be_learned_by_heart(small_mini):
     for step in range(140):
         optim.set_lr(optimizer, step, 140, cfg)
         mean_teacher.train_step(student, None, optimizer, batches[step], None, things, cfg, step)
-    metrics = evaluate({"student": student}, dataset, cfg, torch.device("cpu"), ("decoder",), limit=2)["student/decoder"]
+    metrics = evaluate({"student": student}, dataset, cfg, torch.device("cpu"), limit=2)["student/decoder"]
     assert metrics["all"]["pq"] > 0.6, metrics["all"]
 
 
@@ -1362,8 +1641,15 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "sup", "--dataset", "custom", "--data-root", "/no/such/folder"], "/no/such/folder: no such folder"),
     (["--stage", "eval"], "--weights"),
     (["--stage", "eval", "--weights", "/no/such/run"], "/no/such/run"),
-    (["--stage", "masks", "--sam", "vit_b"], "no such weights file; download the vit_b checkpoint"),
+    (["--stage", "masks", "--sam", "vit_b"], "sam_vit_b_01ec64.pth: cannot be fetched"),
     (["--stage", "sup", "--device", "tpu"], "device 'tpu'"),
+    (["--stage", "masks", "--sam", "vit_b", "--sam-weights", "/no/such/file"], "/no/such/file: no such weights file; expected the vit_b checkpoint"),
+    (["--stage", "masks", "--images", "/no/such/folder"], "/no/such/folder: no such folder of images"),
+    (["--stage", "ssl", "--alpha", "1.2"], "--alpha 1.2: expected a number from 0 to 1"),
+    (["--stage", "ssl", "--alpha", "often"], "--alpha often: expected"),
+    (["--stage", "ssl", "--alpha", "0.4:2"], "--alpha 0.4:2: expected"),
+    (["--stage", "ssl", "--teacher-posterior", "mt"], "unknown teacher posterior 'mt'; available: decoder, clip, ensemble"),
+    (["--stage", "ssl", "--labels", "instance"], "unknown labels 'instance'; available: panoptic, semantic"),
 ])
 def test_a_mistake_on_the_command_line_gets_one_clear_line(args, words, capsys, tmp_path):
     assert dearli.main([*args, "--runs", str(tmp_path)]) == 2
@@ -1422,3 +1708,26 @@ def test_a_damaged_or_foreign_foundation_gets_one_clear_line(small_mini, tmp_pat
         assert dearli.main(flags) == 2, args
         message = capsys.readouterr().err
         assert words in message and message.count("\n") == 1, message
+
+
+# ------------------------------------------------------------------------------------------------------------- documents
+
+def commands(text):
+    """What follows `python dearli.py` in the code of a document."""
+    return [line.split("#")[0].split("python dearli.py", 1)[1].split() for line in text.splitlines() if line.startswith("python dearli.py")]
+
+
+def test_every_command_of_the_documents_is_one_that_the_program_knows():
+    here = Path(__file__).parent
+    listed = commands((here / "README.md").read_text())
+    prefix = []
+    for line in (here / "TABLES.md").read_text().splitlines():
+        if line.startswith("## "):
+            name = "coco-objects" if "Objects" in line else "coco" if "on COCO-Panoptic (" in line else "ade20k"
+            prefix = ["--dataset", name, "--data-root", "ROOT", "--split", "1_512" if name.startswith("coco") else "1_128"]
+        listed += [[*prefix, *code.split()] for code in line.split("`")[1::2] if code.startswith("--stage")]
+    assert len(listed) > 50
+    for arguments in listed:
+        args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
+        if args.stage not in ("eval", "export"):                             # these read the run that they are about
+            dearli.resolve(args)
