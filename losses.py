@@ -42,7 +42,8 @@ def set_loss(layers: list[tuple[Tensor, Tensor]], targets: list[Target], cfg: Lo
         shared = points[layer][0] if points else torch.rand(len(targets), cfg.num_points, 2, generator=generator, device=mask_logits.device)
         matches = [match(c, m, t, p, cfg.weights) for c, m, t, p in zip(class_logits, mask_logits, targets, shared)]
         label = class_loss(class_logits, targets, matches, cfg.no_object_weight)
-        chosen = torch.cat([m[q] for m, (q, _) in zip(mask_logits, matches)]).float()        # (M, h, w), matched queries
+        rows = torch.cat([queries + image * mask_logits.shape[1] for image, (queries, _) in enumerate(matches)])
+        chosen = mask_logits.flatten(0, 1)[rows.to(mask_logits.device)].float()              # (M, h, w), matched queries
         where = points[layer][1] if points else uncertain_points(chosen, cfg, generator)
         mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where, num_masks)
         for name, term in ("class", cfg.weights.label * label), ("mask", cfg.weights.mask * mask), ("dice", cfg.weights.dice * dice):
@@ -89,7 +90,7 @@ def uncertain_points(mask_logits: Tensor, cfg: LossConfig, generator: torch.Gene
     if m == 0:
         return candidates[:, :cfg.num_points]
     certainty = point_sample(mask_logits, candidates).abs()
-    nearest = certainty.topk(num_uncertain, dim=1, largest=False).indices                    # closest to the decision
+    nearest = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices      # closest to the decision
     chosen = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
     return torch.cat([chosen, uniform], 1)
 

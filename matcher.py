@@ -80,13 +80,20 @@ def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps at points; pixel centres lie at (i + 0.5) / size, outside counts 0.
+    """Bilinear samples of maps, each at its own points; pixel centres lie at (i + 0.5) / size, outside counts 0.
 
-    Args: maps (M, h, w) float;  points (M, P, 2) or (P, 2) xy in [0, 1].   Returns: (M, P).
+    Args: maps (M, h, w) float;  points (M, P, 2) xy in [0, 1].   Returns: (M, P).
     """
-    if points.dim() == 2:                      # points shared by all maps: the maps are the channels of one image
-        return F.grid_sample(maps[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0]
     return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
+
+
+def sample_columns(maps: Tensor, points: Tensor) -> Tensor:
+    """`point_sample` of all maps at the same points, transposed: maps (M, h, w), points (P, 2) -> (P, M).
+
+    A pixel's values in all maps then lie side by side and are read at once, as rows of a table.
+    """
+    index, weight = _neighbours(points, *maps.shape[-2:])                          # (P, 4)
+    return F.embedding_bag(index, maps.flatten(1).T.contiguous(), per_sample_weights=weight.to(maps.dtype), mode="sum")
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,10 @@ def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, poi
     """(Q, N) cost of giving segment n to query q; always computed in fp32. Arguments as in `match`."""
     with torch.autocast(class_logits.device.type, enabled=False):
         cost_class = -class_logits.float().softmax(-1)[:, target.labels]           # (Q, N)
-        x = point_sample(mask_logits.float(), points)                              # (Q, P)
+        x = sample_columns(mask_logits.float(), points)                            # (P, Q)
         t = target.sample_all(points)                                              # (N, P)
         # BCE(x, t) = softplus(x) - x t, so the mean over points needs one product; softplus(-x) = softplus(x) - x
-        cost_mask = (F.softplus(x).sum(-1)[:, None] - x @ t.T) / x.shape[1]
+        cost_mask = (F.softplus(x).sum(0)[:, None] - (t @ x).T) / len(x)
         p = x.sigmoid()
-        cost_dice = 1 - (2 * p @ t.T + 1) / (p.sum(-1)[:, None] + t.sum(-1)[None] + 1)
+        cost_dice = 1 - (2 * (t @ p).T + 1) / (p.sum(0)[:, None] + t.sum(-1)[None] + 1)
         return weights.label * cost_class + weights.mask * cost_mask + weights.dice * cost_dice

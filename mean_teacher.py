@@ -42,9 +42,8 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
             pseudo = pseudo_labels(teacher, f_teacher, things, weak.shape[-2:], teacher_alpha(cfg, step, warm))
             pseudo = mix_targets(pseudo[:len(strong)], pseudo[len(strong):], unlabeled.boxes, things)
             # 3 the student learns from both, without the ensemble
-            layers = student.head(f_student)
-            layers_l = [(c[:len(labeled.images)], m[:len(labeled.images)]) for c, m in layers]
-            layers_u = [(c[len(labeled.images):], m[len(labeled.images):]) for c, m in layers]
+            parts = [len(labeled.images), len(strong)]
+            layers_l, layers_u = zip(*(zip(c.split(parts), m.split(parts)) for c, m in student.head(f_student)))
     losses_l = set_loss(layers_l, labeled.targets, cfg.loss, generator)                      # Eq. (3)
     losses_u = set_loss(layers_u, pseudo, cfg.loss, generator) if layers_u else {}           # Eq. (3)
     loss = sum(losses_l.values()) + cfg.lambda_u * sum(losses_u.values())                    # Eq. (1)
@@ -76,7 +75,7 @@ def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, si
     No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
     Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
     """
-    class_logits, mask_logits = teacher.head(features)[-1]
+    class_logits, mask_logits = teacher.head(features, last_only=True)[-1]
     posterior = teacher.posterior(features, class_logits, mask_logits, alpha)
     targets = []
     for p, m in zip(posterior, mask_logits):

@@ -54,16 +54,16 @@ class Segmenter(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """The head: features of the backbone -> predictions of every layer."""
+    """The head: features of the backbone -> predictions of every layer, or of the last one only (inference)."""
 
     def __init__(self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
         super().__init__()
         self.pixel_decoder = PixelDecoder(channels, cfg)
         self.decoder = MaskedAttentionDecoder(cfg, num_classes, vocabulary)
 
-    def forward(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, features: list[Tensor], last_only: bool = False) -> list[tuple[Tensor, Tensor]]:
         mask_features, maps = self.pixel_decoder(features)
-        return self.decoder(maps, mask_features)
+        return self.decoder(maps, mask_features, last_only)
 
 
 # ---------------------------------------------------------------------------------------------- pixel decoder
@@ -191,6 +191,8 @@ class MaskedAttentionDecoder(nn.Module):
 
     forward: three maps (B, C, ., .) coarsest first and mask_features (B, C, H/4, W/4) -> a list of layers + 1 predictions
     (class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)); the last is the result, all are supervised.
+    With last_only there is one. A query's mask on a coarse grid is then the product with mask features of that size: resizing is
+    linear, so it may come before the product, and no mask of full size is made that nobody reads.
     """
 
     def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
@@ -203,28 +205,38 @@ class MaskedAttentionDecoder(nn.Module):
         self.mask_embed = MLP(c, c, c)
         self.classify = LanguageClassifier(c, vocabulary) if cfg.classifier == "language" else LinearClassifier(c, num_classes)
 
-    def forward(self, maps: list[Tensor], mask_features: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, maps: list[Tensor], mask_features: Tensor, last_only: bool = False) -> list[tuple[Tensor, Tensor]]:
         b = len(mask_features)
         pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]                            # (1, S_i, C)
         src = [m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)]      # (B, S_i, C)
         queries, query_pos = self.query_feat.weight.expand(b, -1, -1), self.query_embed.weight
-        predictions = [self.predict(queries, mask_features)]
+        coarse = [F.interpolate(mask_features.float(), size=m.shape[-2:], mode="bilinear", align_corners=False) for m in maps] if last_only else []
+        predictions = []
         for i, layer in enumerate(self.layers):
             level = i % len(maps)
-            allowed = attention_mask(predictions[-1][1], maps[level].shape[-2:])
-            queries = layer(queries, query_pos, src[level], pos[level], allowed)
-            predictions.append(self.predict(queries, mask_features))
-        return predictions
+            if last_only:
+                mask_logits = self.masks(self.decoder_norm(queries), coarse[level])
+            else:
+                predictions.append(self.predict(queries, mask_features))
+                mask_logits = predictions[-1][1]
+            queries = layer(queries, query_pos, src[level], pos[level], attention_mask(mask_logits, maps[level].shape[-2:]))
+        return [*predictions, self.predict(queries, mask_features)]
 
     def predict(self, queries: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         queries = self.decoder_norm(queries)
-        return self.classify(queries), torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), mask_features)
+        return self.classify(queries), self.masks(queries, mask_features)
+
+    def masks(self, queries: Tensor, mask_features: Tensor) -> Tensor:
+        """Normed queries (B, Q, C), mask features (B, C, h, w) -> (B, Q, h, w) logits."""
+        return torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), mask_features)
 
 
 @torch.no_grad()
 def attention_mask(mask_logits: Tensor, size) -> Tensor:
     """(B, 1, Q, S) bool: True where a query may look, that is inside its own mask; everywhere, if that is nowhere."""
-    allowed = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False).sigmoid().flatten(2) >= 0.5
+    if mask_logits.shape[-2:] != tuple(size):
+        mask_logits = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)
+    allowed = mask_logits.sigmoid().flatten(2) >= 0.5
     return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 
 
@@ -316,6 +328,18 @@ def resize_masks(mask_logits: Tensor, padded: tuple[int, int], image: tuple[int,
     return full[0]
 
 
+def full_masks(mask_logits: Tensor, sizes, given: bool = False):
+    """Masks at the output size, a few queries at a time, as (first query, (q, H, W) probabilities).
+
+    All of them at once would fill the memory with large images; on a CPU a few stay in the cache.   given: they are masks already.
+    """
+    height, width = sizes[2]
+    at_once = max(1, (2 ** 21 if mask_logits.device.type == "cpu" else 2 ** 27) // (height * width))
+    for first in range(0, len(mask_logits), at_once):
+        part = mask_logits[first:first + at_once]
+        yield first, part if given else resize_masks(part, *sizes).sigmoid_()
+
+
 @torch.no_grad()
 def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, object_mask_threshold: float = 0.0,
                        overlap_threshold: float = 0.8, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,12 +358,19 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
     height, width = sizes[2]
     if len(labels) == 0:
         return torch.zeros(height, width, dtype=torch.int32, device=posterior.device), labels, scores
-    masks = resize_masks(mask_logits[keep], *sizes).sigmoid() if masks is None else masks[keep]      # (Q', H, W)
-    winner = (scores[:, None, None] * masks).argmax(0)
-    solid = masks.gather(0, winner[None])[0] >= 0.5
-    n = len(labels)
+    n, own = len(labels), []
+    best, winner, solid = scores.new_full((height, width), -1.0), None, None
+    for first, part in full_masks(mask_logits[keep] if masks is None else masks[keep], sizes, given=masks is not None):
+        inside = part >= 0.5
+        own.append(inside.flatten(1).sum(1, dtype=torch.int32))
+        value, index = (part * scores[first:first + len(part), None, None]).max(0)                   # the first query wins a tie
+        inside = inside.gather(0, index[None])[0]
+        better = value > best
+        best = torch.where(better, value, best)
+        winner = index + first if winner is None else torch.where(better, index + first, winner)
+        solid = inside if solid is None else torch.where(better, inside, solid)
+    own = torch.cat(own)
     won = torch.bincount(winner.flatten(), minlength=n)
-    own = (masks >= 0.5).flatten(1).sum(1)
     both = torch.bincount(winner[solid], minlength=n)
     survives = ((both > 0) & (own > 0) & ~(won / own < overlap_threshold)).tolist()
     lut, stuff, kept = [0] * n, {}, []                                 # query -> segment id
@@ -360,5 +391,5 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
 @torch.no_grad()
 def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None) -> Tensor:
     """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void."""
-    masks = resize_masks(mask_logits, *sizes).sigmoid() if masks is None else masks
+    masks = resize_masks(mask_logits, *sizes).sigmoid_() if masks is None else masks
     return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).argmax(0)

@@ -37,7 +37,7 @@ from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemb
 from config import MINI, OFFICIAL, Config, UserError
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
 from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
-from matcher import CostWeights, Target, match, matching_cost, point_sample
+from matcher import CostWeights, Target, match, matching_cost, point_sample, sample_columns
 from model import Attention, DeformableAttention, Mask2Former, Segmenter, attention_mask, panoptic_inference, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
@@ -103,7 +103,7 @@ def test_point_sample_reads_pixel_centres_and_mixes_between_them():
     # 1 x 2 map [0, 4]: centres at x = 0.25 and 0.75; halfway 2; at x = 0 the outside (0) has weight 1/2
     maps = torch.tensor([[[0.0, 4.0]]])
     points = torch.tensor([[0.25, 0.5], [0.75, 0.5], [0.5, 0.5], [1.0, 0.5]])
-    assert point_sample(maps, points).tolist() == [[0.0, 4.0, 2.0, 2.0]]
+    assert point_sample(maps, points[None]).tolist() == sample_columns(maps, points).T.tolist() == [[0.0, 4.0, 2.0, 2.0]]
 
 
 def test_targets_are_sampled_as_their_binary_masks_would_be():
@@ -113,7 +113,8 @@ def test_targets_are_sampled_as_their_binary_masks_would_be():
     expected = point_sample(masks.float(), points)
     for target in (Target(labels, segment_map), Target(labels, masks=masks)):
         torch.testing.assert_close(target.sample(points, torch.arange(3)), expected)
-        torch.testing.assert_close(target.sample_all(points[0]), point_sample(masks.float(), points[0]))
+        torch.testing.assert_close(target.sample_all(points[0]), sample_columns(masks.float(), points[0]).T)
+        torch.testing.assert_close(target.sample_all(points[0]), point_sample(masks.float(), points[:1].expand(3, -1, -1)))
 
 
 def test_matching_cost_of_one_pair_is_the_sum_worked_out_by_hand():
@@ -444,6 +445,19 @@ def test_the_decoder_predicts_after_every_layer_and_once_before():
     assert all(c.shape == (2, 6, 4) and m.shape == (2, 6, 16, 16) for c, m in layers)
     linear = tiny_head(dataclasses.replace(TINY, classifier="linear"))(features())
     assert linear[-1][0].shape == (2, 6, 4)
+
+
+def test_the_last_prediction_alone_equals_the_last_of_all():
+    head = tiny_head(dataclasses.replace(TINY, decoder_layers=7))
+    with torch.no_grad():
+        for parameter in head.decoder.mask_embed.parameters():
+            parameter.mul_(3)                                                # masks that differ from query to query
+        every, last = head(features()), head(features(), last_only=True)
+    assert len(every) == 8 and len(last) == 1
+    masks = every[-1][1].sigmoid()
+    assert (masks > 0.6).any() and (masks < 0.4).any()
+    for a, b in zip(every[-1], last[0]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def sizes(h, w):
