@@ -154,13 +154,17 @@ class PanopticFolder:
     def truth(self, i: int) -> Truth:
         path, segments = self.maps / str(self.files[i]), self.segments[self.starts[i]:self.starts[i + 1]]
         coded = segment_ids(path)
-        ids, inverse = np.unique(coded, return_inverse=True)
-        order = {number: k for k, number in enumerate(segments[:, 0].tolist(), 1)}
-        unknown = [int(v) for v in ids if v and int(v) not in order]
-        if unknown:
-            raise UserError(f"{path}: segment {unknown[0]} has pixels but is not in segments_info")
-        lut = np.array([order.get(int(v), 0) for v in ids], np.int32)
-        return Truth(lut[inverse].reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
+        # Pixels come in runs of one id, so only the first of each run is looked up.
+        flat = coded.ravel()
+        first = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+        runs, order = flat[first], np.argsort(segments[:, 0])
+        known = np.append(segments[order, 0], 1 << 24)                              # no id of 24 bits is so large
+        place = np.searchsorted(known, runs)
+        found = known[place] == runs
+        if not (found | (runs == 0)).all():
+            raise UserError(f"{path}: segment {runs[~found & (runs > 0)].min()} has pixels but is not in segments_info")
+        number = np.where(found, np.append(order + 1, 0)[place], 0).astype(np.int32)
+        return Truth(np.repeat(number, np.diff(first, append=flat.size)).reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
                      self.semantic and (lambda: self.class_map(i)))
 
     def class_map(self, i: int) -> np.ndarray:
@@ -197,11 +201,9 @@ class ImageFolder:
 
 def segment_ids(path: Path) -> np.ndarray:
     """(H, W) int32 ids of a panoptic PNG: R + 256 G + 65536 B."""
-    rgb = np.asarray(open_image(path))
-    coded = rgb[..., 0].astype(np.int32)
-    coded += rgb[..., 1] * np.int32(256)
-    coded += rgb[..., 2] * np.int32(65536)
-    return coded
+    rgba = np.asarray(open_image(path, "RGBA")).copy()             # four bytes a pixel: an integer, once the fourth is 0
+    rgba[..., 3] = 0
+    return rgba.view("<i4")[..., 0]
 
 
 def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
