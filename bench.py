@@ -379,7 +379,7 @@ WORKS = {
 }
 
 
-def measure(name: str, side: str, official: Path | None, threads: int, queue) -> None:
+def measure(name: str, side: str, official: Path | None, threads: int, answer) -> None:
     """In a process of its own: seconds (median; the first call warms up), peak GB; for our side of a model's work also the arithmetic's time."""
     torch.set_num_threads(threads)
     work = WORKS[name]
@@ -387,7 +387,7 @@ def measure(name: str, side: str, official: Path | None, threads: int, queue) ->
         with tempfile.TemporaryDirectory() as folder:
             made = (work.ours if side == "ours" else work.peer)(official, Path(folder))
             if isinstance(made, dict):
-                queue.put(made)
+                answer.send(made)
                 return
             times = []
             for t in range(work.repeats + 1):
@@ -401,11 +401,11 @@ def measure(name: str, side: str, official: Path | None, threads: int, queue) ->
                     made(work.repeats)
                 flops = counter.get_total_flops()
                 result |= {"GFLOP": round(flops / 1e9), "limit": round(flops / matmul_rate(BF16 if "bf16" in name else torch.float32), 4)}
-            queue.put(result)
+            answer.send(result)
     except Skipped as reason:
-        queue.put({"skipped": str(reason)})
+        answer.send({"skipped": str(reason)})
     except BaseException as error:
-        queue.put({"skipped": f"failed: {type(error).__name__}: {error}"})
+        answer.send({"failed": f"failed: {type(error).__name__}: {error}"})
         raise
 
 
@@ -425,16 +425,21 @@ def peak_gb() -> float:
 
 def alone(name: str, side: str, official: Path | None, threads: int) -> dict:
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=measure, args=(name, side, official, threads, queue))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(name, side, official, threads, sender))
     process.start()
-    result = queue.get()
+    sender.close()                               # so that the end of the process, however it comes, ends the waiting
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        result = {"failed": f"failed: ended by signal {-process.exitcode}" if process.exitcode < 0 else f"failed: exit status {process.exitcode}"}
     process.join()
     return result
 
 
 def row(name: str, ours: dict, peer: dict | None) -> str:
-    work, shown = WORKS[name], lambda r: r.get("skipped") or " ".join(f"{r[k]:,} {unit}" for k, unit in (("seconds", "s"), ("peak GB", "GB")) if k in r)
+    work, shown = WORKS[name], lambda r: r.get("skipped") or r.get("failed") or " ".join(f"{r[k]:,} {unit}" for k, unit in (("seconds", "s"), ("peak GB", "GB")) if k in r)
     both = peer is not None and "seconds" in ours and "seconds" in peer
     ratio = f"{ours['seconds'] / peer['seconds']:.2f}, memory {ours['peak GB'] / peer['peak GB']:.2f}" if both else ""
     more = "; ".join(f"{k} {v:,}" for k, v in ours.items() if k.startswith("MB"))
@@ -442,7 +447,7 @@ def row(name: str, ours: dict, peer: dict | None) -> str:
     return f"| {work.title} | {shown(ours)}{'; ' + more if more else ''} | {work.peer_name + ': ' + shown(peer) if peer else ''} | {ratio} | {limit} | {work.goal} |"
 
 
-def main() -> None:
+def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default=",".join(WORKS), help="; ".join(f"{n}: {w.title}" for n, w in WORKS.items()))
     p.add_argument("--official", type=Path, help="a clone of the official code, to measure beside")
@@ -464,7 +469,8 @@ def main() -> None:
         print(row(name, ours, peer), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    return int(any("failed" in (side or {}) for both in results.values() for side in both.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,16 +23,17 @@ KEEP = 2                               # checkpoints of a run
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part, whenever the power goes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact") from None
 
 
@@ -98,11 +99,8 @@ def cached(folder: Path, key: list, make: Callable[[], torch.Tensor]) -> torch.T
     return tensor
 
 
-def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.Module:
-    """Fill a foundation model (CLIP, SAM) from a .safetensors or a plain torch file, in fp32; in eval mode afterwards.
-
-    Raises: UserError if the file is missing (hint says how to get it), damaged, or of another model; never executes pickled code.
-    """
+def read_weights(path: Path, hint: str) -> dict:
+    """What a .safetensors or a plain torch file holds. Raises: UserError if it is missing (hint says how to get it) or damaged."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; {hint}")
@@ -110,6 +108,17 @@ def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.
         weights = load_file(path) if path.suffix == ".safetensors" else load(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, not a safetensors file ({error}); {hint}") from None
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: holds a {type(weights).__name__}, expected weights by name; {hint}")
+    return weights
+
+
+def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.Module:
+    """Fill a foundation model (CLIP, SAM) from a .safetensors or a plain torch file, in fp32; in eval mode afterwards.
+
+    Raises: UserError if the file is missing (hint says how to get it), damaged, or of another model; never executes pickled code.
+    """
+    weights = read_weights(path, hint)
     try:
         module.load_state_dict({name: value.float() for name, value in weights.items()})
     except (RuntimeError, AttributeError) as error:

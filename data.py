@@ -141,6 +141,9 @@ class PanopticFolder:
             raise UserError(f"{annotations}: no entry for {error}, or two annotations; expected COCO panoptic format: images (id, file_name), "
                             f"annotations (image_id, file_name, segments_info with id, category_id, area), categories") from None
         self.starts = np.cumsum([0, *counts])
+        for name in (*self.names.tolist(), *self.files.tolist()):
+            if ".." in name and ".." in Path(name).parts or Path(name).is_absolute():
+                raise UserError(f"{annotations}: file_name '{name}' leads out of its folder; expected a path below it")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -167,9 +170,12 @@ class PanopticFolder:
         return Truth(np.repeat(number, np.diff(first, append=flat.size)).reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
                      self.semantic and (lambda: self.class_map(i)))
 
+    def class_file(self, i: int) -> Path:
+        return self.semantic / f"{Path(self.name(i)).stem}.png"
+
     def class_map(self, i: int) -> np.ndarray:
         """(H, W) class index of image i by the data set's own semantic ground truth, IGNORE where there is none."""
-        path = self.semantic / f"{Path(self.name(i)).stem}.png"
+        path = self.class_file(i)
         stored = np.asarray(open_image(path, None))
         if stored.ndim != 2:
             raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}")
@@ -188,6 +194,10 @@ class ImageFolder:
         self.names = np.array(sorted(str(p.relative_to(folder)) for p in self.folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")), str)
         if not len(self.names):
             raise UserError(f"{folder}: no images (*.jpg, *.png) in this folder")
+        bare = [n.rsplit(".", 1)[0] for n in self.names.tolist()]
+        twice = next((a for a, b in zip(sorted(bare), sorted(bare)[1:]) if a == b), None)
+        if twice:
+            raise UserError(f"{folder}: two images are called {twice}, but for the ending; their masks would share a file: rename one")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -315,8 +325,8 @@ def read_split(root: Path, split: str, images: PanopticFolder, seed: int) -> tup
     bare = [images.name(i) for i in labeled if i >= images.annotated]
     if bare:
         raise UserError(f"{path}: '{bare[0]}' has no annotation ({len(bare)} such names); a labelled image needs one")
-    other = path.with_name("unlabeled.txt")
-    return labeled, read(other) if other.exists() else [i for i in range(len(images)) if i not in set(labeled)]
+    other, known = path.with_name("unlabeled.txt"), set(labeled)
+    return labeled, read(other) if other.exists() else [i for i in range(len(images)) if i not in known]
 
 
 # ---------------------------------------------------------------------------------------------- views of an image
@@ -450,8 +460,9 @@ class Unlabeled:
         return Unlabeled(move(self.weak), move(self.strong), self.boxes, move(self.partner_weak), move(self.partner_strong), self.names)
 
 
-def require_files(images, indices, what: str, maps: bool = True) -> None:
-    """Raise UserError before a run begins if images that it will need, or their maps, are not there. Folders are listed, no file is opened."""
+def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:
+    """Raise UserError before a run begins if images that it will need are not there, or their panoptic maps, or (if the data set has
+    its own) their class maps. Folders are listed, no file is opened."""
     if not isinstance(images, PanopticFolder):
         return
     listed: dict[Path, set[str]] = {}
@@ -459,8 +470,11 @@ def require_files(images, indices, what: str, maps: bool = True) -> None:
         if path.parent not in listed:
             listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
         return path.name in listed[path.parent]
-    for kind, folder, names in (("image", images.images, images.names), ("panoptic map", images.maps, images.files))[:1 + maps]:
-        absent = [path for path in (folder / str(names[i]) for i in indices) if not there(path)]
+    kinds = [("image", lambda i: images.images / images.name(i))]
+    kinds += [("panoptic map", lambda i: images.maps / str(images.files[i]))] if maps else []
+    kinds += [("class map", images.class_file)] if classes and images.semantic is not None else []
+    for kind, path_of in kinds:
+        absent = [path for path in map(path_of, indices) if not there(path)]
         if absent:
             raise UserError(f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
                             f"or take them from the list")

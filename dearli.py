@@ -100,6 +100,12 @@ def load_images(job: Job, cfg: Config):
     return images
 
 
+def require_training_files(dataset: DataSet, cfg: Config) -> None:
+    """What a training run reads of labelled and validation images is there: asked before the first step, not after the last."""
+    require_files(dataset.train, dataset.labeled, "labelled", classes=cfg.labels == "semantic")
+    require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
+
+
 def settle(cfg: Config, dataset: DataSet) -> Config:
     """`--alpha labeled` as a number."""
     if cfg.alpha != "labeled":
@@ -171,8 +177,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
     cfg = settle(cfg, dataset)
-    require_files(dataset.train, dataset.labeled, "labelled")
-    require_files(dataset.val, range(len(dataset.val)), "validation")
+    require_training_files(dataset, cfg)
     run = Run(folder, cfg, identity(job, "sup"), job.resume)
     start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
@@ -188,9 +193,10 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     """The semi-supervised stage: ssl, dear or dearli."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"{job.method}-{job.split}", cfg)
     cfg = settle(cfg, dataset)
-    require_files(dataset.train, dataset.labeled, "labelled")
+    if not dataset.unlabeled:
+        raise UserError(f"--split {job.split}: all images of {job.name} are labelled, none is left for the semi-supervised stage; choose fewer, or --stage sup")
+    require_training_files(dataset, cfg)
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
-    require_files(dataset.val, range(len(dataset.val)), "validation")
     init = job.init
     if job.method == "dearli" and init is None:
         init = job.folder("dewa", cfg)
@@ -215,7 +221,7 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     state = job.state
     dataset = load_data(job, cfg)
     cfg = settle(cfg, dataset)
-    require_files(dataset.val, range(len(dataset.val)), "validation")
+    require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
     student = build(job, cfg, dataset.taxonomy, state.get("clip"))
     require_classes(state, len(dataset.taxonomy), job.weights)
     models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
@@ -305,6 +311,11 @@ RUNGS = (Rung("M2F-Lang, supervised", "sup", "student/decoder"), Rung("  + P_ENS
 ALPHAS = tuple(Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),)) for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled"))   # Table 8
 
 
+def require_language(cfg: Config) -> None:
+    if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
+        raise UserError("the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl")
+
+
 def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
     """Train one rung unless its metrics are there already; returns them. Every rung takes sup_steps optimiser steps in all."""
     folder = job.folder(f"{rung.run}-{job.split}", cfg)
@@ -333,11 +344,12 @@ def rung_config(cfg: Config, kind: str) -> Config:
 
 def stage_demo(job: Job, cfg: Config) -> Path:
     """All stages on the miniature world, a table, and a picture of what each rung sees."""
+    require_language(cfg)
     rows = [(rung.title, run_rung(job, cfg, rung)[rung.reading]) for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
     print("\n" + report.table(rows))
     dataset = load_data(job, cfg)
     path = (job.out or job.runs) / "demo.png"
-    draw(job, cfg, dataset, path)
+    draw(job, settle(cfg, dataset), dataset, path)
     print(f"\n{path}: images, ground truth and predictions side by side")
     return path
 
@@ -375,6 +387,7 @@ def stage_alpha(job: Job, cfg: Config) -> Path:
 
 def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
     """Every rung over several seeds, all readings, mean and standard deviation: two tables, and the raw figures in NAME.json."""
+    require_language(cfg)
     results: dict[str, list[dict]] = {}
     for seed in range(cfg.seed, cfg.seed + job.seeds):
         for rung in {r.run: r for r in rungs}.values():
@@ -550,6 +563,11 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         ends = [-1.0]
     if not all(0 <= a <= 1 for a in ends):
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+    if args.images and args.stage not in ("masks", "dewa"):
+        raise UserError(f"--images: only --stage masks and --stage dewa read a folder of images, not --stage {args.stage}")
+    for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)

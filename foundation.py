@@ -35,8 +35,11 @@ def is_timm(backbone: str) -> bool:
     import timm
     if backbone == "mini" or (backbone.startswith("convnext") and backbone in open_clip.list_models()):
         return False
-    if backbone.startswith("convnext") and timm.is_model(backbone):
-        return True
+    try:
+        if backbone.startswith("convnext") and timm.is_model(backbone) and timm.get_pretrained_cfg(backbone).hf_hub_id:
+            return True
+    except (RuntimeError, AttributeError):                         # a tag or a model without weights
+        pass
     raise UserError(f"unknown backbone '{backbone}'; available: mini, an OpenCLIP ConvNeXt ({', '.join(TAGS)}), or a timm ConvNeXt such as "
                     f"convnext_base.fb_in1k (ImageNet-1k) and convnext_base.fb_in22k (ImageNet-21k)")
 
@@ -64,14 +67,19 @@ def load_clip(cfg: Config, weights: dict | None = None) -> tuple[torch.nn.Module
 def load_timm(cfg: Config) -> torch.nn.Module:
     """The timm ConvNeXt of the configuration, without its ImageNet classifier, on the CPU."""
     import timm
+    from timm.models.convnext import checkpoint_filter_fn
     torch.manual_seed(cfg.seed)
+    model = timm.create_model(cfg.backbone, num_classes=0)
     if cfg.pretrained == "random":
-        return timm.create_model(cfg.backbone, num_classes=0)
+        return model
     file = Path(cfg.pretrained) if cfg.pretrained else _hub_file(timm.get_pretrained_cfg(cfg.backbone).hf_hub_id, TIMM_FILES, cfg.backbone)
-    if not file.is_file():
-        raise UserError(f"{file}: no such weights file; --pretrained names a file of {cfg.backbone}, or `random`")
-    overlay = {"file": str(file), "hf_hub_id": None, "url": ""}
-    return _made(lambda: timm.create_model(cfg.backbone, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay), cfg.backbone, file)
+    # Not by timm's own loading: without a classifier it takes any file, missing weights or not, and old versions execute pickles.
+    weights = checkpoint.read_weights(file, f"--pretrained names a file of {cfg.backbone}, or `random`")
+    weights = weights.get("model", weights.get("state_dict", weights))             # the original release wraps them
+    def fill():
+        model.load_state_dict({n: w for n, w in checkpoint_filter_fn(weights, model).items() if not n.startswith("head.fc.")})
+        return model
+    return _made(fill, cfg.backbone, file)
 
 
 def _made(make: Callable, backbone: str, file: Path | None) -> torch.nn.Module:
@@ -83,9 +91,10 @@ def _made(make: Callable, backbone: str, file: Path | None) -> torch.nn.Module:
 
 def _clip_file(backbone: str, tag: str) -> Path:
     import open_clip
+    tag = tag or TAGS.get(backbone, "")
     found = open_clip.get_pretrained_cfg(backbone, tag).get("hf_hub", "").strip("/") if tag else ""
     if not found:
-        raise UserError(f"{backbone}: no file and no OpenCLIP weights are called '{tag}'; available: "
+        raise UserError(f"{backbone}: no file and no OpenCLIP weights are called '{tag}'; available for --pretrained: "
                         f"{', '.join(open_clip.list_pretrained_tags_by_model(backbone)) or 'none'}, a file, or `random`")
     return _hub_file(found, CLIP_FILES, backbone)
 
@@ -100,9 +109,10 @@ def _hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
             except Exception as error:                             # the hub's client has a dozen types for "not here"
                 why = type(error).__name__
                 continue
-            expected = path.resolve().name                         # in its cache the hub names large files by their SHA-256
+            # In the hub's cache a file is a link to a blob that has the name of its SHA-256 (and may be a link into another store itself).
+            expected = Path(os.readlink(path)).name if path.is_symlink() else ""
             if re.fullmatch("[0-9a-f]{64}", expected) and sha256(path) != expected:
-                raise UserError(f"{path}: damaged, its SHA-256 is not {expected}; delete it and try again")
+                raise UserError(f"{path.resolve()}: damaged, its SHA-256 is not {expected}; delete it and try again")
             return path
     raise UserError(f"{backbone}: weights cannot be had ({why}); download https://huggingface.co/{repository}/resolve/main/{names[-1]} elsewhere and name "
                     f"it with --pretrained FILE, or take --pretrained random with --train-backbone")
@@ -137,9 +147,9 @@ def fetch(path: Path, address: str, digest: str, otherwise: str) -> Path:
         if sha256(path) != digest:
             raise UserError(f"{path}: SHA-256 is {sha256(path)}, expected {digest}; delete it, and it is downloaded again from {address}")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     print(f"{path}: downloading {address}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path), hash_prefix=digest)     # to a temporary file first
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UserError(f"{address}: cannot be fetched ({error}); download it elsewhere and put it to {path}, {otherwise}") from None

@@ -19,6 +19,9 @@ from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, z
 from config import Config
 
 
+CPU_CHUNK, GPU_CHUNK = 2 ** 21, 2 ** 27          # values of full-size masks at once, at inference: the cache, a small part of the memory
+
+
 class Segmenter(nn.Module):
     """A backbone and a Mask2Former head, with all that inference needs: what student and teacher are.
 
@@ -334,7 +337,7 @@ def full_masks(mask_logits: Tensor, sizes, given: bool = False):
     All of them at once would fill the memory with large images; on a CPU a few stay in the cache.   given: they are masks already.
     """
     height, width = sizes[2]
-    at_once = max(1, (2 ** 21 if mask_logits.device.type == "cpu" else 2 ** 27) // (height * width))
+    at_once = max(1, (CPU_CHUNK if mask_logits.device.type == "cpu" else GPU_CHUNK) // (height * width))
     for first in range(0, len(mask_logits), at_once):
         part = mask_logits[first:first + at_once]
         yield first, part if given else resize_masks(part, *sizes).sigmoid_()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"               # no test asks the network
 
 import checkpoint
 import clip_ensemble
@@ -50,7 +50,8 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Downloads find an empty cache and nobody at home."""
+    """Downloads find empty caches and nobody at home."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(foundation, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(foundation, "SAM_ADDRESS", (tmp_path / "nowhere").as_uri())
     monkeypatch.setattr(datasets, "REPOSITORY", (tmp_path / "nowhere").as_uri())
@@ -339,7 +340,7 @@ def test_openclip_weights_come_from_a_file_the_hub_or_nowhere(tmp_path, small_op
     (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:9000])
     with pytest.raises(UserError, match=f"cut.pt: not weights of {small_openclip}, or damaged"):
         foundation.load_clip(dataclasses.replace(cfg, pretrained=str(tmp_path / "cut.pt")))
-    with pytest.raises(UserError, match="no OpenCLIP weights are called 'laion7b'; available: laion_aesthetic_s13b_b82k, laion_aesthetic_s13b_b82k_augreg"):
+    with pytest.raises(UserError, match="no OpenCLIP weights are called 'laion7b'; available for --pretrained: laion_aesthetic_s13b_b82k, laion_aesthetic_s13b_b82k_augreg"):
         foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="laion7b"))
     with pytest.raises(UserError, match="weights cannot be had .* download https://huggingface.co/laion/CLIP-convnext_base_w_320.* name it with --pretrained FILE") as error:
         foundation.load_clip(OFFICIAL)
@@ -347,11 +348,15 @@ def test_openclip_weights_come_from_a_file_the_hub_or_nowhere(tmp_path, small_op
     # the hub's cache names a file by its SHA-256, which is checked
     blob = tmp_path / hashlib.sha256((tmp_path / "clip.pt").read_bytes()).hexdigest()
     shutil.copy(tmp_path / "clip.pt", blob)
+    store = tmp_path / "store" / ("f" * 64)                                  # newer clients keep the bytes in a store of their own
+    store.parent.mkdir()
+    blob.rename(store)
+    blob.symlink_to(store)
     (tmp_path / "snapshot.bin").symlink_to(blob)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, **more: str(tmp_path / "snapshot.bin"))
     assert foundation._hub_file("laion/some", foundation.CLIP_FILES, "some") == tmp_path / "snapshot.bin"
-    blob.write_bytes(blob.read_bytes()[:-1])
-    with pytest.raises(UserError, match="damaged, its SHA-256 is not"):
+    store.write_bytes(store.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{store.name}: damaged, its SHA-256 is not {blob.name}"):
         foundation._hub_file("laion/some", foundation.CLIP_FILES, "some")
 
 
@@ -387,6 +392,16 @@ def test_a_timm_backbone_trains_plain_mask2former_and_refuses_what_needs_text(sm
     torch.save(made.state_dict(), tmp_path / "timm.pth")
     cfg = dataclasses.replace(TINY, backbone="convnext_atto.d2_in1k", pretrained=str(tmp_path / "timm.pth"))
     assert torch.equal(foundation.load_timm(cfg).stem[0].weight, made.stem[0].weight)
+    torch.save({"model": made.state_dict()}, tmp_path / "wrapped.pth")                        # as the original release has them
+    assert torch.equal(foundation.load_timm(dataclasses.replace(cfg, pretrained=str(tmp_path / "wrapped.pth"))).stem[0].weight, made.stem[0].weight)
+    torch.save({"foo.weight": torch.zeros(3)}, tmp_path / "foreign.pth")
+    torch.save({"x": os.system}, tmp_path / "code.pth")
+    for name, words in (("foreign.pth", "foreign.pth: not weights of convnext_atto"), ("code.pth", "code.pth: not a checkpoint that can be read safely"),
+                        ("none.pth", "none.pth: no such weights file")):
+        with pytest.raises(UserError, match=words):
+            foundation.load_timm(dataclasses.replace(cfg, pretrained=str(tmp_path / name)))
+    with pytest.raises(UserError, match="unknown backbone 'convnext_base.fb_in21k'"):         # a tag that does not exist
+        foundation.is_timm("convnext_base.fb_in21k")
     with pytest.raises(UserError, match="weights cannot be had .*huggingface.co/timm/convnext_atto.d2_in1k"):
         foundation.load_timm(dataclasses.replace(cfg, pretrained=""))
 
@@ -495,6 +510,22 @@ def test_masks_are_cut_from_the_padding_before_they_are_resized():
     masks[:, :, :2] = 9                                                                       # all of the unpadded half
     segment_map, _, _ = panoptic_inference(torch.tensor([[0.9, 0.1]]), masks, torch.tensor([True]), ((16, 16), (16, 8), (32, 12)))
     assert segment_map.shape == (32, 12) and segment_map[:, :11].eq(1).all()
+
+
+def test_queries_compete_alike_whether_few_or_all_are_looked_at_at_once(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    posterior = torch.randn(40, 4, generator=g).mul(2).softmax(-1)
+    masks = F.interpolate(torch.randn(1, 40, 6, 6, generator=g) * 4, size=(24, 24), mode="bilinear")[0]
+    things = torch.tensor([True, True, False])
+    given = (posterior, masks, things, ((96, 96), (90, 80), (45, 40)), 0.0, 0.0)
+    together = panoptic_inference(*given)
+    assert len(together[1]) > 5
+    monkeypatch.setattr(m2f, "CPU_CHUNK", 3 * 45 * 40)                       # three queries at once, and one left over
+    for a, b in zip(together, panoptic_inference(*given)):
+        assert torch.equal(a, b)
+    masks = m2f.resize_masks(masks, *given[3]).sigmoid()
+    for a, b in zip(together, panoptic_inference(*given, masks=masks)):
+        assert torch.equal(a, b)
 
 
 def test_semantic_inference_sums_over_queries_and_never_says_void():
@@ -797,6 +828,26 @@ def test_files_that_are_listed_but_absent_stop_a_run_before_it_begins(tmp_path, 
         message = capsys.readouterr().err
         assert str(lost) in message and words in message and message.count("\n") == 1 and not (tmp_path / "runs").exists()
         lost.write_bytes(content)
+    everything = tmp_path / "all.txt"
+    everything.write_text("".join(f"{i:012d}.jpg\n" for i in range(1, 5)))
+    assert dearli.main(["--stage", "ssl", *root, *flags, "--split", str(everything), "--method", "dear"]) == 2
+    assert "none is left for the semi-supervised stage" in capsys.readouterr().err
+    content = json.loads((base / "annotations" / "panoptic_val2017.json").read_text())
+    content["images"][0]["file_name"] = "../elsewhere.jpg"
+    (base / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
+    assert dearli.main(["--stage", "sup", *root, *flags]) == 2 and "'../elsewhere.jpg' leads out of its folder" in capsys.readouterr().err
+
+
+def test_class_maps_that_are_absent_are_missed_before_the_run(tmp_path, monkeypatch, capsys):
+    base = write_downloads("ade20k", tmp_path, monkeypatch)
+    root = ["--dataset", "ade20k", "--data-root", str(tmp_path), "--device", "cpu"]
+    assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets")]) == 0
+    flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "1_128", "--runs", str(tmp_path / "runs"), "--steps", "1"]
+    (base / "annotations" / "training" / "ADE_train_00000001.png").unlink()
+    assert dearli.main(["--stage", "sup", *root, *flags, "--no-eval"]) == 0  # panoptic labels do not need it
+    assert dearli.main(["--stage", "sup", *root, *flags, "--labels", "semantic"]) == 2 and "labelled class maps" in capsys.readouterr().err
+    (base / "annotations" / "validation" / "ADE_val_00000002.png").unlink()
+    assert dearli.main(["--stage", "sup", *root, *flags]) == 2 and "1 of 2 validation class maps" in capsys.readouterr().err
 
 
 needs_coco = pytest.mark.skipif(not (REAL_DATA / "coco_panoptic_sample").is_dir(), reason=f"no COCO sample at {REAL_DATA} (set DEARLI_TEST_DATA)")
@@ -1664,6 +1715,10 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "ssl", "--alpha", "0.4:2"], "--alpha 0.4:2: expected"),
     (["--stage", "ssl", "--teacher-posterior", "mt"], "unknown teacher posterior 'mt'; available: decoder, clip, ensemble"),
     (["--stage", "ssl", "--labels", "instance"], "unknown labels 'instance'; available: panoptic, semantic"),
+    (["--stage", "sup", "--images", "/tmp"], "--images: only --stage masks and --stage dewa"),
+    (["--stage", "alpha", "--alpha", "0.3"], "--alpha: the rungs of --stage alpha set it themselves"),
+    (["--stage", "ladder", "--classifier", "linear"], "need --classifier language"),
+    (["--stage", "sup", "--backbone", "convnext_base"], "no OpenCLIP weights are called ''; available for --pretrained: laion400m_s13b_b51k"),
 ])
 def test_a_mistake_on_the_command_line_gets_one_clear_line(args, words, capsys, tmp_path):
     assert dearli.main([*args, "--runs", str(tmp_path)]) == 2
@@ -1734,13 +1789,15 @@ def commands(text):
 def test_every_command_of_the_documents_is_one_that_the_program_knows():
     here = Path(__file__).parent
     listed = commands((here / "README.md").read_text())
-    prefix = []
+    prefix, outs = [], {}
     for line in (here / "TABLES.md").read_text().splitlines():
         if line.startswith("## "):
             name = "coco-objects" if "Objects" in line else "coco" if "on COCO-Panoptic (" in line else "ade20k"
             prefix = ["--dataset", name, "--data-root", "ROOT", "--split", "1_512" if name.startswith("coco") else "1_128"]
         listed += [[*prefix, *code.split()] for code in line.split("`")[1::2] if code.startswith("--stage")]
-    assert len(listed) > 50
+        for folder in [code.split()[code.split().index("--out") + 1] for code in line.split("`")[1::2] if "--out" in code and code.startswith("--stage")]:
+            assert outs.setdefault(folder, name) == name, f"{folder} is a run of two data sets"
+    assert len(listed) > 50 and len(outs) > 20
     for arguments in listed:
         args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
         if args.stage not in ("eval", "export"):                             # these read the run that they are about
