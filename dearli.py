@@ -6,7 +6,7 @@
     python dearli.py --stage sup --dataset mini --split 16              supervised baseline
     python dearli.py --stage ssl --dataset mini --split 16 --method dearli
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
-    python dearli.py --stage ladder --dataset mini --seeds 3            the paper's Table 1 in miniature
+    python dearli.py --stage ladder --dataset mini --seeds 3            the paper's Table 1 in miniature; `alpha`: its Table 8
 
 Stages are short functions below, in the order of the method; what they wire together is in the files they import.
 """
