@@ -67,7 +67,8 @@ def official_models(folder: Path, classes: int = CLASSES):
     """Student and teacher of the official code, and its module of the training step. Its CUDA extension is replaced by its own CPU fallback."""
     if folder is None:
         raise Skipped("no --official DIR")
-    sys.path.insert(0, str(folder))
+    os.chdir(folder)                             # it reads its class names from where it stands
+    sys.path.insert(0, os.getcwd())
     extension = types.ModuleType("MultiScaleDeformableAttention")
     extension.__getattr__ = lambda name: None                      # its caller then takes the path in plain torch
     sys.modules["MultiScaleDeformableAttention"] = extension
@@ -179,7 +180,7 @@ def official_step(folder: Path, side: int = 256, images: int = 2, segments: int 
 
 def our_inference(side: int = 256, images: int = 2, precision: torch.dtype = torch.float32) -> Callable:
     student, _ = our_models()
-    student.eval()
+    student.eval().requires_grad_(False)
     things, x = _things(CLASSES), made_batch(side, CLASSES, images, 1, 0)[0].images
 
     @torch.no_grad()
