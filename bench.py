@@ -36,7 +36,7 @@ import datasets
 import foundation
 from clip_ensemble import ClipBackbone, Vocabulary
 from config import OFFICIAL
-from data import DataSet, Labeled, LabeledBatches, PanopticFolder, Sample, SemiSupervisedBatches, Taxonomy, Unlabeled
+from data import DataSet, Labeled, LabeledBatches, PanopticFolder, SemiSupervisedBatches, Taxonomy, Unlabeled
 from matcher import Target
 from mean_teacher import pseudo_labels, train_step
 from model import Segmenter, panoptic_inference
@@ -46,6 +46,7 @@ from panoptic_eval import PanopticQuality
 CLASSES, NAMES_A_CLASS = 133, 2
 COCO_IMAGES, COCO_SEGMENTS = 118_287, 11         # of train2017; segments an image, 1.3 million in all
 OFFICIAL_CONFIG = "configs/ade20k/panoptic-segmentation-vlm/convnext_semisup/vlm_convnext_base_ade20k_1_64.yaml"
+OFFICIAL_DIM = 640                               # joint space of convnext_base_w_320
 BF16 = torch.bfloat16
 
 
@@ -91,16 +92,13 @@ def official_models(folder: Path, classes: int = CLASSES):
     cfg = get_cfg()
     for add in (add_deeplab_config, settings.add_maskformer2_config, settings.add_semi_sup_config, settings.add_vl_maskformer2_config):
         add(cfg)
-    cfg.merge_from_file(str(folder / OFFICIAL_CONFIG), allow_unsafe=True)
+    cfg.merge_from_file(OFFICIAL_CONFIG, allow_unsafe=True)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", classes, "DATASETS.TRAIN", ("made",)])
     torch.manual_seed(0)
     student = build_model(cfg)
     student.text_classifier = F.normalize(torch.randn(classes * NAMES_A_CLASS, OFFICIAL_DIM), dim=-1)
     student.semantic_on = False                                    # panoptic inference on both sides
     return student, teachers.VisionLanguageMaskFormerTeacher(cfg, student, ema_decay=0.999, burn_in_iters=0), SemiSupTrainRunner
-
-
-OFFICIAL_DIM = 640                               # joint space of convnext_base_w_320
 
 
 def made_batch(side: int, classes: int, images: int, segments: int, seed: int) -> tuple[Labeled, Unlabeled]:

@@ -142,7 +142,7 @@ class PanopticFolder:
                             f"annotations (image_id, file_name, segments_info with id, category_id, area), categories") from None
         self.starts = np.cumsum([0, *counts])
         for name in (*self.names.tolist(), *self.files.tolist()):
-            if ".." in name and ".." in Path(name).parts or Path(name).is_absolute():
+            if os.path.isabs(name) or ".." in name and ".." in Path(name).parts:
                 raise UserError(f"{annotations}: file_name '{name}' leads out of its folder; expected a path below it")
 
     def __len__(self) -> int:
@@ -329,6 +329,26 @@ def read_split(root: Path, split: str, images: PanopticFolder, seed: int) -> tup
     return labeled, read(other) if other.exists() else [i for i in range(len(images)) if i not in known]
 
 
+def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:
+    """Raise UserError before a run begins if images that it will need are not there, or their panoptic maps, or (if the data set has
+    its own) their class maps. Folders are listed, no file is opened."""
+    if not isinstance(images, PanopticFolder):
+        return
+    listed: dict[Path, set[str]] = {}
+    def there(path: Path) -> bool:
+        if path.parent not in listed:
+            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        return path.name in listed[path.parent]
+    kinds = [("image", lambda i: images.images / images.name(i))]
+    kinds += [("panoptic map", lambda i: images.maps / str(images.files[i]))] if maps else []
+    kinds += [("class map", images.class_file)] if classes and images.semantic is not None else []
+    for kind, path_of in kinds:
+        absent = [path for path in map(path_of, indices) if not there(path)]
+        if absent:
+            raise UserError(f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
+                            f"or take them from the list")
+
+
 # ---------------------------------------------------------------------------------------------- views of an image
 
 @dataclass
@@ -458,26 +478,6 @@ class Unlabeled:
     def to(self, device) -> "Unlabeled":
         move = lambda t: t.to(device, non_blocking=True)
         return Unlabeled(move(self.weak), move(self.strong), self.boxes, move(self.partner_weak), move(self.partner_strong), self.names)
-
-
-def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:
-    """Raise UserError before a run begins if images that it will need are not there, or their panoptic maps, or (if the data set has
-    its own) their class maps. Folders are listed, no file is opened."""
-    if not isinstance(images, PanopticFolder):
-        return
-    listed: dict[Path, set[str]] = {}
-    def there(path: Path) -> bool:
-        if path.parent not in listed:
-            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
-        return path.name in listed[path.parent]
-    kinds = [("image", lambda i: images.images / images.name(i))]
-    kinds += [("panoptic map", lambda i: images.maps / str(images.files[i]))] if maps else []
-    kinds += [("class map", images.class_file)] if classes and images.semantic is not None else []
-    for kind, path_of in kinds:
-        absent = [path for path in map(path_of, indices) if not there(path)]
-        if absent:
-            raise UserError(f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
-                            f"or take them from the list")
 
 
 class Batches(torch.utils.data.Dataset):

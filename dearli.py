@@ -555,19 +555,7 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     if args.steps is not None:
         given[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
     cfg = dataclasses.replace(cfg, **given)
-    for name, values in (("classifier", ("language", "linear")), ("teacher_posterior", ("decoder", "clip", "ensemble")), ("labels", ("panoptic", "semantic"))):
-        choose(name.replace("_", " "), getattr(cfg, name), values)
-    try:
-        ends = [0.5] if cfg.alpha == "labeled" else [alpha_at(cfg.alpha, 0.0), alpha_at(cfg.alpha, 1.0)]
-    except ValueError:
-        ends = [-1.0]
-    if not all(0 <= a <= 1 for a in ends):
-        raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
-    if args.images and args.stage not in ("masks", "dewa"):
-        raise UserError(f"--images: only --stage masks and --stage dewa read a folder of images, not --stage {args.stage}")
-    for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
-        if name in given:
-            raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
+    require_sense(args, given, cfg)
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
@@ -576,6 +564,23 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     return Job(**{**keep, "split": split or "16", "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
+
+
+def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
+    """Raise UserError for a value that does not exist, and for a flag that the stage would pass over in silence."""
+    for name, values in (("classifier", ("language", "linear")), ("teacher_posterior", ("decoder", "clip", "ensemble")), ("labels", ("panoptic", "semantic"))):
+        choose(name.replace("_", " "), getattr(cfg, name), values)
+    try:
+        sound = cfg.alpha == "labeled" or all(0 <= alpha_at(cfg.alpha, end) <= 1 for end in (0.0, 1.0))
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+    if args.images and args.stage not in ("masks", "dewa"):
+        raise UserError(f"--images: only --stage masks and --stage dewa read a folder of images, not --stage {args.stage}")
+    for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
+        if name in given:
+            raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
 
 
 def main(argv: list[str] | None = None) -> int:

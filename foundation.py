@@ -31,9 +31,11 @@ CLIP_FILES, TIMM_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_mode
 
 def is_timm(backbone: str) -> bool:
     """True for a timm ConvNeXt (`convnext_base.fb_in1k`), False for `mini` and OpenCLIP models; UserError for anything else."""
+    if backbone == "mini":
+        return False
     import open_clip
     import timm
-    if backbone == "mini" or (backbone.startswith("convnext") and backbone in open_clip.list_models()):
+    if backbone.startswith("convnext") and backbone in open_clip.list_models():
         return False
     try:
         if backbone.startswith("convnext") and timm.is_model(backbone) and timm.get_pretrained_cfg(backbone).hf_hub_id:
