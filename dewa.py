@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ranks
 from checkpoint import write_atomic
 from config import Config, UserError
 from data import Batches, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
-from losses import set_loss
+from losses import point_generators, set_loss
 from matcher import Target
 from model import Segmenter
 from optim import descend, require_finite
@@ -35,7 +36,7 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
         generator: a segment_anything.SamAutomaticMaskGenerator.    folder: of the JSON files.
     Returns: the number of images segmented now.
     """
-    todo = [i for i in range(len(images)) if redo or not mask_file(folder, images.name(i)).exists()]
+    todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not mask_file(folder, images.name(i)).exists()]
     for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True):
         image = np.asarray(images.image(i))
         with torch.inference_mode():
@@ -145,12 +146,13 @@ class DewaBatches(Batches):
 def dewa_step(model: Segmenter, optimizer: torch.optim.Optimizer, batch: Labeled, cfg: Config, step: int,
               precision: torch.dtype = torch.float32) -> dict[str, float]:
     """One warm-up step: L_loc of Eq. (3). Returns the loss terms, weighted, and the gradient norm, as floats."""
-    device = batch.images.device
-    generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
+    device, first = batch.images.device, ranks.share(cfg.dewa_batch).start
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        layers = model(batch.images)
-    losses = set_loss(layers, batch.targets, cfg.loss_dewa, generator)
-    loss = sum(losses.values())
-    require_finite(loss, step, batch.names, **losses)
-    norm = descend(optimizer, loss, cfg)
-    return {"loss": float(loss.detach()), "mask": float(losses["mask"].detach()), "dice": float(losses["dice"].detach()), "grad_norm": norm}
+        layers, mask_features = model.head(model.backbone(batch.images))
+    generators = point_generators(cfg.seed, step, range(first, first + len(batch.targets)), device)
+    losses = set_loss(layers, mask_features, batch.targets, cfg.loss_dewa, generators)
+    optimizer.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    losses = require_finite({name: term.detach() for name, term in losses.items()})
+    norm = descend(optimizer, cfg)
+    return {"loss": sum(losses.values()), "mask": losses["mask"], "dice": losses["dice"], "grad_norm": norm}

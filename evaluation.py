@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ranks
 from clip_ensemble import alpha_at, zero_shot_logits
 from config import Config
 from data import IGNORE, PAD_VALUE, DataSet, Sample, resize
@@ -35,8 +36,8 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     pq = {r: PanopticQuality(len(taxonomy)) for r in readings}
     miou = {r: MeanIoU(len(taxonomy)) for r in readings}
     count = min(limit or len(images), len(images))
-    bar = tqdm(total=count, desc=title, unit="image", dynamic_ncols=True)
-    for group in _groups(images, range(count), cfg):
+    bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True)
+    for group in _groups(images, range(ranks.rank(), count, ranks.count()), cfg):
         views = [resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group]
         batch = torch.stack([_pad_tensor(v) for v in views]).to(device)
         results, logits, shared = {}, {}, {}
@@ -45,7 +46,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
             if id(model.backbone) not in shared:
                 shared[id(model.backbone)] = model.backbone(batch)
             features = shared[id(model.backbone)]
-            class_logits, logits[name] = model.head(features, last_only=True)[-1]
+            class_logits, logits[name] = model(features)
             for posterior, alpha in posteriors.items():
                 results[name, posterior] = model.posterior(features, class_logits, logits[name], alpha)
         for slot, i in enumerate(group):
@@ -61,6 +62,10 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
                 miou[reading].add(semantic.cpu().numpy(), truth.semantic(), IGNORE)
         bar.update(len(group))
     bar.close()
+    for other in (scores for k, scores in enumerate(ranks.gather((pq, miou))) if k != ranks.rank()):
+        for mine, theirs in zip((pq, miou), other):
+            for reading in readings:
+                mine[reading].merge(theirs[reading])
     result = {}
     for reading in readings:
         score = pq[reading].result(things.cpu().numpy(), taxonomy.short_names)
@@ -77,7 +82,7 @@ def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: 
     view = resize(Sample(image, []), cfg.test_size, cfg.test_max).image
     batch = _pad_tensor(view)[None].to(device)
     features = model.eval().backbone(batch)
-    class_logits, mask_logits = model.head(features, last_only=True)[-1]
+    class_logits, mask_logits = model(features)
     posterior = model.posterior(features, class_logits, mask_logits, alpha)
     sizes = (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
     return panoptic_inference(posterior[0], mask_logits[0], things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)

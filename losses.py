@@ -1,18 +1,22 @@
 """The set loss of Eq. (3): class cross-entropy on all queries, BCE and dice on the masks of the matched ones.
 
 Masks are compared on P points: most of them where the student is least certain (importance sampling of PointRend),
-the rest uniform. The loss is applied to every layer of the decoder (deep supervision), each with its own matching.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, P points, L layers.
+the rest uniform. The loss is applied to every layer of the decoder (deep supervision), each with its own matching. A query's mask logits are the
+product of its embedding and the mask features; they are formed here, of all queries for the matching and, with gradient, of the matched
+ones alone: no other query has a mask loss.
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, N segments, P points, M matched pairs.
 Sources: Mask2Former (arXiv:2112.01527), PointRend (arXiv:1912.08193).
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matcher import CostWeights, Target, match, point_sample
+import ranks
+from matcher import CostWeights, Target, match, matching_cost, point_sample
 
 
 @dataclass(frozen=True)
@@ -24,53 +28,71 @@ class LossConfig:
     importance: float = 0.75           # share of the points chosen by uncertainty
 
 
-def set_loss(layers: list[tuple[Tensor, Tensor]], targets: list[Target], cfg: LossConfig,
-             generator: torch.Generator | None = None, points: list[tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
-    """Eq. (3), summed over the layers of the decoder and weighted.
+def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets: list[Target], cfg: LossConfig,
+             generators: list[torch.Generator] | None = None, points: list[tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
+    """Eq. (3), summed over the layers of the decoder and weighted. With several ranks: this rank's share, the shares add up.
 
     Args:
-        layers: for each layer (the last one is the prediction): class_logits (B, Q, K+1) and mask_logits (B, Q, h, w).
-        targets: B targets.     generator: source of all point draws, None for torch's own.
+        layers: for each layer (the last one is the prediction): class_logits (B, Q, K+1) and mask embeddings (B, Q, C).
+        mask_features: (B, C, h, w).
+        targets: B targets.     generators: for each image the source of its point draws (`point_generators`).
         points: instead of draws, for each layer: the matching's (B, P, 2) and the mask losses' (M, P, 2), M matched pairs
             in the order of images and queries; xy in [0, 1].
     Returns: {"class", "mask", "dice"}: scalars; their sum is the loss. A zero weight leaves its term out of the sum but
         in the graph, so DeWa (L_loc only) gives the class head a gradient of exactly zero.
     """
-    num_masks = max(sum(len(t) for t in targets), 1)
+    queries = layers[0][0].shape[1]
+    counts = [sum(map(len, targets)), sum(min(len(t), queries) for t in targets), len(targets) * queries]
+    num_masks, num_matched, num_queries = ranks.total(torch.tensor(counts, dtype=torch.float32, device=mask_features.device))
+    num_masks, class_weight = num_masks.clamp(min=1), num_matched + cfg.no_object_weight * (num_queries - num_matched)
+    shape, features = mask_features.shape[-2:], mask_features.flatten(2).unbind()            # B of (C, hw)
+    costs = []
+    for layer, (class_logits, embeddings) in enumerate(layers):
+        shared = points[layer][0] if points else [torch.rand(cfg.num_points, 2, generator=g, device=g.device) for g in generators]
+        with torch.no_grad():          # (hw, C) x (C, Q): the logits of a pixel side by side, as the matching reads them
+            costs += [matching_cost(c, (f.T.to(e.dtype) @ e.T).T.unflatten(1, shape), t, p, cfg.weights)
+                      for c, e, f, t, p in zip(class_logits, embeddings, features, targets, shared)]
+    assigned = iter(match(costs))
     total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
-    for layer, (class_logits, mask_logits) in enumerate(layers):
-        shared = points[layer][0] if points else torch.rand(len(targets), cfg.num_points, 2, generator=generator, device=mask_logits.device)
-        matches = [match(c, m, t, p, cfg.weights) for c, m, t, p in zip(class_logits, mask_logits, targets, shared)]
+    for layer, (class_logits, embeddings) in enumerate(layers):
+        matches = list(itertools.islice(assigned, len(targets)))
         label = class_loss(class_logits, targets, matches, cfg.no_object_weight)
-        rows = torch.cat([queries + image * mask_logits.shape[1] for image, (queries, _) in enumerate(matches)])
-        chosen = mask_logits.flatten(0, 1)[rows.to(mask_logits.device)].float()              # (M, h, w), matched queries
-        where = points[layer][1] if points else uncertain_points(chosen, cfg, generator)
-        mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where, num_masks)
-        for name, term in ("class", cfg.weights.label * label), ("mask", cfg.weights.mask * mask), ("dice", cfg.weights.dice * dice):
-            total[name] = total[name] + term
+        chosen = [(e[q.to(e.device)] @ f.to(e.dtype)).unflatten(1, shape).float()            # B of (M_b, h, w)
+                  for e, f, (q, _) in zip(embeddings.unbind(), features, matches)]
+        where = points[layer][1] if points else torch.cat([uncertain_points(c, cfg, g) for c, g in zip(chosen, generators)])
+        chosen = torch.cat(chosen)                                                           # (M, h, w)
+        mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where)
+        total["class"] = total["class"] + cfg.weights.label * label / class_weight
+        total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
+        total["dice"] = total["dice"] + cfg.weights.dice * dice / num_masks
     return total
 
 
+def point_generators(seed: int, step: int, slots: range, device: torch.device) -> list[torch.Generator]:
+    """A generator for each image of a batch: its points depend on (seed, step, slot) and on nothing else."""
+    return [torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1024 + slot) for slot in slots]
+
+
 def class_loss(class_logits: Tensor, targets: list[Target], matches, no_object_weight: float) -> Tensor:
-    """Cross-entropy of all queries; unmatched ones should say no-object (index K), with a lower weight. Scalar."""
+    """Cross-entropy of all queries, a weighted sum; unmatched ones should say no-object (index K), with a lower weight. Scalar."""
     num_classes = class_logits.shape[-1] - 1
     wanted = torch.full(class_logits.shape[:2], num_classes, dtype=torch.int64, device=class_logits.device)
     for row, target, (queries, segments) in zip(wanted, targets, matches):
         row[queries] = target.labels[segments]
     weight = torch.ones(num_classes + 1, device=class_logits.device)
     weight[-1] = no_object_weight
-    return F.cross_entropy(class_logits.float().transpose(1, 2), wanted, weight)
+    return F.cross_entropy(class_logits.float().transpose(1, 2), wanted, weight, reduction="sum")
 
 
-def mask_losses(mask_logits: Tensor, wanted: Tensor, points: Tensor, num_masks: float) -> tuple[Tensor, Tensor]:
-    """BCE and dice of matched masks on their points, summed over masks and divided by num_masks. Two scalars.
+def mask_losses(mask_logits: Tensor, wanted: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """BCE and dice of matched masks on their points, summed over masks. Two scalars.
 
     Args: mask_logits (M, h, w);  wanted (M, P) in [0, 1];  points (M, P, 2) xy in [0, 1].
     """
     x = point_sample(mask_logits, points)                                                    # (M, P)
-    bce = F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(1).sum() / num_masks
+    bce = F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(1).sum()
     p = x.sigmoid()
-    dice = (1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)).sum() / num_masks
+    dice = (1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)).sum()
     return bce, dice
 
 

@@ -14,6 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
+PART = 2 ** 18                         # values that work on a CPU takes at once: 1 MB, what a core's cache holds
+
+
 @dataclass
 class Target:
     """What one image should be segmented into. Exactly one of `segment_map` and `masks` is given.
@@ -87,15 +90,6 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
 
 
-def sample_columns(maps: Tensor, points: Tensor) -> Tensor:
-    """`point_sample` of all maps at the same points, transposed: maps (M, h, w), points (P, 2) -> (P, M).
-
-    A pixel's values in all maps then lie side by side and are read at once, as rows of a table.
-    """
-    index, weight = _neighbours(points, *maps.shape[-2:])                          # (P, 4)
-    return F.embedding_bag(index, maps.flatten(1).T.contiguous(), per_sample_weights=weight.to(maps.dtype), mode="sum")
-
-
 @dataclass(frozen=True)
 class CostWeights:
     """Weights of the terms of Eq. (3), the same in the matching cost and in the loss; dimensionless."""
@@ -104,36 +98,39 @@ class CostWeights:
     dice: float = 5.0
 
 
+def match(costs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Assign every segment of an image to a distinct query at the lowest total cost, for many images (and layers) at once.
+
+    Args: costs: matrices (Q, N), see `matching_cost`. They cross to the CPU together: a GPU is asked to wait once.
+    Returns: for each (query_idx, segment_idx), both (min(Q, N),) int64 on the CPU, sorted by query; empty when N = 0.
+    A cost that is not finite comes from outputs that are not: any assignment will do, for the loss, which sees them too, stops the step.
+    """
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().nan_to_num()
+    matrices = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([cost.numel() for cost in costs]), costs)]
+    return [tuple(map(torch.as_tensor, linear_sum_assignment(matrix))) for matrix in matrices]
+
+
 @torch.no_grad()
-def match(class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor,
-          weights: CostWeights) -> tuple[Tensor, Tensor]:
-    """Assign every segment of one image to a distinct query, at the lowest total cost.
+def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor, weights: CostWeights) -> Tensor:
+    """The cost (Q, N) of giving segment n of one image to query q; always computed in fp32.
 
     Args:
         class_logits: (Q, K+1), unnormalised; index K is no-object.
         mask_logits: (Q, h, w), logits, 1/4 of the input resolution.
         points: (P, 2) xy in [0, 1], the same for all masks.
-    Returns: (query_idx, segment_idx), each (min(Q, N),) int64 on the CPU, sorted by query; empty when N = 0.
-    Raises: ValueError if the cost is not finite.
     """
-    if len(target) == 0:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    cost = matching_cost(class_logits, mask_logits, target, points, weights).cpu()
-    if not torch.isfinite(cost).all():
-        raise ValueError("matching cost is not finite: the model's outputs contain NaN or infinity")
-    queries, segments = linear_sum_assignment(cost.numpy())
-    return torch.as_tensor(queries), torch.as_tensor(segments)
-
-
-@torch.no_grad()
-def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor, weights: CostWeights) -> Tensor:
-    """(Q, N) cost of giving segment n to query q; always computed in fp32. Arguments as in `match`."""
     with torch.autocast(class_logits.device.type, enabled=False):
         cost_class = -class_logits.float().softmax(-1)[:, target.labels]           # (Q, N)
-        x = sample_columns(mask_logits.float(), points)                            # (P, Q)
-        t = target.sample_all(points)                                              # (N, P)
-        # BCE(x, t) = softplus(x) - x t, so the mean over points needs one product; softplus(-x) = softplus(x) - x
-        cost_mask = (F.softplus(x).sum(0)[:, None] - (t @ x).T) / len(x)
-        p = x.sigmoid()
-        cost_dice = 1 - (2 * (t @ p).T + 1) / (p.sum(0)[:, None] + t.sum(-1)[None] + 1)
-        return weights.label * cost_class + weights.mask * cost_mask + weights.dice * cost_dice
+        target_values = target.sample_all(points)                                  # (N, P)
+        # A pixel's logits of all queries, side by side, are a row of a table; a point mixes four rows. A few points at a time stay in the cache.
+        table = mask_logits.float().flatten(1).T.contiguous()                      # (hw, Q)
+        index, weight = _neighbours(points, *mask_logits.shape[-2:])               # (P, 4)
+        at_once = max(1, PART // table.shape[1]) if table.device.type == "cpu" else len(points)
+        bce = overlap = area = 0.0
+        for i, w, t in zip(index.split(at_once), weight.split(at_once), target_values.split(at_once, 1)):
+            x = F.embedding_bag(i, table, per_sample_weights=w, mode="sum")        # (P', Q)
+            p = x.sigmoid()
+            bce = bce + F.softplus(x).sum(0)[:, None] - (t @ x).T                  # BCE(x, t) = softplus(x) - x t
+            overlap, area = overlap + (t @ p).T, area + p.sum(0)[:, None]
+        cost_dice = 1 - (2 * overlap + 1) / (area + target_values.sum(-1) + 1)
+        return weights.label * cost_class + weights.mask * bce / len(points) + weights.dice * cost_dice

@@ -9,10 +9,11 @@ Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B 
 import torch
 from torch import Tensor
 
+import ranks
 from clip_ensemble import alpha_at
 from config import Config
 from data import Labeled, Unlabeled
-from losses import set_loss
+from losses import point_generators, set_loss
 from matcher import Target
 from model import Segmenter, panoptic_inference, semantic_inference
 from optim import NotFinite, descend, require_finite
@@ -28,44 +29,47 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
         precision: of the model's matrix products; losses, matching and the ensemble are always fp32.
     Returns: the loss terms, weighted, and the gradient norm, as floats.   Raises: NotFinite, with the teacher untouched.
     """
-    device = labeled.images.device
-    generator = torch.Generator(device).manual_seed(cfg.seed * 1_000_003 + step)
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    device, half = labeled.images.device, lambda: torch.autocast(labeled.images.device.type, precision, enabled=precision != torch.float32)
+    first_l, first_u = ranks.share(cfg.labeled_batch).start, cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start      # slots
+    with half():
         if unlabeled is None:
-            layers_l, layers_u, pseudo = student(labeled.images), [], []
+            batches = [("labeled", first_l, student.backbone(labeled.images), labeled.targets, 1.0)]
         else:
             # 1 the views; a frozen backbone is shared and sees all of them in one pass
             strong = mix_images(unlabeled.strong, unlabeled.partner_strong, unlabeled.boxes)
             weak = torch.cat([unlabeled.weak, unlabeled.partner_weak])
-            f_student, f_teacher = backbone_features(student, teacher, torch.cat([labeled.images, strong]), weak)
+            f_labeled, f_strong, f_weak = backbone_features(student, teacher, labeled.images, strong, weak)
             # 2 pseudo-labels: weak views, teacher, CLIP ensemble; then CutMix, the same boxes as on the images
-            pseudo = pseudo_labels(teacher, f_teacher, things, weak.shape[-2:], teacher_alpha(cfg, step, warm))
+            pseudo = pseudo_labels(teacher, f_weak, things, weak.shape[-2:], teacher_alpha(cfg, step, warm))
             pseudo = mix_targets(pseudo[:len(strong)], pseudo[len(strong):], unlabeled.boxes, things)
-            # 3 the student learns from both, without the ensemble
-            parts = [len(labeled.images), len(strong)]
-            layers_l, layers_u = zip(*(zip(c.split(parts), m.split(parts)) for c, m in student.head(f_student)))
-    losses_l = set_loss(layers_l, labeled.targets, cfg.loss, generator)                      # Eq. (3)
-    losses_u = set_loss(layers_u, pseudo, cfg.loss, generator) if layers_u else {}           # Eq. (3)
-    loss = sum(losses_l.values()) + cfg.lambda_u * sum(losses_u.values())                    # Eq. (1)
-    terms = {f"labeled/{k}": v.detach() for k, v in losses_l.items()} | {f"unlabeled/{k}": v.detach() for k, v in losses_u.items()}
-    require_finite(loss, step, labeled.names + (unlabeled.names if unlabeled else []), **terms)
+            batches = [("labeled", first_l, f_labeled, labeled.targets, 1.0), ("unlabeled", first_u, f_strong, pseudo, cfg.lambda_u)]
+    # 3 the student learns from both, without the ensemble; gradients add up, so one half is forgotten before the other is begun
+    optimizer.zero_grad(set_to_none=True)
+    terms = {}
+    for name, first, features, targets, weight in batches:
+        with half():
+            layers, mask_features = student.head(features)
+        slots = range(first, first + len(targets))
+        losses = set_loss(layers, mask_features, targets, cfg.loss, point_generators(cfg.seed, step, slots, device))      # Eq. (3)
+        (weight * sum(losses.values())).backward()                                           # Eq. (1)
+        terms |= {f"{name}/{k}": weight * v.detach() for k, v in losses.items()}
     # 4 student by gradient, then teacher by average
-    norm = descend(optimizer, loss, cfg)
+    terms = require_finite(terms)
+    norm = descend(optimizer, cfg)
     if teacher is not None:
         update_teacher(teacher, student, ema_decay(step, cfg, warm))                         # Eq. (2)
-    segments = {"pseudo_segments": sum(map(len, pseudo)) / len(pseudo)} if pseudo else {}
-    return {"loss": float(loss.detach()), **{k: float(v) for k, v in terms.items()}, **segments, "grad_norm": norm}
+    segments = {"pseudo_segments": sum(map(len, pseudo)) / len(pseudo)} if unlabeled is not None else {}
+    return {"loss": sum(terms.values()), **terms, **segments, "grad_norm": norm}
 
 
-def backbone_features(student: Segmenter, teacher: Segmenter, for_student: Tensor, for_teacher: Tensor):
-    """Features of both groups of images: one pass if the frozen backbone is shared, one a model if it is trained."""
+def backbone_features(student: Segmenter, teacher: Segmenter, labeled: Tensor, strong: Tensor, weak: Tensor):
+    """Features of the three groups of images: one pass if the frozen backbone is shared, one each if it is trained."""
     if student.backbone is teacher.backbone:
-        maps = student.backbone(torch.cat([for_student, for_teacher]))
-        n = len(for_student)
-        return [m[:n] for m in maps], [m[n:] for m in maps]
+        maps = student.backbone(torch.cat([labeled, strong, weak]))
+        return zip(*(m.split([len(labeled), len(strong), len(weak)]) for m in maps))
     with torch.no_grad():
-        of_teacher = teacher.backbone(for_teacher)
-    return student.backbone(for_student), of_teacher
+        of_teacher = teacher.backbone(weak)
+    return student.backbone(labeled), student.backbone(strong), of_teacher
 
 
 @torch.no_grad()
@@ -75,7 +79,7 @@ def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, si
     No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
     Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
     """
-    class_logits, mask_logits = teacher.head(features, last_only=True)[-1]
+    class_logits, mask_logits = teacher(features)
     posterior = teacher.posterior(features, class_logits, mask_logits, alpha)
     targets = []
     for p, m in zip(posterior, mask_logits):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, zero_shot_logits
 from config import Config
+from matcher import PART
 
 
 CPU_CHUNK, GPU_CHUNK = 2 ** 21, 2 ** 27          # values of full-size masks at once, at inference: the cache, a small part of the memory
@@ -34,9 +35,10 @@ class Segmenter(nn.Module):
         self.vocabulary = vocabulary
         self.head = Mask2Former(backbone.channels, cfg, num_classes, vocabulary)
 
-    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Images (B, 3, H, W), 0 to 255 -> for each layer class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
-        return self.head(self.backbone(images))
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The prediction from the features of the backbone: class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
+        [(class_logits, embeddings)], mask_features = self.head(features, last_only=True)
+        return class_logits, mask_logits(embeddings, mask_features)
 
     def posterior(self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, alpha: float) -> Tensor:
         """Class probabilities (B, Q, K+1), Eq. (6). alpha: the decoder's share; 1 is the decoder alone, without asking CLIP."""
@@ -57,16 +59,17 @@ class Segmenter(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """The head: features of the backbone -> predictions of every layer, or of the last one only (inference)."""
+    """The head: features of the backbone -> a list of (class_logits, mask embeddings), one a layer or (last_only, for inference) the
+    last one's alone, and the mask_features (B, C, H/4, W/4)."""
 
     def __init__(self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
         super().__init__()
         self.pixel_decoder = PixelDecoder(channels, cfg)
         self.decoder = MaskedAttentionDecoder(cfg, num_classes, vocabulary)
 
-    def forward(self, features: list[Tensor], last_only: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, features: list[Tensor], last_only: bool = False) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         mask_features, maps = self.pixel_decoder(features)
-        return self.decoder(maps, mask_features, last_only)
+        return self.decoder(maps, mask_features, last_only), mask_features
 
 
 # ---------------------------------------------------------------------------------------------- pixel decoder
@@ -75,7 +78,7 @@ class PixelDecoder(nn.Module):
     """Deformable attention over strides 8, 16, 32, then one FPN step to stride 4.
 
     forward: four maps (B, C_i, H/2^i, W/2^i), i = 2..5 -> mask_features (B, C, H/4, W/4) and three maps (B, C, ., .),
-    coarsest first. Always in fp32: offsets of a fraction of a pixel do not survive half precision.
+    coarsest first.
     """
 
     def __init__(self, channels: list[int], cfg: Config):
@@ -97,20 +100,17 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        with torch.autocast(features[0].device.type, enabled=False):
-            features = [f.float() for f in features]
-            maps = [proj(f) for proj, f in zip(self.input_proj, reversed(features[1:]))]
-            shapes = [m.shape[-2:] for m in maps]
-            src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)                         # (B, S, C)
-            pos = torch.cat([sine_position(m).flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed)], 1)
-            reference = torch.cat([_pixel_centres(h, w, src) for h, w in shapes])                    # (S, 2)
-            for layer in self.layers:
-                src = layer(src, pos, reference, shapes)
-            maps = [s.transpose(1, 2).unflatten(2, shape)
-                    for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)]
-            fine = self.lateral(features[0])
-            fine = self.output(fine + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False))
-            return self.mask_features(fine), maps
+        maps = [proj(f) for proj, f in zip(self.input_proj, reversed(features[1:]))]
+        shapes = [m.shape[-2:] for m in maps]
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)                             # (B, S, C)
+        pos = torch.cat([sine_position(m).flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed)], 1)
+        reference = torch.cat([_pixel_centres(h, w, pos) for h, w in shapes])                        # (S, 2)
+        for layer in self.layers:
+            src = layer(src, pos, reference, shapes)
+        maps = [s.transpose(1, 2).unflatten(2, shape) for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)]
+        fine = self.lateral(features[0])
+        fine = self.output(fine + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False))
+        return self.mask_features(fine), maps
 
 
 class DeformableLayer(nn.Module):
@@ -126,7 +126,7 @@ class DeformableLayer(nn.Module):
 
     def forward(self, src: Tensor, pos: Tensor, reference: Tensor, shapes) -> Tensor:
         src = self.norm1(src + self.self_attn(src + pos, src, reference, shapes))
-        return self.norm2(src + self.linear2(F.relu(self.linear1(src))))
+        return self.norm2(src + self.linear2(self.linear1(src).relu_()))
 
 
 class DeformableAttention(nn.Module):
@@ -152,19 +152,47 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, src: Tensor, reference: Tensor, shapes) -> Tensor:
-        """query, src (B, S, C); reference (S, 2) xy in [0, 1]; shapes of the levels -> (B, S, C)."""
+        """query, src (B, S, C); reference (S, 2) xy in [0, 1]; shapes of the levels -> (B, S, C). Positions and samples are always fp32."""
         b, s, c = src.shape
-        value = self.value_proj(src).view(b, s, self.heads, c // self.heads).permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, d, S)
-        offsets = self.sampling_offsets(query).view(b, s, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).view(b, s, self.heads, -1).softmax(-1)
+        value = self.value_proj(src).float().view(b, s, self.heads, c // self.heads).permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, d, S)
+        offsets = self.sampling_offsets(query).float().view(b, s, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).float().view(b, s, self.heads, -1).softmax(-1)
         weights = weights.permute(0, 2, 3, 1).reshape(b * self.heads, 1, self.levels, self.points, s)
         out = 0.0
         for level, (part, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], -1), shapes)):
             where = reference[:, None, None] + offsets[:, :, :, level] / offsets.new_tensor([w, h])   # (B, S, heads, points, 2)
-            grid = (2 * where - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)
-            sampled = F.grid_sample(part.unflatten(-1, (h, w)), grid, align_corners=False)            # (B heads, d, points, S)
-            out = out + (sampled * weights[:, :, level]).sum(2)
+            grid = (2 * where - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)                               # (B heads, points, S, 2)
+            out = out + WeightedSamples.apply(part.unflatten(-1, (h, w)), grid, weights[:, :, level])
         return self.output_proj(out.view(b, c, s).transpose(1, 2))
+
+
+class WeightedSamples(torch.autograd.Function):
+    """The sum over points of weight times bilinear sample: value (N, d, h, w), grid (N, P, S, 2), weights (N, 1, P, S) -> (N, d, S).
+
+    The samples, (N, d, P, S), would be the largest tensors of the whole model. None is kept: the backward pass reads them again,
+    and both passes take a few N at a time, which on a CPU stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, value: Tensor, grid: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(value, grid, weights)
+        return torch.cat([F.grid_sample(v, g, align_corners=False).mul_(w).sum(2) for v, g, w in _in_parts(value, grid, weights)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = []
+        for v, g, w, d in _in_parts(*ctx.saved_tensors, grad[:, :, None]):
+            samples = F.grid_sample(v, g, align_corners=False)
+            of_weights = samples.mul_(d).sum(1, keepdim=True)
+            of_samples = torch.mul(d, w, out=samples)
+            parts.append((*torch.ops.aten.grid_sampler_2d_backward(of_samples, v, g, 0, 0, False, [True, True]), of_weights))
+        return tuple(map(torch.cat, zip(*parts)))
+
+
+def _in_parts(value: Tensor, grid: Tensor, *others: Tensor):
+    samples = value.shape[1] * grid.shape[1] * grid.shape[2]                       # of one of N
+    at_once = max(1, (PART if value.device.type == "cpu" else len(value) * samples) // samples)
+    return zip(*(t.split(at_once) for t in (value, grid, *others)))
 
 
 def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
@@ -193,9 +221,9 @@ class MaskedAttentionDecoder(nn.Module):
     """Q queries, refined by masked cross-attention, self-attention and a feed-forward net, layer after layer.
 
     forward: three maps (B, C, ., .) coarsest first and mask_features (B, C, H/4, W/4) -> a list of layers + 1 predictions
-    (class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)); the last is the result, all are supervised.
-    With last_only there is one. A query's mask on a coarse grid is then the product with mask features of that size: resizing is
-    linear, so it may come before the product, and no mask of full size is made that nobody reads.
+    (class_logits (B, Q, K+1), mask embeddings (B, Q, C)); the last is the result, all are supervised. With last_only there is one.
+    A query's mask is the product of its embedding with the mask features. Resizing is linear, so the mask on a coarse grid, where the
+    query may look next, is the product with mask features of that size: no mask of full size is made here.
     """
 
     def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
@@ -213,33 +241,31 @@ class MaskedAttentionDecoder(nn.Module):
         pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]                            # (1, S_i, C)
         src = [m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)]      # (B, S_i, C)
         queries, query_pos = self.query_feat.weight.expand(b, -1, -1), self.query_embed.weight
-        coarse = [F.interpolate(mask_features.float(), size=m.shape[-2:], mode="bilinear", align_corners=False) for m in maps] if last_only else []
+        with torch.no_grad():
+            coarse = [F.interpolate(mask_features, size=m.shape[-2:], mode="bilinear", align_corners=False) for m in maps]
         predictions = []
         for i, layer in enumerate(self.layers):
-            level = i % len(maps)
-            if last_only:
-                mask_logits = self.masks(self.decoder_norm(queries), coarse[level])
-            else:
-                predictions.append(self.predict(queries, mask_features))
-                mask_logits = predictions[-1][1]
-            queries = layer(queries, query_pos, src[level], pos[level], attention_mask(mask_logits, maps[level].shape[-2:]))
-        return [*predictions, self.predict(queries, mask_features)]
+            level, normed = i % len(maps), self.decoder_norm(queries)
+            embeddings = self.mask_embed(normed)
+            if not last_only:
+                predictions.append((self.classify(normed), embeddings))
+            queries = layer(queries, query_pos, src[level], pos[level], attention_mask(embeddings, coarse[level]))
+        normed = self.decoder_norm(queries)
+        return [*predictions, (self.classify(normed), self.mask_embed(normed))]
 
-    def predict(self, queries: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        queries = self.decoder_norm(queries)
-        return self.classify(queries), self.masks(queries, mask_features)
 
-    def masks(self, queries: Tensor, mask_features: Tensor) -> Tensor:
-        """Normed queries (B, Q, C), mask features (B, C, h, w) -> (B, Q, h, w) logits."""
-        return torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), mask_features)
+def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
+    """(B, Q, C), (B, C, h, w) -> (B, Q, h, w)."""
+    return torch.einsum("bqc,bchw->bqhw", embeddings, mask_features.to(embeddings.dtype))
 
 
 @torch.no_grad()
-def attention_mask(mask_logits: Tensor, size) -> Tensor:
-    """(B, 1, Q, S) bool: True where a query may look, that is inside its own mask; everywhere, if that is nowhere."""
-    if mask_logits.shape[-2:] != tuple(size):
-        mask_logits = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)
-    allowed = mask_logits.sigmoid().flatten(2) >= 0.5
+def attention_mask(embeddings: Tensor, coarse: Tensor) -> Tensor:
+    """(B, 1, Q, S) bool: True where a query may look, that is inside its own mask; everywhere, if that is nowhere.
+
+    embeddings (B, Q, C); coarse (B, C, h, w), the mask features on the grid of the keys, S = h w.
+    """
+    allowed = mask_logits(embeddings, coarse).float().sigmoid().flatten(2) >= 0.5
     return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 
 
@@ -258,7 +284,7 @@ class DecoderLayer(nn.Module):
         queries = self.cross_norm(queries + self.cross_attn(queries + query_pos, src + pos, src, allowed))
         placed = queries + query_pos
         queries = self.self_norm(queries + self.self_attn(placed, placed, queries))
-        return self.ffn_norm(queries + self.linear2(F.relu(self.linear1(queries))))
+        return self.ffn_norm(queries + self.linear2(self.linear1(queries).relu_()))
 
 
 class Attention(nn.Module):
@@ -288,7 +314,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(channels, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[2](F.relu(self.layers[1](F.relu(self.layers[0](x)))))
+        return self.layers[2](self.layers[1](self.layers[0](x).relu_()).relu_())
 
 
 class LinearClassifier(nn.Linear):

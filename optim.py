@@ -4,9 +4,12 @@ Source: the official training scripts. Norm layers and nn.Embedding weights have
 level_embed of the pixel decoder) do. A trained backbone learns at a fraction of the rate.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+import ranks
 from config import Config
 
 
@@ -32,22 +35,27 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config)
     return lr
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, cfg: Config) -> float:
-    """One step down the gradient of the loss, whose total L2 norm is clipped. Returns the norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def descend(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
+    """One step down the gradients, summed over ranks, whose total L2 norm is clipped. Returns the norm before clipping.
+
+    Raises: NotFinite if that norm is not, with weights and optimiser untouched: clipped, an infinite gradient is NaN.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, cfg.clip_norm)
+    ranks.add_gradients(params)
+    norm = float(nn.utils.clip_grad_norm_(params, cfg.clip_norm))
+    if not math.isfinite(norm):
+        raise NotFinite(f"norm of the gradient is {norm}")
     optimizer.step()
-    return float(norm)
+    return norm
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a weight became NaN or infinite."""
+    """A loss, a gradient or a weight became NaN or infinite; `trainer.Run` adds the step and its images."""
 
 
-def require_finite(loss: Tensor, step: int, names: list[str], **terms: Tensor) -> None:
-    """Raise NotFinite, naming the step, the terms and the images, before a NaN reaches the weights."""
-    if not torch.isfinite(loss):
-        listed = ", ".join(f"{name} {float(term):.3g}" for name, term in terms.items())
-        raise NotFinite(f"step {step}: loss is {float(loss)} ({listed}); images: {', '.join(names)}")
+def require_finite(terms: dict[str, Tensor]) -> dict[str, float]:
+    """The terms of a loss, summed over ranks, as numbers. Raises NotFinite, naming them, before a NaN reaches the weights."""
+    values = dict(zip(terms, ranks.total(torch.stack(list(terms.values()))).tolist()))
+    if not all(map(math.isfinite, values.values())):
+        raise NotFinite("loss is not finite: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    return values

@@ -28,6 +28,7 @@ import datasets
 import dearli
 import dewa
 import foundation
+import matcher
 import mean_teacher
 import microcosm
 import model as m2f
@@ -36,9 +37,9 @@ import optim
 from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
-from losses import LossConfig, class_loss, mask_losses, set_loss, uncertain_points
-from matcher import CostWeights, Target, match, matching_cost, point_sample, sample_columns
-from model import Attention, DeformableAttention, Mask2Former, Segmenter, attention_mask, panoptic_inference, semantic_inference
+from losses import LossConfig, class_loss, mask_losses, point_generators, set_loss, uncertain_points
+from matcher import CostWeights, Target, match, matching_cost, point_sample
+from model import Attention, DeformableAttention, Mask2Former, Segmenter, WeightedSamples, attention_mask, mask_logits, panoptic_inference, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
 REAL_DATA = Path(os.environ.get("DEARLI_TEST_DATA", Path(__file__).parent.parent / "shared" / "data"))
@@ -104,7 +105,7 @@ def test_point_sample_reads_pixel_centres_and_mixes_between_them():
     # 1 x 2 map [0, 4]: centres at x = 0.25 and 0.75; halfway 2; at x = 0 the outside (0) has weight 1/2
     maps = torch.tensor([[[0.0, 4.0]]])
     points = torch.tensor([[0.25, 0.5], [0.75, 0.5], [0.5, 0.5], [1.0, 0.5]])
-    assert point_sample(maps, points[None]).tolist() == sample_columns(maps, points).T.tolist() == [[0.0, 4.0, 2.0, 2.0]]
+    assert point_sample(maps, points[None]).tolist() == [[0.0, 4.0, 2.0, 2.0]]
 
 
 def test_targets_are_sampled_as_their_binary_masks_would_be():
@@ -114,7 +115,6 @@ def test_targets_are_sampled_as_their_binary_masks_would_be():
     expected = point_sample(masks.float(), points)
     for target in (Target(labels, segment_map), Target(labels, masks=masks)):
         torch.testing.assert_close(target.sample(points, torch.arange(3)), expected)
-        torch.testing.assert_close(target.sample_all(points[0]), sample_columns(masks.float(), points[0]).T)
         torch.testing.assert_close(target.sample_all(points[0]), point_sample(masks.float(), points[:1].expand(3, -1, -1)))
 
 
@@ -127,25 +127,33 @@ def test_matching_cost_of_one_pair_is_the_sum_worked_out_by_hand():
     assert cost.item() == pytest.approx(2 * -0.5 + 5 * math.log(2) + 5 / 3, rel=1e-6)
 
 
+def test_matching_cost_in_small_parts_is_the_cost_of_every_pair_by_the_loss_itself(monkeypatch):
+    monkeypatch.setattr(matcher, "PART", 5 * 7)                                              # 7 of 50 points at once, for 5 queries
+    g = torch.Generator().manual_seed(0)
+    target, logits, points = Target(torch.tensor([0, 1, 0]), quarters()), 3 * torch.randn(5, 4, 4, generator=g), torch.rand(50, 2, generator=g)
+    classes = torch.randn(5, 3, generator=g)
+    cost = matching_cost(classes, logits, target, points, CostWeights(2, 5, 4))
+    for q, n in ((0, 0), (4, 1), (2, 2)):
+        bce, dice = mask_losses(logits[q][None], target.sample(points[None], torch.tensor([n])), points[None])
+        assert cost[q, n].item() == pytest.approx((-2 * classes.softmax(-1)[q, target.labels[n]] + 5 * bce + 4 * dice).item(), rel=1e-5)
+
+
 def test_match_finds_the_query_that_draws_the_segment():
     target = Target(torch.tensor([0, 1, 2]), quarters())
     masks = torch.stack([10.0 * (quarters() == k) - 5 for k in (3, 1, 0, 2)])                # query 0 draws segment 3, ...
     points = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
-    queries, segments = match(torch.zeros(4, 4), masks, target, points, CostWeights())
+    [(queries, segments)] = match([matching_cost(torch.zeros(4, 4), masks, target, points, CostWeights())])
     assert queries.tolist() == [0, 1, 3] and segments.tolist() == [2, 0, 1]
 
 
 def test_match_with_more_segments_than_queries_uses_every_query_once():
-    target = Target(torch.zeros(3, dtype=torch.int64), quarters())
-    queries, segments = match(torch.zeros(2, 2), torch.randn(2, 4, 4), target, torch.rand(16, 2), CostWeights())
+    [(queries, segments)] = match([torch.rand(2, 3)])
     assert queries.tolist() == [0, 1] and len(set(segments.tolist())) == 2
 
 
-def test_match_without_segments_is_empty_and_nan_is_an_error_that_says_so():
-    empty = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.int32))
-    assert [len(x) for x in match(torch.zeros(2, 2), torch.zeros(2, 4, 4), empty, torch.rand(4, 2), CostWeights())] == [0, 0]
-    with pytest.raises(ValueError, match="not finite"):
-        match(torch.full((2, 2), math.nan), torch.zeros(2, 4, 4), Target(torch.tensor([0, 0, 0]), quarters()), torch.rand(4, 2), CostWeights())
+def test_match_of_several_costs_keeps_them_apart_and_without_segments_is_empty():
+    first, second, third = match([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 0), torch.tensor([[5.0], [4.0], [6.0]])])
+    assert [x.tolist() for x in (*first, *second, *third)] == [[0, 1], [1, 0], [], [], [1], [0]]
 
 
 def test_target_refuses_labels_and_masks_of_different_number():
@@ -155,19 +163,22 @@ def test_target_refuses_labels_and_masks_of_different_number():
 
 # ----------------------------------------------------------------------------------------------------------- losses.py
 
-def test_class_loss_is_a_weighted_mean_with_a_light_no_object():
-    # 2 queries, 1 class; query 0 is matched (p = 0.8), query 1 is not (p_void = 0.5): (-ln 0.8 - 0.1 ln 0.5) / 1.1
+def test_class_loss_is_weighted_with_a_light_no_object():
+    # 2 queries, 1 class; query 0 is matched (p = 0.8), query 1 is not (p_void = 0.5): -ln 0.8 - 0.1 ln 0.5
     logits = torch.tensor([[[math.log(0.8), math.log(0.2)], [0.0, 0.0]]])
     target = [Target(torch.tensor([0]), torch.ones(2, 2, dtype=torch.int32))]
     loss = class_loss(logits, target, [(torch.tensor([0]), torch.tensor([0]))], 0.1)
-    assert loss.item() == pytest.approx((-math.log(0.8) - 0.1 * math.log(0.5)) / 1.1, rel=1e-6)
+    assert loss.item() == pytest.approx(-math.log(0.8) - 0.1 * math.log(0.5), rel=1e-6)
+    empty, one = torch.zeros(1, 1, 1), torch.zeros(1, 2, 1)                                  # the set loss divides by 1.1
+    losses = set_loss([(logits, one)], empty.unsqueeze(0), target, LossConfig(), point_generators(0, 0, range(1), torch.device("cpu")))
+    assert losses["class"].item() == pytest.approx(2 * (-math.log(0.8) - 0.1 * math.log(0.5)) / 1.1, rel=1e-6)
 
 
 def test_mask_losses_of_an_undecided_mask():
-    # logits 0 at P = 2 points with targets 1, 0: BCE ln 2, dice 1 - (1 + 1) / (1 + 1 + 1) = 1/3; divided by 2 masks
+    # logits 0 at P = 2 points with targets 1, 0: BCE ln 2, dice 1 - (1 + 1) / (1 + 1 + 1) = 1/3
     points = torch.tensor([[[0.25, 0.5], [0.75, 0.5]]])
-    bce, dice = mask_losses(torch.zeros(1, 1, 2), torch.tensor([[1.0, 0.0]]), points, 2)
-    assert bce.item() == pytest.approx(math.log(2) / 2) and dice.item() == pytest.approx(1 / 6)
+    bce, dice = mask_losses(torch.zeros(1, 1, 2), torch.tensor([[1.0, 0.0]]), points)
+    assert bce.item() == pytest.approx(math.log(2)) and dice.item() == pytest.approx(1 / 3)
 
 
 def test_uncertain_points_lie_where_the_logits_are_small():
@@ -178,12 +189,36 @@ def test_uncertain_points_lie_where_the_logits_are_small():
     assert points.shape == (1, 40, 2) and near.all()
 
 
+def draws(images=2):
+    return point_generators(0, 0, range(images), torch.device("cpu"))
+
+
+def test_set_loss_forms_only_the_masks_it_needs_and_equals_the_loss_of_all_of_them():
+    layers, mask_features = tiny_head()(features())
+    targets = [Target(torch.tensor([0, 1, 2]), quarters()), Target(torch.tensor([1]), (quarters() == 2).int())]
+    g = torch.Generator().manual_seed(0)
+    points = [(torch.rand(2, 40, 2, generator=g), torch.rand(4, 40, 2, generator=g)) for _ in layers]
+    ours = sum(set_loss(layers, mask_features, targets, TINY.loss, points=points).values())
+    whole = 0.0
+    for (class_logits, embeddings), (shared, where) in zip(layers, points):
+        masks = mask_logits(embeddings, mask_features)                                       # of all queries, with gradient
+        matches = match([matching_cost(c, m, t, p, TINY.loss.weights) for c, m, t, p in zip(class_logits, masks, targets, shared)])
+        chosen = torch.cat([m[q] for m, (q, _) in zip(masks, matches)])
+        bce, dice = mask_losses(chosen, torch.cat([t.sample(p, s) for t, p, (_, s) in zip(targets, where.split([3, 1]), matches)]), where)
+        label = class_loss(class_logits, targets, matches, 0.1) / (4 + 0.1 * 8)              # 12 queries, 4 of them matched
+        whole = whole + 2 * label + 5 * bce / 4 + 5 * dice / 4
+    torch.testing.assert_close(ours, whole)
+    tensors = [mask_features, *(t for layer in layers for t in layer)]
+    for a, b in zip(torch.autograd.grad(ours, tensors, retain_graph=True), torch.autograd.grad(whole, tensors)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_set_loss_does_not_depend_on_the_order_of_segments():
-    layers = tiny_head()(features())
+    layers, mask_features = tiny_head()(features())
     swapped = torch.tensor([0, 2, 1, 3])[quarters().long()].int()
     def loss(segment_map, labels):
         targets = [Target(torch.tensor(labels), segment_map)] * 2
-        return {k: v.item() for k, v in set_loss(layers, targets, TINY.loss, torch.Generator().manual_seed(0)).items()}
+        return {k: v.item() for k, v in set_loss(layers, mask_features, targets, TINY.loss, draws()).items()}
     assert loss(quarters(), [0, 1, 2]) == pytest.approx(loss(swapped, [1, 0, 2]), rel=1e-5)
 
 
@@ -192,7 +227,7 @@ def test_set_loss_without_any_segment_is_finite_and_reaches_every_parameter(mask
     head = tiny_head()
     none = torch.zeros(0, dtype=torch.int64)
     target = Target(none, masks=torch.zeros(0, 8, 8, dtype=torch.bool)) if masks else Target(none, torch.zeros(8, 8, dtype=torch.int32))
-    losses = set_loss(head(features()), [target] * 2, TINY.loss)
+    losses = set_loss(*head(features()), [target] * 2, TINY.loss, draws())
     sum(losses.values()).backward()
     assert losses["mask"] == 0 and losses["dice"] == 0 and losses["class"] > 0
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
@@ -203,7 +238,7 @@ def test_dewa_loss_gives_the_class_head_a_gradient_of_exactly_zero():
     masks = torch.zeros(8, 8, 8, dtype=torch.bool)                                           # 8 masks for 6 queries, overlapping
     for k in range(8):
         masks[k, :k + 1] = True
-    sum(set_loss(head(features()), [Target(torch.zeros(8, dtype=torch.int64), masks=masks)] * 2, TINY.loss_dewa).values()).backward()
+    sum(set_loss(*head(features()), [Target(torch.zeros(8, dtype=torch.int64), masks=masks)] * 2, TINY.loss_dewa, draws()).values()).backward()
     grads = {name: p.grad.abs().sum().item() for name, p in head.named_parameters()}
     assert all(g == 0 for name, g in grads.items() if ".classify." in name) and grads["decoder.mask_embed.layers.2.weight"] > 0
 
@@ -443,9 +478,21 @@ def test_attention_equals_torch_multihead_attention_with_a_mask():
     torch.testing.assert_close(ours(q, kv, kv, allowed), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_weighted_samples_and_their_gradients_are_those_of_the_plain_formula(monkeypatch):
+    monkeypatch.setattr(m2f, "PART", 6 * 4 * 9 * 2)                                          # two of N at once, and one left over
+    g = torch.Generator().manual_seed(0)
+    value, grid, weights = torch.randn(5, 6, 3, 4, generator=g), torch.rand(5, 4, 9, 2, generator=g) * 2.4 - 1.2, torch.rand(5, 1, 4, 9, generator=g)
+    given = [t.requires_grad_() for t in (value, grid, weights)]
+    ours, plain = WeightedSamples.apply(*given), (F.grid_sample(value, grid, align_corners=False) * weights).sum(2)
+    torch.testing.assert_close(ours, plain)
+    change = torch.randn(ours.shape, generator=g)
+    for a, b in zip(torch.autograd.grad(ours, given, change), torch.autograd.grad(plain, given, change)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_query_looks_inside_its_mask_and_everywhere_if_its_mask_is_empty():
-    logits = torch.tensor([[[[1.0, -1.0], [-1.0, 1.0]], [[-1.0, -1.0], [-1.0, -1.0]]]])
-    assert attention_mask(logits, (2, 2))[0, 0].tolist() == [[True, False, False, True], [True] * 4]
+    embeddings, coarse = torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), torch.tensor([[[[1.0, -1.0], [-1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+    assert attention_mask(embeddings, coarse)[0, 0].tolist() == [[True, False, False, True], [True] * 4]
 
 
 def test_sine_position_depends_on_both_axes_and_ends_at_one_turn():
@@ -455,10 +502,10 @@ def test_sine_position_depends_on_both_axes_and_ends_at_one_turn():
 
 
 def test_the_decoder_predicts_after_every_layer_and_once_before():
-    layers = tiny_head()(features())
+    layers, mask_features = tiny_head()(features())
     assert len(layers) == TINY.decoder_layers + 1
-    assert all(c.shape == (2, 6, 4) and m.shape == (2, 6, 16, 16) for c, m in layers)
-    linear = tiny_head(dataclasses.replace(TINY, classifier="linear"))(features())
+    assert all(c.shape == (2, 6, 4) and mask_logits(e, mask_features).shape == (2, 6, 16, 16) for c, e in layers)
+    linear, _ = tiny_head(dataclasses.replace(TINY, classifier="linear"))(features())
     assert linear[-1][0].shape == (2, 6, 4)
 
 
@@ -467,9 +514,9 @@ def test_the_last_prediction_alone_equals_the_last_of_all():
     with torch.no_grad():
         for parameter in head.decoder.mask_embed.parameters():
             parameter.mul_(3)                                                # masks that differ from query to query
-        every, last = head(features()), head(features(), last_only=True)
+        (every, mask_features), (last, _) = head(features()), head(features(), last_only=True)
     assert len(every) == 8 and len(last) == 1
-    masks = every[-1][1].sigmoid()
+    masks = mask_logits(every[-1][1], mask_features).sigmoid()
     assert (masks > 0.6).any() and (masks < 0.4).any()
     for a, b in zip(every[-1], last[0]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -684,7 +731,8 @@ def test_poly_schedule_and_clipping_of_the_whole_gradient():
     cfg = dataclasses.replace(Config(), lr=1.0, clip_norm=0.5)
     optimizer = optim.build_optimizer(layer, cfg)
     assert optim.set_lr(optimizer, 0, 100, cfg) == 1.0 and optim.set_lr(optimizer, 50, 100, cfg) == pytest.approx(0.5 ** 0.9)
-    norm = optim.descend(optimizer, (layer.weight * torch.tensor([[3.0, 4.0]])).sum(), cfg)
+    (layer.weight * torch.tensor([[3.0, 4.0]])).sum().backward()
+    norm = optim.descend(optimizer, cfg)
     assert norm == pytest.approx(5.0) and layer.weight.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
@@ -986,7 +1034,7 @@ def test_cutmix_of_images_and_labels_uses_the_same_box(small_mini):
 def test_pseudo_labels_obey_the_clip_switch():
     teacher = tiny_segmenter().teacher()
     f = teacher.backbone(torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8))
-    class_logits, mask_logits = teacher.head(f)[-1]
+    class_logits, mask_logits = teacher(f)
     decoder = teacher.posterior(f, class_logits, mask_logits, 1.0)
     torch.testing.assert_close(decoder, class_logits.softmax(-1))
     assert not torch.allclose(teacher.posterior(f, class_logits, mask_logits, 0.6), decoder)
