@@ -33,9 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import datasets
+import dewa
 import foundation
 from clip_ensemble import ClipBackbone, Vocabulary
-from config import OFFICIAL
+from config import OFFICIAL, Config
 from data import DataSet, Labeled, LabeledBatches, PanopticFolder, SemiSupervisedBatches, Taxonomy, Unlabeled
 from matcher import Target
 from mean_teacher import pseudo_labels, train_step
@@ -56,11 +57,11 @@ class Skipped(Exception):
 
 # ------------------------------------------------------------------------------------------------------- the two sides
 
-def our_models(classes: int = CLASSES) -> tuple[Segmenter, Segmenter]:
+def our_models(classes: int = CLASSES, cfg: Config = OFFICIAL) -> tuple[Segmenter, Segmenter]:
     torch.manual_seed(0)
     clip, _ = foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="random"))
     vocabulary = Vocabulary(F.normalize(torch.randn(classes * NAMES_A_CLASS, clip.visual.head.proj.out_features), dim=-1), [NAMES_A_CLASS] * classes)
-    student = Segmenter(ClipBackbone(clip), vocabulary, OFFICIAL, classes)
+    student = Segmenter(ClipBackbone(clip), vocabulary, cfg, classes)
     return student, student.teacher()
 
 
@@ -145,9 +146,11 @@ def _things(classes: int) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-def our_step(side: int = 256, images: int = 2, classes: int = CLASSES, segments: int = 10, precision: torch.dtype = torch.float32) -> Callable:
-    student, teacher = our_models(classes)
-    optimizer, things, cfg = build_optimizer(student, OFFICIAL), _things(classes), dataclasses.replace(OFFICIAL, crop=side)
+def our_step(side: int = 256, images: int = 2, classes: int = CLASSES, segments: int = 10, queries: int = OFFICIAL.num_queries,
+             precision: torch.dtype = torch.float32) -> Callable:
+    cfg = dataclasses.replace(OFFICIAL, crop=side, num_queries=queries)
+    student, teacher = our_models(classes, cfg)
+    optimizer, things = build_optimizer(student, cfg), _things(classes)
     batches = [made_batch(side, classes, images, segments, t) for t in range(5)]
     return lambda t: train_step(student, teacher, optimizer, *batches[t], things, cfg, t, precision=precision)
 
@@ -292,6 +295,40 @@ def our_unlabeled_sample(root: Path) -> Callable:
     return lambda t: [batches._two_views(batches.rng(t, k)) for k in range(10)]
 
 
+def our_loading(root: Path, images: int) -> Callable:
+    """Labelled batches of a data set of so many images; all of them are one picture."""
+    path = _made_folder(root, 1, 480, 640, 10, "true")
+    content = json.loads(path.read_text())
+    for part, key in (("images", "id"), ("annotations", "image_id")):
+        content[part] = [{**content[part][0], key: i} for i in range(images)]
+    path.write_text(json.dumps(content))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)).save(root / "0.jpg")
+    folder = PanopticFolder(path, root, root / "true", data.read_taxonomy(path))
+    batches = LabeledBatches(DataSet("made", folder.taxonomy, folder, folder, list(range(images)), []), OFFICIAL, 1000)
+    return lambda t: batches[t]
+
+
+def _sam():
+    """SAM with ViT-B and random weights, asked at 4 x 4 points, and a picture; nothing is thrown away for being uncertain."""
+    from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+    torch.manual_seed(0)
+    generator = SamAutomaticMaskGenerator(sam_model_registry["vit_b"](), points_per_side=4, pred_iou_thresh=-1e9, stability_score_thresh=0.0)
+    return generator, np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+
+
+def our_sam(root: Path) -> Callable:
+    generator, picture = _sam()
+    picture = Image.fromarray(picture)
+    picture.save(root / "0.png")
+    images = data.ImageFolder(root)
+    return lambda t: dewa.generate_masks(images, generator, root / str(t))
+
+
+def their_sam() -> Callable:
+    generator, picture = _sam()
+    return torch.no_grad()(lambda t: generator.generate(picture))
+
+
 def decoding(root: Path, maps: bool) -> Callable:
     dataset = _big_photo(root)
     paths = [root / "0.jpg", *([root / "true" / "0.png"] if maps else [])]
@@ -374,14 +411,25 @@ WORKS = {
                    "decoding JPEG and PNG", 5, "2.5"),
     "views": Work("10 pairs of unlabelled views, 640 crop, from 1.5 megapixels", lambda o, r: our_unlabeled_sample(r), lambda o, r: decoding(r, False),
                   "decoding the JPEG", 5, "2.5"),
+    "sam": Work("SAM's masks of one image of 480 x 640, ViT-B, 4 x 4 points", lambda o, r: our_sam(r), lambda o, r: their_sam(), "segment_anything", 2, "1"),
     "index": Work("a panoptic JSON of COCO's size", lambda o, r: index(r), goal="20 s, 300 MB a worker"),
 }
+ONE = dict(images=1, side=256)                                     # the step whose cost grows: 1 labelled + 1 unlabelled image
+GROWTH = {
+    "images of the data set: a labelled batch": ((100, 1_000, 10_000, 100_000), lambda n: lambda o, r: our_loading(r, n)),
+    "classes: a step": ((20, 150, 1_000), lambda n: lambda o, r: our_step(**ONE, classes=n)),
+    "queries: a step": ((100, 200, 400), lambda n: lambda o, r: our_step(**ONE, queries=n)),
+    "segments an image: a step": ((5, 50, 300), lambda n: lambda o, r: our_step(**ONE, segments=n)),
+    "pixels of the crop's side: a step": ((256, 512, 640), lambda n: lambda o, r: our_step(**{**ONE, "side": n})),
+    "views, labelled and as many unlabelled: a step": ((1, 2, 4), lambda n: lambda o, r: our_step(**{**ONE, "images": n})),
+}
+GROWING = {f"{axis} {n}": Work(f"{axis}, {n:,}", make(n), repeats=2) for axis, (values, make) in GROWTH.items() for n in values}
 
 
 def measure(name: str, side: str, official: Path | None, threads: int, answer) -> None:
     """In a process of its own: seconds (median; the first call warms up), peak GB; for our side of a model's work also the arithmetic's time."""
     torch.set_num_threads(threads)
-    work = WORKS[name]
+    work = {**WORKS, **GROWING}[name]
     try:
         with tempfile.TemporaryDirectory() as folder:
             made = (work.ours if side == "ours" else work.peer)(official, Path(folder))
@@ -394,7 +442,7 @@ def measure(name: str, side: str, official: Path | None, threads: int, answer) -
                 made(t)
                 times.append(time.perf_counter() - clock)
             result = {"seconds": round(statistics.median(times[1:]), 4), "peak GB": peak_gb()}
-            if side == "ours" and ("step" in name or "inference" in name):
+            if side == "ours" and any(word in name for word in ("step", "inference")):
                 counter = FlopCounterMode(display=False)
                 with counter:
                     made(work.repeats)
@@ -446,11 +494,23 @@ def row(name: str, ours: dict, peer: dict | None) -> str:
     return f"| {work.title} | {shown(ours)}{'; ' + more if more else ''} | {work.peer_name + ': ' + shown(peer) if peer else ''} | {ratio} | {limit} | {work.goal} |"
 
 
+def growth_tables(threads: int) -> dict:
+    """Time and memory along each axis, beside the arithmetic; every point in a process of its own."""
+    results = {}
+    for axis, (values, _) in GROWTH.items():
+        print(f"\n| {axis} | seconds | arithmetic alone | peak GB |\n|---|---|---|---|", flush=True)
+        for n in values:
+            r = results[f"{axis} {n}"] = alone(f"{axis} {n}", "ours", None, threads)
+            print(f"| {n:,} | {r.get('seconds', r.get('failed'))} | {r.get('limit', '')} | {r.get('peak GB', '')} |", flush=True)
+    return results
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default=",".join(WORKS), help="; ".join(f"{n}: {w.title}" for n, w in WORKS.items()))
     p.add_argument("--official", type=Path, help="a clone of the official code, to measure beside")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--growth", action="store_true", help="instead: how time and memory grow with data set, classes, queries, segments, crop and views")
     p.add_argument("--json", type=Path, help="write the figures to this file")
     args = p.parse_args()
     chosen = args.only.split(",")
@@ -459,6 +519,11 @@ def main() -> int:
         p.error(f"unknown work '{unknown[0]}'; available: {', '.join(WORKS)}")
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": args.threads}
     print("machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()))
+    if args.growth:
+        results = growth_tables(args.threads)
+        if args.json:
+            args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        return int(any("failed" in r for r in results.values()))
     print("\n| work | ours | peer | ratio | limit | goal |\n|---|---|---|---|---|---|", flush=True)
     results = {}
     for name in chosen:
