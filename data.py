@@ -11,6 +11,7 @@ import colorsys
 import json
 import os
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -27,6 +28,7 @@ from matcher import Target
 PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
 IGNORE = -1                            # semantic ground truth: no class
 CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
+GRACE = 10                             # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
 
 
@@ -571,12 +573,20 @@ def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
 
 
 def loader(batches: Batches, start: int, workers: int):
-    """Iterate over batches start, start + 1, ... with loader processes."""
+    """Iterate over batches start, start + 1, ... with loader processes, which end when the generator is closed."""
     try:
         yield from torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=_as_it_is,
-                                               num_workers=workers, prefetch_factor=2 if workers else None)
+                                               num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=_await_the_parent)
+        return
     except UserError as error:         # a worker's error arrives with its traceback as text
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        words = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+    raise UserError(words)             # not from within: the first error would keep the loader processes alive
+
+
+def _await_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: a loader process ends a little later, when the parent knows as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def _as_it_is(batch):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_atomic
+from checkpoint import claim, release, write_atomic
 from config import Config, UserError
 from data import Batches, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
 from losses import set_loss
@@ -28,14 +28,17 @@ TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))         
 # ------------------------------------------------------------------------------------------------ masks on disk
 
 def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
-    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was.
+    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was;
+    a file that was cut short is made again.
 
     Args:
         images: has len, name(i) and image(i) (`data.MiniImages`, `data.PanopticFolder`).
         generator: a segment_anything.SamAutomaticMaskGenerator.    folder: of the JSON files.
     Returns: the number of images segmented now.
     """
-    todo = [i for i in range(len(images)) if redo or not mask_file(folder, images.name(i)).exists()]
+    todo = [i for i in range(len(images)) if redo or not is_whole(mask_file(folder, images.name(i)))]
+    if todo:
+        claim(folder)
     for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True):
         image = np.asarray(images.image(i))
         with torch.inference_mode():
@@ -48,7 +51,16 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
                                     "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
                                    for k, m in enumerate(found, 1)]}
         write_atomic(mask_file(folder, images.name(i)), json.dumps(content).encode())
+    release(folder)
     return len(todo)
+
+
+def is_whole(path: Path) -> bool:
+    """There is a file of masks, and not a part of one (copied by halves, or from a tool that does not write whole files)."""
+    try:
+        return "annotations" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def mask_file(folder: Path, name: str) -> Path:
@@ -151,6 +163,6 @@ def dewa_step(model: Segmenter, optimizer: torch.optim.Optimizer, batch: Labeled
         layers = model(batch.images)
     losses = set_loss(layers, batch.targets, cfg.loss_dewa, generator)
     loss = sum(losses.values())
-    require_finite(loss, step, batch.names, **losses)
+    require_finite(loss, **losses)
     norm = descend(optimizer, loss, cfg)
     return {"loss": float(loss.detach()), "mask": float(losses["mask"].detach()), "dice": float(losses["dice"].detach()), "grad_norm": norm}

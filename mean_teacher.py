@@ -48,7 +48,7 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
     losses_u = set_loss(layers_u, pseudo, cfg.loss, generator) if layers_u else {}           # Eq. (3)
     loss = sum(losses_l.values()) + cfg.lambda_u * sum(losses_u.values())                    # Eq. (1)
     terms = {f"labeled/{k}": v.detach() for k, v in losses_l.items()} | {f"unlabeled/{k}": v.detach() for k, v in losses_u.items()}
-    require_finite(loss, step, labeled.names + (unlabeled.names if unlabeled else []), **terms)
+    require_finite(loss, **terms)
     # 4 student by gradient, then teacher by average
     norm = descend(optimizer, loss, cfg)
     if teacher is not None:

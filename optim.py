@@ -4,6 +4,8 @@ Source: the official training scripts. Norm layers and nn.Embedding weights have
 level_embed of the pixel decoder) do. A trained backbone learns at a fraction of the rate.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -33,21 +35,26 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, cfg: Config) -> float:
-    """One step down the gradient of the loss, whose total L2 norm is clipped. Returns the norm before clipping."""
+    """One step down the gradient of the loss, whose total L2 norm is clipped. Returns the norm before clipping.
+
+    Raises: NotFinite if that norm is not, with weights and optimiser untouched: clipped, an infinite gradient is NaN.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, cfg.clip_norm)
+    norm = float(nn.utils.clip_grad_norm_(params, cfg.clip_norm))
+    if not math.isfinite(norm):
+        raise NotFinite(f"norm of the gradient is {norm}")
     optimizer.step()
-    return float(norm)
+    return norm
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a weight became NaN or infinite."""
+    """A loss, a gradient or a weight became NaN or infinite; `trainer.Run` adds the step and its images."""
 
 
-def require_finite(loss: Tensor, step: int, names: list[str], **terms: Tensor) -> None:
-    """Raise NotFinite, naming the step, the terms and the images, before a NaN reaches the weights."""
+def require_finite(loss: Tensor, **terms: Tensor) -> None:
+    """Raise NotFinite, naming the terms, before a NaN reaches the weights."""
     if not torch.isfinite(loss):
         listed = ", ".join(f"{name} {float(term):.3g}" for name, term in terms.items())
-        raise NotFinite(f"step {step}: loss is {float(loss)} ({listed}); images: {', '.join(names)}")
+        raise NotFinite(f"loss is {float(loss.detach())} ({listed})")
