@@ -1514,6 +1514,7 @@ def fork(main, output):
     def target():
         torch.set_num_threads(1)                                                              # no OpenMP after a fork
         os.setpgrp()                                                                          # so that a test can signal it with its loader processes
+        signal.signal(signal.SIGINT, signal.default_int_handler)                              # a shell's background jobs ignore it, and so do theirs
         with open(output, "w", buffering=1) as sys.stdout:
             sys.stderr = sys.stdout
             os.dup2(sys.stdout.fileno(), 2)
