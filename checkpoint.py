@@ -1,12 +1,18 @@
-"""Files that hold a run: written whole or not at all, hashed, and read without executing anything.
+"""Files that hold a run: written whole or not at all, hashed, read without executing anything, and by one writer at a time.
 
-A checkpoint is NAME_STEP.pt, a plain torch file, beside NAME_STEP.pt.sha256. The two newest are kept.
+A checkpoint is step_STEP.pt, a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one file, so that content and
+sum cannot part. The two newest are kept. Who writes into a folder holds its file `lock`, which names process and host; the lock itself is
+the kernel's, so it ends with the process however that ends, and a process number that is used again means nothing.
 """
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import socket
+import tempfile
 from pathlib import Path
 from typing import Callable
 
@@ -17,10 +23,17 @@ from safetensors.torch import save as save_tensors
 
 from config import UserError
 
+try:
+    import fcntl
+except ImportError:                    # not on Windows: no locks there
+    fcntl = None
+
 KEEP = 2                               # checkpoints of a run
+MARK = b"sha256:"                      # a zip comment of ours: the mark, then 64 hexadecimal digits
+_held: dict[tuple[int, Path], object] = {}         # open lock files by process and folder: to close one of two would release both
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part, whenever the power goes."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,22 +45,72 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact") from None
+    with contextlib.suppress(OSError):             # the new name is on the disk too, where folders can be synchronised
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder, and raise UserError if no file can be written there: asked before hours of work, not after them."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}), expected a folder for results; choose another with --out or --runs") from None
+
+
+def claim(folder: Path) -> None:
+    """Be the one writer of a folder until `release` or the end of the process; remove what a killed writer left half-written.
+
+    Raises: UserError if the folder cannot be written, or another process holds it (on a network disk: of any machine).
+    """
+    require_writable(folder)
+    folder = Path(folder).resolve()
+    if fcntl and (os.getpid(), folder) not in _held:
+        file = open(folder / "lock", "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(f"{folder}: {file.read().strip() or 'another process'} is writing there; wait for it, or choose another folder with --out") from None
+            print(f"warning: {folder}: cannot be locked ({error.strerror}); make sure that no other process writes there")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        _held[os.getpid(), folder] = file
+    for stray in folder.rglob(".*.[0-9]*.tmp"):
+        stray.unlink(missing_ok=True)
+
+
+def release(folder: Path) -> None:
+    """Let others write into a folder. The lock file stays, empty: to remove it would let two processes lock two files of one name."""
+    file = _held.pop((os.getpid(), Path(folder).resolve()), None)
+    if file:
+        file.truncate(0)
+        file.close()
 
 
 def save(folder: Path, step: int, state: dict) -> Path:
-    """Write folder/step_STEP.pt and its hash, then remove all but the newest KEEP."""
+    """Write folder/step_STEP.pt, then remove all but it and the newest KEEP - 1 before it (one of a later step is a damaged one)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
+    with buffer.getbuffer() as content:
+        assert content[-2:] == b"\0\0", "a zip without a comment ends with the comment's length, 0"
+        comment = MARK + hashlib.sha256(content[:-2]).hexdigest().encode()
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(len(comment).to_bytes(2, "little") + comment)
     path = Path(folder) / f"step_{step:07d}.pt"
-    write_atomic(path.with_name(path.name + ".sha256"), hashlib.sha256(content).hexdigest().encode())
-    write_atomic(path, content)
-    for old in steps(folder)[:-KEEP]:
-        old.unlink()
-        old.with_name(old.name + ".sha256").unlink(missing_ok=True)
+    write_atomic(path, buffer.getbuffer())
+    kept = [old for old in steps(folder) if old <= path][-KEEP:]
+    for old in steps(folder):
+        if old not in kept:
+            old.unlink()
     return path
 
 
@@ -61,9 +124,10 @@ def load(path: Path) -> dict:
     path = Path(path)
     try:
         content = path.read_bytes()
-        digest = path.with_name(path.name + ".sha256")
-        if digest.exists() and digest.read_text().strip() != hashlib.sha256(content).hexdigest():
-            raise UserError(f"{path}: damaged, its SHA-256 differs from the one in {digest.name}")
+        comment, zipped = content[-len(MARK) - 64:], content.startswith(b"PK")
+        bare = zipped and content[-22:-18] == b"PK\5\6" and content.endswith(b"\0\0")         # a zip of others ends so, without a comment
+        if (comment.startswith(MARK) or zipped and not bare) and comment != MARK + hashlib.sha256(memoryview(content)[:-len(comment) - 2]).hexdigest().encode():
+            raise UserError(f"{path}: damaged, it does not end with its own SHA-256")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -74,12 +138,18 @@ def load(path: Path) -> dict:
 
 
 def newest(folder: Path) -> dict | None:
-    """The newest readable checkpoint of a run folder; None if there is none. A damaged one is said and passed over."""
-    for path in reversed(steps(folder)):
+    """The newest readable checkpoint of a run folder; None if there is none at all. A damaged one is said and passed over.
+
+    Raises: UserError if there are checkpoints and none can be read: to begin anew in silence would write over them.
+    """
+    found = steps(folder)
+    for path in reversed(found):
         try:
             return load(path)
         except UserError as error:
             print(f"warning: {error}; trying the one before")
+    if found:
+        raise UserError(f"{folder}: none of its {len(found)} checkpoints can be read; choose another folder with --out, or delete them to begin anew")
     return None
 
 
@@ -129,7 +199,7 @@ def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.
 
 @torch.no_grad()
 def load_weights(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], source: str, may_differ: tuple[str, ...] = ()) -> str:
-    """Copy weights into parameters by name. Returns a line that says how many were taken and which were not.
+    """Copy weights into parameters by name. Returns a line that says how many were taken, and which were not and why.
 
     may_differ: substrings of names that may be missing or of another shape (a linear class head after DeWa).
     Raises: UserError listing what does not fit; then nothing was copied.
@@ -139,14 +209,14 @@ def load_weights(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
     shapes = [n for n in into if n in weights and into[n].shape != weights[n].shape]
     left = [n for n in missing + shapes + extra if any(part in n for part in may_differ)]
     wrong = [n for n in missing + shapes + extra if n not in left]
+    def describe(n):
+        return (f"{n} is missing" if n in missing else f"{n} is not a parameter of this model" if n in extra else
+                f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}")
     if wrong:
-        def describe(n):
-            return (f"{n} is missing" if n in missing else f"{n} is not a parameter of this model" if n in extra else
-                    f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}")
         raise UserError(f"{source}: fits another configuration ({len(wrong)} parameters): {'; '.join(describe(n) for n in wrong[:3])}; "
                         f"use the flags it was trained with (see config.json beside it)")
     for name, param in into.items():
         if name not in left:
             param.copy_(weights[name])
     return f"{source}: {len(into) - len([n for n in left if n in into])} of {len(into)} tensors taken" + (
-        f"; not taken: {', '.join(left)}" if left else "")
+        f"; not taken: {'; '.join(map(describe, left))}" if left else "")

@@ -11,6 +11,7 @@ import colorsys
 import json
 import os
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -21,12 +22,14 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+import ranks
 from config import Config, UserError
 from matcher import Target
 
 PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
 IGNORE = -1                            # semantic ground truth: no class
 CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
+GRACE = 10                             # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
 
 
@@ -488,10 +491,15 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, steps: int):
         self.cfg, self.steps = cfg, steps
+        self.rank, self.ranks = ranks.rank(), ranks.count()                        # a loader process could not ask any more
         self._order = (None, [])       # the pass that was shuffled last
 
     def __len__(self) -> int:
         return self.steps
+
+    def slots(self, batch: int) -> range:
+        """The images of a batch that this rank takes."""
+        return ranks.share(batch, self.rank, self.ranks)
 
     def rng(self, *key) -> random.Random:
         return random.Random(repr((self.cfg.seed, type(self).__name__, *key)))
@@ -515,7 +523,7 @@ class LabeledBatches(Batches):
 
     def __getitem__(self, step: int) -> Labeled:
         images, targets, names = [], [], []
-        for slot in range(self.cfg.labeled_batch):
+        for slot in self.slots(self.cfg.labeled_batch):
             i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
             truth = self.dataset.train.truth(i)
             truth = truth.by_class() if self.cfg.labels == "semantic" else truth
@@ -538,7 +546,7 @@ class SemiSupervisedBatches(Batches):
         if step < self.burn_in:
             return self.labeled[step], None
         views, partners, boxes, names = [], [], [], []
-        for slot in range(self.cfg.unlabeled_batch):
+        for slot in self.slots(self.cfg.unlabeled_batch):
             rng = self.rng(step, slot)
             name, weak, strong = self._two_views(rng)
             _, partner_weak, partner_strong = self._two_views(rng)
@@ -571,12 +579,20 @@ def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
 
 
 def loader(batches: Batches, start: int, workers: int):
-    """Iterate over batches start, start + 1, ... with loader processes."""
+    """Iterate over batches start, start + 1, ... with loader processes, which end when the generator is closed."""
     try:
         yield from torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=_as_it_is,
-                                               num_workers=workers, prefetch_factor=2 if workers else None)
+                                               num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=_await_the_parent)
+        return
     except UserError as error:         # a worker's error arrives with its traceback as text
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        words = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+    raise UserError(words)             # not from within: the first error would keep the loader processes alive
+
+
+def _await_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: a loader process ends a little later, when the parent knows as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def _as_it_is(batch):

@@ -33,12 +33,13 @@ from evaluation import evaluate, flatten, frequency_groups, group_quality, poste
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
-from trainer import Run, differing
+from trainer import Run, Stopped, differing
 
 DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
 FORMATS = ("official", "safetensors")
+PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -152,6 +153,7 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
 def stage_masks(job: Job, cfg: Config) -> Path:
     """SAM's masks of all training images, labelled and unlabelled alike."""
     images, folder = load_images(job, cfg), job.out or job.runs / f"{job.name}-masks"
+    checkpoint.require_writable(folder)
     done = dewa.generate_masks(images, foundation.load_sam(cfg)(job.device), folder)
     print(f"{folder}: masks of {len(images)} images, {done} of them made now")
     return folder
@@ -181,7 +183,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     run = Run(folder, cfg, identity(job, "sup"), job.resume)
     start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
-    start_from(start, job.init, student)
+    run.notes = start_from(start, job.init, student)
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
     run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
@@ -206,7 +208,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     run = Run(folder, cfg, identity(job, job.method), job.resume)
     start = read_run(init) if init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
-    start_from(start, init, student)
+    run.notes = start_from(start, init, student)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     warm, models = init is not None, {"student": student, "teacher": teacher}
@@ -221,13 +223,14 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     state = job.state
     dataset = load_data(job, cfg)
     cfg = settle(cfg, dataset)
+    folder = job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
+    checkpoint.require_writable(folder)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
     student = build(job, cfg, dataset.taxonomy, state.get("clip"))
     require_classes(state, len(dataset.taxonomy), job.weights)
     models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
     for name, model in models.items():
         take(state, name, model, f"{job.weights} ({name})")
-    folder = job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
     finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, folder)
     return folder
 
@@ -237,10 +240,14 @@ def identity(job: Job, stage: str) -> dict:
     return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split}
 
 
-def start_from(state: dict, source: Path | None, student: Segmenter) -> None:
-    """Start from another run or file (DeWa), if there is one. A linear class head of another number of classes stays random."""
-    if state:
-        print(take(state, "student", student, str(source), may_differ=("decoder.classify.weight", "decoder.classify.bias")))
+def start_from(state: dict, source: Path | None, student: Segmenter) -> dict[str, str]:
+    """Start from another run or file (DeWa), if there is one: what was taken, for config.json. A linear class head of another number of
+    classes stays random."""
+    if not state:
+        return {}
+    taken = take(state, "student", student, str(source), may_differ=("decoder.classify.weight", "decoder.classify.bias"))
+    print(taken)
+    return {"init": taken}
 
 
 def take(state: dict, which: str, model: Segmenter, source: str, may_differ: tuple[str, ...] = ()) -> str:
@@ -345,6 +352,7 @@ def rung_config(cfg: Config, kind: str) -> Config:
 def stage_demo(job: Job, cfg: Config) -> Path:
     """All stages on the miniature world, a table, and a picture of what each rung sees."""
     require_language(cfg)
+    checkpoint.require_writable(job.out or job.runs)
     rows = [(rung.title, run_rung(job, cfg, rung)[rung.reading]) for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
     print("\n" + report.table(rows))
     dataset = load_data(job, cfg)
@@ -388,6 +396,7 @@ def stage_alpha(job: Job, cfg: Config) -> Path:
 def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
     """Every rung over several seeds, all readings, mean and standard deviation: two tables, and the raw figures in NAME.json."""
     require_language(cfg)
+    checkpoint.require_writable(job.out or job.runs)
     results: dict[str, list[dict]] = {}
     for seed in range(cfg.seed, cfg.seed + job.seeds):
         for rung in {r.run: r for r in rungs}.values():
@@ -421,6 +430,7 @@ def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
 def stage_zeroshot(job: Job, cfg: Config) -> Path:
     """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg)
+    checkpoint.require_writable(folder)
     require_files(dataset.val, range(len(dataset.val)), "validation")
     if foundation.is_timm(cfg.backbone):
         raise UserError(f"--stage zeroshot: backbone {cfg.backbone} has no text tower; expected an OpenCLIP ConvNeXt such as {', '.join(foundation.TAGS)}")
@@ -594,9 +604,17 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("stopped; go on with --resume", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        print(f"error: {error.name} is not installed, and --stage {args.stage} needs it; python3 -m pip install '{PACKAGES[error.name]}'", file=sys.stderr)
+        return 2
     return 0
 
 

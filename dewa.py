@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from checkpoint import write_atomic
+from checkpoint import claim, release, write_atomic
 from config import Config, UserError
 from data import Batches, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
 from losses import point_generators, set_loss
@@ -29,15 +29,19 @@ TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))         
 # ------------------------------------------------------------------------------------------------ masks on disk
 
 def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
-    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was.
+    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was;
+    a file that was cut short is made again.
 
     Args:
         images: has len, name(i) and image(i) (`data.MiniImages`, `data.PanopticFolder`).
         generator: a segment_anything.SamAutomaticMaskGenerator.    folder: of the JSON files.
-    Returns: the number of images segmented now.
+    Returns: the number of images segmented now, by all ranks: each takes its share.
     """
-    todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not mask_file(folder, images.name(i)).exists()]
-    for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True):
+    if ranks.rank() == 0:
+        claim(folder)
+    ranks.wait()                                   # what a killed writer left is removed before anybody writes
+    todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not is_whole(mask_file(folder, images.name(i)))]
+    for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0):
         image = np.asarray(images.image(i))
         with torch.inference_mode():
             found = generator.generate(image)
@@ -49,7 +53,17 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
                                     "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
                                    for k, m in enumerate(found, 1)]}
         write_atomic(mask_file(folder, images.name(i)), json.dumps(content).encode())
-    return len(todo)
+    done = sum(ranks.gather(len(todo)))            # after the last of them
+    release(folder)
+    return done
+
+
+def is_whole(path: Path) -> bool:
+    """There is a file of masks, and not a part of one (copied by halves, or from a tool that does not write whole files)."""
+    try:
+        return "annotations" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def mask_file(folder: Path, name: str) -> Path:
@@ -127,7 +141,7 @@ class DewaBatches(Batches):
 
     def __getitem__(self, step: int) -> Labeled:
         images, targets, names = [], [], []
-        for slot in range(self.cfg.dewa_batch):
+        for slot in self.slots(self.cfg.dewa_batch):
             i = self.pick(self.indices, step, slot, self.cfg.dewa_batch)
             name = self.images.name(i)
             image, masks = self.images.image(i), read_masks(self.folder, name)

@@ -36,7 +36,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     pq = {r: PanopticQuality(len(taxonomy)) for r in readings}
     miou = {r: MeanIoU(len(taxonomy)) for r in readings}
     count = min(limit or len(images), len(images))
-    bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True)
+    bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True, disable=ranks.rank() > 0)
     for group in _groups(images, range(ranks.rank(), count, ranks.count()), cfg):
         views = [resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group]
         batch = torch.stack([_pad_tensor(v) for v in views]).to(device)

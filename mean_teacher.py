@@ -55,11 +55,14 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
         terms |= {f"{name}/{k}": weight * v.detach() for k, v in losses.items()}
     # 4 student by gradient, then teacher by average
     terms = require_finite(terms)
+    loss = sum(terms.values())
     norm = descend(optimizer, cfg)
     if teacher is not None:
         update_teacher(teacher, student, ema_decay(step, cfg, warm))                         # Eq. (2)
-    segments = {"pseudo_segments": sum(map(len, pseudo)) / len(pseudo)} if unlabeled is not None else {}
-    return {"loss": sum(terms.values()), **terms, **segments, "grad_norm": norm}
+    if unlabeled is not None:
+        segments, images = ranks.total(torch.tensor([sum(map(len, pseudo)), len(pseudo)], dtype=torch.float32, device=device)).tolist()
+        terms["pseudo_segments"] = segments / images
+    return {"loss": loss, **terms, "grad_norm": norm}
 
 
 def backbone_features(student: Segmenter, teacher: Segmenter, labeled: Tensor, strong: Tensor, weak: Tensor):

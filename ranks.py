@@ -41,9 +41,10 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(n: int) -> range:
-    """This rank's part of 0 ... n-1, in one piece; parts differ by at most one."""
-    return range(rank() * n // count(), (rank() + 1) * n // count())
+def share(n: int, of: int | None = None, among: int | None = None) -> range:
+    """The part of 0 ... n-1 that this rank takes (or rank `of` of `among`), in one piece; parts differ by at most one."""
+    of, among = rank() if of is None else of, among or count()
+    return range(of * n // among, (of + 1) * n // among)
 
 
 def total(x: Tensor) -> Tensor:
@@ -72,6 +73,13 @@ def gather(value) -> list:
     values = [None] * count()
     dist.all_gather_object(values, value)
     return values
+
+
+def agree(tensors: list[Tensor]) -> None:
+    """Every tensor becomes that of rank 0."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def wait() -> None:

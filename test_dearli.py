@@ -1,15 +1,24 @@
 """Tests, in the order of the files. CPU, seeded, no network, no file outside the repository.
 
+test_fault_NN_... provokes a fault of the state of a run for real: a kill, a full disk, a cut file. `python test_dearli.py --soak 50` kills a run 50 times.
 Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared/data) and are skipped where it is absent.
 """
 
 import dataclasses
 import hashlib
+import http.server
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +43,7 @@ import microcosm
 import model as m2f
 import official
 import optim
+import trainer
 from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
@@ -146,7 +156,7 @@ def test_match_finds_the_query_that_draws_the_segment():
     assert queries.tolist() == [0, 1, 3] and segments.tolist() == [2, 0, 1]
 
 
-def test_match_with_more_segments_than_queries_uses_every_query_once():
+def test_fault_18_match_with_more_segments_than_queries_uses_every_query_once():
     [(queries, segments)] = match([torch.rand(2, 3)])
     assert queries.tolist() == [0, 1] and len(set(segments.tolist())) == 2
 
@@ -154,6 +164,16 @@ def test_match_with_more_segments_than_queries_uses_every_query_once():
 def test_match_of_several_costs_keeps_them_apart_and_without_segments_is_empty():
     first, second, third = match([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 0), torch.tensor([[5.0], [4.0], [6.0]])])
     assert [x.tolist() for x in (*first, *second, *third)] == [[0, 1], [1, 0], [], [], [1], [0]]
+
+
+def test_fault_14_a_cost_that_is_not_finite_gets_some_assignment_and_the_loss_says_so():
+    [(queries, segments)] = match([torch.tensor([[math.nan, math.inf], [-math.inf, 1.0]])])
+    assert sorted(segments.tolist()) == [0, 1] and queries.tolist() == [0, 1]
+    layers, mask_features = tiny_head()(features())
+    layers[0][0].data[0, 0, 0] = math.nan
+    losses = set_loss(layers, mask_features, [Target(torch.tensor([0, 1, 2]), quarters())] * 2, TINY.loss, draws())
+    with pytest.raises(optim.NotFinite, match="class nan"):
+        optim.require_finite(losses)
 
 
 def test_target_refuses_labels_and_masks_of_different_number():
@@ -223,7 +243,7 @@ def test_set_loss_does_not_depend_on_the_order_of_segments():
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_set_loss_without_any_segment_is_finite_and_reaches_every_parameter(masks):
+def test_fault_17_set_loss_without_any_segment_is_finite_and_reaches_every_parameter(masks):
     head = tiny_head()
     none = torch.zeros(0, dtype=torch.int64)
     target = Target(none, masks=torch.zeros(0, 8, 8, dtype=torch.bool)) if masks else Target(none, torch.zeros(8, 8, dtype=torch.int32))
@@ -276,7 +296,7 @@ def test_geometric_ensemble_at_its_ends_is_one_of_the_two_and_never_touches_void
         torch.testing.assert_close(ens.sum(-1), torch.ones(4, 7))
 
 
-def test_geometric_ensemble_survives_probabilities_that_are_zero_in_single_precision():
+def test_fault_15_geometric_ensemble_survives_probabilities_that_are_zero_in_single_precision():
     class_logits = torch.tensor([[0.0, -500.0, -1000.0], [-500.0, -400.0, 500.0]])
     for alpha in (0.0, 0.6, 1.0):
         ens = geometric_ensemble(class_logits, torch.tensor([[-900.0, 0.0], [900.0, 0.0]]), alpha).exp()
@@ -330,7 +350,7 @@ def test_text_embeddings_average_normalised_templates():
 
 # -------------------------------------------------------------------------------------------------------- foundation.py
 
-def test_a_download_is_checked_kept_and_missed_in_one_line(tmp_path):
+def test_fault_41_a_download_is_checked_kept_and_missed_in_one_line(tmp_path):
     content = b"weights" * 1000
     (tmp_path / "far").write_bytes(content)
     near, digest, far = tmp_path / "cache" / "w.pth", hashlib.sha256(content).hexdigest(), (tmp_path / "far").as_uri()
@@ -633,7 +653,7 @@ def test_crowd_and_vanished_segments_are_no_training_targets():
     assert target.labels.tolist() == [5, 8] and target.segment_map.tolist() == [[1, 0, 2]]
 
 
-def test_a_batch_depends_on_seed_and_step_only_and_not_on_workers(small_mini):
+def test_fault_28_a_batch_depends_on_seed_and_step_only_and_not_on_workers(small_mini):
     dataset = data.load_mini("4")
     cfg = dataclasses.replace(TINY, burn_in=0)
     alone = [data.SemiSupervisedBatches(dataset, cfg, 3)[s] for s in (2, 0, 1)]
@@ -991,7 +1011,7 @@ def test_teacher_is_the_average_of_the_student():
         torch.testing.assert_close(p, before[name] + 0.1, rtol=1e-5, atol=1e-6)
 
 
-def test_a_nan_in_the_student_never_reaches_the_teacher():
+def test_fault_13_a_nan_in_the_student_never_reaches_the_teacher():
     student = tiny_segmenter()
     teacher = student.teacher()
     student.head.decoder.query_feat.weight.data[0, 0] = math.nan
@@ -1079,7 +1099,7 @@ def test_a_semi_supervised_step_moves_student_and_teacher_and_leaves_a_frozen_ba
     assert all(torch.equal(p, student.trained()[k]) for k, p in teacher.trained().items())    # decay 0 at the first step
 
 
-def test_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypatch):
+def test_fault_17_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypatch):
     cfg = dataclasses.replace(TINY, burn_in=0)
     dataset = data.load_mini("4")
     student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
@@ -1090,7 +1110,7 @@ def test_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypatch):
     assert losses["unlabeled/mask"] == 0 and math.isfinite(losses["loss"]) and losses["pseudo_segments"] == 0
 
 
-def test_bf16_keeps_losses_in_single_precision(small_mini):
+def test_fault_15_bf16_keeps_losses_in_single_precision(small_mini):
     cfg = dataclasses.replace(TINY, burn_in=0)
     dataset = data.load_mini("4")
     batch, things = data.SemiSupervisedBatches(dataset, cfg, 1)[0], torch.tensor(dataset.taxonomy.things)
@@ -1433,29 +1453,7 @@ def test_stable_regions_find_discs_and_what_they_lie_on_without_any_label():
 
 # ------------------------------------------------------------------------------------------- checkpoint.py, trainer.py
 
-def test_the_newest_readable_checkpoint_is_found_when_the_newest_is_damaged(tmp_path, capsys):
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"step": step, "x": torch.arange(1000)})
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_0000002.pt", "step_0000003.pt"]
-    content = bytearray((tmp_path / "step_0000003.pt").read_bytes())
-    content[len(content) // 2] ^= 1                                                           # one flipped bit
-    (tmp_path / "step_0000003.pt").write_bytes(content)
-    assert checkpoint.newest(tmp_path)["step"] == 2 and "SHA-256" in capsys.readouterr().out
-    (tmp_path / "step_0000003.pt").write_bytes(content[:100])                                 # cut short
-    assert checkpoint.newest(tmp_path)["step"] == 2
-
-
-def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'owned'}",)
-    torch.save({"step": Evil()}, tmp_path / "step_0000001.pt")
-    with pytest.raises(UserError, match="read safely"):
-        checkpoint.load(tmp_path / "step_0000001.pt")
-    assert not (tmp_path / "owned").exists()
-
-
-def test_weights_of_another_configuration_are_refused_and_nothing_is_copied():
+def test_fault_09_weights_of_another_configuration_are_refused_and_nothing_is_copied():
     into = {"a": torch.zeros(2), "b": torch.zeros(3)}
     with pytest.raises(UserError, match=r"b: expected \(3,\), found \(4,\)"):
         checkpoint.load_weights(into, {"a": torch.ones(2), "b": torch.ones(4)}, "file.pt")
@@ -1567,33 +1565,407 @@ def run(*args):
     return dearli.main([str(a) for a in args] + TINY_FLAGS)
 
 
-def test_a_stopped_and_resumed_run_takes_the_same_steps_bit_for_bit(small_mini, tmp_path, monkeypatch):
-    common = ["--stage", "ssl", "--method", "dear", "--no-eval", "--steps", 6, "--checkpoint-every", 2]
-    assert run(*common, "--out", tmp_path / "straight") == 0
-    calls = []
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return mean_teacher.train_step(*args, **kwargs)
-    monkeypatch.setattr(dearli, "train_step", killed)
-    assert run(*common, "--out", tmp_path / "stopped") == 130                                 # in the fourth step; saved after the second
-    monkeypatch.setattr(dearli, "train_step", mean_teacher.train_step)
-    assert run(*common, "--out", tmp_path / "stopped", "--resume") == 0
-    straight, stopped = (checkpoint.newest(tmp_path / name) for name in ("straight", "stopped"))
-    assert straight["step"] == stopped["step"] == 6 and log_of(tmp_path / "straight") == log_of(tmp_path / "stopped")
-    for part in ("student", "teacher"):
-        assert all(torch.equal(p, stopped[part][name]) for name, p in straight[part].items())
-    assert run(*common, "--out", tmp_path / "stopped", "--resume", "--lr", "0.5") == 2        # another configuration
-    assert run(*common, "--out", tmp_path / "stopped") == 2                                   # a run is there already
+# ------------------------------------------------------- the state of a run: what it must survive, each by the fault itself
+
+def fork(main, output):
+    """main() in a process of its own, which has everything loaded; what it says goes to a file. Its return value is the exit code."""
+    def target():
+        torch.set_num_threads(1)                                                              # no OpenMP after a fork
+        os.setpgrp()                                                                          # so that a test can signal it with its loader processes
+        signal.signal(signal.SIGINT, signal.default_int_handler)                              # a shell's background jobs ignore it, and so do theirs
+        with open(output, "w", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            os.dup2(sys.stdout.fileno(), 2)
+            sys.exit(main())
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_five_in_a_row_stop_the_run(small_mini, tmp_path, monkeypatch, capsys):
-    def broken(student, *args, **kwargs):
-        raise optim.NotFinite("step 0: loss is nan (mask nan); images: train_00001.png")
-    monkeypatch.setattr(dearli, "train_step", broken)
-    assert run("--stage", "sup", "--no-eval", "--steps", 9, "--out", tmp_path / "run") == 2
-    assert "train_00001.png" in capsys.readouterr().err
+def ended(process, seconds=60):
+    """The exit code of a forked process, none of whose own processes is left."""
+    process.join(seconds)
+    assert process.exitcode is not None, "it hangs"
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return process.exitcode
+        time.sleep(0.1)
+    pytest.fail("a loader process is left")
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.0005)
+
+
+def same(a, b):
+    """Two states of a run, all tensors bit for bit; the time is what it is."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("time", "workers"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+SSL = ["--stage", "ssl", "--method", "dear", "--no-eval"]
+
+
+def test_fault_01_08_a_kill_while_saving_leaves_a_whole_checkpoint_and_strays_are_removed(tmp_path):
+    def save_for_ever():
+        checkpoint.claim(tmp_path)
+        for step in range(1, 10 ** 6):
+            checkpoint.save(tmp_path, step, {"step": step, "student": torch.full((10 ** 6,), float(step)), "teacher": torch.full((10 ** 6,), float(step))})
+    torn = 0
+    for kill in range(6):
+        process = fork(save_for_ever, tmp_path / "said.txt")
+        try:
+            wait_for(lambda: checkpoint.steps(tmp_path) and any(p.suffix == ".tmp" for p in tmp_path.iterdir()))
+        finally:
+            process.kill()
+        assert ended(process) == -signal.SIGKILL
+        torn += any(p.suffix == ".tmp" for p in tmp_path.iterdir())
+        state = checkpoint.newest(tmp_path)
+        assert state["student"].eq(state["step"]).all() and state["teacher"].eq(state["step"]).all()     # of one step, both
+        assert len(checkpoint.steps(tmp_path)) <= checkpoint.KEEP + 1
+    assert torn > 0, "no kill was in the middle of a write"
+    checkpoint.claim(tmp_path)
+    checkpoint.release(tmp_path)
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fault_02_a_signal_finishes_the_step_saves_and_says_so_also_with_loader_processes(number, code, small_mini, tmp_path, monkeypatch):
+    train_step = mean_teacher.train_step
+    def step(*args, **kwargs):
+        if args[7] == 2:
+            os.killpg(os.getpgrp(), number)                                                   # as a terminal and a scheduler do: to all of the group
+            time.sleep(0.5)
+        return train_step(*args, **kwargs)
+    monkeypatch.setattr(dearli, "train_step", step)
+    process = fork(lambda: run(*SSL, "--steps", 9, "--workers", 2, "--out", tmp_path / "run"), tmp_path / "said.txt")
+    assert ended(process) == code
+    said = (tmp_path / "said.txt").read_text()
+    assert f"stopped at step 3 of 9 by {signal.Signals(number).name}; go on with --resume" in said and "Traceback" not in said
+    assert checkpoint.newest(tmp_path / "run")["step"] == len(log_of(tmp_path / "run")) == 3
+    assert not (tmp_path / "run" / "lock").read_text()
+
+
+def test_fault_03_a_full_disk_is_named_and_leaves_checkpoint_and_log_whole(small_mini, tmp_path, monkeypatch):
+    import resource
+    folder, train_step = tmp_path / "run", mean_teacher.train_step
+    for full, limit, words in ((3, 100_000, "step_0000004.pt: cannot be written (File too large)"), (2, 50, "log.jsonl: cannot be written (File too large)")):
+        def step(*args, **kwargs):
+            if args[7] == full:
+                log = (folder / "log.jsonl").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (log + limit, resource.RLIM_INFINITY))
+            return train_step(*args, **kwargs)
+        monkeypatch.setattr(dearli, "train_step", step)
+        process = fork(lambda: run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", folder), tmp_path / "said.txt")
+        assert ended(process) == 2
+        said = (tmp_path / "said.txt").read_text()
+        assert f"error: {folder}/{words}" in said and "Traceback" not in said
+        assert checkpoint.newest(folder)["step"] == 2 and not [p for p in folder.iterdir() if p.suffix == ".tmp"]
+        text = (folder / "log.jsonl").read_text()
+        assert text.endswith("}\n") and [row["step"] for row in log_of(folder)] == list(range(4 if full == 3 else 2))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("args", [["sup"], ["ssl", "--method", "dear"], ["zeroshot", "--masks", "gt"], ["ladder"], ["masks"]])
+def test_fault_04_an_output_folder_that_cannot_be_written_is_refused_before_any_model_is_built(args, small_mini, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for name in ("load_sam", "load_clip"):
+        monkeypatch.setattr(foundation, name, lambda *a: pytest.fail("a model was built"))
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run("--stage", *args, "--out", out) == 2
+        message = capsys.readouterr().err
+        assert f"{out}: cannot be written" in message and message.count("\n") == 1
+
+
+def test_fault_05_06_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(tmp_path, capsys):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step, "x": torch.arange(1000)})
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_0000002.pt", "step_0000003.pt"]
+    path = tmp_path / "step_0000003.pt"
+    whole = path.read_bytes()
+    assert torch.load(path, weights_only=True)["x"].sum() == 499500                           # a plain torch file all the same
+    for place in (*range(0, len(whole) - 75, 97), *range(len(whole) - 64, len(whole))):       # one flipped bit, wherever it is
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        assert checkpoint.newest(tmp_path)["step"] == 2 and f"{path}: damaged" in capsys.readouterr().out
+    for size in (0, 1, 100, *range(len(whole) - 95, len(whole))):                             # cut short, also within the sum
+        path.write_bytes(whole[:size])
+        assert checkpoint.newest(tmp_path)["step"] == 2 and f"warning: {path}: " in capsys.readouterr().out
+    checkpoint.save(tmp_path, 2, {"step": 2})                                                 # going on from 2: the damaged one goes, not the good one
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_0000001.pt"]
+    (tmp_path / "step_0000001.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 1 checkpoints can be read; choose another folder"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stage", ["dewa", "sup", "ssl"])
+def test_fault_07_a_run_that_is_stopped_at_every_step_equals_one_that_is_not_bit_for_bit(stage, workers, small_mini, tmp_path, monkeypatch):
+    if stage == "dewa":
+        dewa.generate_masks(data.load_mini("4").train, FakeSam(), tmp_path / "masks")
+    module, name, place = (dewa, "dewa_step", 4) if stage == "dewa" else (dearli, "train_step", 7)
+    step_fn, stop_at = getattr(module, name), []
+    def step(*args, **kwargs):
+        if args[place] in stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {**step_fn(*args, **kwargs), "drawn": torch.rand(()).item()}                    # as drop path of a trained backbone draws
+    monkeypatch.setattr(module, name, step)
+    args = ["--stage", stage, "--method", "dear", "--no-eval", "--masks", tmp_path / "masks", "--steps", 4, "--workers", workers]
+    assert run(*args, "--out", tmp_path / "straight") == 0
+    stop_at += [0, 1, 2]
+    for step in range(4):
+        assert run(*args, "--out", tmp_path / "stopped", "--resume") == (143 if step < 3 else 0)
+        assert checkpoint.newest(tmp_path / "stopped")["step"] == step + 1
+    assert same(checkpoint.newest(tmp_path / "straight"), checkpoint.newest(tmp_path / "stopped"))
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "stopped")
+    times = [json.loads(line)["time"] for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert times == sorted(times) and times[0] > 0                                            # of all sessions together
+
+
+def test_fault_07_killed_again_and_again_a_run_ends_as_one_that_was_not(small_mini, tmp_path):
+    assert soak(4, tmp_path, seed=0)["kills"] == 4
+
+
+def test_fault_09_another_configuration_is_refused_with_its_keys_and_more_steps_are_said(small_mini, tmp_path, capsys):
+    out = ["--out", tmp_path / "run"]
+    assert run(*SSL, *out, "--steps", 2) == 0
+    assert run(*SSL, *out, "--steps", 2) == 2 and "holds a run already; go on with --resume" in capsys.readouterr().err
+    config, state = (tmp_path / "run" / "config.json").read_bytes(), checkpoint.newest(tmp_path / "run")
+    assert dearli.main([str(a) for a in [*SSL, *out, "--resume", *TINY_FLAGS, "--split", 5, "--method", "ssl", "--lr", 0.5, "--num-queries", 7]]) == 2
+    message = capsys.readouterr().err
+    for words in ("stage: dear there, ssl now", "split: 4 there, 5 now", "lr: 0.0006 there, 0.5 now", "num_queries: 8 there, 7 now"):
+        assert words in message
+    assert (tmp_path / "run" / "config.json").read_bytes() == config and same(checkpoint.newest(tmp_path / "run"), state)
+    assert run(*SSL, *out, "--steps", 2, "--resume") == 0 and "finished at step 2, nothing to do" in capsys.readouterr().out
+    (tmp_path / "run" / "metrics.json").touch()                                               # of the first two steps
+    assert run(*SSL, *out, "--steps", 3, "--resume") == 0
+    assert "2 steps were taken on the schedule of 2, the rest follows that of 3" in capsys.readouterr().out
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [0, 1, 2] and not (tmp_path / "run" / "metrics.json").exists()
+    torch.save({"model": {}}, tmp_path / "run" / "step_0000009.pt")
+    assert run(*SSL, *out, "--steps", 3, "--resume") == 2 and "is not a checkpoint of a run" in capsys.readouterr().err
+
+
+def test_fault_10_what_was_taken_from_dewa_is_said_and_kept(small_mini, tmp_path, capsys):
+    dewa.generate_masks(data.load_mini("4").train, FakeSam(), tmp_path / "mini-masks")
+    runs = ["--runs", tmp_path, "--classifier", "linear"]
+    assert run("--stage", "dewa", *runs, "--steps", 1) == 0
+    assert run("--stage", "ssl", "--method", "dearli", "--no-eval", *runs, "--steps", 1) == 0
+    kept = json.loads((tmp_path / "mini-dearli-4" / "config.json").read_text())["init"]
+    assert kept in capsys.readouterr().out and kept.startswith(f"{tmp_path / 'mini-dewa'}: ")
+    assert "tensors taken; not taken: " in kept and "classify.weight: expected (21, 32), found (2, 32)" in kept
+
+
+def test_fault_11_a_checkpoint_that_would_execute_code_is_refused(small_mini, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    evil = tmp_path / "run" / "step_0000001.pt"
+    checkpoint.save(evil.parent, 1, {"step": Evil(), "config": {}})                           # with a sum that fits, too
+    with pytest.raises(UserError, match="read safely"):
+        checkpoint.load(evil)
+    for args in (["ssl", "--method", "dear", "--out", evil.parent, "--resume"], ["ssl", "--init", evil], ["sup", "--pretrained", evil]):
+        assert dearli.main([str(a) for a in ["--runs", tmp_path / "runs", *TINY_FLAGS, "--stage", *args]]) == 2
+        assert "step_0000001.pt: not a checkpoint that can be read safely" in "".join(capsys.readouterr())
+    assert dearli.main(["--stage", "eval", "--weights", str(evil)]) == 2 and not (tmp_path / "owned").exists()
+
+
+def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_stop_the_run(small_mini, tmp_path, monkeypatch, capsys):
+    def spoil_gradient(student):
+        return student.head.decoder.query_feat.weight.register_hook(lambda grad: grad * math.inf)
+    def spoil_outputs(student):                                                               # reaches the matching
+        return student.head.register_forward_hook(lambda *a: [(c * math.nan, m) for c, m in a[-1]])
+    spoilt = {1: spoil_gradient, 3: spoil_outputs}
+    def step(student, teacher, optimizer, *args, **kwargs):
+        handle = spoilt[args[4]](student) if args[4] in spoilt else None
+        before = [p.clone() for m in (student, teacher) for p in m.trained().values()]
+        try:
+            return mean_teacher.train_step(student, teacher, optimizer, *args, **kwargs)
+        finally:
+            if handle:
+                handle.remove()
+                assert all(map(torch.equal, before, [p for m in (student, teacher) for p in m.trained().values()]))
+                assert all(torch.isfinite(v).all() for s in optimizer.state.values() for v in s.values())
+    monkeypatch.setattr(dearli, "train_step", step)
+    assert run(*SSL, "--steps", 5, "--out", tmp_path / "run") == 0
+    rows, said = log_of(tmp_path / "run"), capsys.readouterr().out
+    assert [row["step"] for row in rows if "skipped" in row] == [1, 3] and "2 steps were skipped" in said
+    assert "norm of the gradient is" in rows[1]["skipped"] and "matching cost is not finite" in rows[3]["skipped"]
+    assert len(rows[1]["images"]) == 2 and len(rows[3]["images"]) == 4 and f"step 3: matching cost is not finite" in said and rows[3]["images"][0] in said
+    assert all(math.isfinite(row["loss"]) for row in rows if "skipped" not in row)
+    assert run(*SSL, "--steps", 20, "--lambda-u", "inf", "--out", tmp_path / "stop") == 2
+    message, rows = capsys.readouterr().err, log_of(tmp_path / "stop")
+    assert "stopped after 5 steps in a row that were not finite; last: step 4: loss is" in message and all(name in message for name in rows[-1]["images"])
+    assert len(rows) == 5
+
+
+def test_fault_13_weights_that_are_not_finite_are_never_saved(small_mini, tmp_path, monkeypatch, capsys):
+    def step(student, teacher, optimizer, *args, **kwargs):
+        if args[4] == 3:
+            student.head.decoder.query_feat.weight.data[0, 0] = math.nan
+        losses = mean_teacher.train_step(student, teacher, optimizer, *args, **kwargs)
+        assert all(torch.isfinite(p).all() for p in teacher.trained().values())
+        return losses
+    monkeypatch.setattr(dearli, "train_step", step)
+    assert run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", tmp_path / "run") == 2
+    assert "weights are not finite at step 4 (student: head.decoder.query_feat.weight" in capsys.readouterr().err
+    assert checkpoint.newest(tmp_path / "run")["step"] == 2
+
+
+def test_fault_16_a_second_run_in_a_folder_is_refused_and_a_stale_lock_is_not(small_mini, tmp_path, capsys):
+    folder = tmp_path / "run"
+    def hold():
+        checkpoint.claim(folder)
+        time.sleep(60)
+    first = fork(hold, tmp_path / "said.txt")
+    wait_for(lambda: (folder / "lock").exists() and (folder / "lock").read_text())
+    assert run(*SSL, "--steps", 1, "--out", folder) == 2
+    message = capsys.readouterr().err
+    assert f"{folder}: process {first.pid} on " in message and "is writing there" in message and message.count("\n") == 1
+    first.kill()
+    assert ended(first) == -signal.SIGKILL and str(first.pid) in (folder / "lock").read_text()          # stale
+    (folder / "lock").write_text("process 1 on here")                                         # a number that another process has by now
+    assert run(*SSL, "--steps", 1, "--out", folder) == 0
+
+
+def test_fault_27_a_loader_process_that_is_killed_stops_the_run_in_one_line(small_mini, tmp_path, monkeypatch):
+    read = data.LabeledBatches.__getitem__
+    def killed(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, step)
+    monkeypatch.setattr(data.LabeledBatches, "__getitem__", killed)
+    out = ["--stage", "sup", "--no-eval", "--steps", 9, "--workers", 2, "--checkpoint-every", 1, "--out", tmp_path / "run"]
+    process = fork(lambda: run(*out) + len(multiprocessing.active_children()), tmp_path / "said.txt")
+    assert ended(process) == 2
+    last = (tmp_path / "said.txt").read_text().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'run'}: a loader process died (DataLoader worker (pid") and last.endswith("go on with --resume")
+    monkeypatch.setattr(data.LabeledBatches, "__getitem__", read)
+    assert run(*out, "--resume") == 0 and [row["step"] for row in log_of(tmp_path / "run")] == list(range(9))
+
+
+def test_a_run_says_everything_once_and_not_every_step(small_mini, tmp_path):
+    process = fork(lambda: run(*SSL, "--steps", 8, "--workers", 2, "--out", tmp_path / "run"), tmp_path / "said.txt")
+    assert ended(process) == 0
+    lines = [line for line in (tmp_path / "said.txt").read_text().replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line and "s/step" not in line]
+    assert len(lines) == len(set(lines)), lines
+
+
+def test_fault_35_masks_that_were_cut_short_are_made_again_and_strays_removed(small_mini, tmp_path):
+    images = data.load_mini("4").train
+    class Killed(FakeSam):
+        def generate(self, image):
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().generate(image)
+    process = fork(lambda: dewa.generate_masks(images, Killed(), tmp_path), tmp_path / "said.txt")
+    assert ended(process) == -signal.SIGKILL and len(list(tmp_path.glob("*.json"))) == 5
+    (tmp_path / ".train_00005.json.1234.tmp").write_text("{")
+    half = tmp_path / "train_00002.json"
+    content = half.read_text()
+    for cut in (0, 1, len(content) // 2, content.index("]]}") + 3, len(content) - 1):        # also where an annotation ends
+        half.write_text(content[:cut])
+        assert dewa.generate_masks(images, FakeSam(), tmp_path) == (8 if cut == 0 else 1) and half.read_text() == content
+    assert dewa.generate_masks(images, FakeSam(), tmp_path) == 0 and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_missing_one_is_named(tmp_path):
+    code = f"""if True:
+        import sys
+        class Missing:
+            names = {{"pycocotools", "panopticapi", "detectron2", "cv2", "matplotlib", "pytest", "open_clip", "timm", "segment_anything"}}
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in self.names:
+                    raise ModuleNotFoundError(f"No module named {{name}}", name=name)
+        sys.meta_path.insert(0, Missing())
+        import data, dearli
+        data.MINI_TRAIN, data.MINI_VAL = 6, 2
+        flags = {[*TINY_FLAGS, "--runs", str(tmp_path)]!r}
+        try:
+            dearli.main(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+        assert dearli.main(["--stage", "masks", *flags]) == 2
+        assert dearli.main(["--stage", "sup", *flags]) == 2
+        Missing.names -= {{"open_clip", "timm"}}
+        assert dearli.main(["--stage", "sup", "--steps", "1", *flags]) == 0
+        Missing.names -= {{"segment_anything"}}
+        assert dearli.main(["--stage", "masks", "--points-per-side", "2", *flags]) == 0
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    for name, package in (("segment_anything", "segment-anything>=1.0"), ("open_clip", "open_clip_torch>=2.30")):
+        assert f"error: {name} is not installed" in done.stderr and f"python3 -m pip install '{package}'" in done.stderr
+
+
+def test_fault_41_a_download_that_is_cut_short_leaves_nothing_and_is_resumed_by_running_again(tmp_path):
+    content = b"weights" * 10_000
+    class Cut(http.server.BaseHTTPRequestHandler):
+        sent = len(content) // 2
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:Cut.sent])
+        def log_message(self, *args):
+            pass
+    with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fetch = lambda: foundation.fetch(tmp_path / "cache" / "w.pth", f"http://127.0.0.1:{server.server_port}/w.pth", hashlib.sha256(content).hexdigest(), "or else")
+        with pytest.raises(UserError, match="w.pth: cannot be fetched") as error:
+            fetch()
+        assert "\n" not in str(error.value) and not list((tmp_path / "cache").iterdir())
+        Cut.sent = len(content)
+        assert fetch().read_bytes() == content
+        server.shutdown()
+
+
+def test_fault_42_a_log_whose_last_line_was_cut_is_read_without_it(small_mini, tmp_path):
+    assert run(*SSL, "--steps", 3, "--out", tmp_path / "run") == 0
+    log = tmp_path / "run" / "log.jsonl"
+    whole = log.read_bytes()
+    for cut in range(whole.rindex(b"{"), len(whole) - 2):
+        log.write_bytes(whole[:cut])
+        assert [row["step"] for row in trainer.read_log(log)] == [0, 1]
+    assert trainer.read_log(tmp_path / "none") == []
+    log.write_bytes(whole + whole[:30])
+    assert run(*SSL, "--steps", 4, "--out", tmp_path / "run", "--resume") == 0 and [row["step"] for row in log_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def soak(kills, folder, seed=None):
+    """A semi-supervised run that is killed (SIGKILL) so many times, half of them at the sight of a half-written file, and resumed each time, must end
+    as one that was left alone: weights, optimiser, log and metrics, bit for bit. Returns what happened; loader processes: 0, 1 or 2, by turns."""
+    rng, straight, killed = random.Random(seed), Path(folder) / "straight", Path(folder) / "killed"
+    args = ["--stage", "ssl", "--method", "dear", "--steps", 8 * kills, "--checkpoint-every", 1, "--resume"]
+    assert ended(fork(lambda: run(*args, "--out", straight), f"{straight}.txt"), 600 + kills) == 0
+    strays = lambda: killed.is_dir() and any(p.suffix == ".tmp" for p in killed.iterdir())
+    lines = lambda: len(log.read_bytes().splitlines()) if (log := killed / "log.jsonl").exists() else 0
+    happened = {"kills": 0, "in a write": 0, "seconds": time.monotonic()}
+    for k in range(kills):
+        process = fork(lambda: run(*args, "--out", killed, "--workers", k % 3), f"{killed}.txt")
+        until, pause = lines() + rng.randrange(6), rng.uniform(0, 0.3)
+        wait_for(lambda: not process.is_alive() or lines() >= until)
+        if k % 2:
+            time.sleep(pause)
+        else:
+            wait_for(lambda: not process.is_alive() or strays())
+        assert process.is_alive(), (killed.with_suffix(".txt")).read_text()
+        process.kill()
+        assert ended(process) == -signal.SIGKILL
+        happened["kills"] += 1
+        happened["in a write"] += strays()
+    assert ended(fork(lambda: run(*args, "--out", killed), f"{killed}.txt"), 600 + kills) == 0
+    assert same(checkpoint.newest(straight), checkpoint.newest(killed)) and log_of(straight) == log_of(killed)
+    assert [row["step"] for row in log_of(killed)] == list(range(8 * kills))
+    assert (straight / "metrics.json").read_bytes() == (killed / "metrics.json").read_bytes() and not strays()
+    return {**happened, "steps": 8 * kills, "seconds": round(time.monotonic() - happened["seconds"], 1)}
 
 
 # ---------------------------------------------------------------------------------------------- microcosm and its models
@@ -1850,3 +2222,10 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
         args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
         if args.stage not in ("eval", "export"):                             # these read the run that they are about
             dearli.resolve(args)
+
+
+if __name__ == "__main__":                                                   # python test_dearli.py --soak 50: see `soak`
+    if sys.argv[1:2] == ["--soak"]:
+        data.MINI_TRAIN, data.MINI_DEV, data.MINI_VAL = 12, 4, 4
+        with tempfile.TemporaryDirectory() as scratch:
+            print(soak(int(sys.argv[2]), scratch))

@@ -2,18 +2,27 @@
 
 runs/NAME/ holds config.json, log.jsonl (a line a step), step_*.pt and, after evaluation, metrics.json. A batch depends on
 (seed, step, slot) only, so a run that was stopped and resumed takes the same steps as one that was not.
+
+A line of the log: `step`, `lr`, `time` (seconds of training up to here, all sessions together; a step that is taken again after a kill
+counts once), and what the step says of itself (losses, grad_norm); or `skipped`, the reason, and `images`, the files of the batch.
+A line is written before the checkpoint that knows of it, so a log has no hole; later lines are dropped on --resume.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import ranks
 from config import Config, UserError
 from data import Batches, loader
 from optim import NotFinite, set_lr
@@ -21,88 +30,180 @@ from optim import NotFinite, set_lr
 # What may change on --resume: how far to go, how fast, and how masks are made, which is another stage's business
 MAY_CHANGE = {"ssl_steps", "sup_steps", "dewa_steps", "workers", "checkpoint_every", "log_every", "eval_batch", "sam", "sam_weights",
               "points_per_side", "points_per_batch", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh"}
-MAX_SKIPPED = 5                        # steps in a row whose loss is not finite, before the run stops
+MAX_SKIPPED = 5                        # steps in a row whose loss or gradient is not finite, before the run stops
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C ended a run, after a whole step and its checkpoint. code: the exit code that says so, 128 + signal."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(f"{where} by {signal.Signals(number).name}; go on with --resume")
+        self.code = 128 + number
 
 
 class Run:
-    """A run folder. `parts` are the models by name (student, teacher); only what is trained is stored.
+    """A run folder, of which this process (of several: rank 0) is the one writer from here to the end of `train`. Only what is trained
+    is stored; all ranks read it.
 
-    Raises: UserError if the folder holds a run already and resume is off, or if the configuration differs.
+    notes: what config.json shall say beside the configuration (which weights the run began with).
+    Raises: UserError if the folder cannot be written, another process writes there, it holds a run already and resume is off, or the
+        configuration differs.
     """
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, resume: bool):
-        self.folder, self.cfg = Path(folder), cfg
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder}: is a file, expected a folder for the run; choose another with --out")
+        self.folder, self.cfg, self.notes = Path(folder), cfg, {}
+        if ranks.rank() == 0:
+            checkpoint.claim(self.folder)
+        ranks.wait()
         self.config = {**identity, **dataclasses.asdict(cfg)}
         self.state = checkpoint.newest(self.folder) if resume else None
         if not resume and checkpoint.steps(self.folder):
             raise UserError(f"{self.folder}: holds a run already; go on with --resume, or choose another folder with --out")
         if self.state:
-            self._require_same(self.state["config"])
-        checkpoint.write_atomic(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
+            self._require_same(self.state)
         self.log = self.folder / "log.jsonl"
 
-    def _require_same(self, stored: dict) -> None:
+    def _require_same(self, state: dict) -> None:
+        if not {"step", "config", "optimizer"} <= state.keys():
+            raise UserError(f"{self.folder}: its newest step_*.pt is not a checkpoint of a run; choose another folder with --out")
+        stored = state["config"]
         differs = differing(stored, self.config)
         if differs:
-            listed = ", ".join(f"{k}: {stored.get(k)} there, {self.config[k]} now" for k in differs[:6])
+            listed = ", ".join(f"{k}: {stored.get(k)} there, {self.config[k]} now" for k in differs)
             raise UserError(f"{self.folder}: cannot be resumed with another configuration ({listed}); choose another folder with --out")
 
     def train(self, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, batches: Batches,
               step_fn: Callable, device: torch.device, title: str) -> None:
-        """Run step_fn(batch, step) -> losses from where the run stands to the last step, and keep checkpoints."""
-        start, steps = self._restore(models, optimizer), len(batches)
-        if start >= steps:
+        """Run step_fn(batch, step) -> losses from where the run stands to the last step, and keep checkpoints.
+
+        models: by name (student, teacher).   step_fn may raise NotFinite and then leaves the models as they were: the step is skipped.
+        Raises: Stopped, after SIGTERM or Ctrl-C;  UserError if nothing can be written, MAX_SKIPPED steps in a row were not finite, or a
+            loader process died: the checkpoints that were there are intact.
+        """
+        start, seconds = self._restore(models, optimizer, len(batches))
+        ranks.agree([t for model in models.values() for t in model.state_dict().values()])
+        if start >= len(batches):
             print(f"{self.folder}: finished at step {start}, nothing to do")
+            checkpoint.release(self.folder)
             return
-        lines = self._lines_before(start)
-        skipped, clock = 0, time.time()
-        bar = tqdm(zip(range(start, steps), loader(batches, start, self.cfg.workers)), initial=start, total=steps, desc=title,
-                   unit="step", dynamic_ncols=True)
-        with open(self.log, "w") as log:
-            log.writelines(lines)
-            for step, batch in bar:
-                lr = set_lr(optimizer, step, steps, self.cfg)
+        self._begin(start)
+        try:
+            self._steps(start, seconds, models, optimizer, batches, step_fn, device, title)
+            return
+        except RuntimeError as error:              # torch raises it wherever the main process stands when a worker dies
+            died = str(error).splitlines()[0]
+            if ranks.count() > 1:
+                raise UserError(f"{self.folder}: this or another process of the run failed ({died}); go on with --resume") from None
+            if "DataLoader worker" not in died:
+                raise
+        finally:
+            checkpoint.release(self.folder)
+        raise UserError(f"{self.folder}: a loader process died ({died}); if memory ran out, lower --workers; go on with --resume")
+
+    def _steps(self, start, seconds, models, optimizer, batches, step_fn, device, title) -> None:
+        steps, skipped, in_a_row, stop, clock = len(batches), 0, 0, False, time.monotonic() - seconds
+        with (signals() as asked, open(self.log if ranks.rank() == 0 else os.devnull, "ab", buffering=0) as log, contextlib.closing(loader(batches, start, self.cfg.workers)) as loaded,
+              tqdm(initial=start, total=steps, desc=title, unit="step", dynamic_ncols=True, disable=ranks.rank() > 0) as bar):
+            for step, batch in zip(range(start, steps), loaded):
+                row = {"step": step, "lr": set_lr(optimizer, step, steps, self.cfg), "time": 0.0}
+                torch.manual_seed(self.cfg.seed * 1_000_003 + step)                # drop path of a trained backbone
                 try:
-                    losses = step_fn(to_device(batch, device), step)
-                    skipped = 0
+                    row |= step_fn(to_device(batch, device), step)
+                    in_a_row = 0
                 except NotFinite as error:
-                    skipped += 1
-                    if skipped == MAX_SKIPPED:
-                        raise UserError(f"{self.folder}: stopped after {MAX_SKIPPED} steps in a row without a finite loss; last: {error}") from None
-                    tqdm.write(f"warning: skipped {error}")
-                    losses = {"skipped": 1}
-                log.write(json.dumps({"step": step, "lr": lr, "time": round(time.time() - clock, 3), **losses}) + "\n")
-                if step % self.cfg.log_every == 0 and "loss" in losses:
-                    bar.set_postfix(loss=f"{losses['loss']:.2f}", refresh=False)
-                if (step + 1) % self.cfg.checkpoint_every == 0 or step + 1 == steps:
-                    log.flush()
-                    self._save(step + 1, models, optimizer)
+                    row |= {"skipped": str(error), "images": [name for names in ranks.gather(images_of(batch)) for name in names]}
+                    said = f"step {step}: {error}; images: {', '.join(row['images'])}"
+                    tqdm.write(f"warning: skipped {said}")
+                    skipped, in_a_row = skipped + 1, in_a_row + 1
+                row["time"] = round(time.monotonic() - clock, 3)
+                append(log, row)
+                if in_a_row == MAX_SKIPPED:
+                    raise UserError(f"{self.folder}: stopped after {MAX_SKIPPED} steps in a row that were not finite; last: {said}")
+                bar.update()
+                if step % self.cfg.log_every == 0 and "loss" in row:
+                    bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
+                stop = ranks.total(torch.tensor(float(bool(asked)), device=device)) > 0          # one rank is told, all save and stop
+                if (step + 1) % self.cfg.checkpoint_every == 0 or step + 1 == steps or stop:
+                    self._save(log, {"step": step + 1, "steps": steps, "time": row["time"]}, models, optimizer)
+                if stop:
+                    break
+        if skipped:
+            print(f"{self.folder}: {skipped} steps were skipped; log.jsonl says which and why")
+        if stop:
+            raise Stopped(asked[0] if asked else signal.SIGTERM, f"{self.folder}: stopped at step {step + 1} of {steps}")
 
-    def _save(self, step: int, models: dict, optimizer) -> None:
-        checkpoint.save(self.folder, step, {"step": step, "config": self.config, "optimizer": optimizer.state_dict(),
-                                            **{name: {k: p.detach() for k, p in m.trained().items()} for name, m in models.items()}})
+    def _begin(self, start: int) -> None:
+        """Bring the folder to the step of the checkpoint: its evaluation is of another state, and later lines of the log are taken again."""
+        if ranks.rank() > 0:
+            return
+        (self.folder / "metrics.json").unlink(missing_ok=True)
+        checkpoint.write_atomic(self.folder / "config.json", json.dumps({**self.config, **self.notes}, indent=1).encode())
+        kept = [json.dumps(row) + "\n" for row in read_log(self.log) if row["step"] < start]
+        checkpoint.write_atomic(self.log, "".join(kept).encode())
 
-    def _restore(self, models: dict, optimizer) -> int:
-        if not self.state:
-            return 0
+    def _save(self, log, progress: dict, models: dict, optimizer) -> None:
+        weights = {name: {k: p.detach() for k, p in model.trained().items()} for name, model in models.items()}
+        broken = [f"{name}: {k}" for name, of in weights.items() for k, p in of.items() if not torch.isfinite(p).all()]
+        if broken:
+            raise UserError(f"{self.folder}: weights are not finite at step {progress['step']} ({', '.join(broken[:3])}); the checkpoint before is intact")
+        if ranks.rank() > 0:
+            return
+        os.fsync(log.fileno())
+        checkpoint.save(self.folder, progress["step"], {**progress, "config": self.config, "optimizer": optimizer.state_dict(), **weights})
+
+    def _restore(self, models: dict, optimizer, steps: int) -> tuple[int, float]:
+        """Fill models and optimiser from the checkpoint; returns (steps taken, seconds they took)."""
+        state, self.state = self.state, None
+        if not state:
+            return 0, 0.0
         for name, model in models.items():
-            checkpoint.load_weights(model.trained(), self.state[name], f"{self.folder} ({name})")
-        optimizer.load_state_dict(self.state["optimizer"])
-        step, self.state = self.state["step"], None
-        return step
+            checkpoint.load_weights(model.trained(), state[name], f"{self.folder} ({name})")
+        optimizer.load_state_dict(state["optimizer"])
+        if state.get("steps", steps) != steps and state["step"] < steps:
+            print(f"{self.folder}: {state['step']} steps were taken on the schedule of {state['steps']}, the rest follows that of {steps}: "
+                  f"not the same as {steps} from the start")
+        return state["step"], state.get("time", 0.0)
 
-    def _lines_before(self, step: int) -> list[str]:
-        """Log lines of the steps that the checkpoint knows; later ones, or one cut short, are taken again."""
-        kept = []
-        for line in self.log.read_text().splitlines(keepends=True) if self.log.exists() and step else []:
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-        return kept
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list that receives the number of a SIGTERM or SIGINT (Ctrl-C); the second one acts as if nobody listened."""
+    asked: list[int] = []
+    main = threading.current_thread() is threading.main_thread()   # no other may listen
+    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(n) != signal.SIG_IGN}
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+        os.write(2, f"\n{signal.Signals(number).name}: the step at hand is finished and saved; once more to stop at once\n".encode())
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def append(log, row: dict) -> None:
+    """Add a line to a log that is open without a buffer, all of it or nothing."""
+    line, end = (json.dumps(row) + "\n").encode(), log.tell()
+    try:
+        while line:                    # a disk that fills up takes a part, and says why it takes no more
+            line = line[log.write(line):]
+    except OSError as error:
+        log.truncate(end)
+        raise UserError(f"{log.name}: cannot be written ({error.strerror}); make room and go on with --resume") from None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; one that was cut short is left out, and no file is no line."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and "step" in row else []
+    return rows
 
 
 def differing(stored: dict, config: dict) -> list[str]:
@@ -116,3 +217,8 @@ def to_device(batch, device: torch.device):
     if isinstance(batch, tuple):
         return tuple(to_device(b, device) for b in batch)
     return None if batch is None else batch.to(device)
+
+
+def images_of(batch) -> list[str]:
+    """Names of the files in a batch, or in a tuple of batches of which some are None."""
+    return [name for b in (batch if isinstance(batch, tuple) else (batch,)) if b is not None for name in b.names]
