@@ -426,10 +426,8 @@ def strong_view(image: Image.Image, cfg: Config, rng: random.Random) -> Image.Im
     return image
 
 
-def cutmix_box(height: int, width: int, rng: random.Random, prob: float) -> tuple[int, int, int, int] | None:
-    """(top, bottom, left, right) of a CutMix box in pixels, or None with probability 1 - prob."""
-    if rng.random() > prob:
-        return None
+def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from."""
     area = rng.uniform(*CUTMIX_AREA) * height * width
     while True:
         aspect = rng.uniform(*CUTMIX_ASPECT)
@@ -540,13 +538,16 @@ class SemiSupervisedBatches(Batches):
         views, partners, boxes, names = [], [], [], []
         for slot in range(self.cfg.unlabeled_batch):
             rng = self.rng(step, slot)
-            name, weak, strong = self._two_views(rng)
-            _, partner_weak, partner_strong = self._two_views(rng)
-            w, h = partner_weak.size
-            boxes.append(cutmix_box(h, w, rng, self.cfg.cutmix_prob))
-            views.append((weak, strong))
-            partners += [(partner_weak, partner_strong)] if boxes[-1] else []
+            name, *pair = self._two_views(rng)
+            views.append(pair)
             names.append(name)
+            box = None
+            if rng.random() < self.cfg.cutmix_prob:                # drawn first: an image without a box needs no partner
+                _, *partner = self._two_views(rng)
+                partners.append(partner)
+                w, h = partner[0].size
+                box = cutmix_box(h, w, rng)
+            boxes.append(box)
         def stack(pairs, k):
             return torch.stack([to_tensor(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
                 0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)

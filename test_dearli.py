@@ -567,11 +567,19 @@ def test_resizing_keeps_the_long_side_below_its_limit():
 
 def test_cutmix_boxes_lie_inside_and_have_the_area_that_was_drawn():
     rng = random.Random(0)
-    boxes = [data.cutmix_box(80, 120, rng, 0.5) for _ in range(400)]
-    drawn = [b for b in boxes if b]
-    assert 150 < len(drawn) < 250
-    for top, bottom, left, right in drawn:
+    for top, bottom, left, right in (data.cutmix_box(80, 120, rng) for _ in range(200)):
         assert 0 <= top <= bottom <= 80 and 0 <= left <= right <= 120 and (bottom - top) * (right - left) <= 0.4 * 80 * 120
+
+
+def test_half_of_the_images_get_a_box_and_only_those_a_partner(small_mini):
+    batches = data.SemiSupervisedBatches(data.load_mini("4"), dataclasses.replace(TINY, burn_in=0, labeled_batch=1, unlabeled_batch=100), 1)
+    unlabeled = batches[0][1]
+    mixed = sum(box is not None for box in unlabeled.boxes)
+    assert 30 < mixed < 70 and len(unlabeled.weak) == len(unlabeled.boxes) == 100
+    assert len(unlabeled.partner_weak) == len(unlabeled.partner_strong) == mixed
+    for prob in (0.0, 1.0):
+        batches.cfg = dataclasses.replace(batches.cfg, unlabeled_batch=2, cutmix_prob=prob)
+        assert len(batches[0][1].partner_weak) == 2 * prob
 
 
 def test_strong_and_colour_views_keep_the_size_and_change_the_pixels():
