@@ -361,11 +361,11 @@ class Sample:
 def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> Sample:
     """Random scale and crop, the SSD colour augmentation for labelled images, and a flip. Not padded."""
     sizes = [int(0.1 * k * cfg.crop) for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)]
-    sample = resize(sample, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
-    w, h = sample.image.size
+    w, h = size = output_size(*sample.image.size, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
-    image, layers = sample.image.crop((x, y, x + cw, y + ch)), [a[y:y + ch, x:x + cw] for a in sample.layers]
+    sample = resize_part(sample, size, (x, y, x + cw, y + ch))
+    image, layers = sample.image, sample.layers
     if colour:
         image = ssd_colour(image, rng)
     if rng.random() < 0.5:
@@ -375,13 +375,20 @@ def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = Fa
 
 def resize(sample: Sample, short_side: int, long_side: int) -> Sample:
     """To a short side, unless the long side then exceeds its limit."""
-    w, h = sample.image.size
-    nw, nh = output_size(w, h, short_side, long_side)
-    if (nw, nh) == (w, h):
-        return sample
-    image = sample.image.resize((nw, nh), Image.Resampling.BILINEAR)
-    ys, xs = ((np.arange(nh) + 0.5) * h / nh).astype(int), ((np.arange(nw) + 0.5) * w / nw).astype(int)
-    return Sample(image, [a[ys[:, None], xs] for a in sample.layers])
+    size = output_size(*sample.image.size, short_side, long_side)
+    return resize_part(sample, size, (0, 0, *size))
+
+
+def resize_part(sample: Sample, size: tuple[int, int], part: tuple[int, int, int, int]) -> Sample:
+    """Resize to size (w, h) and crop to part (left, top, right, bottom) of the result; what lies outside of it is never computed.
+
+    Values differ by at most two grey levels from the whole, cropped: Pillow may take columns before rows for the one and not for the other.
+    """
+    (w, h), (nw, nh), (left, top, right, bottom) = sample.image.size, size, part
+    source = left * w / nw, top * h / nh, right * w / nw, bottom * h / nh
+    image = sample.image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, source)
+    xs, ys = (((np.arange(*ends) + 0.5) * old / new).astype(int) for ends, old, new in (((left, right), w, nw), ((top, bottom), h, nh)))
+    return Sample(image, [a.take(ys, 0).take(xs, 1) for a in sample.layers])
 
 
 def output_size(w: int, h: int, short_side: int, long_side: int) -> tuple[int, int]:

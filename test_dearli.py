@@ -560,6 +560,28 @@ def test_weak_views_move_image_and_map_together():
         assert view.image.size == (32, 32) and np.array_equal(np.asarray(view.image)[..., 0], view.layers[0])
 
 
+def test_image_and_map_stay_aligned_at_every_scale():
+    y, x = np.mgrid[0:90, 0:120]
+    image, layers = Image.fromarray(np.stack([2 * x, 2 * y, 0 * x], -1).astype(np.uint8)), [x, y]
+    cfg = dataclasses.replace(TINY, crop=80)                                                  # short sides 40 to 160
+    for seed in range(60):
+        view = data.weak_view(data.Sample(image, layers), cfg, random.Random(seed))
+        for channel, layer in enumerate(view.layers):                                         # two grey levels a pixel of the source
+            assert np.abs(np.asarray(view.image)[..., channel] - 2.0 * layer).max() <= 3, "less than two pixels of the source apart"
+
+
+def test_a_part_is_resized_as_if_it_were_cropped_from_the_whole():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8))
+    layer = np.arange(61 * 83).reshape(61, 83)
+    for size, part in (((166, 122), (7, 0, 107, 100)), ((40, 30), (3, 5, 40, 25)), ((95, 70), (20, 30, 95, 70)), ((83, 61), (1, 2, 50, 60))):
+        whole = data.resize_part(data.Sample(noise, [layer]), size, (0, 0, *size))
+        assert np.array_equal(np.asarray(whole.image), np.asarray(noise.resize(size, Image.Resampling.BILINEAR)))
+        got, (left, top, right, bottom) = data.resize_part(data.Sample(noise, [layer]), size, part), part
+        difference = np.asarray(got.image).astype(int) - np.asarray(whole.image.crop(part))
+        assert np.abs(difference).max() <= 2 and abs(difference.mean()) < 0.05
+        assert np.array_equal(got.layers[0], whole.layers[0][top:bottom, left:right])
+
+
 def test_resizing_keeps_the_long_side_below_its_limit():
     assert data.output_size(100, 50, 64, 1000) == (128, 64)
     assert data.output_size(5000, 20, 64, 256) == (256, 1)
