@@ -17,6 +17,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -358,19 +359,19 @@ class Sample:
     layers: list[np.ndarray]
 
 
-def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> Sample:
-    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip. Not padded."""
+def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> tuple[Tensor, list[np.ndarray]]:
+    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w) uint8, not padded, and its layers."""
     sizes = [int(0.1 * k * cfg.crop) for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)]
     w, h = size = output_size(*sample.image.size, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
     sample = resize_part(sample, size, (x, y, x + cw, y + ch))
-    image, layers = sample.image, sample.layers
+    image, layers = TF.pil_to_tensor(sample.image).contiguous(), sample.layers
     if colour:
         image = ssd_colour(image, rng)
     if rng.random() < 0.5:
-        image, layers = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [a[:, ::-1] for a in layers]
-    return Sample(image, layers)
+        image, layers = image.flip(-1), [a[:, ::-1] for a in layers]
+    return image, layers
 
 
 def resize(sample: Sample, short_side: int, long_side: int) -> Sample:
@@ -398,39 +399,67 @@ def output_size(w: int, h: int, short_side: int, long_side: int) -> tuple[int, i
     return max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
 
 
-def ssd_colour(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with probability 0.5."""
-    x = np.asarray(image).astype(np.float32)
+def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
+    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with probability 0.5. (3, h, w) uint8."""
+    x = image.float() / 255
     if rng.random() < 0.5:
-        x = x + rng.uniform(-32, 32)
+        x = (x + rng.uniform(-32, 32) / 255).clamp(0, 1)
     contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     contrast_first = rng.random() < 0.5
     if contrast_first:
-        x = x.clip(0, 255) * contrast
+        x = (x * contrast).clamp(0, 1)
     saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     hue = rng.randint(-18, 18) if rng.random() < 0.5 else 0                        # in OpenCV's units of 2 degrees
     if saturation != 1.0 or hue:
-        hsv = np.asarray(Image.fromarray(x.clip(0, 255).astype(np.uint8)).convert("HSV")).astype(np.float32)
-        hsv[..., 0] = (hsv[..., 0] + hue * 256 / 180) % 256
-        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
-        x = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
+        x = shift_hsv(x, hue / 180, saturation)
     if not contrast_first:
-        x = x * contrast
-    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+        x = (x * contrast).clamp(0, 1)
+    return to_bytes(x)
 
 
-def strong_view(image: Image.Image, cfg: Config, rng: random.Random) -> Image.Image:
-    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur."""
+def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
+    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur. (3, h, w) uint8."""
     factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
-    steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (TF.adjust_hue, hue)]
+    steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (shift_hsv, hue)]
     rng.shuffle(steps)
+    x = image.float() / 255
     for adjust, interval in steps:
-        image = adjust(image, rng.uniform(*interval))
+        x = adjust(x, rng.uniform(*interval))
     if rng.random() < cfg.grayscale_prob:
-        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if rng.random() < cfg.blur_prob:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, cfg.blur_radius)))
-    return image
+        x = gaussian_blur(x, rng.uniform(0.1, cfg.blur_radius))
+    return to_bytes(x)
+
+
+def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
+    """Turn the hue by a share of the circle and multiply the saturation, as in HSV. (3, h, w) RGB in [0, 1].
+
+    Torchvision's goes through six cases a pixel, Pillow's through 8 bits of hue; on the circle one rule serves the three channels: full up to
+    one sixth of a turn from its own hue, none from two sixths on, linear between.
+    """
+    r, g, b = x
+    top, low = x.amax(0), x.amin(0)
+    hue = torch.copysign(1 + (g + b - r - low) / (top - low).clamp(min=1e-6), g - b) + 6 * turn        # sixths of a turn, red = 0
+    chroma = ((top - low) * saturation).minimum(top)
+    low = top - chroma
+    shifted = torch.empty_like(x)
+    for channel, own in zip(shifted, (0, 2, 4)):
+        distance = hue - own
+        distance -= 6 * torch.round(distance / 6)                  # the short way round: -3 to 3
+        torch.addcmul(low, chroma, (2 - distance.abs()).clamp_(0, 1), out=channel)
+    return shifted
+
+
+def gaussian_blur(x: Tensor, radius: float) -> Tensor:
+    """As Pillow's: three equal box blurs whose variances add up to the Gaussian's. (3, h, w); pixels of the edge repeat."""
+    image = Image.fromarray(to_bytes(x).permute(1, 2, 0).numpy())
+    return TF.pil_to_tensor(image.filter(ImageFilter.GaussianBlur(radius))).float() / 255
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> uint8."""
+    return torch.from_numpy((x * 255).round_().numpy().astype(np.uint8))            # torch's own conversion takes twice as long
 
 
 def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
@@ -524,9 +553,9 @@ class LabeledBatches(Batches):
             i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
             truth = self.dataset.train.truth(i)
             truth = truth.by_class() if self.cfg.labels == "semantic" else truth
-            view = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
-            images.append(to_tensor(view.image, self.cfg.crop))
-            targets.append(to_target(pad(view.layers[0], self.cfg.crop, 0), truth.labels, truth.crowd))
+            image, (segment_map,) = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
+            images.append(pad_image(image, self.cfg.crop))
+            targets.append(to_target(pad(segment_map, self.cfg.crop, 0), truth.labels, truth.crowd))
             names.append(self.dataset.train.name(i))
         return Labeled(torch.stack(images), targets, names)
 
@@ -552,23 +581,22 @@ class SemiSupervisedBatches(Batches):
             if rng.random() < self.cfg.cutmix_prob:                # drawn first: an image without a box needs no partner
                 _, *partner = self._two_views(rng)
                 partners.append(partner)
-                w, h = partner[0].size
-                box = cutmix_box(h, w, rng)
+                box = cutmix_box(*partner[0].shape[1:], rng)
             boxes.append(box)
         def stack(pairs, k):
-            return torch.stack([to_tensor(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
+            return torch.stack([pad_image(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
                 0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)
         return self.labeled[step], Unlabeled(stack(views, 0), stack(views, 1), boxes, stack(partners, 0), stack(partners, 1), names)
 
-    def _two_views(self, rng: random.Random) -> tuple[str, Image.Image, Image.Image]:
+    def _two_views(self, rng: random.Random) -> tuple[str, Tensor, Tensor]:
         i = rng.choice(self.dataset.unlabeled)
-        weak = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng).image
+        weak, _ = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng)
         return self.dataset.train.name(i), weak, strong_view(weak, self.cfg, rng)
 
 
-def to_tensor(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side) uint8, padded right and bottom with grey."""
-    return torch.from_numpy(np.ascontiguousarray(pad(np.asarray(image), side, PAD_VALUE).transpose(2, 0, 1)))
+def pad_image(image: Tensor, side: int) -> Tensor:
+    """(3, h, w) -> (3, side, side), grey at the right and at the bottom."""
+    return F.pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=PAD_VALUE)
 
 
 def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
