@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -647,6 +647,21 @@ def test_the_jitter_is_that_of_the_official_code_without_its_rounding():
         assert (strong - 255 * composed(image / 255, random.Random(seed))).abs().max() <= 0.51, "torchvision's, in floating point"
         rounded.append((strong - TF.pil_to_tensor(composed(picture, random.Random(seed))).int()).abs().float())
     assert torch.stack(rounded).mean() < 2, "Pillow cuts off what is behind the point in each step, and keeps 8 bits of hue"
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.4, 1.0, 1.4, 1.5, 2.0, 4.0])
+def test_the_blur_is_that_of_pillow_without_its_rounding(radius):
+    image = noise_and_greys()
+    reach = 3 * int(radius + 1)                                    # nearer to the edge Pillow repeats pixels three times
+    blurred = data.to_bytes(data.gaussian_blur(image / 255, radius)).int()
+    pillow = TF.pil_to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(radius))).int()
+    difference = (blurred - pillow)[:, reach:-reach, reach:-reach]
+    assert blurred.shape == image.shape and difference.abs().max() <= 4 and difference.float().abs().mean() < 1
+    one = torch.zeros(1, 65, 65)
+    one[0, 32, 32] = 1
+    spread = data.gaussian_blur(one, radius)[0].sum(0)
+    assert spread.sum() == pytest.approx(1) and (spread * (torch.arange(65) - 32) ** 2).sum() == pytest.approx(radius ** 2, rel=1e-4)
+    assert torch.allclose(data.gaussian_blur(torch.full((3, 5, 7), 0.3), radius), torch.tensor(0.3))
 
 
 def test_crowd_and_vanished_segments_are_no_training_targets():
