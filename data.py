@@ -212,9 +212,9 @@ class ImageFolder:
 
 def segment_ids(path: Path) -> np.ndarray:
     """(H, W) int32 ids of a panoptic PNG: R + 256 G + 65536 B."""
-    rgba = np.asarray(open_image(path, "RGBA")).copy()             # four bytes a pixel: an integer, once the fourth is 0
-    rgba[..., 3] = 0
-    return rgba.view("<i4")[..., 0]
+    image = open_image(path)
+    coded = np.frombuffer(image.tobytes("raw", "RGBX"), "<i4")     # four bytes a pixel, as Pillow keeps them: an integer, but for the fourth
+    return (coded & 0xFFFFFF).reshape(image.height, image.width)
 
 
 def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
