@@ -18,7 +18,8 @@ from typing import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -214,9 +215,9 @@ class ImageFolder:
 
 def segment_ids(path: Path) -> np.ndarray:
     """(H, W) int32 ids of a panoptic PNG: R + 256 G + 65536 B."""
-    rgba = np.asarray(open_image(path, "RGBA")).copy()             # four bytes a pixel: an integer, once the fourth is 0
-    rgba[..., 3] = 0
-    return rgba.view("<i4")[..., 0]
+    image = open_image(path)
+    coded = np.frombuffer(image.tobytes("raw", "RGBX"), "<i4")     # four bytes a pixel, as Pillow keeps them: an integer, but for the fourth
+    return (coded & 0xFFFFFF).reshape(image.height, image.width)
 
 
 def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
@@ -361,30 +362,37 @@ class Sample:
     layers: list[np.ndarray]
 
 
-def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> Sample:
-    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip. Not padded."""
+def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> tuple[Tensor, list[np.ndarray]]:
+    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w) uint8, not padded, and its layers."""
     sizes = [int(0.1 * k * cfg.crop) for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)]
-    sample = resize(sample, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
-    w, h = sample.image.size
+    w, h = size = output_size(*sample.image.size, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
-    image, layers = sample.image.crop((x, y, x + cw, y + ch)), [a[y:y + ch, x:x + cw] for a in sample.layers]
+    sample = resize_part(sample, size, (x, y, x + cw, y + ch))
+    image, layers = TF.pil_to_tensor(sample.image).contiguous(), sample.layers
     if colour:
         image = ssd_colour(image, rng)
     if rng.random() < 0.5:
-        image, layers = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), [a[:, ::-1] for a in layers]
-    return Sample(image, layers)
+        image, layers = image.flip(-1), [a[:, ::-1] for a in layers]
+    return image, layers
 
 
 def resize(sample: Sample, short_side: int, long_side: int) -> Sample:
     """To a short side, unless the long side then exceeds its limit."""
-    w, h = sample.image.size
-    nw, nh = output_size(w, h, short_side, long_side)
-    if (nw, nh) == (w, h):
-        return sample
-    image = sample.image.resize((nw, nh), Image.Resampling.BILINEAR)
-    ys, xs = ((np.arange(nh) + 0.5) * h / nh).astype(int), ((np.arange(nw) + 0.5) * w / nw).astype(int)
-    return Sample(image, [a[ys[:, None], xs] for a in sample.layers])
+    size = output_size(*sample.image.size, short_side, long_side)
+    return resize_part(sample, size, (0, 0, *size))
+
+
+def resize_part(sample: Sample, size: tuple[int, int], part: tuple[int, int, int, int]) -> Sample:
+    """Resize to size (w, h) and crop to part (left, top, right, bottom) of the result; what lies outside of it is never computed.
+
+    Values differ by at most two grey levels from the whole, cropped: Pillow may take columns before rows for the one and not for the other.
+    """
+    (w, h), (nw, nh), (left, top, right, bottom) = sample.image.size, size, part
+    source = left * w / nw, top * h / nh, right * w / nw, bottom * h / nh
+    image = sample.image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, source)
+    xs, ys = (((np.arange(*ends) + 0.5) * old / new).astype(int) for ends, old, new in (((left, right), w, nw), ((top, bottom), h, nh)))
+    return Sample(image, [a.take(ys, 0).take(xs, 1) for a in sample.layers])
 
 
 def output_size(w: int, h: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -394,45 +402,82 @@ def output_size(w: int, h: int, short_side: int, long_side: int) -> tuple[int, i
     return max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
 
 
-def ssd_colour(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with probability 0.5."""
-    x = np.asarray(image).astype(np.float32)
+def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
+    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with probability 0.5. (3, h, w) uint8."""
+    x = image.float() / 255
     if rng.random() < 0.5:
-        x = x + rng.uniform(-32, 32)
+        x = (x + rng.uniform(-32, 32) / 255).clamp(0, 1)
     contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     contrast_first = rng.random() < 0.5
     if contrast_first:
-        x = x.clip(0, 255) * contrast
+        x = (x * contrast).clamp(0, 1)
     saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
     hue = rng.randint(-18, 18) if rng.random() < 0.5 else 0                        # in OpenCV's units of 2 degrees
     if saturation != 1.0 or hue:
-        hsv = np.asarray(Image.fromarray(x.clip(0, 255).astype(np.uint8)).convert("HSV")).astype(np.float32)
-        hsv[..., 0] = (hsv[..., 0] + hue * 256 / 180) % 256
-        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
-        x = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")).astype(np.float32)
+        x = shift_hsv(x, hue / 180, saturation)
     if not contrast_first:
-        x = x * contrast
-    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+        x = (x * contrast).clamp(0, 1)
+    return to_bytes(x)
 
 
-def strong_view(image: Image.Image, cfg: Config, rng: random.Random) -> Image.Image:
-    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur."""
+def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
+    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur. (3, h, w) uint8."""
     factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
-    steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (TF.adjust_hue, hue)]
+    steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (shift_hsv, hue)]
     rng.shuffle(steps)
+    x = image.float() / 255
     for adjust, interval in steps:
-        image = adjust(image, rng.uniform(*interval))
+        x = adjust(x, rng.uniform(*interval))
     if rng.random() < cfg.grayscale_prob:
-        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if rng.random() < cfg.blur_prob:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, cfg.blur_radius)))
-    return image
+        x = gaussian_blur(x, rng.uniform(0.1, cfg.blur_radius))
+    return to_bytes(x)
 
 
-def cutmix_box(height: int, width: int, rng: random.Random, prob: float) -> tuple[int, int, int, int] | None:
-    """(top, bottom, left, right) of a CutMix box in pixels, or None with probability 1 - prob."""
-    if rng.random() > prob:
-        return None
+def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
+    """Turn the hue by a share of the circle and multiply the saturation, as in HSV. (3, h, w) RGB in [0, 1].
+
+    Torchvision's goes through six cases a pixel, Pillow's through 8 bits of hue; on the circle one rule serves the three channels: full up to
+    one sixth of a turn from its own hue, none from two sixths on, linear between.
+    """
+    r, g, b = x
+    top, low = x.amax(0), x.amin(0)
+    hue = torch.copysign(1 + (g + b - r - low) / (top - low).clamp(min=1e-6), g - b) + 6 * turn        # sixths of a turn, red = 0
+    chroma = ((top - low) * saturation).minimum(top)
+    low = top - chroma
+    shifted = torch.empty_like(x)
+    for channel, own in zip(shifted, (0, 2, 4)):
+        distance = hue - own
+        distance -= 6 * torch.round(distance / 6)                  # the short way round: -3 to 3
+        torch.addcmul(low, chroma, (2 - distance.abs()).clamp_(0, 1), out=channel)
+    return shifted
+
+
+def gaussian_blur(x: Tensor, radius: float) -> Tensor:
+    """As Pillow's: three equal box blurs whose variances add up to radius ** 2, here as one kernel. (3, h, w); pixels of the edge repeat."""
+    variance = radius ** 2 / 3
+    n = int(((12 * variance + 1) ** 0.5 - 1) / 2)                  # a box has weight 1 at -n to n and less at either end
+    end = (2 * n + 1) * (variance - n * (n + 1) / 3) / 2 / ((n + 1) ** 2 - variance)
+    box = np.array([end, *[1] * (2 * n + 1), end]) / (2 * n + 1 + 2 * end)
+    kernel = np.convolve(box, np.convolve(box, box)).tolist()
+    reach = len(kernel) // 2
+    x = F.pad(x[None], (reach, reach, reach, reach), mode="replicate")[0]
+    for axis in (1, 2):
+        moved = [x.narrow(axis, k, x.shape[axis] - 2 * reach) for k in range(len(kernel))]
+        x = torch.zeros_like(moved[0])
+        for weight, image in zip(kernel, moved):
+            x.add_(image, alpha=weight)
+    return x
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> uint8."""
+    return torch.from_numpy((x * 255).round_().numpy().astype(np.uint8))            # torch's own conversion takes twice as long
+
+
+def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from."""
     area = rng.uniform(*CUTMIX_AREA) * height * width
     while True:
         aspect = rng.uniform(*CUTMIX_ASPECT)
@@ -527,9 +572,9 @@ class LabeledBatches(Batches):
             i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
             truth = self.dataset.train.truth(i)
             truth = truth.by_class() if self.cfg.labels == "semantic" else truth
-            view = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
-            images.append(to_tensor(view.image, self.cfg.crop))
-            targets.append(to_target(pad(view.layers[0], self.cfg.crop, 0), truth.labels, truth.crowd))
+            image, (segment_map,) = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
+            images.append(pad_image(image, self.cfg.crop))
+            targets.append(to_target(pad(segment_map, self.cfg.crop, 0), truth.labels, truth.crowd))
             names.append(self.dataset.train.name(i))
         return Labeled(torch.stack(images), targets, names)
 
@@ -548,27 +593,29 @@ class SemiSupervisedBatches(Batches):
         views, partners, boxes, names = [], [], [], []
         for slot in self.slots(self.cfg.unlabeled_batch):
             rng = self.rng(step, slot)
-            name, weak, strong = self._two_views(rng)
-            _, partner_weak, partner_strong = self._two_views(rng)
-            w, h = partner_weak.size
-            boxes.append(cutmix_box(h, w, rng, self.cfg.cutmix_prob))
-            views.append((weak, strong))
-            partners += [(partner_weak, partner_strong)] if boxes[-1] else []
+            name, *pair = self._two_views(rng)
+            views.append(pair)
             names.append(name)
+            box = None
+            if rng.random() < self.cfg.cutmix_prob:                # drawn first: an image without a box needs no partner
+                _, *partner = self._two_views(rng)
+                partners.append(partner)
+                box = cutmix_box(*partner[0].shape[1:], rng)
+            boxes.append(box)
         def stack(pairs, k):
-            return torch.stack([to_tensor(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
+            return torch.stack([pad_image(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
                 0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)
         return self.labeled[step], Unlabeled(stack(views, 0), stack(views, 1), boxes, stack(partners, 0), stack(partners, 1), names)
 
-    def _two_views(self, rng: random.Random) -> tuple[str, Image.Image, Image.Image]:
+    def _two_views(self, rng: random.Random) -> tuple[str, Tensor, Tensor]:
         i = rng.choice(self.dataset.unlabeled)
-        weak = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng).image
+        weak, _ = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng)
         return self.dataset.train.name(i), weak, strong_view(weak, self.cfg, rng)
 
 
-def to_tensor(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side) uint8, padded right and bottom with grey."""
-    return torch.from_numpy(np.ascontiguousarray(pad(np.asarray(image), side, PAD_VALUE).transpose(2, 0, 1)))
+def pad_image(image: Tensor, side: int) -> Tensor:
+    """(3, h, w) -> (3, side, side), grey at the right and at the bottom."""
+    return F.pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=PAD_VALUE)
 
 
 def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:

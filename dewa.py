@@ -17,7 +17,7 @@ from tqdm import tqdm
 import ranks
 from checkpoint import claim, release, write_atomic
 from config import Config, UserError
-from data import Batches, Labeled, Sample, Taxonomy, pad, to_tensor, weak_view
+from data import Batches, Labeled, Sample, Taxonomy, pad, pad_image, weak_view
 from losses import point_generators, set_loss
 from matcher import Target
 from model import Segmenter
@@ -147,11 +147,11 @@ class DewaBatches(Batches):
             image, masks = self.images.image(i), read_masks(self.folder, name)
             if masks.shape[:2] != image.size[::-1]:
                 raise UserError(f"{mask_file(self.folder, name)}: masks are {masks.shape[:2]}, the image is {image.size[::-1]}")
-            view = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
-            masks = torch.from_numpy(np.ascontiguousarray(pad(view.layers[0], self.cfg.crop, 0).transpose(2, 0, 1)))
+            image, (masks,) = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
+            masks = torch.from_numpy(np.ascontiguousarray(pad(masks, self.cfg.crop, 0).transpose(2, 0, 1)))
             if not self.cfg.dewa_keep_empty:
                 masks = masks[masks.flatten(1).any(1)]
-            images.append(to_tensor(view.image, self.cfg.crop))
+            images.append(pad_image(image, self.cfg.crop))
             targets.append(Target(torch.zeros(len(masks), dtype=torch.int64), masks=masks))
             names.append(name)
         return Labeled(torch.stack(images), targets, names)

@@ -152,18 +152,22 @@ def _overlaps(pred_map, num_pred: int, true_map, num_true: int):
     """All (pred id, true id, pixels) with at least one pixel, void included: three arrays (M,)."""
     pred_map, true_map = _integers("pred_map", pred_map, num_pred + 1), _integers("true_map", true_map, num_true + 1)
     _same_shape("pred_map", pred_map, "true_map", true_map)
-    pair = _pair_ids(pred_map, true_map, num_true + 1).ravel()
-    if (num_pred + 1) * (num_true + 1) <= max(pair.size, 1 << 16):
-        count = np.bincount(pair)
+    # Pixels come in runs of one pair, so only the first of each run is looked up.
+    p, t = pred_map.ravel(), true_map.ravel()
+    first = np.flatnonzero(np.append(p.size > 0, (p[1:] != p[:-1]) | (t[1:] != t[:-1])))
+    pair, length = _pair_ids(p[first], t[first], num_true + 1), np.diff(first, append=p.size)
+    if (num_pred + 1) * (num_true + 1) <= max(p.size, 1 << 16):
+        count = np.bincount(pair, length)
         pair = np.flatnonzero(count)
         count = count[pair]
     else:       # thousands of segments on both sides: the full table would be larger than the image, so sort instead
-        pair, count = np.unique(pair, return_counts=True)
+        pair, run = np.unique(pair, return_inverse=True)
+        count = np.bincount(run, length)
     return pair // (num_true + 1), pair % (num_true + 1), count
 
 
 def _pair_ids(a, b, num_b):
-    """a * num_b + b in int64 whatever the types (8 or 16 bits would overflow), with one temporary the size of the image."""
+    """a * num_b + b in int64 whatever the types (8 or 16 bits would overflow), with one temporary of their size."""
     pair = a.astype(np.int64)
     pair *= num_b
     return np.add(pair, b, out=pair, casting="unsafe")

@@ -4,6 +4,7 @@ test_fault_NN_... provokes a fault of the state of a run for real: a kill, a ful
 Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared/data) and are skipped where it is absent.
 """
 
+import colorsys
 import dataclasses
 import hashlib
 import http.server
@@ -25,8 +26,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 os.environ["HF_HUB_OFFLINE"] = "1"               # no test asks the network
 
@@ -623,8 +625,30 @@ def test_weak_views_move_image_and_map_together():
     image = Image.fromarray(np.repeat(ramp[..., None].astype(np.uint8), 3, -1))
     cfg = dataclasses.replace(TINY, crop=32, scale_min=1.5, scale_max=1.5)                    # short side 48: not resampled
     for seed in range(20):
-        view = data.weak_view(data.Sample(image, [ramp]), cfg, random.Random(seed))
-        assert view.image.size == (32, 32) and np.array_equal(np.asarray(view.image)[..., 0], view.layers[0])
+        view, (layer,) = data.weak_view(data.Sample(image, [ramp]), cfg, random.Random(seed))
+        assert view.shape == (3, 32, 32) and np.array_equal(view[0].numpy(), layer)
+
+
+def test_image_and_map_stay_aligned_at_every_scale():
+    y, x = np.mgrid[0:90, 0:120]
+    image, layers = Image.fromarray(np.stack([2 * x, 2 * y, 0 * x], -1).astype(np.uint8)), [x, y]
+    cfg = dataclasses.replace(TINY, crop=80)                                                  # short sides 40 to 160
+    for seed in range(60):
+        view, moved = data.weak_view(data.Sample(image, layers), cfg, random.Random(seed))
+        for channel, layer in zip(view.numpy(), moved):                                       # two grey levels a pixel of the source
+            assert np.abs(channel - 2.0 * layer).max() <= 3, "less than two pixels of the source apart"
+
+
+def test_a_part_is_resized_as_if_it_were_cropped_from_the_whole():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8))
+    layer = np.arange(61 * 83).reshape(61, 83)
+    for size, part in (((166, 122), (7, 0, 107, 100)), ((40, 30), (3, 5, 40, 25)), ((95, 70), (20, 30, 95, 70)), ((83, 61), (1, 2, 50, 60))):
+        whole = data.resize_part(data.Sample(noise, [layer]), size, (0, 0, *size))
+        assert np.array_equal(np.asarray(whole.image), np.asarray(noise.resize(size, Image.Resampling.BILINEAR)))
+        got, (left, top, right, bottom) = data.resize_part(data.Sample(noise, [layer]), size, part), part
+        difference = np.asarray(got.image).astype(int) - np.asarray(whole.image.crop(part))
+        assert np.abs(difference).max() <= 2 and abs(difference.mean()) < 0.05
+        assert np.array_equal(got.layers[0], whole.layers[0][top:bottom, left:right])
 
 
 def test_resizing_keeps_the_long_side_below_its_limit():
@@ -634,18 +658,77 @@ def test_resizing_keeps_the_long_side_below_its_limit():
 
 def test_cutmix_boxes_lie_inside_and_have_the_area_that_was_drawn():
     rng = random.Random(0)
-    boxes = [data.cutmix_box(80, 120, rng, 0.5) for _ in range(400)]
-    drawn = [b for b in boxes if b]
-    assert 150 < len(drawn) < 250
-    for top, bottom, left, right in drawn:
+    for top, bottom, left, right in (data.cutmix_box(80, 120, rng) for _ in range(200)):
         assert 0 <= top <= bottom <= 80 and 0 <= left <= right <= 120 and (bottom - top) * (right - left) <= 0.4 * 80 * 120
 
 
+def test_half_of_the_images_get_a_box_and_only_those_a_partner(small_mini):
+    batches = data.SemiSupervisedBatches(data.load_mini("4"), dataclasses.replace(TINY, burn_in=0, labeled_batch=1, unlabeled_batch=100), 1)
+    unlabeled = batches[0][1]
+    mixed = sum(box is not None for box in unlabeled.boxes)
+    assert 30 < mixed < 70 and len(unlabeled.weak) == len(unlabeled.boxes) == 100
+    assert len(unlabeled.partner_weak) == len(unlabeled.partner_strong) == mixed
+    for prob in (0.0, 1.0):
+        batches.cfg = dataclasses.replace(batches.cfg, unlabeled_batch=2, cutmix_prob=prob)
+        assert len(batches[0][1].partner_weak) == 2 * prob
+
+
 def test_strong_and_colour_views_keep_the_size_and_change_the_pixels():
-    image = Image.fromarray(microcosm.scene("train", 0).image)
+    image = torch.from_numpy(microcosm.scene("train", 0).image).permute(2, 0, 1)
     for view in (lambda image, rng: data.strong_view(image, OFFICIAL, rng), data.ssd_colour):
-        changed = [np.asarray(view(image, random.Random(seed))) for seed in range(8)]
-        assert all(v.shape == (128, 128, 3) and v.dtype == np.uint8 for v in changed) and not np.array_equal(changed[0], changed[1])
+        changed = [view(image, random.Random(seed)) for seed in range(8)]
+        assert all(v.shape == (3, 128, 128) and v.dtype == torch.uint8 for v in changed) and not torch.equal(changed[0], changed[1])
+
+
+def noise_and_greys(side=64):
+    """(3, side, side) uint8: random colours, a quarter of them dull, and a ramp of greys."""
+    image = torch.randint(0, 256, (3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image[:, :, side // 2:] = image[:1, :, side // 2:] // 2 + image[:, :, side // 2:] // 8
+    image[:, 0] = torch.arange(side) * 4
+    return image
+
+
+def test_hue_and_saturation_shift_as_in_hsv():
+    image = noise_and_greys()
+    for turn in (0.2, 0.031, 0.0, -0.11, -0.2, 0.5):
+        difference = data.to_bytes(data.shift_hsv(image / 255, turn)).int() - TF.adjust_hue(image, turn).int()
+        assert difference.abs().max() <= 1
+    for r, g, b in (image[:, ::7, ::7] / 255).flatten(1).T.tolist():
+        h, s, v = colorsys.rgb_to_hsv(r, g, b)
+        shifted = data.shift_hsv(torch.tensor([r, g, b])[:, None, None], 0.3, 1.5).flatten()
+        assert shifted.tolist() == pytest.approx(colorsys.hsv_to_rgb((h + 0.3) % 1, min(1.5 * s, 1), v), abs=1e-4)
+
+
+def test_the_jitter_is_that_of_the_official_code_without_its_rounding():
+    image, no_blur = noise_and_greys(), dataclasses.replace(OFFICIAL, blur_prob=0.0)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    def composed(x, rng):
+        steps = [(TF.adjust_brightness, 0.8), (TF.adjust_contrast, 0.8), (TF.adjust_saturation, 0.8), (TF.adjust_hue, 0.2)]
+        rng.shuffle(steps)
+        for adjust, reach in steps:
+            x = adjust(x, rng.uniform(-reach, reach) + (adjust is not TF.adjust_hue))
+        return TF.rgb_to_grayscale(x, num_output_channels=3) if rng.random() < 0.2 else x
+    rounded = []
+    for seed in range(30):
+        strong = data.strong_view(image, no_blur, random.Random(seed)).int()
+        assert (strong - 255 * composed(image / 255, random.Random(seed))).abs().max() <= 0.51, "torchvision's, in floating point"
+        rounded.append((strong - TF.pil_to_tensor(composed(picture, random.Random(seed))).int()).abs().float())
+    assert torch.stack(rounded).mean() < 2, "Pillow cuts off what is behind the point in each step, and keeps 8 bits of hue"
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.4, 1.0, 1.4, 1.5, 2.0, 4.0])
+def test_the_blur_is_that_of_pillow_without_its_rounding(radius):
+    image = noise_and_greys()
+    reach = 3 * int(radius + 1)                                    # nearer to the edge Pillow repeats pixels three times
+    blurred = data.to_bytes(data.gaussian_blur(image / 255, radius)).int()
+    pillow = TF.pil_to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(radius))).int()
+    difference = (blurred - pillow)[:, reach:-reach, reach:-reach]
+    assert blurred.shape == image.shape and difference.abs().max() <= 4 and difference.float().abs().mean() < 1
+    one = torch.zeros(1, 65, 65)
+    one[0, 32, 32] = 1
+    spread = data.gaussian_blur(one, radius)[0].sum(0)
+    assert spread.sum() == pytest.approx(1) and (spread * (torch.arange(65) - 32) ** 2).sum() == pytest.approx(radius ** 2, rel=1e-4)
+    assert torch.allclose(data.gaussian_blur(torch.full((3, 5, 7), 0.3), radius), torch.tensor(0.3))
 
 
 def test_crowd_and_vanished_segments_are_no_training_targets():
