@@ -245,6 +245,8 @@ def start_from(state: dict, source: Path | None, student: Segmenter) -> None:
 
 def take(state: dict, which: str, model: Segmenter, source: str, may_differ: tuple[str, ...] = ()) -> str:
     """Weights of the student or the teacher of `read_run`; a backbone that came with its whole CLIP is in the model already (`build`)."""
+    if which not in state:
+        raise UserError(f"{source}: holds no {which}")
     into = {name: p for name, p in model.trained().items() if "clip" not in state or name.startswith("head.")}
     return checkpoint.load_weights(into, state[which], source, may_differ)
 
@@ -257,12 +259,25 @@ def read_run(folder: Path | None) -> dict:
         state = checkpoint.newest(folder)
         if state is None:
             raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
-        return state
+        return require_run(state, folder)
     weights = official.read(folder)
     if weights is None:
-        return checkpoint.load(folder)
+        return require_run(checkpoint.load(folder), folder)
     print(f"{folder}: {weights.summary()}")
     return {"student": weights.head, "clip": weights.clip, "weights": weights}
+
+
+def require_run(state: dict, source: Path) -> dict:
+    """The state, if it is one that a run has saved; UserError otherwise."""
+    models, config = [state[name] for name in ("student", "teacher") if name in state], state.get("config")
+    if not models or not isinstance(config, dict) or not all(
+            isinstance(m, dict) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in m.items()) for m in models):
+        raise UserError(f"{source}: neither a checkpoint of a run (with config, and the weights of student or teacher) nor one of the official code")
+    for field in dataclasses.fields(Config):
+        value, kind = config.get(field.name, field.default), type(field.default)
+        if type(value) not in ({float, int} if kind is float else {kind}) | ({str} if field.name == "alpha" else set()):
+            raise UserError(f"{source}: its config has {field.name} = {value!r:.60}, expected {kind.__name__}")
+    return state
 
 
 def require_classes(state: dict, expected: int, source: Path) -> None:

@@ -1407,6 +1407,32 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_flipped_bit_in_exported_weights_or_kept_embeddings_is_noticed(tmp_path, capsys):
+    path = tmp_path / "student.safetensors"
+    official.write(path, official.Weights("student", {"head.a": torch.ones(100)}, {}, {}), "safetensors")
+    assert official.read(path).head["head.a"].eq(1).all()
+    make = lambda: torch.ones(100)
+    checkpoint.cached(tmp_path / "cache", ["key"], make)
+    for file in (path, *(tmp_path / "cache").iterdir()):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="student.safetensors: damaged, the SHA-256 of its tensors"):
+        official.read(path)
+    assert torch.equal(checkpoint.cached(tmp_path / "cache", ["key"], make), make()) and "damaged; made again" in capsys.readouterr().out
+
+
+def test_a_file_that_no_run_has_saved_is_refused_in_one_line(tmp_path):
+    path, config = tmp_path / "some.pt", dataclasses.asdict(TINY)
+    for content, words in (([1, 2], "holds a list"), ({"weight": torch.zeros(2)}, "neither a checkpoint of a run"), ({"student": {"a": 3}, "config": config}, "neither"),
+                           ({"student": {"a": torch.zeros(2)}, "config": {**config, "hidden": "96"}}, "its config has hidden = '96', expected int"),
+                           ({"model": {"sem_seg_head.a": "text"}}, "neither"), ({"teacher": {"a": torch.zeros(2)}, "config": config}, "some.pt: holds no student")):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=words) as error:
+            dearli.take(dearli.read_run(path), "student", None, str(path))
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
 def test_weights_of_another_configuration_are_refused_and_nothing_is_copied():
     into = {"a": torch.zeros(2), "b": torch.zeros(3)}
     with pytest.raises(UserError, match=r"b: expected \(3,\), found \(4,\)"):
