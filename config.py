@@ -11,7 +11,19 @@ from matcher import CostWeights
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend: one line saying what, where, what was expected, what to do."""
+    """Something that the person at the keyboard can mend: one line saying what, where, what was expected, what to do.
+
+    kind: of fault in a data set, by which `validate.py` groups them (`validate.KINDS`).
+    """
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
+
+
+def refuse(error: UserError) -> None:
+    """What is done about a fault in the data unless somebody collects them (`validate.py`): nothing is read any further."""
+    raise error
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,13 @@ Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.0152
 """
 
 import colorsys
+import contextlib
 import json
 import os
 import random
+import re
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -19,12 +22,12 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 import ranks
-from config import Config, UserError
+from config import Config, UserError, refuse
 from matcher import Target
 
 PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
@@ -32,6 +35,15 @@ IGNORE = -1                            # semantic ground truth: no class
 CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
 GRACE = 10                             # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
+MAX_PIXELS = 89_000_000                # of an image or a map; Pillow warns from here on and refuses only twice as much
+# What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
+MAX_NAME = 255                         # bytes of a file name, characters of a path are at most 4 times as many
+MAX_ID = 1 << 24                       # segment ids have 24 bits: R + 256 G + 65536 B
+MAX_AREA = 1 << 31                     # pixels
+TURN = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                       Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))   # by EXIF orientation, 1 = none
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)                # MAX_PIXELS refuses what it warns of
 
 
 # ------------------------------------------------------------------------------------- taxonomies and data sets
@@ -124,30 +136,55 @@ class PanopticFolder:
     The index is a few flat arrays: loader processes share them, and reading never makes them grow.
     semantic: folder of class maps that mIoU is measured against, where the data set has its own: uint8, class `semantic_first` + k
         for class k, anything else is no class (ADE20K counts from 1, COCO-Objects from 0).
+    hidden: segments may lie wholly below others, and stated areas count what is hidden (ADE20K's rule); else a segment without a pixel is a fault.
+    complain: called with every fault that allows to read on; what is at fault is left out.
     Images without annotation come after the `annotated` first ones; they serve as unlabelled images. A validation set has none of them.
-    Raises: UserError where a file or a key is missing, or map and JSON disagree.
+    An image is turned as its EXIF block says, as detectron2 does; maps have none, and `_upright` turns them along where it must.
+    Raises: UserError where a file or a key is missing, a file is a link out of the data root, or map, JSON and image disagree.
     """
 
     def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None, semantic_first: int = 1,
-                 validation: bool = False):
-        self.images, self.maps, self.taxonomy, self.semantic, self.semantic_first = images, maps, taxonomy, semantic, semantic_first
+                 validation: bool = False, hidden: bool = False, complain: Callable[[UserError], None] = refuse):
+        self.annotations, self.images, self.maps, self.taxonomy = annotations, images, maps, taxonomy
+        self.semantic, self.semantic_first, self.hidden = semantic, semantic_first, hidden
+        inside = (os.path.commonpath([annotations, images, maps]), images, maps, *([semantic] if semantic else []))      # a folder itself may be a link
+        self.inside = tuple(os.path.join(os.path.realpath(folder), "") for folder in inside)
         content = read_json(annotations)
         index = {category: k for k, category in enumerate(taxonomy.ids)}
-        try:
-            files = {entry["id"]: entry["file_name"] for entry in content["images"]}
-            rows = content["annotations"]
-            names, counts = [files.pop(a["image_id"]) for a in rows], [len(a["segments_info"]) for a in rows]
-            self.annotated = len(rows)
-            self.names, self.files = np.array(names + ([] if validation else list(files.values())), str), np.array([a["file_name"] for a in rows], str)
-            self.segments = np.array([(s["id"], index[s["category_id"]], s["area"], s.get("iscrowd", 0)) for a in rows for s in a["segments_info"]],
-                                     np.int64).reshape(-1, 4)       # id, class, area, crowd
-        except KeyError as error:
-            raise UserError(f"{annotations}: no entry for {error}, or two annotations; expected COCO panoptic format: images (id, file_name), "
-                            f"annotations (image_id, file_name, segments_info with id, category_id, area), categories") from None
+        def wrong(kind, text):
+            complain(UserError(f"{annotations}: {text}", kind))
+        files = _image_names(content["images"], wrong)
+        names, maps_of, counts, rows, self.refused, self.without_crowd = [], [], [], [], set(), 0
+        for place, a in enumerate(content["annotations"]):
+            try:
+                key = a["image_id"]
+                if key not in files:
+                    wrong("malformed", f"no entry for {brief(key)}, or two annotations: annotations[{place}] names it as its image_id, expected an image of "
+                                       f"images that no other annotation names")
+                    continue
+                file, segments = a["file_name"], list(a["segments_info"])
+                fault = name_fault(file)
+            except (KeyError, TypeError):
+                wrong("malformed", f"annotations[{place}] is {brief(a)}, expected an object with image_id, file_name and segments_info")
+                continue
+            name = files.pop(key)
+            if fault:
+                wrong("name", f"map of image {brief(key)}: file_name {brief(file)} {fault}")
+            if fault or name is None:
+                continue
+            sound, without = _sound_segments(segments, index, name, wrong)
+            if len(sound) < len(segments):
+                self.refused.add(len(names))
+            self.without_crowd += without
+            rows += sound
+            names.append(name)
+            maps_of.append(file)
+            counts.append(len(sound))
+        self.annotated = len(names)
+        names += [] if validation else [name for name in files.values() if name is not None]
+        self.names, self.files = np.array(names, str), np.array(maps_of, str)
+        self.segments = np.array(rows, np.int64).reshape(-1, 4)    # id, class, area, crowd
         self.starts = np.cumsum([0, *counts])
-        for name in (*self.names.tolist(), *self.files.tolist()):
-            if os.path.isabs(name) or ".." in name and ".." in Path(name).parts:
-                raise UserError(f"{annotations}: file_name '{name}' leads out of its folder; expected a path below it")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -156,22 +193,33 @@ class PanopticFolder:
         return str(self.names[i])
 
     def image(self, i: int) -> Image.Image:
-        return open_image(self.images / self.name(i))
+        return open_image(self.file(self.images, self.name(i)))
 
-    def truth(self, i: int) -> Truth:
-        path, segments = self.maps / str(self.files[i]), self.segments[self.starts[i]:self.starts[i + 1]]
-        coded = segment_ids(path)
+    def file(self, folder: Path, name: str) -> Path:
+        """folder/name, which may be a link to another place in the data root, but not out of it."""
+        path = folder / name
+        real = os.path.realpath(path)
+        if not real.startswith(self.inside):
+            raise UserError(f"{path}: is a link that leads out of the data root, to {real}; expected a file (a whole folder may be a link)", "name")
+        return path
+
+    def truth(self, i: int, complain: Callable[[UserError], None] = refuse) -> Truth:
+        path, segments = self.file(self.maps, str(self.files[i])), self.segments[self.starts[i]:self.starts[i + 1]]
+        coded = self._upright(segment_ids(path), i, path)
         # Pixels come in runs of one id, so only the first of each run is looked up.
         flat = coded.ravel()
         first = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
-        runs, order = flat[first], np.argsort(segments[:, 0])
-        known = np.append(segments[order, 0], 1 << 24)                              # no id of 24 bits is so large
+        runs, lengths, order = flat[first], np.diff(first, append=flat.size), np.argsort(segments[:, 0])
+        known = np.append(segments[order, 0], MAX_ID)                               # no id is so large
         place = np.searchsorted(known, runs)
         found = known[place] == runs
-        if not (found | (runs == 0)).all():
-            raise UserError(f"{path}: segment {runs[~found & (runs > 0)].min()} has pixels but is not in segments_info")
+        for unknown in np.unique(runs[~found & (runs > 0)]):
+            complain(UserError(f"{path}: segment {unknown} has pixels but is not in segments_info", "not in json"))
         number = np.where(found, np.append(order + 1, 0)[place], 0).astype(np.int32)
-        return Truth(np.repeat(number, np.diff(first, append=flat.size)).reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
+        if not self.hidden:
+            for empty in segments[np.bincount(number, minlength=len(segments) + 1)[1:] == 0, 0]:
+                complain(UserError(f"{path}: segment {empty} is in segments_info but has no pixel", "no pixel"))
+        return Truth(np.repeat(number, lengths).reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
                      self.semantic and (lambda: self.class_map(i)))
 
     def class_file(self, i: int) -> Path:
@@ -179,13 +227,70 @@ class PanopticFolder:
 
     def class_map(self, i: int) -> np.ndarray:
         """(H, W) class index of image i by the data set's own semantic ground truth, IGNORE where there is none."""
-        path = self.class_file(i)
+        path = self.file(self.semantic, self.class_file(i).name)
         stored = np.asarray(open_image(path, None))
         if stored.ndim != 2:
-            raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}")
-        classes = stored.astype(np.int32) - self.semantic_first
+            raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}", "unreadable")
+        classes = self._upright(stored, i, path).astype(np.int32) - self.semantic_first
         classes[(classes < 0) | (classes >= len(self.taxonomy))] = IGNORE
         return classes
+
+    def _upright(self, stored: np.ndarray, i: int, path: Path) -> np.ndarray:
+        """A map (H, W) as image i is shown. Raises UserError if it has another size.
+
+        Annotators see an image turned by its EXIF block, so a map of that size is taken as it is (of a square image, too). Only a map that has
+        the size of the pixels as stored, and not of the image as shown, was drawn without looking at EXIF, and is turned along.
+        """
+        shown, turn = image_header(self.file(self.images, self.name(i)))
+        if stored.shape == shown[::-1]:
+            return stored
+        if turn is not None and stored.shape == shown:
+            return np.asarray(Image.fromarray(stored).transpose(turn))
+        raise UserError(f"{path}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image {self.name(i)} has {shown[0]} x {shown[1]}; "
+                        f"expected one size", "size")
+
+
+def _image_names(entries: list, wrong: Callable[[str, str], None]) -> dict:
+    """File names by image id, None where a fault was found (then that is one fault, and its annotation is no second one)."""
+    files, taken = {}, set()
+    for place, entry in enumerate(entries):
+        try:
+            key, name = entry["id"], entry["file_name"]
+            twice = key in files or name in taken
+        except (KeyError, TypeError):
+            wrong("malformed", f"images[{place}] is {brief(entry)}, expected an object with id and file_name")
+            continue
+        fault = "is listed twice" if twice else name_fault(name)
+        if fault:
+            wrong("image twice" if twice else "name", f"image {brief(key)}: file_name {brief(name)} {fault}")
+            files.setdefault(key, None)
+        else:
+            files[key] = name
+            taken.add(name)
+    return files
+
+
+def _sound_segments(segments: list, index: dict[int, int], name: str, wrong: Callable[[str, str], None]) -> tuple[list[tuple], int]:
+    """(id, class, area, crowd) of the segments of an image without a fault, and how many of them do not say whether they are crowd."""
+    rows, used, without_crowd = [], set(), 0
+    for s in segments:
+        try:
+            number, category, area, crowd = s["id"], s["category_id"], s["area"], s.get("iscrowd")
+            k, twice = index.get(category), number in used
+            sound = _whole(number) and 0 < number < MAX_ID and _whole(area) and 0 <= area < MAX_AREA and crowd in (None, 0, 1)
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            wrong("malformed", f"segment {brief(s)} of image {name}: expected id (1 to {MAX_ID - 1}), category_id, area (pixels) and iscrowd (0 or 1)")
+        elif k is None:
+            wrong("category", f"segment {number} of image {name} has category {brief(category)}, which is not among the categories")
+        elif twice:
+            wrong("segment twice", f"segment {number} of image {name} is listed twice")
+        else:
+            used.add(number)
+            rows.append((number, k, area, crowd or 0))
+            without_crowd += crowd is None
+    return rows, without_crowd
 
 
 class ImageFolder:
@@ -221,27 +326,96 @@ def segment_ids(path: Path) -> np.ndarray:
 
 
 def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
-    """An image in a Pillow mode; None: as it is stored (class maps: a palette must not be applied). Raises UserError with the path."""
-    try:
-        with Image.open(path) as image:
+    """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it is stored (no palette is applied).
+
+    Of several frames the first; an alpha channel is dropped; 16 bits are divided by 256, whatever the image shows, so that two images stay
+    comparable (Pillow's own conversion would clip them). Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
+    """
+    with _opened(path) as image:
+        if mode != "RGB":
             return image.convert(mode) if mode else image.copy()
+        turn = _turn(image)
+        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+
+
+def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """(width, height) of an image as `open_image` returns it, and how it will be turned; no pixel is read."""
+    with _opened(path) as image:
+        turn = _turn(image)
+        swapped = turn in (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+        return image.size[::-1] if swapped else image.size, turn
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
+        raise UserError(f"{path}: no such file", "absent") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which no stage reads; cut it into tiles", "large") from None
+    except Exception as error:         # Pillow raises a dozen types for what is one thing to the user
+        reason = "of no known format, or no image at all" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split()) or type(error).__name__
+        reason = "empty file" if os.path.isfile(path) and not os.path.getsize(path) else reason
+        raise UserError(f"{path}: not a readable image ({reason})", "unreadable") from None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How EXIF wants an image turned that was opened but not read. A broken EXIF block wants nothing (as officially)."""
+    if image.format == "TIFF" or image.format == "PNG" and "exif" not in image.info:       # Pillow turns a TIFF itself; asking a PNG would read it
+        return None
+    try:
+        return TURN.get(image.getexif().get(0x0112))
+    except Exception:                  # struct.error, SyntaxError, ... from inside
+        return None
 
 
 def read_json(path: Path) -> dict:
+    """A JSON in COCO panoptic format: an object with the lists images, annotations and categories. Raises: UserError if it is not."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content, dict) or key not in content]
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
-        raise UserError(f"{path}: key '{missing[0]}' is missing; expected COCO panoptic format (images, annotations, categories)")
+        raise UserError(f"{path}: key '{missing[0]}' is missing or not a list; expected COCO panoptic format (images, annotations, categories)")
     return content
+
+
+def name_fault(name) -> str | None:
+    """What is wrong with a file_name of a JSON; None if it is a path that stays in its folder."""
+    if not isinstance(name, str) or not name.strip("./ "):
+        return "is not a file name"
+    if os.path.isabs(name) or ".." in name and ".." in Path(name).parts:
+        return "leads out of its folder; expected a path below it"
+    if _UNPRINTABLE.search(name) or len(name) > 4 * MAX_NAME or max(len(part.encode()) for part in name.split("/")) > MAX_NAME:
+        return f"cannot be the name of a file; expected at most {MAX_NAME} bytes between slashes, without control characters"
+    return None
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")             # would also break the one line of an error
+
+
+def brief(value) -> str:
+    """A value from a file, as a message can show it."""
+    text = ascii(value) if not isinstance(value, str) else f"'{value}'"
+    text = _UNPRINTABLE.sub("?", text)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _whole(value) -> bool:
+    """True for 3 and 3.0; False for True, "3", NaN and 1e999."""
+    return type(value) is int or type(value) is float and value.is_integer()
 
 
 MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200    # images
@@ -250,7 +424,7 @@ MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200    # images
 def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
     """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
     import microcosm
-    if not split.isdigit() or not 0 < int(split) < MINI_TRAIN:
+    if not split.isdecimal() or not 0 < int(split) < MINI_TRAIN:
         raise UserError(f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}")
     if evaluate_on not in ("dev", "val"):
         raise UserError(f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val")
@@ -260,14 +434,15 @@ def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
     return DataSet("mini", taxonomy, MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
 
 
-def load_folder(root: Path, split: str, seed: int = 0, variant: str = "") -> DataSet:
+def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", complain: Callable[[UserError], None] = refuse) -> DataSet:
     """Any folder in COCO panoptic format.
 
     Args:
         root: holds panoptic_train.json and panoptic_val.json (or annotations/panoptic_*.json), the images and the maps.
         split: a number of labelled images, a name below root/splits (with labeled.txt, and unlabeled.txt if not all the
-            rest), or a file that lists image names, one a line.
+            rest), or a file that lists image names, one a line; empty: all images with annotation.
         variant: ending of the JSON names, as in panoptic_train_4class.json.
+        complain: called with every fault that allows to read on (`PanopticFolder`).
     """
     root = Path(root)
     if not root.is_dir():
@@ -276,13 +451,18 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "") -> Dat
                                        f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
                    for part in ("train", "val")}
     taxonomy = read_taxonomy(annotations["train"])
+    names = dict(zip(taxonomy.ids, taxonomy.names))
+    other = read_taxonomy(annotations["val"])
+    for category, name in zip(other.ids, other.names):
+        if names.get(category, name) != name:
+            complain(UserError(f"{annotations['val']}: category {category} is {brief(name)}, but {brief(names[category])} in {annotations['train'].name}", "category"))
     parts = {}
     for part, path in annotations.items():
         base, stem = path.parent, path.stem.removesuffix(variant)
         images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
         maps = _first(root, [base / stem, f"panoptic/{part}", f"panoptic_{part}", "panoptic"], "the folder of panoptic PNG files")
-        parts[part] = PanopticFolder(path, images, maps, taxonomy, validation=part == "val")
-    labeled, unlabeled = read_split(root, split, parts["train"], seed)
+        parts[part] = PanopticFolder(path, images, maps, taxonomy, validation=part == "val", complain=complain)
+    labeled, unlabeled = read_split(root, split, parts["train"], seed, complain)
     return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
 
 
@@ -294,22 +474,33 @@ def _first(root: Path, candidates, what: str) -> Path:
 
 
 def read_taxonomy(annotations: Path) -> Taxonomy:
-    """Classes of a COCO panoptic JSON, in its order."""
-    try:
-        rows = [(str(c["name"]), bool(c["isthing"]), int(c["id"])) for c in read_json(annotations)["categories"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{annotations}: a category lacks {error}; expected id, name and isthing") from None
+    """Classes of a COCO panoptic JSON, in its order. Raises: UserError if ids or first names are not distinct, or something is missing."""
+    rows, used = [], set()
+    for c in read_json(annotations)["categories"]:
+        missing = [key for key in ("id", "name", "isthing") if not isinstance(c, dict) or key not in c]
+        if missing:
+            raise UserError(f"{annotations}: a category lacks '{missing[0]}' ({brief(c)}); expected id, name and isthing")
+        first = c["name"].split(",")[0].strip() if isinstance(c["name"], str) else ""
+        if not (_whole(c["id"]) and 0 <= c["id"] < MAX_ID and first and c["isthing"] in (0, 1)) or _UNPRINTABLE.search(c["name"]):
+            raise UserError(f"{annotations}: category {brief(c)}: expected a whole number as id, a name, and isthing 0 or 1")
+        if c["id"] in used or first in used:
+            raise UserError(f"{annotations}: category {brief(c['id'])} ({brief(c['name'])}) shares its id or its first name with another; expected distinct ones")
+        used |= {c["id"], first}
+        rows.append((c["name"], bool(c["isthing"]), int(c["id"])))
     if not rows:
         raise UserError(f"{annotations}: categories is empty; expected at least one class with id, name and isthing")
     return Taxonomy(*zip(*rows))
 
 
-def read_split(root: Path, split: str, images: PanopticFolder, seed: int) -> tuple[list[int], list[int]]:
-    """Labelled and unlabelled indices; see `load_folder`."""
+def read_split(root: Path, split: str, images: PanopticFolder, seed: int, complain: Callable[[UserError], None] = refuse) -> tuple[list[int], list[int]]:
+    """Labelled and unlabelled indices; see `load_folder`. Raises: UserError if a list is empty, names an image twice or one that is not
+    there, if a labelled image has no annotation, or is unlabelled, too."""
     everything = {images.name(i): i for i in range(len(images))}
-    if split.isdigit():
+    if not split:
+        return list(range(images.annotated)), list(range(images.annotated, len(images)))
+    if split.isdecimal():
         if not 0 < int(split) <= images.annotated:
-            raise UserError(f"--split {split}: expected 1 to {images.annotated} labelled images")
+            complain(UserError(f"--split {split}: expected 1 to {images.annotated} labelled images", "split"))
         order = np.random.default_rng(seed).permutation(images.annotated).tolist()
         return sorted(order[:int(split)]), sorted(order[int(split):]) + list(range(images.annotated, len(images)))
     path = root / "splits" / split / "labeled.txt"
@@ -318,19 +509,38 @@ def read_split(root: Path, split: str, images: PanopticFolder, seed: int) -> tup
         known = sorted(p.parent.name for p in root.glob("splits/*/labeled.txt"))
         raise UserError(f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names")
     def read(file):
-        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-        names = [n if n in everything else n.split("/")[-1] for n in names]        # official lists name files by their path
-        absent = [n for n in names if n not in everything]
-        if absent or not names:
-            raise UserError(f"{file}: " + (f"'{absent[0]}' is not an image of the training set ({len(absent)} such names)"
-                                           if absent else "the list is empty"))
-        return [everything[n] for n in names]
-    labeled = read(path)
-    bare = [images.name(i) for i in labeled if i >= images.annotated]
-    if bare:
-        raise UserError(f"{path}: '{bare[0]}' has no annotation ({len(bare)} such names); a labelled image needs one")
-    other, known = path.with_name("unlabeled.txt"), set(labeled)
-    return labeled, read(other) if other.exists() else [i for i in range(len(images)) if i not in known]
+        found: dict[int, None] = {}    # in the order of the list
+        for line in _lines(file):
+            # Official lists have two columns and name files by their path; names of one's own may have spaces in them.
+            names = [n for text in (line, line.split()[0]) for n in (text, text.split("/")[-1])]
+            i = next((everything[n] for n in names if n in everything), None)
+            if i is None:
+                complain(UserError(f"{file}: {brief(names[2])} is not an image of the training set", "split"))
+            elif i in found:
+                complain(UserError(f"{file}: {brief(images.name(i))} is listed twice", "split"))
+            else:
+                found[i] = None
+        if not found:
+            complain(UserError(f"{file}: the list is empty", "split"))
+        return list(found)
+    labeled, other = read(path), path.with_name("unlabeled.txt")
+    for i in labeled:
+        if i >= images.annotated:
+            complain(UserError(f"{path}: {brief(images.name(i))} has no annotation; a labelled image needs one", "split"))
+    known = set(labeled)
+    unlabeled = read(other) if other.exists() else [i for i in range(len(images)) if i not in known]
+    for i in unlabeled:
+        if i in known:
+            complain(UserError(f"{other}: {brief(images.name(i))} is in {path.name}, too; expected no image in both", "split"))
+    return [i for i in labeled if i < images.annotated], unlabeled
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file that are not blank."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable text file ({error})") from None
 
 
 def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:

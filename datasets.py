@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import write_atomic
-from config import UserError
-from data import DataSet, PanopticFolder, Taxonomy, open_image, read_json, read_split, segment_ids
+from config import UserError, refuse
+from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids
 
 REPOSITORY = "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
 # Semantic class (0 to 149) of instance class 1 to 100; these are the things of ADE20K, the other 50 classes are stuff.
@@ -72,14 +72,14 @@ BACKGROUND = {"id": 0, "name": "background", "isthing": 0}             # COCO-Ob
 
 # ---------------------------------------------------------------------------------------------------------- loading
 
-def load(name: str, root: Path, split: str, seed: int = 0) -> DataSet:
-    """A prepared data set. split: one of the official partitions, a number of labelled images, or a file of image names.
+def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[UserError], None] = refuse) -> DataSet:
+    """A prepared data set. split: one of the official partitions, a number of labelled images, or a file of image names; empty: all.
 
-    Raises: UserError naming what is missing and the command that makes it.
+    complain: as in `data.load_folder`.    Raises: UserError naming what is missing and the command that makes it.
     """
     base = locate(name, root)
     known, folder = splits(name), base / "dearli" / DOWNLOAD[name]
-    if not split.isdigit() and split not in known and not Path(split).is_file():
+    if split and not split.isdecimal() and split not in known and not Path(split).is_file():
         raise UserError(f"unknown split '{split}' of {name}; available: {', '.join(known)}, a number, or a file of image names")
     if name == "ade20k":
         places = {part: (base / f"ade20k_panoptic_{part}.json", base / "images" / long, base / f"ade20k_panoptic_{part}", base / "annotations" / long)
@@ -95,15 +95,15 @@ def load(name: str, root: Path, split: str, seed: int = 0) -> DataSet:
     for path in (prompts, *(p for place in places.values() for p in place[:3])):
         if not path.exists():
             raise UserError(f"{path}: missing; make it with `python dearli.py --stage prepare --dataset {name} --data-root {root}`")
-    names, categories = read_names(prompts), read_json(places["train"][0])["categories"]
-    unnamed = [c["id"] for c in categories if c["id"] + shift not in names]
+    names, stored = read_names(prompts), read_taxonomy(places["train"][0])
+    unnamed = [category for category in stored.ids if category + shift not in names]
     if unnamed:
         raise UserError(f"{prompts}: no names for category {unnamed[0]}")
-    taxonomy = Taxonomy(tuple(names[c["id"] + shift] for c in categories), tuple(bool(c["isthing"]) for c in categories),
-                        tuple(c["id"] for c in categories))
-    parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val") for part, place in places.items()}
+    taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids)
+    parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val", hidden=name == "ade20k", complain=complain)
+             for part, place in places.items()}
     listed = folder / split / "labeled.txt"
-    labeled, unlabeled = read_split(base, str(listed) if split in known else split, parts["train"], seed)
+    labeled, unlabeled = read_split(base, str(listed) if split in known else split, parts["train"], seed, complain)
     return DataSet(name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
 
 
@@ -204,7 +204,9 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
             convert(tasks, [p.stem for p in images], _ade_image, maps, base / f"{maps.name}.json", categories, workers)
     elif name == "coco-objects":
         for part in ("train", "val"):
-            content = read_json(base / "annotations" / f"panoptic_{part}2017.json")
+            path = base / "annotations" / f"panoptic_{part}2017.json"
+            PanopticFolder(path, base / f"{part}2017", base / f"panoptic_{part}2017", read_taxonomy(path))     # refuses what is malformed, or written elsewhere
+            content = read_json(path)
             maps, images = base / f"panoptic_{part}2017_objects", {entry["id"]: entry for entry in content["images"]}
             tasks = [(images[a["image_id"]], a, str(base / f"panoptic_{part}2017" / a["file_name"]), str(maps / a["file_name"]))
                      for a in content["annotations"]]
@@ -291,8 +293,7 @@ def convert(tasks: list[tuple], keys: list[str], worker: Callable, maps: Path, t
 
 def _ade_image(task: tuple) -> dict:
     image, semantic, instances, out = map(Path, task)
-    with Image.open(image) as opened:
-        width, height = opened.size
+    width, height = image_header(image)[0]
     classes, numbers = (np.asarray(open_image(path, None)) for path in (semantic, instances))
     if classes.shape != (height, width) or numbers.shape != (height, width, 3):
         raise UserError(f"{semantic}, {instances}: expected maps of {height} x {width}, the instances with 3 channels, got {classes.shape}, {numbers.shape}")

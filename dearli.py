@@ -1,6 +1,7 @@
 """DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
 
     python dearli.py                                                    the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage validate --dataset custom --data-root DIR  read a whole data set, list what it holds and all that is wrong
     python dearli.py --stage masks --dataset mini                       SAM's masks of all training images
     python dearli.py --stage dewa --dataset mini                        decoder warm-up on them
     python dearli.py --stage sup --dataset mini --split 16              supervised baseline
@@ -26,8 +27,9 @@ import dewa
 import foundation
 import official
 import report
+import validate
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
-from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError
+from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, refuse
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, require_files
 from evaluation import evaluate, flatten, frequency_groups, group_quality, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
@@ -57,6 +59,7 @@ class Job:
     init: Path | None = None
     masks: Path | None = None
     images: Path | None = None
+    json: Path | None = None
     groups: int = 0
     weights: Path | None = None
     state: dict | None = None          # what `weights` holds, read once (`read_run`)
@@ -81,15 +84,16 @@ class Job:
 
 # ------------------------------------------------------------------------------------------- data and model
 
-def load_data(job: Job, cfg: Config) -> DataSet:
+def load_data(job: Job, cfg: Config, complain=refuse) -> DataSet:
+    """complain: called with every fault that allows to read on."""
     if job.dataset == "mini":
         return load_mini(job.split, job.eval_on)
     if not job.data_root:
         raise UserError(f"--dataset {job.dataset} needs --data-root DIR: " + (
             "a folder in COCO panoptic format" if job.dataset == "custom" else "the folder with its downloads, see --stage prepare"))
     if job.dataset in datasets.NAMES:
-        return datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed)
-    return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant)
+        return datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
+    return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant, complain)
 
 
 def load_images(job: Job, cfg: Config):
@@ -148,6 +152,24 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
     dataset = datasets.load(job.dataset, Path(job.data_root), "1")
     print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
     return folder
+
+
+def stage_validate(job: Job, cfg: Config) -> dict:
+    """Read the whole data set, list what it holds and all that is wrong with it. Raises UserError if anything is."""
+    faults: list[UserError] = []
+    try:
+        dataset = load_data(job, cfg, faults.append)
+        result = validate.check(dataset, faults, cfg.workers, job.masks)
+    except UserError as error:                                     # so broken that it cannot be opened
+        result, dataset = {"refused": str(error)}, None
+    if job.json:
+        checkpoint.write_atomic(job.json, json.dumps({"dataset": job.dataset, "data_root": job.data_root, "split": job.split, **result}, indent=1).encode())
+    if dataset is None:
+        raise UserError(result["refused"])
+    print(validate.report(result, f"{job.name}, {f'split {job.split}' if job.split else 'all annotated images labelled'}", job.data_root))
+    if validate.summary(result):
+        raise UserError(f"{job.data_root or job.name}: {validate.summary(result)}, listed above{f' and in {job.json}' if job.json else ''}")
+    return result
 
 
 def stage_masks(job: Job, cfg: Config) -> Path:
@@ -252,6 +274,8 @@ def start_from(state: dict, source: Path | None, student: Segmenter) -> dict[str
 
 def take(state: dict, which: str, model: Segmenter, source: str, may_differ: tuple[str, ...] = ()) -> str:
     """Weights of the student or the teacher of `read_run`; a backbone that came with its whole CLIP is in the model already (`build`)."""
+    if which not in state:
+        raise UserError(f"{source}: holds no {which}")
     into = {name: p for name, p in model.trained().items() if "clip" not in state or name.startswith("head.")}
     return checkpoint.load_weights(into, state[which], source, may_differ)
 
@@ -264,12 +288,25 @@ def read_run(folder: Path | None) -> dict:
         state = checkpoint.newest(folder)
         if state is None:
             raise UserError(f"{folder}: no checkpoint (step_*.pt) in this folder")
-        return state
+        return require_run(state, folder)
     weights = official.read(folder)
     if weights is None:
-        return checkpoint.load(folder)
+        return require_run(checkpoint.load(folder), folder)
     print(f"{folder}: {weights.summary()}")
     return {"student": weights.head, "clip": weights.clip, "weights": weights}
+
+
+def require_run(state: dict, source: Path) -> dict:
+    """The state, if it is one that a run has saved; UserError otherwise."""
+    models, config = [state[name] for name in ("student", "teacher") if name in state], state.get("config")
+    if not models or not isinstance(config, dict) or not all(
+            isinstance(m, dict) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in m.items()) for m in models):
+        raise UserError(f"{source}: neither a checkpoint of a run (with config, and the weights of student or teacher) nor one of the official code")
+    for field in dataclasses.fields(Config):
+        value, kind = config.get(field.name, field.default), type(field.default)
+        if type(value) not in ({float, int} if kind is float else {kind}) | ({str} if field.name == "alpha" else set()):
+            raise UserError(f"{source}: its config has {field.name} = {value!r:.60}, expected {kind.__name__}")
+    return state
 
 
 def require_classes(state: dict, expected: int, source: Path) -> None:
@@ -441,7 +478,7 @@ def stage_zeroshot(job: Job, cfg: Config) -> Path:
         if str(masks) == "sam":
             masks = job.runs / f"{job.name}-masks-{job.eval_on}"
             dewa.generate_masks(dataset.val, foundation.load_sam(cfg)(job.device), masks)
-        partition = lambda i: flatten(dewa.read_masks(masks, dataset.val.name(i)))
+        partition = lambda i: flatten(dewa.read_masks(masks, dataset.val.name(i), dataset.val.image(i).size[::-1]))
     metrics = zero_shot(build(job, cfg, dataset.taxonomy), dataset, cfg, job.device, partition)
     checkpoint.write_atomic(folder / "metrics.json", json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode())
     print(report.table([("zero-shot", metrics)], report.COLUMNS[:-1]))
@@ -486,7 +523,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "prepare": stage_prepare, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
+STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
           "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
@@ -498,14 +535,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", default="mini", help=", ".join(DATASETS))
     p.add_argument("--data-root", default="", help="folder of the data set (custom: COCO panoptic format)")
     p.add_argument("--variant", default="", help="ending of the JSON names of a custom data set, as in panoptic_train_4class.json")
-    p.add_argument("--split", default=None, help="labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16)")
+    p.add_argument("--split", default=None, help="labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; validate: all)")
     p.add_argument("--method", default="dearli", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
     p.add_argument("--eval-on", default="val", help="mini: val to report, dev to tune")
     p.add_argument("--preset", default=None, help=f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
     p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
-    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks); zeroshot: gt, sam or a folder")
+    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks; validate: read them, too); zeroshot: gt, sam or a folder")
+    p.add_argument("--json", type=Path, help="validate: write the whole report to this file, too")
     p.add_argument("--images", type=Path, help="masks, dewa: a folder of images instead of the training images (SA-1B, masks beside the images)")
     p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
     p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
@@ -572,7 +610,7 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{args.device}': {str(error).splitlines()[0]}") from None
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
-    return Job(**{**keep, "split": split or "16", "variant": variant, "data_root": data_root, "state": state, "device": device,
+    return Job(**{**keep, "split": split or ("" if args.stage == "validate" and args.dataset != "mini" else "16"), "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
 
 
@@ -586,6 +624,8 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         sound = False
     if not sound:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+    if args.json and args.stage != "validate":
+        raise UserError(f"--json: only --stage validate writes such a report, not --stage {args.stage}")
     if args.images and args.stage not in ("masks", "dewa"):
         raise UserError(f"--images: only --stage masks and --stage dewa read a folder of images, not --stage {args.stage}")
     for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):

@@ -17,12 +17,13 @@ from tqdm import tqdm
 import ranks
 from checkpoint import claim, release, write_atomic
 from config import Config, UserError
-from data import Batches, Labeled, Sample, Taxonomy, pad, pad_image, weak_view
+from data import Batches, Labeled, Sample, Taxonomy, brief, pad, pad_image, weak_view
 from losses import point_generators, set_loss
 from matcher import Target
 from model import Segmenter
 from optim import descend, require_finite
 
+MAX_DIGITS = 7                         # groups of 5 bits a run length after the first: more than any image has pixels, far less than 64 bits hold
 TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))            # one class, three names (official)
 
 
@@ -70,18 +71,24 @@ def mask_file(folder: Path, name: str) -> Path:
     return Path(folder) / Path(name).with_suffix(".json")
 
 
-def read_masks(folder: Path, name: str) -> np.ndarray:
-    """(H, W, N) bool: the masks of an image. Raises UserError if there is no file, or not such a file."""
+def read_masks(folder: Path, name: str, expected: tuple[int, int]) -> np.ndarray:
+    """(H, W, N) bool: the masks of an image of `expected` size (H, W), which no mask exceeds in memory whatever its file states.
+
+    Raises: UserError if there is no file, not such a file, or one of masks of another size.
+    """
     path = mask_file(folder, name)
     try:
-        content = json.loads(path.read_text())
-        size = content["image"]["height"], content["image"]["width"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {(content["image"]["height"], content["image"]["width"]), *(tuple(a["segmentation"]["size"]) for a in content["annotations"])}
+        if sizes != {tuple(expected)}:
+            raise UserError(f"{path}: masks are {brief(sorted(sizes - {tuple(expected)}, key=repr)[0])}, the image {name} is {tuple(expected)} (height, width); "
+                            f"delete it and run --stage masks again", "masks")
         masks = [decode_rle(a["segmentation"]) for a in content["annotations"]]
     except FileNotFoundError:
-        raise UserError(f"{path}: no SAM masks for image {name}; make them with --stage masks") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: not a file of SAM masks ({type(error).__name__}: {error}); delete it and run --stage masks again") from None
-    return np.stack(masks, -1) if masks else np.zeros((*size, 0), bool)
+        raise UserError(f"{path}: no SAM masks for image {name}; make them with --stage masks", "masks") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: not a file of SAM masks ({type(error).__name__}: {brief(str(error))}); delete it and run --stage masks again", "masks") from None
+    return np.stack(masks, -1) if masks else np.zeros((*expected, 0), bool)
 
 
 def encode_rle(mask: np.ndarray) -> dict:
@@ -115,6 +122,8 @@ def decode_rle(rle: dict) -> np.ndarray:
         raise ValueError("run lengths end in the middle of a number")
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
     place = np.arange(len(codes)) - np.repeat(starts, np.diff(np.append(starts, len(codes))))
+    if place.max() > MAX_DIGITS:
+        raise ValueError("run lengths hold a number that no image needs")
     values = np.add.reduceat((codes & 31) << (5 * place), starts)
     ends = np.flatnonzero(last)
     values = values - np.where(codes[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
@@ -144,9 +153,8 @@ class DewaBatches(Batches):
         for slot in self.slots(self.cfg.dewa_batch):
             i = self.pick(self.indices, step, slot, self.cfg.dewa_batch)
             name = self.images.name(i)
-            image, masks = self.images.image(i), read_masks(self.folder, name)
-            if masks.shape[:2] != image.size[::-1]:
-                raise UserError(f"{mask_file(self.folder, name)}: masks are {masks.shape[:2]}, the image is {image.size[::-1]}")
+            image = self.images.image(i)
+            masks = read_masks(self.folder, name, image.size[::-1])
             image, (masks,) = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
             masks = torch.from_numpy(np.ascontiguousarray(pad(masks, self.cfg.crop, 0).transpose(2, 0, 1)))
             if not self.cfg.dewa_keep_empty:

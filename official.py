@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 import checkpoint
@@ -81,7 +79,7 @@ class Weights:
     @property
     def num_classes(self) -> int | None:
         """K; None where the file does not say (teacher)."""
-        return next((len(t) - 1 for name, t in self.rest.items() if name.endswith("empty_weight")), None)
+        return next((t.numel() - 1 for name, t in self.rest.items() if name.endswith("empty_weight")), None)
 
     def summary(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "any number of classes"
@@ -94,7 +92,10 @@ def recognise(content: dict) -> Weights | None:
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not any(str(name).startswith("sem_seg_head.") for name in model):
         return None
-    model = {name: torch.as_tensor(value) for name, value in model.items()}
+    try:
+        model = {str(name): torch.as_tensor(value) for name, value in model.items()}
+    except (TypeError, ValueError, RuntimeError):                  # some value is no tensor
+        return None
     head = {to_ours(n): t for n, t in model.items() if to_ours(n).startswith("head.")}
     clip = {n.removeprefix(CLIP): t for n, t in model.items() if n.startswith(CLIP)}
     rest = {n: t for n, t in model.items() if not n.startswith(CLIP) and not to_ours(n).startswith("head.")}
@@ -123,14 +124,11 @@ def read(path: Path) -> Weights | None:
     path = Path(path)
     if path.suffix != ".safetensors":
         return recognise(checkpoint.load(path))
+    tensors, metadata = checkpoint.read_tensors(path)
     try:
-        with safe_open(path, "pt") as file:
-            kind = json.loads((file.metadata() or {}).get("dearli", "{}")).get("kind")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: damaged, not a safetensors file ({error})") from None
+        kind = json.loads(metadata.get("dearli", "{}")).get("kind")
+    except (ValueError, AttributeError, RecursionError):
+        kind = None
     if kind not in KINDS:
         raise UserError(f"{path}: not weights of a segmenter (no kind in its header); expected a file of --stage export")
     part = lambda prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -145,5 +143,5 @@ def write(path: Path, weights: Weights, form: str) -> None:
         content = buffer.getvalue()
     else:
         tensors = {**weights.head, **{f"clip.{n}": t for n, t in weights.clip.items()}, **{f"rest.{n}": t for n, t in weights.rest.items()}}
-        content = save({n: t.contiguous() for n, t in tensors.items()}, {"format": "pt", "dearli": json.dumps({"kind": weights.kind})})
+        content = checkpoint.hashed_tensors(tensors, {"dearli": json.dumps({"kind": weights.kind})})
     checkpoint.write_atomic(path, content)
