@@ -2383,7 +2383,7 @@ def test_fault_07_a_run_that_is_stopped_at_every_step_equals_one_that_is_not_bit
 
 
 def test_fault_07_killed_again_and_again_a_run_ends_as_one_that_was_not(small_mini, tmp_path):
-    assert soak(4, tmp_path, seed=0)["kills"] == 4
+    assert soak(3, tmp_path, seed=0)["kills"] == 3
 
 
 def test_fault_09_another_configuration_is_refused_with_its_keys_and_more_steps_are_said(small_mini, tmp_path, capsys):
