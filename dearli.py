@@ -13,7 +13,9 @@ Stages are short functions below, in the order of the method; what they wire tog
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import statistics
 import sys
@@ -26,6 +28,7 @@ import datasets
 import dewa
 import foundation
 import official
+import ranks
 import report
 import validate
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
@@ -40,6 +43,7 @@ from trainer import Run, Stopped, differing
 DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
+SHARED = ("masks", "dewa", "sup", "ssl", "eval")                 # stages that several ranks can work on
 FORMATS = ("official", "safetensors")
 PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -328,7 +332,8 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
             print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
                   + ", ".join(f"{100 * group['pq']:.1f}" for group in metrics[reading]["groups"]))
     content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
-    checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
+    if ranks.rank() == 0:
+        checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
     print(report.table([(reading, metrics[reading]) for reading in metrics]))
     print(f"{folder / 'metrics.json'}")
     return metrics
@@ -605,8 +610,9 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     cfg = dataclasses.replace(cfg, **given)
     require_sense(args, given, cfg)
     try:
-        device = torch.device(args.device)
+        device = torch.device(ranks.local_device(args.device))
         torch.empty(0, device=device)
+        ranks.start(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{args.device}': {str(error).splitlines()[0]}") from None
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
@@ -626,6 +632,8 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
     if args.json and args.stage != "validate":
         raise UserError(f"--json: only --stage validate writes such a report, not --stage {args.stage}")
+    if ranks.started_by_torchrun() and args.stage not in SHARED:
+        raise UserError(f"--stage {args.stage}: works in one process; torchrun serves {', '.join(SHARED)}")
     if args.images and args.stage not in ("masks", "dewa"):
         raise UserError(f"--images: only --stage masks and --stage dewa read a folder of images, not --stage {args.stage}")
     for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
@@ -640,9 +648,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(json.dumps(dataclasses.asdict(cfg), indent=1))
             return 0
-        STAGES[args.stage](job, cfg)
+        with contextlib.redirect_stdout(sys.stdout if ranks.rank() == 0 else io.StringIO()):
+            STAGES[args.stage](job, cfg)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{f'rank {ranks.rank()}: ' if ranks.rank() else ''}error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)

@@ -46,7 +46,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
             if id(model.backbone) not in shared:
                 shared[id(model.backbone)] = model.backbone(batch)
             features = shared[id(model.backbone)]
-            class_logits, logits[name] = model(features)
+            class_logits, logits[name] = model.predict(features)
             for posterior, alpha in posteriors.items():
                 results[name, posterior] = model.posterior(features, class_logits, logits[name], alpha)
         for slot, i in enumerate(group):
@@ -82,7 +82,7 @@ def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: 
     view = resize(Sample(image, []), cfg.test_size, cfg.test_max).image
     batch = _pad_tensor(view)[None].to(device)
     features = model.eval().backbone(batch)
-    class_logits, mask_logits = model(features)
+    class_logits, mask_logits = model.predict(features)
     posterior = model.posterior(features, class_logits, mask_logits, alpha)
     sizes = (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
     return panoptic_inference(posterior[0], mask_logits[0], things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)

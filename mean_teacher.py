@@ -82,7 +82,7 @@ def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, si
     No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
     Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
     """
-    class_logits, mask_logits = teacher(features)
+    class_logits, mask_logits = teacher.predict(features)
     posterior = teacher.posterior(features, class_logits, mask_logits, alpha)
     targets = []
     for p, m in zip(posterior, mask_logits):

@@ -35,8 +35,12 @@ class Segmenter(nn.Module):
         self.vocabulary = vocabulary
         self.head = Mask2Former(backbone.channels, cfg, num_classes, vocabulary)
 
-    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The prediction from the features of the backbone: class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), 0 to 255 -> class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
+        return self.predict(self.backbone(images))
+
+    def predict(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same from the features of the backbone."""
         [(class_logits, embeddings)], mask_features = self.head(features, last_only=True)
         return class_logits, mask_logits(embeddings, mask_features)
 

@@ -15,9 +15,13 @@ from torch import Tensor
 PATIENCE = timedelta(minutes=30)       # for another rank: one may have more images to evaluate or to label
 
 
+def started_by_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def start(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one (it sets WORLD_SIZE). The device is chosen already, see `local_device`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Join the other processes if torchrun started this one (it sets WORLD_SIZE). device: this rank's own, see `local_device`."""
+    if started_by_torchrun() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -30,7 +34,7 @@ def stop() -> None:
 
 def local_device(device: str) -> str:
     """`cuda` becomes this rank's own GPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and started_by_torchrun() else device
 
 
 def rank() -> int:

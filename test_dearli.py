@@ -1680,7 +1680,7 @@ def test_cutmix_of_images_and_labels_uses_the_same_box(small_mini):
 def test_pseudo_labels_obey_the_clip_switch():
     teacher = tiny_segmenter().teacher()
     f = teacher.backbone(torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8))
-    class_logits, mask_logits = teacher(f)
+    class_logits, mask_logits = teacher.predict(f)
     decoder = teacher.posterior(f, class_logits, mask_logits, 1.0)
     torch.testing.assert_close(decoder, class_logits.softmax(-1))
     assert not torch.allclose(teacher.posterior(f, class_logits, mask_logits, 0.6), decoder)
@@ -2152,7 +2152,7 @@ def test_an_official_file_of_real_size_loads_runs_and_goes_back_unchanged(tmp_pa
     segmenter = dearli.build(dearli.Job(), OFFICIAL, data.Taxonomy(("a, b", "c"), (True, False), (1, 2)), weights.clip)
     assert "298 of 298 tensors taken" in checkpoint.load_weights(segmenter.trained(), weights.head, "file")
     with torch.no_grad():
-        class_logits, mask_logits = segmenter.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[-1]
+        class_logits, mask_logits = segmenter.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert class_logits.shape == (1, 200, 3) and mask_logits.shape == (1, 200, 16, 16)
 
 
@@ -2433,7 +2433,7 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
     def spoil_gradient(student):
         return student.head.decoder.query_feat.weight.register_hook(lambda grad: grad * math.inf)
     def spoil_outputs(student):                                                               # reaches the matching
-        return student.head.register_forward_hook(lambda *a: [(c * math.nan, m) for c, m in a[-1]])
+        return student.head.register_forward_hook(lambda module, given, out: ([(c * math.nan, e) for c, e in out[0]], out[1]))
     spoilt = {1: spoil_gradient, 3: spoil_outputs}
     def step(student, teacher, optimizer, *args, **kwargs):
         handle = spoilt[args[4]](student) if args[4] in spoilt else None
@@ -2449,8 +2449,8 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
     assert run(*SSL, "--steps", 5, "--out", tmp_path / "run") == 0
     rows, said = log_of(tmp_path / "run"), capsys.readouterr().out
     assert [row["step"] for row in rows if "skipped" in row] == [1, 3] and "2 steps were skipped" in said
-    assert "norm of the gradient is" in rows[1]["skipped"] and "matching cost is not finite" in rows[3]["skipped"]
-    assert len(rows[1]["images"]) == 2 and len(rows[3]["images"]) == 4 and f"step 3: matching cost is not finite" in said and rows[3]["images"][0] in said
+    assert "norm of the gradient is" in rows[1]["skipped"] and "loss is not finite: labeled/class nan" in rows[3]["skipped"]
+    assert len(rows[1]["images"]) == 2 and len(rows[3]["images"]) == 4 and "step 3: loss is not finite" in said and rows[3]["images"][0] in said
     assert all(math.isfinite(row["loss"]) for row in rows if "skipped" not in row)
     assert run(*SSL, "--steps", 20, "--lambda-u", "inf", "--out", tmp_path / "stop") == 2
     message, rows = capsys.readouterr().err, log_of(tmp_path / "stop")
