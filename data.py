@@ -753,7 +753,9 @@ class Batches(torch.utils.data.Dataset):
         return self.steps
 
     def slots(self, batch: int) -> range:
-        """The images of a batch that this rank takes."""
+        """The images of a batch that this rank takes. Raises UserError if some rank would have none."""
+        if batch < self.ranks:
+            raise UserError(f"{self.ranks} processes cannot share a batch of {batch}: start fewer with torchrun --nproc_per_node, or choose a larger batch")
         return ranks.share(batch, self.rank, self.ranks)
 
     def rng(self, *key) -> random.Random:
