@@ -241,6 +241,7 @@ def _made_folder(root: Path, images: int, height: int, width: int, segments: int
     content = {"images": [], "annotations": [], "categories": [{"id": k, "name": f"class {k}", "isthing": int(k < 80)} for k in range(1, CLASSES + 1)]}
     for i in range(images):
         datasets.encode(ids).save(root / name / f"{i}.png")
+        Image.new("RGB", (width, height)).save(root / f"{i}.jpg")
         content["images"].append({"id": i, "file_name": f"{i}.jpg", "height": height, "width": width})
         content["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": [
             {"id": 1_000 * k, "category_id": 1 + 3 * k % CLASSES, "area": int(areas[1_000 * k]), "iscrowd": 0} for k in range(1, segments + 1)]})

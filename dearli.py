@@ -17,11 +17,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
+import os
 import statistics
 import sys
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import datasets
@@ -74,6 +78,7 @@ class Job:
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
     seeds: int = 3
+    jobs: int = 0
 
     @property
     def name(self) -> str:
@@ -383,6 +388,36 @@ def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
+    """Train rungs that do not depend on each other, --jobs of them at a time, each in a process of its own; their metrics, in order."""
+    jobs = min(job.jobs or (os.cpu_count() if job.device.type == "cpu" else 1), len(tasks), 8 if not job.jobs else len(tasks))
+    if jobs == 1:
+        return [run_rung(job, cfg, rung) for cfg, rung in tasks]
+    logs = {job.folder(f"{rung.run}-{job.split}", cfg) / "log.jsonl" for cfg, rung in tasks}
+    logs |= {job.folder("dewa", cfg) / "log.jsonl" for cfg, rung in tasks if rung.kind == "dearli"}
+    taken = lambda: sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+    with (ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _in_silence, (max(1, os.cpu_count() // jobs),)) as pool,
+          tqdm(total=sum(cfg.ssl_steps for cfg, _ in tasks), desc=f"{len(tasks)} runs, {jobs} at a time", unit="step", dynamic_ncols=True) as bar):
+        # the longest first: DEARLi has masks and warm-up to make, a supervised step is the shortest
+        longest = sorted(range(len(tasks)), key=lambda k: ("dearli", "dear", "ssl", "sup").index(tasks[k][1].kind))
+        futures = {k: pool.submit(run_rung, job, *tasks[k]) for k in longest}
+        while wait(futures.values(), timeout=1, return_when=FIRST_EXCEPTION).not_done and not any(f.done() and f.exception() for f in futures.values()):
+            bar.n = taken()
+            bar.refresh()
+        for future in futures.values():
+            if future.done() and future.exception():
+                pool.shutdown(cancel_futures=True)
+                raise future.exception()
+        bar.n = taken()
+    return [futures[k].result() for k in range(len(tasks))]
+
+
+def _in_silence(threads: int) -> None:
+    """A process of `run_rungs`: its lines would run into those of the others; what matters is in the run's folder."""
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 def rung_config(cfg: Config, kind: str) -> Config:
     """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage."""
     if kind == "sup":
@@ -395,8 +430,10 @@ def stage_demo(job: Job, cfg: Config) -> Path:
     """All stages on the miniature world, a table, and a picture of what each rung sees."""
     require_language(cfg)
     checkpoint.require_writable(job.out or job.runs)
-    rows = [(rung.title, run_rung(job, cfg, rung)[rung.reading]) for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
-    print("\n" + report.table(rows))
+    shown = [rung for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
+    trained = {rung.run: rung for rung in shown}                   # two rows read the same run
+    metrics = dict(zip(trained, run_rungs(job, [(cfg, rung) for rung in trained.values()])))
+    print("\n" + report.table([(rung.title, metrics[rung.run][rung.reading]) for rung in shown]))
     dataset = load_data(job, cfg)
     path = (job.out or job.runs) / "demo.png"
     draw(job, settle(cfg, dataset), dataset, path)
@@ -439,10 +476,12 @@ def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
     """Every rung over several seeds, all readings, mean and standard deviation: two tables, and the raw figures in NAME.json."""
     require_language(cfg)
     checkpoint.require_writable(job.out or job.runs)
+    if any(rung.kind == "dearli" for rung in rungs):
+        stage_masks(dataclasses.replace(job, out=None), cfg)       # all seeds share them
+    tasks = [(dataclasses.replace(cfg, seed=seed), rung) for rung in {r.run: r for r in rungs}.values() for seed in range(cfg.seed, cfg.seed + job.seeds)]
     results: dict[str, list[dict]] = {}
-    for seed in range(cfg.seed, cfg.seed + job.seeds):
-        for rung in {r.run: r for r in rungs}.values():
-            results.setdefault(rung.run, []).append(run_rung(job, dataclasses.replace(cfg, seed=seed), rung))
+    for (_, rung), metrics in zip(tasks, run_rungs(job, tasks)):
+        results.setdefault(rung.run, []).append(metrics)
     def spread(run, reading, *keys):
         values = []
         for metrics in results[run]:
@@ -560,6 +599,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", default="fp32", help="fp32, bf16")
     p.add_argument("--seeds", type=int, default=3, help="ladder, alpha: number of seeds")
+    p.add_argument("--jobs", type=int, default=0, help="demo, ladder, alpha: runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)")
     p.add_argument("--steps", type=int, help="optimiser steps of the stage at hand")
     group = p.add_argument_group("configuration", "every number of the method; see config.py for units and sources")
     for field in dataclasses.fields(Config):

@@ -38,10 +38,13 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
         generator: a segment_anything.SamAutomaticMaskGenerator.    folder: of the JSON files.
     Returns: the number of images segmented now, by all ranks: each takes its share.
     """
+    todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not is_whole(mask_file(folder, images.name(i)))]
+    done = sum(ranks.gather(len(todo)))
+    if not done:
+        return 0
     if ranks.rank() == 0:
         claim(folder)
     ranks.wait()                                   # what a killed writer left is removed before anybody writes
-    todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not is_whole(mask_file(folder, images.name(i)))]
     for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0):
         image = np.asarray(images.image(i))
         with torch.inference_mode():
@@ -54,7 +57,7 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
                                     "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
                                    for k, m in enumerate(found, 1)]}
         write_atomic(mask_file(folder, images.name(i)), json.dumps(content).encode())
-    done = sum(ranks.gather(len(todo)))            # after the last of them
+    ranks.wait()                                   # for the last of them
     release(folder)
     return done
 

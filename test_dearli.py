@@ -2794,7 +2794,7 @@ def test_groups_of_classes_by_labelled_pixels(small_mini):
 
 
 def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, capsys):
-    sizes = ["--runs", tmp_path, "--ssl-steps", 4, "--dewa-steps", 2, "--points-per-side", 4]
+    sizes = ["--runs", tmp_path, "--ssl-steps", 4, "--dewa-steps", 2, "--points-per-side", 4, "--jobs", 1]
     assert run(*sizes) == 0
     assert "DEARLi" in capsys.readouterr().out and Image.open(tmp_path / "demo.png").size[0] > 500
     assert run("--stage", "ladder", "--seeds", 2, *sizes) == 0
@@ -2803,6 +2803,17 @@ def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, cap
     # equal optimiser steps: what DEARLi warms up is taken from its semi-supervised stage
     assert len(log_of(tmp_path / "mini-sup-4")) == len(log_of(tmp_path / "mini-dear-4")) == 4
     assert len(log_of(tmp_path / "mini-dewa")) + len(log_of(tmp_path / "mini-dearli-4")) == 4
+
+
+def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_path):
+    cfg = dataclasses.replace(TINY, ssl_steps=3, burn_in=1, eval_batch=32)
+    rungs = [(cfg, rung) for rung in dearli.RUNGS if rung.title in ("M2F-Lang, supervised", "DEAR")]
+    torch.set_num_threads(1)                                                                  # as in the processes: sums in the same order
+    one, two = (dearli.run_rungs(dearli.Job(split="4", eval_on="dev", runs=tmp_path / str(jobs), jobs=jobs), rungs) for jobs in (1, 2))
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    assert one == two and len(one) == 2
+    with pytest.raises(UserError, match="unknown split '400' of data set mini"):
+        dearli.run_rungs(dearli.Job(split="400", runs=tmp_path / "3", jobs=2), rungs)
 
 
 def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):

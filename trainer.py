@@ -37,8 +37,11 @@ class Stopped(Exception):
     """SIGTERM or Ctrl-C ended a run, after a whole step and its checkpoint. code: the exit code that says so, 128 + signal."""
 
     def __init__(self, number: int, where: str):
-        super().__init__(f"{where} by {signal.Signals(number).name}; go on with --resume")
+        super().__init__(number, where)
         self.code = 128 + number
+
+    def __str__(self) -> str:
+        return f"{self.args[1]} by {signal.Signals(self.args[0]).name}; go on with --resume"
 
 
 class Run:
