@@ -1,6 +1,7 @@
 """Tests, in the order of the files. CPU, seeded, no network, no file outside the repository.
 
-test_fault_NN_... provokes a fault of the state of a run for real: a kill, a full disk, a cut file. `python test_dearli.py --soak 50` kills a run 50 times.
+test_fault_NN_... provokes fault NN of the list that the project must survive, for real: a kill, a full disk, a cut file. `python test_dearli.py
+--soak 50` kills a run 50 times, `--fuzz 2000` reads so many mutated files.
 Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared/data) and are skipped where it is absent.
 """
 
@@ -1094,7 +1095,7 @@ def test_presets_are_the_official_configurations_and_can_be_printed(capsys):
 
 # --------------------------------------------------------------------------------- validate.py, and faults in data sets
 #
-# Names: test_fault_NUMBER, by the list of faults that the project must survive. Fault 26 (archives that unpack outside their folder, or to
+# Fault 26 (archives that unpack outside their folder, or to
 # more than fits) has no test because nothing here unpacks an archive: `--stage prepare` names the addresses and reads what was unpacked.
 
 def rewrite(path, change):
@@ -1804,14 +1805,14 @@ def test_pq_an_unmatched_prediction_mostly_on_void_is_no_false_positive_but_one_
     assert counts(pq_of([1, 1, 1, 1], [0], [1, 1, 0, 0], [1])) == (0, 1, 0)        # 2 of 4
 
 
-def test_pq_crowd_is_never_missed_and_never_matched():
+def test_fault_32_pq_crowd_is_never_missed_and_never_matched():
     crowd = dict(true_crowd=[True])
     assert counts(pq_of([0, 0], [], [1, 1], [0], **crowd)) == (0, 0, 0)
     assert counts(pq_of([1, 1], [0], [1, 1], [0], **crowd)) == (0, 0, 0)           # forgiven, but no true positive
     assert counts(pq_of([1, 1], [1], [1, 1], [0], **crowd), 1) == (0, 1, 0)        # a crowd of another class forgives nothing
 
 
-def test_pq_void_and_crowd_are_added_before_the_half_is_taken():
+def test_fault_32_pq_void_and_crowd_are_added_before_the_half_is_taken():
     # 5 px: 2 on void, 1 on the crowd of its class, 2 on another segment: 3/5 forgiven; each alone would not do
     result = pq_of([1] * 5, [0], [0, 0, 1, 2, 2], [0, 1], true_crowd=[True, False])
     assert counts(result, 0) == (0, 0, 0) and counts(result, 1) == (0, 0, 1)
@@ -1838,19 +1839,19 @@ def test_pq_takes_the_area_of_the_truth_from_the_json():
         assert counts(result) == expected and result["all"]["pq"] == pytest.approx(pq), area
 
 
-def test_pq_of_an_empty_prediction_misses_every_segment():
+def test_fault_31_pq_of_an_empty_prediction_misses_every_segment():
     result = pq_of([0, 0, 0], [], [1, 2, 2], [0, 0])
     assert counts(result) == (0, 0, 2) and result["all"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 1}
 
 
-def test_pq_of_all_void_truth_counts_nothing_and_divides_by_nothing():
+def test_fault_31_pq_of_all_void_truth_counts_nothing_and_divides_by_nothing():
     with np.errstate(all="raise"):
         result = pq_of([1, 1, 2], [0, 1], [0, 0, 0], [], things=np.array([True, False]))
     for group in ("all", "things", "stuff"):
         assert result[group] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}
 
 
-def test_pq_without_any_image_or_any_thing_class_is_zero_over_zero_classes():
+def test_fault_31_pq_without_any_image_or_any_thing_class_is_zero_over_zero_classes():
     nothing = {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}
     assert PanopticQuality(3).result(np.ones(3, bool))["all"] == nothing
     result = pq_of([1], [0], [1], [0], things=np.zeros(2, bool))
@@ -1901,7 +1902,7 @@ def random_panoptic(rng, num_classes=4):
                 true_areas=areas, true_crowd=crowd)
 
 
-def test_pq_agrees_with_the_coco_panoptic_api_on_random_maps(tmp_path, num_images=60, num_classes=4):
+def test_fault_32_pq_agrees_with_the_coco_panoptic_api_on_random_maps(tmp_path, num_images=60, num_classes=4):
     evaluation = pytest.importorskip("panopticapi.evaluation")
     from panopticapi.utils import id2rgb
     from PIL import Image
@@ -1964,7 +1965,7 @@ def test_miou_by_hand_without_void_and_without_classes_that_the_truth_lacks():
     assert result["per_class"][2] == {"iou": 0.0, "tp": 0, "fp": 1, "fn": 0}
 
 
-def test_miou_of_all_void_is_zero_over_zero_classes():
+def test_fault_31_miou_of_all_void_is_zero_over_zero_classes():
     miou = MeanIoU(2)
     miou.add(np.zeros((2, 2), int), np.full((2, 2), 255))
     assert (miou.result()["miou"], miou.result()["n"]) == (0.0, 0)
