@@ -18,7 +18,7 @@ import ranks
 from checkpoint import claim, release, write_atomic
 from config import Config, UserError
 from data import Batches, Labeled, Sample, Taxonomy, brief, pad, pad_image, weak_view
-from losses import point_generators, set_loss
+from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter
 from optim import descend, require_finite
@@ -171,13 +171,11 @@ class DewaBatches(Batches):
 def dewa_step(model: Segmenter, optimizer: torch.optim.Optimizer, batch: Labeled, cfg: Config, step: int,
               precision: torch.dtype = torch.float32) -> dict[str, float]:
     """One warm-up step: L_loc of Eq. (3). Returns the loss terms, weighted, and the gradient norm, as floats."""
-    device, first = batch.images.device, ranks.share(cfg.dewa_batch).start
+    device = batch.images.device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        layers, mask_features = model.head(model.backbone(batch.images))
-    generators = point_generators(cfg.seed, step, range(first, first + len(batch.targets)), device)
-    losses = set_loss(layers, mask_features, batch.targets, cfg.loss_dewa, generators)
+        features = model.backbone(batch.images)
     optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    losses = require_finite({name: term.detach() for name, term in losses.items()})
+    draws = point_generators(cfg.seed, step, ranks.share(cfg.dewa_batch).start, len(batch.targets), device)
+    losses = require_finite(learn(model.head, features, batch.targets, cfg.loss_dewa, draws, precision))
     norm = descend(optimizer, cfg)
     return {"loss": sum(losses.values()), "mask": losses["mask"], "dice": losses["dice"], "grad_norm": norm}

@@ -68,9 +68,22 @@ def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets
     return total
 
 
-def point_generators(seed: int, step: int, slots: range, device: torch.device) -> list[torch.Generator]:
-    """A generator for each image of a batch: its points depend on (seed, step, slot) and on nothing else."""
-    return [torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1024 + slot) for slot in slots]
+def learn(head, features: list[Tensor], targets: list[Target], cfg: LossConfig, generators: list[torch.Generator], precision: torch.dtype,
+          weight: float = 1.0) -> dict[str, Tensor]:
+    """Forward pass of the head, set loss, backward pass: gradients are added to those that are there, and all between is forgotten.
+
+    precision: of the head's matrix products.   Returns: the terms of the loss times weight, without gradient.
+    """
+    with torch.autocast(features[0].device.type, precision, enabled=precision != torch.float32):
+        layers, mask_features = head(features)
+    losses = {name: weight * term for name, term in set_loss(layers, mask_features, targets, cfg, generators).items()}
+    sum(losses.values()).backward()
+    return {name: term.detach() for name, term in losses.items()}
+
+
+def point_generators(seed: int, step: int, first: int, images: int, device: torch.device) -> list[torch.Generator]:
+    """A generator for each image of a batch, from slot `first` on: its points depend on (seed, step, slot) and on nothing else."""
+    return [torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1024 + first + slot) for slot in range(images)]
 
 
 def class_loss(class_logits: Tensor, targets: list[Target], matches, no_object_weight: float) -> Tensor:

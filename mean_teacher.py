@@ -13,7 +13,7 @@ import ranks
 from clip_ensemble import alpha_at
 from config import Config
 from data import Labeled, Unlabeled
-from losses import point_generators, set_loss
+from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter, panoptic_inference, semantic_inference
 from optim import NotFinite, descend, require_finite
@@ -29,11 +29,10 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
         precision: of the model's matrix products; losses, matching and the ensemble are always fp32.
     Returns: the loss terms, weighted, and the gradient norm, as floats.   Raises: NotFinite, with the teacher untouched.
     """
-    device, half = labeled.images.device, lambda: torch.autocast(labeled.images.device.type, precision, enabled=precision != torch.float32)
-    first_l, first_u = ranks.share(cfg.labeled_batch).start, cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start      # slots
-    with half():
+    device = labeled.images.device
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         if unlabeled is None:
-            batches = [("labeled", first_l, student.backbone(labeled.images), labeled.targets, 1.0)]
+            f_labeled = student.backbone(labeled.images)
         else:
             # 1 the views; a frozen backbone is shared and sees all of them in one pass
             strong = mix_images(unlabeled.strong, unlabeled.partner_strong, unlabeled.boxes)
@@ -42,17 +41,13 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
             # 2 pseudo-labels: weak views, teacher, CLIP ensemble; then CutMix, the same boxes as on the images
             pseudo = pseudo_labels(teacher, f_weak, things, weak.shape[-2:], teacher_alpha(cfg, step, warm))
             pseudo = mix_targets(pseudo[:len(strong)], pseudo[len(strong):], unlabeled.boxes, things)
-            batches = [("labeled", first_l, f_labeled, labeled.targets, 1.0), ("unlabeled", first_u, f_strong, pseudo, cfg.lambda_u)]
-    # 3 the student learns from both, without the ensemble; gradients add up, so one half is forgotten before the other is begun
+    # 3 the student learns from both, without the ensemble: Eq. (3) for each, and Eq. (1) as a sum of gradients
     optimizer.zero_grad(set_to_none=True)
-    terms = {}
-    for name, first, features, targets, weight in batches:
-        with half():
-            layers, mask_features = student.head(features)
-        slots = range(first, first + len(targets))
-        losses = set_loss(layers, mask_features, targets, cfg.loss, point_generators(cfg.seed, step, slots, device))      # Eq. (3)
-        (weight * sum(losses.values())).backward()                                           # Eq. (1)
-        terms |= {f"{name}/{k}": weight * v.detach() for k, v in losses.items()}
+    draws = point_generators(cfg.seed, step, ranks.share(cfg.labeled_batch).start, len(labeled.targets), device)
+    terms = {f"labeled/{k}": v for k, v in learn(student.head, f_labeled, labeled.targets, cfg.loss, draws, precision).items()}
+    if unlabeled is not None:
+        draws = point_generators(cfg.seed, step, cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start, len(pseudo), device)
+        terms |= {f"unlabeled/{k}": v for k, v in learn(student.head, f_strong, pseudo, cfg.loss, draws, precision, cfg.lambda_u).items()}
     # 4 student by gradient, then teacher by average
     terms = require_finite(terms)
     loss = sum(terms.values())
