@@ -2457,8 +2457,8 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
     assert all(math.isfinite(row["loss"]) for row in rows if "skipped" not in row)
     assert run(*SSL, "--steps", 20, "--lambda-u", "inf", "--out", tmp_path / "stop") == 2
     message, rows = capsys.readouterr().err, log_of(tmp_path / "stop")
-    assert "stopped after 5 steps in a row that were not finite; last: step 6: loss is" in message and all(name in message for name in rows[-1]["images"])
-    assert len(rows) == 7                                                                     # the first two are the burn-in, without unlabelled images
+    assert "stopped after 5 steps in a row that were not finite; last: step 5: loss is" in message and all(name in message for name in rows[-1]["images"])
+    assert len(rows) == 6                                                                     # step 0 is burn-in, step 1 is spoilt as before
 
 
 def test_fault_13_weights_that_are_not_finite_are_never_saved(small_mini, tmp_path, monkeypatch, capsys):
