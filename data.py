@@ -7,7 +7,6 @@ images also get the SSD colour augmentation (official code only).
 Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
 """
 
-import colorsys
 import contextlib
 import json
 import os
@@ -27,6 +26,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 import ranks
+from colours import palette
 from config import Config, UserError, refuse
 from matcher import Target
 
@@ -50,10 +50,14 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)                #
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """K classes. names: each with its synonyms, separated by commas.   things: flags.   ids: category ids of the data set."""
+    """K classes. names: each with its synonyms, separated by commas.   things: flags.   ids: category ids of the data set.
+
+    palette: RGB, 0 to 255, where the data set has colours of its own.
+    """
     names: tuple[str, ...]
     things: tuple[bool, ...]
     ids: tuple[int, ...]
+    palette: tuple[tuple[int, int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,9 +72,8 @@ class Taxonomy:
 
     @property
     def colours(self) -> list[tuple[int, int, int]]:
-        """One RGB colour a class, far apart in hue."""
-        return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.55 + 0.4 * (k % 2), 0.95 - 0.25 * (k % 3 == 2)))
-                for k in range(len(self))]
+        """One RGB colour a class: the data set's own, if it has one for each, or else those of `colours.palette`."""
+        return list(self.palette or palette(len(self)))
 
 
 @dataclass
@@ -474,9 +477,12 @@ def _first(root: Path, candidates, what: str) -> Path:
 
 
 def read_taxonomy(annotations: Path) -> Taxonomy:
-    """Classes of a COCO panoptic JSON, in its order. Raises: UserError if ids or first names are not distinct, or something is missing."""
-    rows, used = [], set()
-    for c in read_json(annotations)["categories"]:
+    """Classes of a COCO panoptic JSON, in its order, and their colours if each has a `color`.
+
+    Raises: UserError if ids or first names are not distinct, or something is missing.
+    """
+    rows, used, categories = [], set(), read_json(annotations)["categories"]
+    for c in categories:
         missing = [key for key in ("id", "name", "isthing") if not isinstance(c, dict) or key not in c]
         if missing:
             raise UserError(f"{annotations}: a category lacks '{missing[0]}' ({brief(c)}); expected id, name and isthing")
@@ -489,7 +495,9 @@ def read_taxonomy(annotations: Path) -> Taxonomy:
         rows.append((c["name"], bool(c["isthing"]), int(c["id"])))
     if not rows:
         raise UserError(f"{annotations}: categories is empty; expected at least one class with id, name and isthing")
-    return Taxonomy(*zip(*rows))
+    colours = [c.get("color") for c in categories]
+    sound = all(isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v < 256 for v in c) for c in colours)
+    return Taxonomy(*zip(*rows), palette=tuple(map(tuple, colours)) if sound else None)
 
 
 def read_split(root: Path, split: str, images: PanopticFolder, seed: int, complain: Callable[[UserError], None] = refuse) -> tuple[list[int], list[int]]:

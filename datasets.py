@@ -99,7 +99,7 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
     unnamed = [category for category in stored.ids if category + shift not in names]
     if unnamed:
         raise UserError(f"{prompts}: no names for category {unnamed[0]}")
-    taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids)
+    taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids, stored.palette)
     parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val", hidden=name == "ade20k", complain=complain)
              for part, place in places.items()}
     listed = folder / split / "labeled.txt"
