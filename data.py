@@ -62,6 +62,23 @@ class Taxonomy:
     def __len__(self) -> int:
         return len(self.names)
 
+    @classmethod
+    def from_config(cls, stored, source) -> "Taxonomy":
+        """The inverse of `to_config`, for what a file holds. Raises: UserError if that is no taxonomy."""
+        try:
+            columns = [tuple(stored[key]) for key in ("names", "things", "ids")]
+            palette = stored["palette"] and tuple((int(r), int(g), int(b)) for r, g, b in stored["palette"])
+            if any(type(value) is not kind for column, kind in zip(columns, (str, bool, int)) for value in column) or (
+                    len({len(column) for column in (*columns, palette or columns[0])}) > 1 or not columns[0]):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{source}: its taxonomy is {brief(stored)}, expected names, things, ids and palette, one of each for every class") from None
+        return cls(*columns, palette)
+
+    def to_config(self) -> dict:
+        """As plain lists: a run stores its classes, so that it can be used where the data set is not."""
+        return {"names": [*self.names], "things": [*self.things], "ids": [*self.ids], "palette": self.palette and [[*c] for c in self.palette]}
+
     @property
     def synonyms(self) -> list[list[str]]:
         return [[name.strip() for name in names.split(",")] for names in self.names]
@@ -338,12 +355,17 @@ def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
         if mode != "RGB":
             return image.convert(mode) if mode else image.copy()
         turn = _turn(image)
-        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
+        image = as_rgb(image)
         return image if turn is None else image.transpose(turn)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has 32 bits a channel."""
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
@@ -426,15 +448,18 @@ MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200    # images
 
 def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
     """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
-    import microcosm
     if not split.isdecimal() or not 0 < int(split) < MINI_TRAIN:
         raise UserError(f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}")
     if evaluate_on not in ("dev", "val"):
         raise UserError(f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val")
-    k, n = len(microcosm.CLASSES), int(split)
-    taxonomy = Taxonomy(microcosm.CLASSES, tuple(i < len(microcosm.THINGS) for i in range(k)), tuple(range(1, k + 1)))
-    val = MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
-    return DataSet("mini", taxonomy, MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
+    n, val = int(split), MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
+    return DataSet("mini", mini_taxonomy(), MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
+
+
+def mini_taxonomy() -> Taxonomy:
+    import microcosm
+    k = len(microcosm.CLASSES)
+    return Taxonomy(microcosm.CLASSES, tuple(i < len(microcosm.THINGS) for i in range(k)), tuple(range(1, k + 1)))
 
 
 def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", complain: Callable[[UserError], None] = refuse) -> DataSet:

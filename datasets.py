@@ -174,7 +174,7 @@ def box(mask: np.ndarray) -> list[int]:
 
 def encode(ids: np.ndarray) -> Image.Image:
     """Segment ids (H, W) -> the RGB image of COCO panoptic format, id = R + 256 G + 65536 B."""
-    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8))
+    return Image.fromarray(np.ascontiguousarray(ids.astype("<i4", "C").view(np.uint8).reshape(*ids.shape, 4)[..., :3]))
 
 
 # ------------------------------------------------------------------------------------------------------ preparation
