@@ -79,6 +79,11 @@ class Taxonomy:
         """As plain lists: a run stores its classes, so that it can be used where the data set is not."""
         return {"names": [*self.names], "things": [*self.things], "ids": [*self.ids], "palette": self.palette and [[*c] for c in self.palette]}
 
+    def categories(self) -> list[dict]:
+        """As in COCO panoptic format, the inverse of `read_taxonomy`."""
+        return [{"id": i, "name": name, "isthing": int(thing), "color": [*colour]}
+                for i, name, thing, colour in zip(self.ids, self.names, self.things, self.colours)]
+
     @property
     def synonyms(self) -> list[list[str]]:
         return [[name.strip() for name in names.split(",")] for names in self.names]

@@ -271,7 +271,6 @@ def stage_predict(job: Job, cfg: Config) -> Path:
     """A run, or an official file, applied to pictures of one's own (`predict.py`)."""
     folder = job.out or Path("predictions")
     pictures = Pictures(job.input, folder, job.force, job.resume)
-    checkpoint.require_writable(folder)
     done = pictures.fill(predictor(job, cfg))
     print(f"{folder}: predictions of {len(pictures.names)} pictures, {done} of them made now")
     return folder

@@ -46,7 +46,6 @@ from trainer import append
 
 KINDS = ("panoptic", "semantic", "overlay")
 NUMBERS = ("alpha", "clip_scale", "object_mask_threshold", "overlap_threshold", "test_size", "test_max")             # of Config, that a prediction depends on
-SHOWN = 5                              # passed-over files that are named
 
 
 @dataclass
@@ -105,81 +104,78 @@ class Predictor:
 class Pictures:
     """A picture, or those of a folder and of the folders in it, and where their predictions go.
 
-    Files whose endings are not those of images are passed over, and so are earlier predictions in the same folder.
+    Files whose endings are not those of images are passed over, and so are earlier predictions in the same folder; links to folders are not followed.
     Raises: UserError if there is no picture, or something is there already that neither force allows to replace nor resume to continue.
     """
 
     def __init__(self, source: Path, output: Path, force: bool = False, resume: bool = False):
-        self.source, self.output, self.others = Path(source), Path(output), []
-        self.json, self.log = self.output / "panoptic.json", self.output / "panoptic.jsonl"
+        self.source, self.names, self.others, self.faults = Path(source), [Path(source).name], [], []
+        self.output, self.json, self.log = Path(output), Path(output) / "panoptic.json", Path(output) / "panoptic.jsonl"
         if self.source.is_file():
-            self.source, self.names = self.source.parent, [self.source.name]
+            self.source = self.source.parent
         else:
-            self.names = self._listed()
+            self._list()
+        claim(self.output)
         resume = resume and self.log.exists()
-        self.begun, self.rows = _read(self.log) if resume else ({}, {})
-        self.rows = {name: row for name, row in self.rows.items() if all(path.exists() for path in self.targets(name))}
-        there = [] if resume else [self.log, self.json, *(path for name in self.names if not _too_long(name) for path in self.targets(name))]
-        there = next((path for path in there if path.exists()), None)
-        if there and not force:
+        self.begun, rows = _read(self.log) if resume else ({}, {})
+        self.rows = {name: row for name, row in rows.items() if all(path.exists() for path in self.targets(name))}
+        wanted = [] if resume or force else [self.log, self.json, *(path for name in self.names for path in self.targets(name))]
+        there = next((path for path in wanted if path.exists()), None)
+        if there:
+            release(self.output)
             raise UserError(f"{there}: exists already; go on with --resume if it is of an interrupted call, replace it with --force, or choose another --out")
 
-    def _listed(self) -> list[str]:
+    def _list(self) -> None:
         if not self.source.is_dir():
             raise UserError(f"{self.source}: no such picture or folder of pictures")
         endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
         own, files = {os.path.realpath(self.output / kind) for kind in KINDS}, []
         for folder, folders, inside in os.walk(self.source):
             folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in own]
-            files += [Path(os.path.relpath(os.path.join(folder, name), self.source)).as_posix() for name in inside]
-        image = lambda name: Path(name).suffix.lower() in endings and not Path(name).name.startswith(".")
-        self.others = sorted(name for name in files if not image(name))
-        if len(self.others) == len(files):
+            files += [Path(os.path.relpath(os.path.join(folder, name), self.source)) for name in inside]
+        images = sorted(path for path in files if path.suffix.lower() in endings and not path.name.startswith("."))
+        self.others = sorted({path.as_posix() for path in files} - {path.as_posix() for path in images})
+        if not images:
             raise UserError(f"{self.source}: no pictures in this folder; expected files that end in {', '.join(sorted(endings))}")
-        return sorted(name for name in files if image(name))
+        # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
+        bad = [path for path in images if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())]
+        self.names = [path.as_posix() for path in images if path not in bad]
+        self.faults = [f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its predictions, or has control characters; rename it"
+                       for path in bad]
 
     def targets(self, name: str) -> list[Path]:
         return [self.output / kind / f"{name}.png" for kind in KINDS]
 
     def fill(self, model: Predictor) -> int:
         """Predict what is not done. Returns the number of pictures that were.   Raises: UserError at the end if some could not be read."""
-        claim(self.output)
+        todo, info, faults = [name for name in self.names if name not in self.rows], model.info(), [*self.faults]
+        differs = [f"{key}: {self.begun.get(key)!s:.12} there, {info[key]!s:.12} now" for key in info
+                   if self.begun and self.begun.get(key) != info[key] and key != "weights"]
         try:
-            return self._fill(model, model.info())
+            if differs:
+                raise UserError(f"{self.output}: cannot go on with what another model began ({', '.join(differs)}); choose another folder with --out, "
+                                f"or begin anew with --force")
+            write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in ({"info": info}, *self.rows.values())).encode())
+            with open(self.log, "ab", buffering=0) as log:
+                for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
+                    try:
+                        image = open_image(self.source / name)
+                    except UserError as error:
+                        faults.append(error)
+                        continue
+                    self.rows[name] = self._write(name, model(image))
+                    append(log, self.rows[name])
+            columns = {key: [self.rows[name][key[:-1]] for name in sorted(self.rows)] for key in ("images", "annotations")}
+            write_atomic(self.json, json.dumps({"info": info, **columns, "categories": model.taxonomy.categories()}).encode())
         finally:
             release(self.output)
-
-    def _fill(self, model: Predictor, info: dict) -> int:
-        differs = [key for key in info if self.begun and self.begun.get(key) != info[key] and key != "weights"]
-        if differs:
-            listed = ", ".join(f"{key}: {self.begun.get(key)!s:.12} there, {info[key]!s:.12} now" for key in differs)
-            raise UserError(f"{self.output}: cannot go on with what another model began ({listed}); choose another folder with --out, or begin anew with --force")
-        write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in ({"info": info}, *self.rows.values())).encode())
-        todo, faults = [name for name in self.names if name not in self.rows], []
-        with open(self.log, "ab", buffering=0) as log:
-            for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
-                try:
-                    if _too_long(name):
-                        raise UserError(f"{self.source}: {brief(name)} leaves no room for the names of its predictions, or has control characters; rename it")
-                    image = open_image(self.source / name)
-                except UserError as error:
-                    faults.append(error)
-                    continue
-                self.rows[name] = self._write(name, model(image))
-                append(log, self.rows[name])
-        done = [self.rows[name] for name in sorted(self.rows)]
-        taxonomy = model.taxonomy
-        categories = [{"id": i, "name": name, "isthing": int(thing), "color": [*colour]}
-                      for i, name, thing, colour in zip(taxonomy.ids, taxonomy.names, taxonomy.things, taxonomy.colours)]
-        write_atomic(self.json, json.dumps({"info": info, "images": [row["image"] for row in done], "annotations": [row["annotation"] for row in done],
-                                            "categories": categories}).encode())
         if self.others:
-            listed = ", ".join([*map(brief, self.others[:SHOWN]), *["..."] * (len(self.others) > SHOWN)])
-            print(f"{self.source}: passed over, by their endings no images: {len(self.others)} ({listed})")
-        for fault in faults:
-            print(f"warning: {fault}")
+            listed = ", ".join([*map(brief, self.others[:5]), *["..."] * (len(self.others) > 5)])
+            print(f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}")
+        print("".join(f"warning: {fault}\n" for fault in faults), end="")
         if faults:
-            raise UserError(f"{self.source}: {len(faults)} of {len(self.names)} pictures could not be read (see above); the others are in {self.output}")
+            raise UserError(f"{self.source}: {len(faults)} of {len(self.names) + len(self.faults)} pictures could not be read (see above); "
+                            f"the others are in {self.output}")
         return len(todo)
 
     def _write(self, name: str, result: Prediction) -> dict:
@@ -192,11 +188,6 @@ class Pictures:
         height, width = result.segment_map.shape
         return {"image": {"id": name, "file_name": name, "width": width, "height": height},
                 "annotation": {"image_id": name, "file_name": f"{name}.png", "segments_info": result.segments_info()}}
-
-
-def _too_long(name: str) -> bool:
-    """A name from which none can be made for predictions, or for the files that become them (`checkpoint.write_atomic`)."""
-    return name_fault(Path(name).with_name(f".{Path(name).name}.png.{os.getpid():07}.tmp").as_posix()) is not None
 
 
 def _read(log: Path) -> tuple[dict, dict]:
