@@ -7,7 +7,6 @@ images also get the SSD colour augmentation (official code only).
 Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
 """
 
-import colorsys
 import contextlib
 import json
 import os
@@ -27,6 +26,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 import ranks
+from colours import palette
 from config import Config, UserError, refuse
 from matcher import Target
 
@@ -50,13 +50,39 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)                #
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """K classes. names: each with its synonyms, separated by commas.   things: flags.   ids: category ids of the data set."""
+    """K classes. names: each with its synonyms, separated by commas.   things: flags.   ids: category ids of the data set.
+
+    palette: RGB, 0 to 255, where the data set has colours of its own.
+    """
     names: tuple[str, ...]
     things: tuple[bool, ...]
     ids: tuple[int, ...]
+    palette: tuple[tuple[int, int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @classmethod
+    def from_config(cls, stored, source) -> "Taxonomy":
+        """The inverse of `to_config`, for what a file holds. Raises: UserError if that is no taxonomy."""
+        try:
+            columns = [tuple(stored[key]) for key in ("names", "things", "ids")]
+            palette = stored["palette"] and tuple((int(r), int(g), int(b)) for r, g, b in stored["palette"])
+            if any(type(value) is not kind for column, kind in zip(columns, (str, bool, int)) for value in column) or (
+                    len({len(column) for column in (*columns, palette or columns[0])}) > 1 or not columns[0]):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{source}: its taxonomy is {brief(stored)}, expected names, things, ids and palette, one of each for every class") from None
+        return cls(*columns, palette)
+
+    def to_config(self) -> dict:
+        """As plain lists: a run stores its classes, so that it can be used where the data set is not."""
+        return {"names": [*self.names], "things": [*self.things], "ids": [*self.ids], "palette": self.palette and [[*c] for c in self.palette]}
+
+    def categories(self) -> list[dict]:
+        """As in COCO panoptic format, the inverse of `read_taxonomy`."""
+        return [{"id": i, "name": name, "isthing": int(thing), "color": [*colour]}
+                for i, name, thing, colour in zip(self.ids, self.names, self.things, self.colours)]
 
     @property
     def synonyms(self) -> list[list[str]]:
@@ -68,9 +94,8 @@ class Taxonomy:
 
     @property
     def colours(self) -> list[tuple[int, int, int]]:
-        """One RGB colour a class, far apart in hue."""
-        return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.55 + 0.4 * (k % 2), 0.95 - 0.25 * (k % 3 == 2)))
-                for k in range(len(self))]
+        """One RGB colour a class: the data set's own, if it has one for each, or else those of `colours.palette`."""
+        return list(self.palette or palette(len(self)))
 
 
 @dataclass
@@ -335,12 +360,17 @@ def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
         if mode != "RGB":
             return image.convert(mode) if mode else image.copy()
         turn = _turn(image)
-        if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
+        image = as_rgb(image)
         return image if turn is None else image.transpose(turn)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has 32 bits a channel."""
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
@@ -423,15 +453,18 @@ MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200    # images
 
 def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
     """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
-    import microcosm
     if not split.isdecimal() or not 0 < int(split) < MINI_TRAIN:
         raise UserError(f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}")
     if evaluate_on not in ("dev", "val"):
         raise UserError(f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val")
-    k, n = len(microcosm.CLASSES), int(split)
-    taxonomy = Taxonomy(microcosm.CLASSES, tuple(i < len(microcosm.THINGS) for i in range(k)), tuple(range(1, k + 1)))
-    val = MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
-    return DataSet("mini", taxonomy, MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
+    n, val = int(split), MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
+    return DataSet("mini", mini_taxonomy(), MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
+
+
+def mini_taxonomy() -> Taxonomy:
+    import microcosm
+    k = len(microcosm.CLASSES)
+    return Taxonomy(microcosm.CLASSES, tuple(i < len(microcosm.THINGS) for i in range(k)), tuple(range(1, k + 1)))
 
 
 def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", complain: Callable[[UserError], None] = refuse) -> DataSet:
@@ -474,9 +507,12 @@ def _first(root: Path, candidates, what: str) -> Path:
 
 
 def read_taxonomy(annotations: Path) -> Taxonomy:
-    """Classes of a COCO panoptic JSON, in its order. Raises: UserError if ids or first names are not distinct, or something is missing."""
-    rows, used = [], set()
-    for c in read_json(annotations)["categories"]:
+    """Classes of a COCO panoptic JSON, in its order, and their colours if each has a `color`.
+
+    Raises: UserError if ids or first names are not distinct, or something is missing.
+    """
+    rows, used, categories = [], set(), read_json(annotations)["categories"]
+    for c in categories:
         missing = [key for key in ("id", "name", "isthing") if not isinstance(c, dict) or key not in c]
         if missing:
             raise UserError(f"{annotations}: a category lacks '{missing[0]}' ({brief(c)}); expected id, name and isthing")
@@ -489,7 +525,9 @@ def read_taxonomy(annotations: Path) -> Taxonomy:
         rows.append((c["name"], bool(c["isthing"]), int(c["id"])))
     if not rows:
         raise UserError(f"{annotations}: categories is empty; expected at least one class with id, name and isthing")
-    return Taxonomy(*zip(*rows))
+    colours = [c.get("color") for c in categories]
+    sound = all(isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v < 256 for v in c) for c in colours)
+    return Taxonomy(*zip(*rows), palette=tuple(map(tuple, colours)) if sound else None)
 
 
 def read_split(root: Path, split: str, images: PanopticFolder, seed: int, complain: Callable[[UserError], None] = refuse) -> tuple[list[int], list[int]]:

@@ -99,7 +99,7 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
     unnamed = [category for category in stored.ids if category + shift not in names]
     if unnamed:
         raise UserError(f"{prompts}: no names for category {unnamed[0]}")
-    taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids)
+    taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids, stored.palette)
     parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val", hidden=name == "ade20k", complain=complain)
              for part, place in places.items()}
     listed = folder / split / "labeled.txt"
@@ -174,7 +174,7 @@ def box(mask: np.ndarray) -> list[int]:
 
 def encode(ids: np.ndarray) -> Image.Image:
     """Segment ids (H, W) -> the RGB image of COCO panoptic format, id = R + 256 G + 65536 B."""
-    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8))
+    return Image.fromarray(np.ascontiguousarray(ids.astype("<i4", "C").view(np.uint8).reshape(*ids.shape, 4)[..., :3]))
 
 
 # ------------------------------------------------------------------------------------------------------ preparation

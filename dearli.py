@@ -7,6 +7,7 @@
     python dearli.py --stage sup --dataset mini --split 16              supervised baseline
     python dearli.py --stage ssl --dataset mini --split 16 --method dearli
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
+    python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions      a run applied to pictures
     python dearli.py --stage ladder --dataset mini --seeds 3            the paper's Table 1 in miniature; `alpha`: its Table 8
 
 Stages are short functions below, in the order of the method; what they wire together is in the files they import.
@@ -37,11 +38,12 @@ import report
 import validate
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
 from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, refuse
-from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, require_files
+from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
 from evaluation import evaluate, flatten, frequency_groups, group_quality, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
+from predict import Pictures, Predictor
 from trainer import Run, Stopped, differing
 
 DATASETS = ("mini", "custom", *datasets.NAMES)
@@ -70,6 +72,10 @@ class Job:
     json: Path | None = None
     groups: int = 0
     weights: Path | None = None
+    input: Path | None = None
+    posterior: str = ""
+    which: str = "student"
+    force: bool = False
     state: dict | None = None          # what `weights` holds, read once (`read_run`)
     assets: Path | None = None
     format: str = "official"
@@ -211,7 +217,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
     cfg = settle(cfg, dataset)
     require_training_files(dataset, cfg)
-    run = Run(folder, cfg, identity(job, "sup"), job.resume)
+    run = Run(folder, cfg, identity(job, "sup", dataset.taxonomy), job.resume)
     start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.notes = start_from(start, job.init, student)
@@ -236,7 +242,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
         if not checkpoint.steps(init):
             raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
                             f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
-    run = Run(folder, cfg, identity(job, job.method), job.resume)
+    run = Run(folder, cfg, identity(job, job.method, dataset.taxonomy), job.resume)
     start = read_run(init) if init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.notes = start_from(start, init, student)
@@ -266,9 +272,53 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     return folder
 
 
-def identity(job: Job, stage: str) -> dict:
-    """What makes a run that run, beside its numbers: compared on --resume, read back by --stage eval."""
-    return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split}
+def stage_predict(job: Job, cfg: Config) -> Path:
+    """A run, or an official file, applied to pictures of one's own (`predict.py`)."""
+    folder = job.out or Path("predictions")
+    pictures = Pictures(job.input, folder, job.force, job.resume)
+    done = pictures.fill(predictor(job, cfg))
+    print(f"{folder}: predictions of {len(pictures.names)} pictures, {done} of them made now")
+    return folder
+
+
+def load(weights, **flags) -> Predictor:
+    """A run, or an official file, as a function of images (see `predict.py`). flags: those of the command line, as `which="teacher", device="cpu"`."""
+    args = parser().parse_args(["--stage", "predict", "--weights", str(weights), "--input", "."])
+    unknown = next((name for name in flags if not hasattr(args, name)), None)
+    if unknown:
+        raise TypeError(f"load: no flag {unknown}; available: {', '.join(vars(args))}")
+    return predictor(*resolve(argparse.Namespace(**{**vars(args), **flags})))
+
+
+def predictor(job: Job, cfg: Config) -> Predictor:
+    if cfg.alpha == "labeled" or job.state.get("config", {}).get("stage") == "dewa":
+        raise UserError("--alpha labeled: expected a number, pictures have no labelled share" if cfg.alpha == "labeled" else
+                        f"{job.weights}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl")
+    posterior = choose("posterior of this run", job.posterior or [*posterior_alphas(cfg)][-1], posterior_alphas(cfg))
+    choose(f"model of {job.weights}", job.which, [name for name in ("student", "teacher") if name in job.state])
+    taxonomy = taxonomy_of(job, cfg)
+    model = build(job, cfg, taxonomy, job.state.get("clip"))
+    require_classes(job.state, len(taxonomy), job.weights)
+    take(job.state, job.which, model, f"{job.weights} ({job.which})")
+    return Predictor(model, taxonomy, cfg, job.device, posterior, {"weights": str(job.weights), "which": job.which})
+
+
+def taxonomy_of(job: Job, cfg: Config) -> Taxonomy:
+    """The classes that a run stores; of official files and of older runs, which store none, those of the data set."""
+    stored = job.state.get("config", {}).get("taxonomy")
+    if stored is not None:
+        return Taxonomy.from_config(stored, job.weights)
+    if job.dataset == "mini":
+        return mini_taxonomy()
+    try:
+        return load_data(job, cfg).taxonomy
+    except UserError as error:
+        raise UserError(f"{job.weights}: does not store its classes, so they are read from the data set (--dataset, --data-root): {error}") from None
+
+
+def identity(job: Job, stage: str, taxonomy: Taxonomy) -> dict:
+    """What makes a run that run, beside its numbers: compared on --resume, read back by --stage eval and --stage predict."""
+    return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split, "taxonomy": taxonomy.to_config()}
 
 
 def start_from(state: dict, source: Path | None, student: Segmenter) -> dict[str, str]:
@@ -375,7 +425,8 @@ def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
     folder = job.folder(f"{rung.run}-{job.split}", cfg)
     kind, job, wanted = rung.kind, dataclasses.replace(job, resume=True, out=None), rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
     if (folder / "metrics.json").exists():
-        stored, expected = json.loads((folder / "config.json").read_text()), {**identity(job, kind), **dataclasses.asdict(settle(wanted, load_data(job, cfg)))}
+        dataset = load_data(job, cfg)
+        stored, expected = json.loads((folder / "config.json").read_text()), {**identity(job, kind, dataset.taxonomy), **dataclasses.asdict(settle(wanted, dataset))}
         if not differing(stored, expected) and all(stored[k] == expected[k] for k in ("sup_steps", "ssl_steps", "dewa_steps")):
             return json.loads((folder / "metrics.json").read_text())
     if kind == "dearli":
@@ -549,7 +600,7 @@ def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
     if foundation.is_timm(cfg.backbone):
         raise UserError(f"--stage export: a file holds a whole CLIP, and backbone {cfg.backbone} has none; its runs are used as they are (--weights, --init)")
     warm_up = state["config"]["stage"] == "dewa"
-    taxonomy = dewa.TAXONOMY if warm_up else load_data(job, cfg).taxonomy
+    taxonomy = dewa.TAXONOMY if warm_up else taxonomy_of(job, cfg)
     clip = foundation.load_clip(cfg)[0].state_dict()
     trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
     kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
@@ -567,7 +618,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval,
+STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval, "predict": stage_predict,
           "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
@@ -584,13 +635,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eval-on", default="val", help="mini: val to report, dev to tune")
     p.add_argument("--preset", default=None, help=f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
-    p.add_argument("--out", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT")
+    p.add_argument("--out", "--output", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT; predict: folder of the predictions (predictions)")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
     p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks; validate: read them, too); zeroshot: gt, sam or a folder")
     p.add_argument("--json", type=Path, help="validate: write the whole report to this file, too")
     p.add_argument("--images", type=Path, help="masks, dewa: a folder of images instead of the training images (SA-1B, masks beside the images)")
     p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
-    p.add_argument("--weights", type=Path, help="run to evaluate or export; or a checkpoint of the official code")
+    p.add_argument("--weights", type=Path, help="run to evaluate, apply or export; or a checkpoint of the official code")
+    p.add_argument("--input", type=Path, help="predict: a picture, or a folder of pictures")
+    p.add_argument("--posterior", default="", help="predict: decoder, ensemble (the default where CLIP has a say)")
+    p.add_argument("--which", default="student", help="predict: student, teacher")
+    p.add_argument("--force", action="store_true", help="predict: replace earlier predictions")
     p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
     p.add_argument("--print-config", action="store_true", help="print every number of the run that the other flags describe, and stop")
     p.add_argument("--format", default="official", help=f"export: {', '.join(FORMATS)}")
@@ -630,13 +685,16 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     args.dataset = datasets.ALIASES.get(args.dataset, args.dataset)
     choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
-    state = None
+    state, stored = None, {}
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
-    cfg = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
-    if args.stage in ("eval", "export"):
+    if args.stage in ("eval", "predict", "export"):
         state = read_run(args.weights)
         stored = state.get("config", {})
+        if args.stage == "predict" and "dataset" in stored:        # the run's own, under its name or as a folder of somebody's own
+            args.dataset = stored["dataset"] if stored["dataset"] in DATASETS else "custom"
+    cfg = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
+    if state is not None:
         cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
     elif args.stage in ("sup", "ssl") and "teacher_posterior" not in given:
@@ -670,6 +728,11 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         sound = False
     if not sound:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+    for flag, value in (("--input", args.input), ("--posterior", args.posterior), ("--force", args.force), ("--which", args.which != "student")):
+        if value and args.stage != "predict":
+            raise UserError(f"{flag}: only --stage predict knows it, not --stage {args.stage}")
+    if args.stage == "predict" and (args.input is None or args.force and args.resume):
+        raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
     if args.json and args.stage != "validate":
         raise UserError(f"--json: only --stage validate writes such a report, not --stage {args.stage}")
     if ranks.started_by_torchrun() and args.stage not in SHARED:

@@ -79,13 +79,19 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
 @torch.no_grad()
 def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: torch.device, alpha: float):
     """Segment one PIL image: segment_map (H, W) int32 at its size, labels (N,), scores (N,).   alpha: as in `Segmenter.posterior`."""
+    posterior, mask_logits, sizes = posterior_of(model, image, cfg, device, alpha)
+    return panoptic_inference(posterior, mask_logits, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)
+
+
+@torch.no_grad()
+def posterior_of(model: Segmenter, image, cfg: Config, device: torch.device, alpha: float):
+    """What the model says of one PIL image: posterior (Q, K+1), mask_logits (Q, h, w), and the sizes that inference takes."""
     view = resize(Sample(image, []), cfg.test_size, cfg.test_max).image
     batch = _pad_tensor(view)[None].to(device)
     features = model.eval().backbone(batch)
     class_logits, mask_logits = model.predict(features)
     posterior = model.posterior(features, class_logits, mask_logits, alpha)
-    sizes = (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
-    return panoptic_inference(posterior[0], mask_logits[0], things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)
+    return posterior[0], mask_logits[0], (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
 
 
 @torch.no_grad()

@@ -367,7 +367,7 @@ def full_masks(mask_logits: Tensor, sizes, given: bool = False):
     All of them at once would fill the memory with large images; on a CPU a few stay in the cache.   given: they are masks already.
     """
     height, width = sizes[2]
-    at_once = max(1, (CPU_CHUNK if mask_logits.device.type == "cpu" else GPU_CHUNK) // (height * width))
+    at_once = max(1, _chunk(mask_logits) // (height * width))
     for first in range(0, len(mask_logits), at_once):
         part = mask_logits[first:first + at_once]
         yield first, part if given else resize_masks(part, *sizes).sigmoid_()
@@ -423,6 +423,24 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
 
 @torch.no_grad()
 def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None) -> Tensor:
-    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void."""
-    masks = resize_masks(mask_logits, *sizes).sigmoid_() if masks is None else masks
-    return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).argmax(0)
+    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void.
+
+    Without masks at hand, they are made a few rows at a time: all of them at once would fill the memory with large images.
+    """
+    if masks is not None:
+        return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).argmax(0)
+    padded, image, (height, width) = sizes
+    whole, strips = resize_masks(mask_logits, padded, image, image), []                                  # (Q, *image)
+    centres = ((torch.arange(height, device=whole.device) + 0.5) * image[0] / height - 0.5).clamp(0, image[0] - 1)
+    above, share = centres.long(), centres.frac()[:, None]
+    below = (above + 1).clamp(max=image[0] - 1)
+    for rows in torch.arange(height, device=whole.device).split(max(1, _chunk(whole) // (len(whole) * width))):
+        part = whole[:, above[rows]].lerp(whole[:, below[rows]], share[rows])
+        part = F.interpolate(part[None], size=(len(rows), width), mode="bilinear", align_corners=False)[0].sigmoid_()
+        strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).argmax(0))
+    return torch.cat(strips)
+
+
+def _chunk(x: Tensor) -> int:
+    """Values of full-size masks at once, where x is."""
+    return CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK

@@ -1,15 +1,20 @@
-"""What a person looks at: tables of figures, and pictures of images, ground truth and predictions side by side."""
+"""What a person looks at: tables of figures, panoptic maps drawn on their images, and pictures of several side by side."""
 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from scipy import ndimage
 
+from colours import shade
 from data import Taxonomy
 
 COLUMNS = (("PQ", ("all", "pq")), ("PQ things", ("things", "pq")), ("PQ stuff", ("stuff", "pq")), ("SQ", ("all", "sq")),
            ("RQ", ("all", "rq")), ("mIoU", ("miou",)))
-OUTLINE = (20, 20, 20)
+SIDES = (640, 2560)                    # pixels; the long side of an overlay lies between them
+PAINT = 0.55                           # share of the colour of a segment, the rest is the image
+ROOM = 0.6                             # share of a name that must lie on its segment
+FONT_SIZE, PIXELS_A_FONT_SIZE = (13, 48), 38       # in pixels; least and largest, and so much of the long side for each pixel of the font
 
 
 def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
@@ -27,21 +32,73 @@ def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
     return "\n".join(lines)
 
 
-def paint(segment_map: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scale: int = 1) -> Image.Image:
-    """A panoptic map in class colours, things of one class in different shades, every segment outlined; void is black."""
-    colours = np.zeros((len(labels) + 1, 3), np.float32)
-    seen: dict[int, int] = {}
-    for k, label in enumerate(labels.tolist(), 1):
-        shade = 1 - 0.22 * (seen.get(label, 0) % 3) if taxonomy.things[label] else 1
+def overlay(image: Image.Image, segment_map: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores=None, names: bool = True,
+            side: int | None = None) -> Image.Image:
+    """A panoptic map drawn on its image: colours by class, shades by instance, borders, and the names of segments that have room for them.
+
+    Args: segment_map: (H, W) integers, 0 = void, k = k-th segment;  labels: (N,) classes.    scores: (N,), written behind the names.
+        side: pixels of the long side; None: that of the image, or the nearest of SIDES (names could not be read on less, nobody needs more).
+    The n-th instance of a class has the same colour in every image. Void is grey and dark.
+    """
+    if segment_map.shape != image.size[::-1]:
+        raise ValueError(f"segment_map: expected {image.size[::-1]}, the size of the image, got {segment_map.shape}")
+    long = max(image.size)
+    scale = (side or min(max(long, SIDES[0]), SIDES[1])) / long
+    size = [max(1, round(s * scale)) for s in image.size]
+    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
+    ys, xs = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size[::-1], segment_map.shape))
+    drawn = segment_map.take(ys, 0).take(xs, 1)                    # (H', W')
+    colours, seen = np.zeros((len(labels) + 1, 3), np.uint8), {}
+    for k, label in enumerate(np.asarray(labels).tolist(), 1):
+        colours[k] = shade(taxonomy.colours[label], seen.get(label, 0))
         seen[label] = seen.get(label, 0) + 1
-        colours[k] = np.array(taxonomy.colours[label]) * shade
-    big = np.kron(segment_map, np.ones((scale, scale), segment_map.dtype))
-    edge = np.zeros(big.shape, bool)
-    edge[1:] |= big[1:] != big[:-1]
-    edge[:, 1:] |= big[:, 1:] != big[:, :-1]
-    painted = colours[big]
-    painted[edge] = OUTLINE
-    return Image.fromarray(painted.astype(np.uint8))
+    grey = ImageEnhance.Brightness(image.convert("L").convert("RGB")).enhance(0.4)
+    canvas = Image.blend(image, Image.fromarray(colours[drawn]), PAINT)
+    canvas.paste(grey, mask=Image.fromarray(drawn == 0))
+    width = max(1, round(max(size) / 600))
+    dark, light = (_edges(drawn, w) for w in (3 * width, width))
+    canvas.paste(ImageEnhance.Brightness(canvas).enhance(0.45), mask=dark)
+    canvas.paste("white", mask=light)
+    if names:
+        _write_names(canvas, drawn, labels, taxonomy, scores)
+    return canvas
+
+
+def _edges(drawn: np.ndarray, width: int) -> Image.Image:
+    """Mask of the pixels around borders between segments, a line so wide."""
+    edge = np.zeros(drawn.shape, bool)
+    edge[1:] |= drawn[1:] != drawn[:-1]
+    edge[:, 1:] |= drawn[:, 1:] != drawn[:, :-1]
+    return Image.fromarray(ndimage.maximum_filter(edge.view(np.uint8), width).view(bool))
+
+
+def _write_names(canvas: Image.Image, drawn: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores) -> None:
+    """Write the name of each segment where the most of it lies on the segment and on no other name, near its middle; large ones first."""
+    least, largest = FONT_SIZE
+    font = ImageFont.load_default(min(max(max(canvas.size) // PIXELS_A_FONT_SIZE, least), largest))
+    draw, boxes = ImageDraw.Draw(canvas), ndimage.find_objects(drawn, len(labels))
+    step = max(1, max(canvas.size) // 320)                         # names are placed on a coarser grid
+    coarse = drawn[step // 2::step, step // 2::step].copy()
+    areas = np.bincount(coarse.ravel(), minlength=len(labels) + 1)[1:]
+    for k in np.argsort(-areas, kind="stable"):
+        if boxes[k] is None:
+            continue
+        text = taxonomy.short_names[labels[k]] + ("" if scores is None else f" {scores[k]:.2f}")
+        left, top, right, bottom = draw.textbbox((0, 0), text, font, anchor="lt", stroke_width=2)
+        w, h = -(-(right - left) // step), -(-(bottom - top) // step)
+        (y0, y1), (x0, x1) = ((max(0, s.start // step - n), s.stop // step + n) for s, n in zip(boxes[k], (h, w)))
+        inside = (coarse[y0:y1, x0:x1] == k + 1).astype(np.int32)
+        if areas[k] < ROOM * w * h or inside.shape[0] < h or inside.shape[1] < w:
+            continue
+        sums = np.pad(inside.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        covered = (sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]) / (w * h)
+        middle = np.argwhere(inside).mean(0) - (h / 2, w / 2)
+        distance = np.hypot(*(np.indices(covered.shape) - middle[:, None, None]))
+        y, x = np.unravel_index(np.argmax(covered - 1e-4 * distance), covered.shape)
+        if covered[y, x] < ROOM:
+            continue
+        coarse[y0 + y:y0 + y + h, x0 + x:x0 + x + w] = 0           # taken
+        draw.text(((x0 + x) * step - left, (y0 + y) * step - top), text, "white", font, anchor="lt", stroke_width=2, stroke_fill=(25, 25, 25))
 
 
 def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]], titles: list[str], taxonomy: Taxonomy,
@@ -63,15 +120,9 @@ def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
         draw.text((gap + c * (side + gap) + side / 2, head / 2), title, "black", font, anchor="mm")
     for r, (image, maps) in enumerate(rows):
         y = head + r * (side + gap)
-        scale = max(1, round(side / max(image.size)))
-        cells = [image] + [paint(m, labels, taxonomy, scale) for m, labels in maps]
+        cells = [ImageOps.contain(image, (side, side))] + [overlay(image, segment_map, labels, taxonomy, side=side) for segment_map, labels in maps]
         for c, cell in enumerate(cells):
-            cell.thumbnail((side, side)) if max(cell.size) > side else None
-            if max(cell.size) < side:
-                cell = cell.resize([int(s * side / max(cell.size)) for s in cell.size], Image.Resampling.BILINEAR if c == 0 else Image.Resampling.NEAREST)
             canvas.paste(cell, (gap + c * (side + gap), y))
-        for c, (segment_map, labels) in enumerate(maps):
-            _name_segments(draw, segment_map, labels, taxonomy, gap + (c + 1) * (side + gap), y, side, small)
     y = head + len(rows) * (side + gap) + 6
     for k, label in enumerate(shown):
         x, line = gap + k % per_line * 175, y + k // per_line * 22
@@ -81,17 +132,3 @@ def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
         draw.text((gap, canvas.height - foot / 2), caption, "black", small, anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
-
-
-def _name_segments(draw, segment_map, labels, taxonomy, x0, y0, side, font) -> None:
-    """Write the class name on each segment that has room for it."""
-    scale = side / max(segment_map.shape)
-    for k, label in enumerate(labels.tolist(), 1):
-        ys, xs = np.nonzero(segment_map == k)
-        if len(ys) * scale * scale < 900:
-            continue
-        middle = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)                  # a pixel of the segment, near its centre
-        name = taxonomy.short_names[label]
-        half = draw.textlength(name, font) / 2
-        x = min(max(x0 + xs[middle] * scale, x0 + half + 2), x0 + side - half - 2)
-        draw.text((x, min(max(y0 + ys[middle] * scale, y0 + 8), y0 + side - 8)), name, "white", font, anchor="mm", stroke_width=2, stroke_fill="black")

@@ -72,7 +72,7 @@ class Run:
         stored = state["config"]
         differs = differing(stored, self.config)
         if differs:
-            listed = ", ".join(f"{k}: {stored.get(k)} there, {self.config[k]} now" for k in differs)
+            listed = ", ".join(f"{k}: {stored.get(k)!s:.60} there, {self.config[k]!s:.60} now" for k in differs)
             raise UserError(f"{self.folder}: cannot be resumed with another configuration ({listed}); choose another folder with --out")
 
     def train(self, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, batches: Batches,
@@ -211,7 +211,7 @@ def read_log(path: Path) -> list[dict]:
 
 def differing(stored: dict, config: dict) -> list[str]:
     """Keys that make a stored run another run than the one asked for; figures of the warm-up matter to the warm-up only."""
-    return [key for key in config if key not in MAY_CHANGE and stored.get(key) != config[key]
+    return [key for key in config if key not in MAY_CHANGE and stored.get(key) != config[key] and not (key == "taxonomy" and key not in stored)     # an older run
             and not (key.startswith("dewa_") and config["stage"] != "dewa")]
 
 
