@@ -44,6 +44,14 @@ def paint(segment_map: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scale
     return Image.fromarray(painted.astype(np.uint8))
 
 
+def overlay(image: Image.Image, segment_map: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores=None, names: bool = True) -> Image.Image:
+    """The image with a panoptic map (H, W) of its size laid over it, and the class names on segments that have room for them."""
+    mixed = Image.blend(image, paint(segment_map, labels, taxonomy), 0.6)
+    if names:
+        _name_segments(ImageDraw.Draw(mixed), segment_map, labels, taxonomy, 0, 0, max(image.size), ImageFont.load_default(13))
+    return mixed
+
+
 def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]], titles: list[str], taxonomy: Taxonomy,
             path: Path, caption: str = "", side: int = 256) -> None:
     """A PNG with one row an image: the image, then panoptic maps (segment_map, labels) under the titles, and a legend.
