@@ -8,6 +8,7 @@
     python dearli.py --stage ssl --dataset mini --split 16 --method dearli
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
     python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions      a run applied to pictures
+    python dearli.py --stage report --weights runs/mini-dearli-16       its page anew: report.html; --compare runs/A runs/B puts others beside it
     python dearli.py --stage ladder --dataset mini --seeds 3            the paper's Table 1 in miniature; `alpha`: its Table 8
 
 Stages are short functions below, in the order of the method; what they wire together is in the files they import.
@@ -32,6 +33,7 @@ import checkpoint
 import datasets
 import dewa
 import foundation
+import html_report
 import official
 import ranks
 import report
@@ -76,6 +78,8 @@ class Job:
     posterior: str = ""
     which: str = "student"
     force: bool = False
+    compare: tuple[Path, ...] = ()
+    report_images: int = 12
     state: dict | None = None          # what `weights` holds, read once (`read_run`)
     assets: Path | None = None
     format: str = "official"
@@ -257,18 +261,11 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
 
 def stage_eval(job: Job, cfg: Config) -> Path:
     """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
-    state = job.state
-    dataset = load_data(job, cfg)
+    dataset, folder = load_data(job, cfg), results_folder(job)
     cfg = settle(cfg, dataset)
-    folder = job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
     checkpoint.require_writable(folder)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
-    student = build(job, cfg, dataset.taxonomy, state.get("clip"))
-    require_classes(state, len(dataset.taxonomy), job.weights)
-    models = {name: student if name == "student" else student.teacher() for name in ("student", "teacher") if name in state}
-    for name, model in models.items():
-        take(state, name, model, f"{job.weights} ({name})")
-    finish(dataclasses.replace(job, evaluate=True), cfg, dataset, models, folder)
+    finish(dataclasses.replace(job, evaluate=True), cfg, dataset, load_models(job, cfg, dataset.taxonomy), folder)
     return folder
 
 
@@ -316,6 +313,47 @@ def taxonomy_of(job: Job, cfg: Config) -> Taxonomy:
         raise UserError(f"{job.weights}: does not store its classes, so they are read from the data set (--dataset, --data-root): {error}") from None
 
 
+def stage_report(job: Job, cfg: Config) -> Path:
+    """report.html of a run, beside those of --compare; without its data or its weights, what can be said without them."""
+    folder, warm_up = results_folder(job), job.state["config"].get("stage") == "dewa"
+    checkpoint.require_writable(folder)
+    run, *others = [html_report.read(source, job.state["config"]) for source in (job.weights if job.weights.is_dir() else folder, *job.compare)]
+    job = dataclasses.replace(job, eval_on=run.metrics.get("evaluated_on", "val"))
+    dataset, cards, missing = None, {}, "the warm-up knows no class" if warm_up else "" if run.reading else "the run was not evaluated"
+    try:
+        dataset = load_data(job, cfg)
+        if not missing and job.report_images:
+            cfg = settle(cfg, dataset)
+            cards = draw_cards(job, cfg, dataset, load_models(job, cfg, dataset.taxonomy), run.reading)
+    except UserError as error:
+        missing = str(error)
+        print(f"warning: no pictures: {error}")
+    print(html_report.write(folder, [run, *others], dataset, cards, missing))
+    return folder
+
+
+def draw_cards(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], reading: str) -> dict:
+    return html_report.gallery(models, dataset, cfg, job.device, reading, job.report_images, job.masks or job.runs / f"{job.name}-masks")
+
+
+def results_folder(job: Job) -> Path:
+    """Where the results of a run go, or of an official file."""
+    return job.out or (job.weights if job.weights.is_dir() else job.runs / job.weights.stem)
+
+
+def load_models(job: Job, cfg: Config, taxonomy: Taxonomy) -> dict[str, Segmenter]:
+    """Student and teacher of --weights, as far as they are there."""
+    names = [name for name in ("student", "teacher") if name in job.state]
+    if not names:
+        raise UserError(f"{job.weights}: no checkpoint (step_*.pt) in this folder")
+    student = build(job, cfg, taxonomy, job.state.get("clip"))
+    require_classes(job.state, len(taxonomy), job.weights)
+    models = {name: student if name == "student" else student.teacher() for name in names}
+    for name, model in models.items():
+        take(job.state, name, model, f"{job.weights} ({name})")
+    return models
+
+
 def identity(job: Job, stage: str, taxonomy: Taxonomy) -> dict:
     """What makes a run that run, beside its numbers: compared on --resume, read back by --stage eval and --stage predict."""
     return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split, "taxonomy": taxonomy.to_config()}
@@ -361,11 +399,16 @@ def require_run(state: dict, source: Path) -> dict:
     if not models or not isinstance(config, dict) or not all(
             isinstance(m, dict) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in m.items()) for m in models):
         raise UserError(f"{source}: neither a checkpoint of a run (with config, and the weights of student or teacher) nor one of the official code")
+    require_config(config, source)
+    return state
+
+
+def require_config(config: dict, source: Path) -> dict:
     for field in dataclasses.fields(Config):
         value, kind = config.get(field.name, field.default), type(field.default)
         if type(value) not in ({float, int} if kind is float else {kind}) | ({str} if field.name == "alpha" else set()):
             raise UserError(f"{source}: its config has {field.name} = {value!r:.60}, expected {kind.__name__}")
-    return state
+    return config
 
 
 def require_classes(state: dict, expected: int, source: Path) -> None:
@@ -376,7 +419,7 @@ def require_classes(state: dict, expected: int, source: Path) -> None:
 
 
 def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> dict | None:
-    """Evaluate, write metrics.json, print the table."""
+    """Evaluate, write metrics.json and report.html, print the table."""
     if not job.evaluate:
         return None
     metrics = evaluate(models, dataset, cfg, job.device)
@@ -391,6 +434,12 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
         checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
     print(report.table([(reading, metrics[reading]) for reading in metrics]))
     print(f"{folder / 'metrics.json'}")
+    if ranks.rank() == 0:
+        try:
+            run = html_report.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
+            print(html_report.write(folder, [run], dataset, draw_cards(job, cfg, dataset, models, run.reading) if job.report_images else {}))
+        except Exception as error:                                 # a picture of the run is not worth the run
+            print(f"warning: {folder / 'report.html'}: not written ({type(error).__name__}: {error}); again with --stage report --weights {folder}")
     return metrics
 
 
@@ -618,7 +667,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval, "predict": stage_predict,
+STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval, "predict": stage_predict, "report": stage_report,
           "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
@@ -641,11 +690,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, help="validate: write the whole report to this file, too")
     p.add_argument("--images", type=Path, help="masks, dewa: a folder of images instead of the training images (SA-1B, masks beside the images)")
     p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
-    p.add_argument("--weights", type=Path, help="run to evaluate, apply or export; or a checkpoint of the official code")
+    p.add_argument("--weights", type=Path, help="run to evaluate, apply, report or export; or a checkpoint of the official code")
     p.add_argument("--input", type=Path, help="predict: a picture, or a folder of pictures")
     p.add_argument("--posterior", default="", help="predict: decoder, ensemble (the default where CLIP has a say)")
     p.add_argument("--which", default="student", help="predict: student, teacher")
     p.add_argument("--force", action="store_true", help="predict: replace earlier predictions")
+    p.add_argument("--compare", type=Path, nargs="+", default=(), help="report: other runs to put beside it")
+    p.add_argument("--report-images", type=int, default=12, help="validation images in report.html, half of them the worst and half the best of 4 times as many; 0: no pictures")
     p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
     p.add_argument("--print-config", action="store_true", help="print every number of the run that the other flags describe, and stop")
     p.add_argument("--format", default="official", help=f"export: {', '.join(FORMATS)}")
@@ -688,8 +739,11 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     state, stored = None, {}
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
-    if args.stage in ("eval", "predict", "export"):
-        state = read_run(args.weights)
+    if args.stage == "report" and args.weights and args.weights.is_dir():
+        state = read_run(args.weights) if checkpoint.steps(args.weights) else {"config": require_config(html_report.read(args.weights).config, args.weights)}
+        args.dataset = html_report.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
+    if args.stage in ("eval", "predict", "export", "report"):
+        state = state or read_run(args.weights)
         stored = state.get("config", {})
         if args.stage == "predict" and "dataset" in stored:        # the run's own, under its name or as a folder of somebody's own
             args.dataset = stored["dataset"] if stored["dataset"] in DATASETS else "custom"
@@ -735,6 +789,10 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
     if args.json and args.stage != "validate":
         raise UserError(f"--json: only --stage validate writes such a report, not --stage {args.stage}")
+    if args.compare and args.stage != "report":
+        raise UserError(f"--compare: only --stage report puts runs side by side, not --stage {args.stage}")
+    if args.report_images < 0:
+        raise UserError(f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more")
     if ranks.started_by_torchrun() and args.stage not in SHARED:
         raise UserError(f"--stage {args.stage}: works in one process; torchrun serves {', '.join(SHARED)}")
     if args.images and args.stage not in ("masks", "dewa"):

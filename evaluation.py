@@ -21,13 +21,19 @@ def posterior_alphas(cfg: Config) -> dict[str, float]:
     return {"decoder": 1.0, **({"ensemble": alpha_at(cfg.alpha, 1.0)} if cfg.has_ensemble else {})}
 
 
+def papers_reading(teacher_posterior: str) -> str:
+    """Which of the readings the paper reports for a method (Table 1); teacher_posterior: `Config.teacher_posterior`."""
+    return "student/decoder" if teacher_posterior == "decoder" else "student/ensemble"
+
+
 @torch.no_grad()
 def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device: torch.device, limit: int | None = None,
              title: str = "evaluation") -> dict:
     """PQ, SQ, RQ and mIoU on the validation images, by every posterior of the configuration.
 
     Args: models: by name; those that share a backbone share its pass.
-    Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou"}, ...}, values 0 to 1.
+    Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou", "confusion"}, ...}, values 0 to 1;
+        confusion: pixels, a row of text for every true class: so many taken for the first class, the second, ...
     """
     taxonomy, images = dataset.taxonomy, dataset.val
     things = torch.tensor(taxonomy.things, device=device)
@@ -72,7 +78,8 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
         ious = miou[reading].result(taxonomy.short_names)
         for name, row in score["per_class"].items():
             row["semantic_iou"] = ious["per_class"][name]["iou"]
-        result["/".join(reading)] = {**score, "miou": ious["miou"]}
+        confusion = [" ".join(map(str, row)) for row in miou[reading].confusion.tolist()]          # text: JSON with indent gives every number a line
+        result["/".join(reading)] = {**score, "miou": ious["miou"], "confusion": confusion}
     return result
 
 
@@ -140,11 +147,17 @@ def flatten(masks: np.ndarray, least: int = 512) -> np.ndarray:
 
 def frequency_groups(dataset: DataSet, groups: int) -> list[list[int]]:
     """Classes by their share of the pixels of the labelled images, least to most frequent, in groups of one size (Figure 5)."""
+    pixels = class_pixels(dataset, dataset.labeled)
+    return [part.tolist() for part in np.array_split(np.argsort(pixels, kind="stable"), groups)]
+
+
+def class_pixels(dataset: DataSet, images: list[int]) -> np.ndarray:
+    """(K,) pixels of every class in the ground truth of training images."""
     pixels = np.zeros(len(dataset.taxonomy), np.int64)
-    for i in dataset.labeled:
+    for i in images:
         truth = dataset.train.truth(i)
         np.add.at(pixels, truth.labels, np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:])
-    return [part.tolist() for part in np.array_split(np.argsort(pixels, kind="stable"), groups)]
+    return pixels
 
 
 def group_quality(result: dict, taxonomy, groups: list[list[int]]) -> list[dict]:
