@@ -3085,7 +3085,7 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
         job, cfg = dearli.resolve(args)
         stored = json.loads((folder / "config.json").read_text())
         assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(cfg) and job.out == folder
-        assert dearli.identity(job, job.method) == {k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")}
+        assert dearli.identity(job, job.method, data.mini_taxonomy()) | {"taxonomy": 0} == {k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")} | {"taxonomy": 0}
 
 
 def test_runs_without_figures_log_or_weights_still_have_a_page(reported, small_mini, tmp_path, capsys):
