@@ -67,7 +67,7 @@ class Taxonomy:
         """The inverse of `to_config`, for what a file holds. Raises: UserError if that is no taxonomy."""
         try:
             columns = [tuple(stored[key]) for key in ("names", "things", "ids")]
-            palette = stored["palette"] and tuple((int(r), int(g), int(b)) for r, g, b in stored["palette"])
+            palette = stored["palette"] and tuple((*bytes([r, g, b]),) for r, g, b in stored["palette"])
             if any(type(value) is not kind for column, kind in zip(columns, (str, bool, int)) for value in column) or (
                     len({len(column) for column in (*columns, palette or columns[0])}) > 1 or not columns[0]):
                 raise ValueError

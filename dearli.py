@@ -288,6 +288,7 @@ def load(weights, **flags) -> Predictor:
 
 
 def predictor(job: Job, cfg: Config) -> Predictor:
+    """The student or the teacher of `job.state`, with its own classes."""
     if cfg.alpha == "labeled" or job.state.get("config", {}).get("stage") == "dewa":
         raise UserError("--alpha labeled: expected a number, pictures have no labelled share" if cfg.alpha == "labeled" else
                         f"{job.weights}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl")

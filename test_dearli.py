@@ -2960,7 +2960,8 @@ def test_a_run_is_applied_without_its_data_set_and_an_older_one_asks_for_it(smal
     (tmp_path / "elsewhere").rename(root)
     assert change(None)[0] == 0
     for broken in ({}, [], {"names": ["a"], "things": [True, False], "ids": [1], "palette": None}, {"names": [], "things": [], "ids": [], "palette": None},
-                   {"names": ["a"], "things": [1], "ids": [1], "palette": None}, {"names": ["a"], "things": [True], "ids": [1], "palette": [[1, 2]]}):
+                   {"names": ["a"], "things": [1], "ids": [1], "palette": None}, {"names": ["a"], "things": [True], "ids": [1], "palette": [[1, 2]]},
+                   {"names": ["a"], "things": [True], "ids": [1], "palette": [[1, 2, 256]]}):
         code, error = change(broken)
         assert code == 2 and f"error: {folder}: its taxonomy is " in error, error
     # an older run is resumed, one of other classes is not
