@@ -253,10 +253,12 @@ def said(reading: str) -> str:
 def headline(run: Stored) -> str:
     """The figures of the paper's reading, large, and all readings below."""
     if not run.readings:
-        return section("figures", "Figures", lead=f"This run has no metrics.json: it was not evaluated{' (the warm-up knows no class)' if run.config.get('stage') == 'dewa' else ''}.")
-    tiles = "".join(f'<div><dt>{title}</dt><dd data-v="{run.figure(run.reading, keys)}">{percent(run.figure(run.reading, keys))}</dd></div>' for _, title, keys in FIGURES
-                    if run.figure(run.reading, keys) is not None)
-    rows = [f'<th scope="row">{said(r)}{" <em class=mark>the paper’s reading</em>" if r == run.papers else ""}</th>' + "".join(cell(run.figure(r, keys), bar=key == "pq") for key, _, keys in FIGURES) for r in run.readings]
+        why = " (the warm-up knows no class)" if run.config.get("stage") == "dewa" else ""
+        return section("figures", "Figures", lead=f"This run has no metrics.json: it was not evaluated{why}.")
+    tiles = "".join(f'<div><dt>{title}</dt><dd data-v="{value}">{percent(value)}</dd></div>' for _, title, keys in FIGURES
+                    if (value := run.figure(run.reading, keys)) is not None)
+    mark = lambda r: " <em class=mark>the paper’s reading</em>" if r == run.papers else ""
+    rows = [f'<th scope="row">{said(r)}{mark(r)}</th>' + "".join(cell(run.figure(r, keys), bar=key == "pq") for key, _, keys in FIGURES) for r in run.readings]
     images = f" on {run.metrics['images']} images" if isinstance(run.metrics.get("images"), int) else ""
     where = f" of <code>{esc(run.metrics['evaluated_on'])}</code>" if "evaluated_on" in run.metrics else ""
     papers = ", the paper’s reading for this method" if run.reading == run.papers else ""
@@ -278,7 +280,7 @@ def compared(runs: list[Stored]) -> str:
     other = [f'<th scope="row"><code>{esc(key)}</code></th>' + "".join(f"<td>{esc(r.config.get(key, '–'))}</td>" for r in runs) for key in keys]
     labeled = lambda r: [{"step": row["step"], "sum": sum(terms)} for row in r.log if (terms := [v for k, v in row.items() if k.startswith("labeled/")])]
     curves = [chart("Loss", "weighted sum of all terms", [(r.name, *values(r.log, "loss")) for r in runs]),
-              chart("Loss on labelled images", "has the same terms in every method", [(r.name, *values(labeled(r), "sum")) for r in runs])]
+              chart("Loss on labelled images", "the same terms in all methods", [(r.name, *values(labeled(r), "sum")) for r in runs])]
     return section("compare", "Side by side", table("runs", [("run", "Run"), ("images", "Images"), *((k, t) for k, t, _ in FIGURES)], rows),
                    f'<h3>PQ in every reading</h3>{table("pq", [("run", "Run"), *((f"r{k}", said(r)) for k, r in enumerate(readings))], all_pq)}' if readings else "",
                    f'<div class="charts">{"".join(curves)}</div>', "<h3>What differs in the configuration</h3>" + (
@@ -295,7 +297,8 @@ def values(log: list[dict], key: str) -> tuple[list[int], list[float]]:
 def curves(run: Stored) -> str:
     keys = list(dict.fromkeys(key for row in run.log for key in row if key not in ("step", "time") and isinstance(row[key], (int, float))))
     group = lambda key: key.split("/")[0] if "/" in key else key if key in CURVES else "terms"
-    skipped = [(row["step"], f"step {row['step']} was skipped: {row['skipped']}; {', '.join(map(str, row.get('images', [])))}") for row in run.log if "skipped" in row]
+    skipped = [(row["step"], f"step {row['step']} was skipped: {row['skipped']}; {', '.join(map(str, row.get('images', [])))}")
+               for row in run.log if "skipped" in row and isinstance(row["step"], int)]
     charts = [chart(*CURVES.get(name, (name, "")), series, skipped, log=name == "grad_norm") for name in dict.fromkeys([*CURVES, *map(group, keys)])
               if (series := [(key.split("/")[-1], *values(run.log, key)) for key in keys if group(key) == name]) and any(steps for _, steps, _ in series)]
     if not charts:
@@ -336,7 +339,8 @@ def chart(title: str, unit: str, series: list[tuple[str, list[int], list[float]]
     path = lambda points: "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     decades = [m * 10.0 ** p for p in range(math.floor(low), math.ceil(high) + 1) for m in ((1,) if high - low > 2 else (1, 3))] if log else []
     marks = [t for t in decades if low <= math.log10(t) <= high] if log else ticks(low, high)
-    parts = [f'<line class="grid" x1="{left}" x2="{W - right}" y1="{y(t):.1f}" y2="{y(t):.1f}"/><text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.3g}</text>' for t in marks]
+    parts = [f'<line class="grid" x1="{left}" x2="{W - right}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+             f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.3g}</text>' for t in marks]
     parts += [f'<text x="{x(t):.1f}" y="{H - bottom + 16}" text-anchor="middle">{t:g}</text>' for t in ticks(first, last, 4) if t == int(t)]
     parts += [f'<text x="{(W + left - right) / 2}" y="{H - 3}" text-anchor="middle" class="unit">step</text>']
     smooth_lines, tips = [], {}
@@ -364,7 +368,8 @@ def chart(title: str, unit: str, series: list[tuple[str, list[int], list[float]]
     width = (W - left - right) / TIPS
     parts += [f'<rect class="tip" x="{x(s) - width / 2:.1f}" y="{top}" width="{width:.1f}" height="{H - top - bottom}"><title>step {s}: {esc(", ".join(said))}</title></rect>'
               for s, said in sorted(tips.items())]
-    parts += [f'<line class="skip" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{top}" y2="{top + 14}"><title>{esc(why)}</title></line>' for s, why in skipped[:MAX_SKIPPED]]
+    parts += [f'<line class="skip" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{top}" y2="{top + 14}"><title>{esc(why)}</title></line>'
+              for s, why in skipped[:MAX_SKIPPED]]
     keys = "".join(f'<span><i class="key c{k % 6}"></i>{esc(name)}</span>' for k, (name, _, _) in enumerate(series)) if len(series) > 1 else ""
     return (f'<figure><figcaption><b>{esc(title)}</b> <small>{esc(unit)}{", log scale" if log else ""}</small>{f"<p>{keys}</p>" if keys else ""}</figcaption>'
             f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)} over steps">{"".join(parts)}</svg></figure>')
@@ -408,8 +413,11 @@ def confusions(run: Stored) -> str:
     for flat in np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS].tolist():
         t, p = divmod(flat, len(names))
         if wrong[t, p]:
-            rows.append(f'<th scope="row">{esc(names[t])}</th><td class="text">{esc(names[p])}</td>' + cell(wrong[t, p] / truth[t], bar=True) + cell(wrong[t, p] / truth.sum(), f"{100 * wrong[t, p] / truth.sum():.2f}"))
-    listed = table("confusions", [("truth", "Truth"), ("prediction", "Taken for"), ("share", "% of class"), ("all", "% of all")], rows) if rows else "<p>Nothing is confused.</p>"
+            of_all = wrong[t, p] / truth.sum()
+            rows.append(f'<th scope="row">{esc(names[t])}</th><td class="text">{esc(names[p])}</td>' + cell(wrong[t, p] / truth[t], bar=True)
+                        + cell(of_all, f"{100 * of_all:.2f}"))
+    columns = [("truth", "Truth"), ("prediction", "Taken for"), ("share", "% of class"), ("all", "% of all")]
+    listed = table("confusions", columns, rows) if rows else "<p>Nothing is confused.</p>"
     involved = wrong.sum(0) + wrong.sum(1)
     chosen = sorted(np.argsort(-involved, kind="stable")[:MAX_HEAT].tolist())
     of = f"the {len(chosen)} of {len(names)} classes with the most confused pixels" if len(chosen) < len(names) else "all classes"
@@ -423,7 +431,8 @@ def heat_map(names: list[str], share: np.ndarray, chosen: list[int]) -> str:
     parts = []
     for r, t in enumerate(chosen):
         at, over = head + r * side, gutter + r * side
-        parts.append(f'<text x="{gutter - 6}" y="{at + 15}" text-anchor="end">{short(names[t])}</text><text transform="translate({over + 15} {head - 6}) rotate(-60)">{short(names[t])}</text>')
+        parts.append(f'<text x="{gutter - 6}" y="{at + 15}" text-anchor="end">{short(names[t])}</text>'
+                     f'<text transform="translate({over + 15} {head - 6}) rotate(-60)">{short(names[t])}</text>')
         for c, p in enumerate(chosen):
             if (v := float(share[t, p])) >= 0.005:
                 box = f'x="{gutter + c * side}" y="{at}" width="{side - 1}" height="{side - 1}"'
@@ -431,7 +440,8 @@ def heat_map(names: list[str], share: np.ndarray, chosen: list[int]) -> str:
                 parts.append(f'<g class="{"right" if t == p else "wrong"}"><title>{esc(names[t])} taken for {esc(names[p])}: {percent(v)} %</title>'
                              f'<rect {box} fill-opacity="{math.sqrt(v):.2f}"/>{text}</g>')
     width = gutter + n * side + 34
-    return (f'<div class="wide"><svg class="heat" viewBox="0 0 {width} {head + n * side + 1}" style="min-width:{width * 0.85:.0f}px;max-width:{width * 1.25:.0f}px" role="img" aria-label="confusion of classes">'
+    return (f'<div class="wide"><svg class="heat" viewBox="0 0 {width} {head + n * side + 1}" style="min-width:{width * 0.85:.0f}px;max-width:{width * 1.25:.0f}px"'
+            f' role="img" aria-label="confusion of classes">'
             f'<rect class="frame" x="{gutter - 1}" y="{head - 1}" width="{n * side + 1}" height="{n * side + 1}"/>{"".join(parts)}</svg></div>'
             f'<p class="lead"><i class="key right"></i>right <i class="key wrong"></i>taken for another class; less than half a percent is left blank</p>')
 
@@ -454,14 +464,15 @@ def configuration(run: Stored) -> str:
     if not run.config:
         return section("configuration", "Configuration", lead="This run has no config.json.")
     preset, changed = nearest_preset(run.config)
-    fields = {f.name for f in dataclasses.fields(Config)}
+    fields = [f.name for f in dataclasses.fields(Config)]
     rows = lambda keys: "".join(f'<tr><th scope="row"><code>{esc(k)}</code></th><td class="text">{esc(run.config[k])}</td>'
                                 + (f'<td class="text dim">{esc(getattr(PRESETS[preset], k))}</td>' if k in fields else "<td></td>") + "</tr>" for k in keys)
     head = f"<thead><tr><th>Number</th><th>This run</th><th>Preset {preset}</th></tr></thead>"
-    first = [k for k in run.config if k not in fields or k in changed]
-    made = commands(run)
+    first = [k for k in run.config if (k in changed if k in fields else run.config[k] not in ("", None))]
+    same, made = [k for k in fields if k in run.config and k not in changed], commands(run)
     return section("configuration", "Configuration", f'<div class="wide"><table class="plain">{head}<tbody>{rows(first)}</tbody></table></div>',
-                   f'<details><summary>{len(run.config) - len(first)} numbers as in the preset</summary><div class="wide"><table class="plain">{head}<tbody>{rows(k for k in run.config if k not in first)}</tbody></table></div></details>',
+                   f'<details><summary>{len(same)} numbers as in the preset</summary><div class="wide"><table class="plain">{head}'
+                   f'<tbody>{rows(same)}</tbody></table></div></details>',
                    f"<h3>To make it again</h3><pre><code>{esc(chr(10).join(made))}</code></pre>" if made else "", lead=f"What differs from the preset <code>{preset}</code> comes first.")
 
 
@@ -493,34 +504,57 @@ def write(folder: Path, runs: list[Stored], dataset: DataSet | None, cards: dict
 STYLE = """
 :root{color-scheme:light dark;--paper:#fcfcfa;--card:#fff;--ink:#1d1f22;--dim:#686c73;--line:#e4e4df;--accent:#2468b4;--bar:#dbe7f4;--wrong:#d9621e;--skip:#c62f2f;
 --c0:#2468b4;--c1:#d9621e;--c2:#15946b;--c3:#7a55c7;--c4:#b08500;--c5:#c2428a}
-@media (prefers-color-scheme:dark){:root{--paper:#16181b;--card:#1d2024;--ink:#e6e7e9;--dim:#9aa0a8;--line:#32363c;--accent:#74aeea;--bar:#263b53;--wrong:#f0854a;--skip:#ff7066;
+@media screen and (prefers-color-scheme:dark){:root{--paper:#16181b;--card:#1d2024;--ink:#e6e7e9;--dim:#9aa0a8;--line:#32363c;--accent:#74aeea;--bar:#263b53;--wrong:#f0854a;--skip:#ff7066;
 --c0:#74aeea;--c1:#f0854a;--c2:#45c497;--c3:#ab90ec;--c4:#dcb442;--c5:#e97fb8}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%;scroll-padding-top:3.5rem}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
-header,main{max-width:76rem;margin:0 auto;padding:0 1.25rem}header{padding-top:2.5rem}h1{font-size:1.9rem;line-height:1.2;margin:0;letter-spacing:-.015em;overflow-wrap:anywhere}
-header p,.lead{color:var(--dim);margin:.35rem 0 0}nav{position:sticky;top:0;z-index:1;background:var(--paper);border-bottom:1px solid var(--line);margin-top:1.25rem}
-nav div{max-width:76rem;margin:0 auto;padding:.6rem 1.25rem;display:flex;gap:1.4rem;overflow-x:auto;white-space:nowrap;font-size:.9rem}a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
-section{margin:2.75rem 0}h2{font-size:1.3rem;margin:0;letter-spacing:-.01em}h3{font-size:1rem;margin:2rem 0 .6rem}h4{font-size:.9rem;font-weight:600;margin:1.4rem 0 .4rem;overflow-wrap:anywhere}
-h4 span,em,small,.dim{color:var(--dim);font-weight:400;font-style:normal}em{font-size:.82em}.lead{font-size:.9rem;max-width:48rem}.mark{color:var(--accent);background:var(--bar);border-radius:1em;padding:.1em .6em;margin-left:.4em}
-.tiles{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem;align-items:baseline;margin:1.5rem 0 1.75rem}.tiles dt{color:var(--dim);font-size:.85rem}.tiles dd{margin:0;font-size:1.65rem;line-height:1.15;font-weight:500}
+header,main{max-width:76rem;margin:0 auto;padding:0 1.25rem}header{padding-top:2.5rem}
+h1{font-size:1.9rem;line-height:1.2;margin:0;letter-spacing:-.015em;overflow-wrap:anywhere}
+header p,.lead{color:var(--dim);margin:.35rem 0 0}
+nav{position:sticky;top:0;z-index:1;background:var(--paper);border-bottom:1px solid var(--line);margin-top:1.25rem}
+nav div{max-width:76rem;margin:0 auto;padding:.6rem 1.25rem;display:flex;gap:1.4rem;overflow-x:auto;white-space:nowrap;font-size:.9rem}
+a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
+section{margin:2.75rem 0}h2{font-size:1.3rem;margin:0;letter-spacing:-.01em}h3{font-size:1rem;margin:2rem 0 .6rem}
+h4{font-size:.9rem;font-weight:600;margin:1.4rem 0 .4rem;overflow-wrap:anywhere}
+h4 span,em,small,.dim{color:var(--dim);font-weight:400;font-style:normal}em{font-size:.82em}.lead{font-size:.9rem;max-width:48rem}
+.mark{color:var(--accent);background:var(--bar);border-radius:1em;padding:.1em .6em;margin-left:.4em}
+.tiles{display:flex;flex-wrap:wrap;gap:.5rem 2.5rem;align-items:baseline;margin:1.5rem 0 1.75rem}.tiles dt{color:var(--dim);font-size:.85rem}
+.tiles dd{margin:0;font-size:1.65rem;line-height:1.15;font-weight:500}
 .tiles div:first-child dd{font-size:3.4rem;font-weight:600;letter-spacing:-.03em;line-height:1}
-.wide{overflow-x:auto;margin-top:1rem}table{border-collapse:collapse;font-size:.9rem;min-width:100%}th,td{padding:.34rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;font-weight:400}
-th:first-child,.text,.plain th,#confusions th:nth-child(2){text-align:left}tbody th:first-child{padding-left:0}thead th{color:var(--dim);font-size:.82rem;vertical-align:bottom;padding-top:0}thead th:first-child{padding-left:0}
-tr:has(.mark){font-weight:600}tr:has(.mark) th{font-weight:600}tbody tr:hover{background:color-mix(in srgb,var(--line) 35%,transparent)}.text,.plain td,.plain th{white-space:normal;overflow-wrap:anywhere}
-th button{all:unset;cursor:pointer;color:inherit}th button:hover{color:var(--ink)}th button:focus-visible,a:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.wide{overflow-x:auto;margin-top:1rem}table{border-collapse:collapse;font-size:.9rem;min-width:100%}
+th,td{padding:.34rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;font-weight:400}
+th:first-child,.text,.plain th,#confusions th:nth-child(2){text-align:left}tbody th:first-child{padding-left:0}
+thead th{color:var(--dim);font-size:.82rem;vertical-align:bottom;padding-top:0}thead th:first-child{padding-left:0}
+tr:has(.mark){font-weight:600}tr:has(.mark) th{font-weight:600}tbody tr:hover{background:color-mix(in srgb,var(--line) 35%,transparent)}
+.text,.plain td,.plain th{white-space:normal;overflow-wrap:anywhere}
+th button{all:unset;cursor:pointer;color:inherit}th button:hover{color:var(--ink)}
+th button:focus-visible,a:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 th[aria-sort] button{color:var(--ink)}th[aria-sort=descending] button:after{content:" ↓"}th[aria-sort=ascending] button:after{content:" ↑"}
-.bar{min-width:9.5rem;background:linear-gradient(var(--bar),var(--bar)) no-repeat right calc(8.7rem - var(--v)*.05rem) top 50%/calc(var(--v)*.05rem) 1rem}.swatch,.key{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.5em;vertical-align:-.04em}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1.75rem 2rem;margin-top:1.25rem}figure{margin:0;min-width:0}figcaption{font-size:.9rem}figcaption p{margin:.1rem 0 0}
-figcaption span{margin-right:1em;font-size:.82rem;color:var(--dim)}svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:var(--dim)}.grid{stroke:var(--line)}
-path{fill:none;stroke:var(--c)}.raw{stroke-width:1;opacity:.3}.smooth{stroke-width:1.8;stroke-linejoin:round}circle{fill:var(--c)}i.key{background:var(--c)}.skip{stroke:var(--skip);stroke-width:2}
-.tip{fill:var(--ink);fill-opacity:0}.tip:hover{fill-opacity:.07}.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
+.bar{min-width:9.5rem;background:linear-gradient(var(--bar),var(--bar)) no-repeat right calc(8.7rem - var(--v)*.05rem) top 50%/calc(var(--v)*.05rem) 1rem}
+.swatch,.key{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.5em;vertical-align:-.04em}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1.75rem 2rem;margin-top:1.25rem}figure{margin:0;min-width:0}
+figcaption{font-size:.9rem}figcaption p{margin:.1rem 0 0}
+figcaption span{margin-right:1em;font-size:.82rem;color:var(--dim)}svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:var(--dim)}
+.grid{stroke:var(--line)}
+path{fill:none;stroke:var(--c)}.raw{stroke-width:1;opacity:.3}.smooth{stroke-width:1.8;stroke-linejoin:round}circle{fill:var(--c)}i.key{background:var(--c)}
+.skip{stroke:var(--skip);stroke-width:2}
+.tip{fill:var(--ink);fill-opacity:0}.tip:hover{fill-opacity:.07}.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}
+.c5{--c:var(--c5)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:1rem 3rem;align-items:start}.two>div{min-width:0}
-.heat .frame{fill:none;stroke:var(--line)}.right{--c:var(--dim)}.wrong{--c:var(--wrong)}.heat g rect{fill:var(--c)}.heat .right rect{opacity:.5}.heat .value{font-size:9.5px;fill:var(--ink)}
-.cards{display:flex;flex-wrap:wrap;gap:0 2rem}article{flex:1 1 calc(var(--n)*9.5rem);min-width:0}.cells{display:grid;grid-template-columns:repeat(var(--n),minmax(0,1fr));gap:.6rem}.cells figcaption{font-size:.8rem;color:var(--dim);margin-top:.2rem}.cells b{color:var(--ink);font-weight:600}
-img{display:block;width:100%;height:auto;border-radius:3px}details{margin-top:1rem}summary{cursor:pointer;color:var(--accent);font-size:.9rem}code,pre{font:.86em/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
+.heat .frame{fill:none;stroke:var(--line)}.right{--c:var(--dim)}.wrong{--c:var(--wrong)}.heat g rect{fill:var(--c)}.heat .right rect{opacity:.5}
+.heat .value{font-size:9.5px;fill:var(--ink)}
+.cards{display:flex;flex-wrap:wrap;gap:0 2rem}article{flex:1 1 calc(var(--n)*9.5rem);min-width:0}
+.cells{display:grid;grid-template-columns:repeat(var(--n),minmax(0,1fr));gap:.6rem}.cells figcaption{font-size:.8rem;color:var(--dim);margin-top:.2rem}
+.cells b{color:var(--ink);font-weight:600}
+img{display:block;width:100%;height:auto;border-radius:3px}details{margin-top:1rem}summary{cursor:pointer;color:var(--accent);font-size:.9rem}
+code,pre{font:.86em/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
 pre{margin:0;padding:.9rem 1rem;background:var(--card);border:1px solid var(--line);border-radius:5px;white-space:pre-wrap;overflow-wrap:anywhere}
-@media (max-width:44rem){header{padding-top:1.5rem}article{flex-basis:100%}.cells{grid-template-columns:repeat(2,minmax(0,1fr))}.tiles{gap:.5rem 1.6rem}.tiles div:first-child{flex-basis:100%}section{margin:2.25rem 0}tbody th:first-child{white-space:normal;min-width:8.5rem}.bar{min-width:0;background:none}.mark{white-space:nowrap;margin:0}th,td{padding:.34rem .5rem}}
-@media print{:root{color-scheme:light}nav{display:none}body{font-size:11px;background:none}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.wide{overflow:visible}.heat{min-width:0!important;max-width:30rem}
+@media (max-width:44rem){header{padding-top:1.5rem}article{flex-basis:100%}.cells{grid-template-columns:repeat(2,minmax(0,1fr))}.tiles{gap:.5rem 1.6rem}
+.tiles div:first-child{flex-basis:100%}section{margin:2.25rem 0}tbody th:first-child{white-space:normal;min-width:8.5rem}.bar{min-width:0;background:none}
+.mark{white-space:nowrap;margin:0}th,td{padding:.34rem .5rem}}
+@media print{html{font-size:9.5px}nav{display:none}body{font-size:1rem;background:none}th,td{white-space:normal;padding:.34rem .5rem}
+.bar{min-width:0;background:none}.charts{grid-template-columns:repeat(3,1fr)}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.wide{overflow:visible}.heat{min-width:0!important;max-width:30rem}
 article,.charts figure,tr{break-inside:avoid}h2,h3,h4{break-after:avoid}section{margin:1.5rem 0}}
 """
 
