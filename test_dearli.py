@@ -3489,7 +3489,7 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
     assert len(listed) > 50 and len(outs) > 20
     for arguments in listed:
         args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
-        if args.stage not in ("eval", "export", "report"):                   # these read the run that they are about
+        if args.stage not in ("eval", "predict", "export", "report"):                   # these read the run that they are about
             dearli.resolve(args)
 
 
