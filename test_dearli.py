@@ -2861,6 +2861,8 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     assert [image["file_name"] for image in content["images"]] == names
     assert all({str(p.relative_to(out / kind)) for p in (out / kind).rglob("*.*")} == {f"{name}.png" for name in names} for kind in predict.KINDS)
     assert (out / "panoptic" / "a.jpg.png").read_bytes() != (out / "panoptic" / "a.png.png").read_bytes()
+    assert len(predict.Pictures(pictures, out, resume=True).names) == 8       # what was predicted is not taken for a picture
+    checkpoint.release(out)
     # a second call changes nothing, and is refused before there is a model
     monkeypatch.setattr(dearli, "build", lambda *a: pytest.fail("a model was built"))
     for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
