@@ -40,7 +40,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageFont
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -2745,6 +2745,18 @@ def test_names_are_written_on_segments_that_have_room_and_inside_the_image():
     assert not plain[:, 480:].any()                                          # nothing on void
     long = dataclasses.replace(taxonomy, names=("cat" * 99, "grass"))
     assert (np.asarray(report.overlay(image, segment_map, labels, long))[:300] == np.asarray(report.overlay(image, segment_map, labels, taxonomy, names=False))[:300]).all()
+    # a name that would hang over too far is not written, nor one whose place another name has taken
+    width = ImageFont.load_default(640 // report.PIXELS_A_FONT_SIZE).getlength("m" * 12) + 4
+    def names_of(*shares):
+        bars, x = np.zeros((640, 640), np.int32), 640 - sum(round(share * width) for share in shares)       # up to the right side of the image
+        for k, share in enumerate(shares, 1):
+            bars[300:322, x:x + round(share * width)] = k
+            x += round(share * width)
+        plain, named = (np.asarray(report.overlay(Image.new("RGB", (640, 640)), bars, np.zeros(len(shares), int), dataclasses.replace(taxonomy, names=("m" * 12, "grass")),
+                                                  names=names)) for names in (False, True))
+        return [(plain != named).any(-1)[bars == k].sum() > 500 for k in range(1, len(shares) + 1)]
+    assert names_of(1.1) == names_of(0.7) == [True] and names_of(0.5) == [False]
+    assert names_of(0.8, 0.02, 0.64)[::2] == [True, False] and names_of(1.1, 0.02, 0.7)[::2] == [True, True]
     for size in ((1, 1), (5000, 20), (20, 5000)):
         image = Image.new("RGB", size)
         for segment_map, labels in ((np.ones(size[::-1], np.int32), np.array([1])), (np.zeros(size[::-1], np.int32), np.zeros(0, int))):
@@ -2854,6 +2866,8 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     assert [image["file_name"] for image in content["images"]] == names
     assert all({str(p.relative_to(out / kind)) for p in (out / kind).rglob("*.*")} == {f"{name}.png" for name in names} for kind in predict.KINDS)
     assert (out / "panoptic" / "a.jpg.png").read_bytes() != (out / "panoptic" / "a.png.png").read_bytes()
+    assert len(predict.Pictures(pictures, out, resume=True).names) == 8       # what was predicted is not taken for a picture
+    checkpoint.release(out)
     # a second call changes nothing, and is refused before there is a model
     monkeypatch.setattr(dearli, "build", lambda *a: pytest.fail("a model was built"))
     for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
