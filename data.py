@@ -878,7 +878,7 @@ def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
 def loader(batches: Batches, start: int, workers: int):
     """Iterate over batches start, start + 1, ... with loader processes, which end when the generator is closed."""
     try:
-        yield from torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=_as_it_is,
+        yield from torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=as_it_is,
                                                num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=_await_the_parent)
         return
     except UserError as error:         # a worker's error arrives with its traceback as text
@@ -892,6 +892,6 @@ def _await_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def _as_it_is(batch):
-    """Torch's own would turn tuples into lists."""
+def as_it_is(batch):
+    """A collate function: torch's own would turn tuples into lists, and arrays into tensors."""
     return batch

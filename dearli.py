@@ -41,7 +41,7 @@ import validate
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
 from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, refuse
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
-from evaluation import evaluate, flatten, frequency_groups, group_quality, posterior_alphas, predict, zero_shot
+from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
@@ -292,12 +292,11 @@ def predictor(job: Job, cfg: Config) -> Predictor:
     if cfg.alpha == "labeled" or job.state.get("config", {}).get("stage") == "dewa":
         raise UserError("--alpha labeled: expected a number, pictures have no labelled share" if cfg.alpha == "labeled" else
                         f"{job.weights}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl")
-    posterior = choose("posterior of this run", job.posterior or [*posterior_alphas(cfg)][-1], posterior_alphas(cfg))
+    usual = papers_reading(cfg.teacher_posterior).split("/")[1]
+    posterior = choose("posterior of this run", job.posterior or usual, posterior_alphas(cfg))
     choose(f"model of {job.weights}", job.which, [name for name in ("student", "teacher") if name in job.state])
     taxonomy = taxonomy_of(job, cfg)
-    model = build(job, cfg, taxonomy, job.state.get("clip"))
-    require_classes(job.state, len(taxonomy), job.weights)
-    take(job.state, job.which, model, f"{job.weights} ({job.which})")
+    model = load_models(job, cfg, taxonomy)[job.which]
     return Predictor(model, taxonomy, cfg, job.device, posterior, {"weights": str(job.weights), "which": job.which})
 
 
@@ -491,7 +490,7 @@ def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
 
 def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
     """Train rungs that do not depend on each other, --jobs of them at a time, each in a process of its own; their metrics, in order."""
-    jobs = min(job.jobs or (os.cpu_count() if job.device.type == "cpu" else 1), len(tasks), 8 if not job.jobs else len(tasks))
+    jobs = min(job.jobs or (min(os.cpu_count(), 8) if job.device.type == "cpu" else 1), len(tasks))
     if jobs == 1:
         return [run_rung(job, cfg, rung) for cfg, rung in tasks]
     logs = {job.folder(f"{rung.run}-{job.split}", cfg) / "log.jsonl" for cfg, rung in tasks}
@@ -693,7 +692,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
     p.add_argument("--weights", type=Path, help="run to evaluate, apply, report or export; or a checkpoint of the official code")
     p.add_argument("--input", type=Path, help="predict: a picture, or a folder of pictures")
-    p.add_argument("--posterior", default="", help="predict: decoder, ensemble (the default where CLIP has a say)")
+    p.add_argument("--posterior", default="", help="predict: decoder, ensemble (default: the paper's reading, the decoder's for sup and ssl, else the ensemble's)")
     p.add_argument("--which", default="student", help="predict: student, teacher")
     p.add_argument("--force", action="store_true", help="predict: replace earlier predictions")
     p.add_argument("--compare", type=Path, nargs="+", default=(), help="report: other runs to put beside it")
@@ -812,6 +811,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         with contextlib.redirect_stdout(sys.stdout if ranks.rank() == 0 else io.StringIO()):
             STAGES[args.stage](job, cfg)
+        ranks.stop()
     except UserError as error:
         print(f"{f'rank {ranks.rank()}: ' if ranks.rank() else ''}error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import dewa
 from config import UserError
-from data import DataSet, PanopticFolder
+from data import DataSet, PanopticFolder, as_it_is
 
 SHOWN, SHOWN_CLASSES = 5, 25           # faults of a kind and classes in the printed report; the JSON has all
 # Kind of fault: what a report calls it, and what to do about it
@@ -93,7 +93,7 @@ def check(dataset: DataSet, faults: list[UserError], workers: int = 0, masks: Pa
     listed = [(e.kind, str(e)) for e in faults]
     tables = {part: np.zeros((len(taxonomy), 3), np.int64) for part in ("training", "labelled", "unlabelled", "validation")}   # pixels, segments, images
     sizes, images = dict.fromkeys(tables, 0), dict(zip(tables, (train, len(labeled), len(unlabeled), len(dataset.val))))
-    loader = torch.utils.data.DataLoader(reading, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    loader = torch.utils.data.DataLoader(reading, batch_size=None, num_workers=workers, collate_fn=as_it_is)
     try:
         for k, (segments, size, found) in enumerate(tqdm(loader, desc="reading", unit="image", dynamic_ncols=True, leave=False)):
             listed += found
@@ -159,8 +159,3 @@ def summary(result: dict) -> str:
 
 def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
-
-
-def _as_it_is(item):
-    """Torch's own would turn arrays into tensors."""
-    return item
