@@ -159,14 +159,14 @@ class DeformableAttention(nn.Module):
         """query, src (B, S, C); reference (S, 2) xy in [0, 1]; shapes of the levels -> (B, S, C). Positions and samples are always fp32."""
         b, s, c = src.shape
         value = self.value_proj(src).float().view(b, s, self.heads, c // self.heads).permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, d, S)
-        offsets = self.sampling_offsets(query).float().view(b, s, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).float().view(b, s, self.heads, -1).softmax(-1)
-        weights = weights.permute(0, 2, 3, 1).reshape(b * self.heads, 1, self.levels, self.points, s)
+        offsets = self.sampling_offsets(query).float().view(b, s, self.heads, self.levels, self.points, 2).permute(0, 2, 3, 4, 5, 1)
+        weights = self.attention_weights(query).float().view(b, s, self.heads, -1).permute(0, 2, 3, 1).softmax(2)
+        weights = weights.reshape(b * self.heads, 1, self.levels, self.points, s)
+        pixel = offsets.new_tensor([(2 / w, 2 / h) for h, w in shapes])[:, None, :, None]         # sides of one, where the map is -1 to 1
+        grid = ((2 * reference - 1).T + offsets * pixel).transpose(-1, -2).flatten(0, 1)          # (B heads, levels, points, S, 2)
         out = 0.0
-        for level, (part, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], -1), shapes)):
-            where = reference[:, None, None] + offsets[:, :, :, level] / offsets.new_tensor([w, h])   # (B, S, heads, points, 2)
-            grid = (2 * where - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)                               # (B heads, points, S, 2)
-            out = out + WeightedSamples.apply(part.unflatten(-1, (h, w)), grid, weights[:, :, level])
+        for level, (part, shape) in enumerate(zip(value.split([h * w for h, w in shapes], -1), shapes)):
+            out = out + WeightedSamples.apply(part.unflatten(-1, shape), grid[:, level], weights[:, :, level])
         return self.output_proj(out.view(b, c, s).transpose(1, 2))
 
 
