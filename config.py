@@ -4,6 +4,7 @@ Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8
 comment names both. `mini` differs from the paper's sizes in numbers only, never in code.
 """
 
+import difflib
 from dataclasses import dataclass, replace
 
 from losses import LossConfig
@@ -19,6 +20,19 @@ class UserError(Exception):
     def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
         self.kind = kind
+
+
+def choose(what: str, value: str, available) -> str:
+    """The value, if it is available; else UserError with all that is, and the nearest."""
+    if value not in available:
+        raise UserError(f"unknown {what} '{value}'; available: {', '.join(available)}{nearest(value, available)}")
+    return value
+
+
+def nearest(value: str, available) -> str:
+    """A question to append to an error about a value that does not exist; empty if none is near."""
+    found = difflib.get_close_matches(value, available, 1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def refuse(error: UserError) -> None:

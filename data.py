@@ -790,6 +790,11 @@ class Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.steps
 
+    @property
+    def parts(self) -> list[int]:
+        """The first steps of parts of the run whose batches differ in kind."""
+        return [0]
+
     def slots(self, batch: int) -> range:
         """The images of a batch that this rank takes. Raises UserError if some rank would have none."""
         if batch < self.ranks:
@@ -836,6 +841,10 @@ class SemiSupervisedBatches(Batches):
         super().__init__(cfg, steps)
         self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
         self.burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+
+    @property
+    def parts(self) -> list[int]:
+        return [0, self.burn_in] if 0 < self.burn_in < self.steps else [0]
 
     def __getitem__(self, step: int) -> tuple[Labeled, Unlabeled | None]:
         if step < self.burn_in:

@@ -26,6 +26,7 @@ import sys
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -33,13 +34,17 @@ import checkpoint
 import datasets
 import dewa
 import foundation
+import gallery
 import html_report
 import official
 import ranks
+import rehearsal
 import report
 import validate
+import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
-from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, refuse
+from command_line import ALL, DATASETS, FORMATS, METHODS, help_page, parser, require_known
+from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, choose, refuse
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
@@ -48,12 +53,9 @@ from optim import build_optimizer
 from predict import Pictures, Predictor
 from trainer import Run, Stopped, differing
 
-DATASETS = ("mini", "custom", *datasets.NAMES)
-METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
-           "dearli": "dear, starting from the DeWa weights"}
 SHARED = ("masks", "dewa", "sup", "ssl", "eval")                 # stages that several ranks can work on
-FORMATS = ("official", "safetensors")
-PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub"}
+PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard"}
+PALETTES, LOGS = ("dataset", "safe"), ("tensorboard",)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -73,11 +75,16 @@ class Job:
     images: Path | None = None
     json: Path | None = None
     groups: int = 0
+    watch: int = 16
     weights: Path | None = None
     input: Path | None = None
     posterior: str = ""
     which: str = "student"
     force: bool = False
+    palette: str = "dataset"
+    preset: str | None = None
+    dry_run: bool = False
+    log: str = ""
     compare: tuple[Path, ...] = ()
     report_images: int = 12
     state: dict | None = None          # what `weights` holds, read once (`read_run`)
@@ -194,6 +201,11 @@ def stage_validate(job: Job, cfg: Config) -> dict:
 def stage_masks(job: Job, cfg: Config) -> Path:
     """SAM's masks of all training images, labelled and unlabelled alike."""
     images, folder = load_images(job, cfg), job.out or job.runs / f"{job.name}-masks"
+    if job.dry_run:
+        generator = foundation.load_sam(cfg)(job.device)
+        rehearsal.say_repeated("masks", len(images), lambda k: generator.generate(np.asarray(images.image(k))), 1)
+        rehearsal.say_memory(job.device)
+        return folder
     checkpoint.require_writable(folder)
     done = dewa.generate_masks(images, foundation.load_sam(cfg)(job.device), folder)
     print(f"{folder}: masks of {len(images)} images, {done} of them made now")
@@ -208,11 +220,13 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
     masks = job.masks or (job.images if beside else job.runs / f"{job.name}-masks")
     if not masks.is_dir():
         raise UserError(f"{masks}: no SAM masks; make them with --stage masks, or name their folder with --masks DIR")
-    run = Run(folder, cfg, {"stage": "dewa", "dataset": job.name}, job.resume)
+    run = begin(job, folder, cfg, {"stage": "dewa", "dataset": job.name})
     model = build(job, cfg, dewa.TAXONOMY)
     optimizer = build_optimizer(model, cfg)
     step = lambda batch, t: dewa.dewa_step(model, optimizer, batch, cfg, t, job.precision)
     run.train({"student": model}, optimizer, dewa.DewaBatches(images, masks, cfg, cfg.dewa_steps), step, job.device, "DeWa")
+    if not job.dry_run and ranks.rank() == 0:
+        write_report(job, cfg, folder, None, None)
     return folder
 
 
@@ -221,12 +235,13 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
     cfg = settle(cfg, dataset)
     require_training_files(dataset, cfg)
-    run = Run(folder, cfg, identity(job, "sup", dataset.taxonomy), job.resume)
+    run = begin(job, folder, cfg, identity(job, "sup", dataset.taxonomy), dataset)
     start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.notes = start_from(start, job.init, student)
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
+    run.watch = watch.watcher(folder, {"student": student}, dataset, cfg, job.device, job.watch if job.evaluate else 0)
     run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
     finish(job, cfg, dataset, {"student": student}, folder)
     return folder
@@ -246,7 +261,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
         if not checkpoint.steps(init):
             raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
                             f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
-    run = Run(folder, cfg, identity(job, job.method, dataset.taxonomy), job.resume)
+    run = begin(job, folder, cfg, identity(job, job.method, dataset.taxonomy), dataset)
     start = read_run(init) if init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.notes = start_from(start, init, student)
@@ -254,9 +269,23 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     warm, models = init is not None, {"student": student, "teacher": teacher}
     step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, warm, job.precision)
+    run.watch = watch.watcher(folder, models, dataset, cfg, job.device, job.watch if job.evaluate else 0, warm)
     run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps, warm), step, job.device, job.method)
     finish(job, cfg, dataset, models, folder)
     return folder
+
+
+def begin(job: Job, folder: Path, cfg: Config, identity: dict, dataset: DataSet | None = None) -> "Run | rehearsal.Rehearsal":
+    """The run in `folder`, or with --dry-run what stands in for it."""
+    if job.dry_run:
+        if dataset is not None:
+            rehearsal.say_data(dataset, job.split)
+        return rehearsal.Rehearsal(folder, cfg, identity, PRESETS[job.preset or job.dataset])
+    run = Run(folder, cfg, identity, job.resume)
+    if job.log and ranks.rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        run.curves = SummaryWriter(folder)
+    return run
 
 
 def stage_eval(job: Job, cfg: Config) -> Path:
@@ -295,7 +324,7 @@ def predictor(job: Job, cfg: Config) -> Predictor:
     usual = papers_reading(cfg.teacher_posterior).split("/")[1]
     posterior = choose("posterior of this run", job.posterior or usual, posterior_alphas(cfg))
     choose(f"model of {job.weights}", job.which, [name for name in ("student", "teacher") if name in job.state])
-    taxonomy = taxonomy_of(job, cfg)
+    taxonomy = repainted(job, taxonomy_of(job, cfg))
     model = load_models(job, cfg, taxonomy)[job.which]
     return Predictor(model, taxonomy, cfg, job.device, posterior, {"weights": str(job.weights), "which": job.which})
 
@@ -322,9 +351,10 @@ def stage_report(job: Job, cfg: Config) -> Path:
     dataset, cards, missing = None, {}, "the warm-up knows no class" if warm_up else "" if run.reading else "the run was not evaluated"
     try:
         dataset = load_data(job, cfg)
+        dataset.taxonomy = repainted(job, dataset.taxonomy)
         if not missing and job.report_images:
             cfg = settle(cfg, dataset)
-            cards = draw_cards(job, cfg, dataset, load_models(job, cfg, dataset.taxonomy), run.reading)
+            cards = draw_cards(job, cfg, dataset, load_models(job, cfg, dataset.taxonomy), run, others_readings(job, cfg, dataset, others))
     except UserError as error:
         missing = str(error)
         print(f"warning: no pictures: {error}")
@@ -332,8 +362,32 @@ def stage_report(job: Job, cfg: Config) -> Path:
     return folder
 
 
-def draw_cards(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], reading: str) -> dict:
-    return html_report.gallery(models, dataset, cfg, job.device, reading, job.report_images, job.masks or job.runs / f"{job.name}-masks")
+def draw_cards(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], run: html_report.Stored, others=()) -> dict:
+    return gallery.gallery(models, dataset, cfg, job.device, run.reading, job.report_images, job.masks or job.runs / f"{job.name}-masks", run.folder, others)
+
+
+def others_readings(job: Job, cfg: Config, dataset: DataSet, others: list) -> list[gallery.Reading]:
+    """What the runs of --compare say of an image, in the paper's reading of each; one without weights, or of other classes, says nothing."""
+    readings = []
+    for run in others:
+        try:
+            if not checkpoint.steps(run.folder) or not run.reading:
+                raise UserError(f"{run.folder}: no weights, or not evaluated")
+            state = read_run(run.folder)
+            own = settle(dataclasses.replace(cfg, **{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state["config"]}), dataset)
+            which, posterior = run.reading.split("/")
+            theirs = dataclasses.replace(job, state=state, weights=run.folder)
+            if taxonomy_of(theirs, own).names != dataset.taxonomy.names:
+                raise UserError(f"{run.folder}: of other classes")
+            readings.append(gallery.Reading(html_report.esc(run.name), load_models(theirs, own, dataset.taxonomy)[which], own, posterior_alphas(own)[posterior]))
+        except (UserError, KeyError) as error:
+            print(f"warning: no pictures of a run beside this one: {error}")
+    return readings
+
+
+def repainted(job: Job, taxonomy: Taxonomy) -> Taxonomy:
+    """With the colours of --palette."""
+    return taxonomy if job.palette == "dataset" else dataclasses.replace(taxonomy, palette=None)
 
 
 def results_folder(job: Job) -> Path:
@@ -418,29 +472,36 @@ def require_classes(state: dict, expected: int, source: Path) -> None:
         raise UserError(f"{source}: trained on {found} classes, the data set has {expected}; choose the data set it belongs to")
 
 
-def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> dict | None:
+def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> None:
     """Evaluate, write metrics.json and report.html, print the table."""
-    if not job.evaluate:
-        return None
-    metrics = evaluate(models, dataset, cfg, job.device)
-    if job.groups:
-        groups = frequency_groups(dataset, job.groups)
-        for reading in metrics:
-            metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
-            print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
-                  + ", ".join(f"{100 * group['pq']:.1f}" for group in metrics[reading]["groups"]))
-    content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
+    if job.dry_run:
+        rehearsal.say_repeated("evaluation", len(dataset.val), lambda k: evaluate(models, dataset, cfg, job.device, 1, title=""))
+        return
+    if job.evaluate:
+        metrics = evaluate(models, dataset, cfg, job.device)
+        if job.groups:
+            groups = frequency_groups(dataset, job.groups)
+            for reading in metrics:
+                metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
+                print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
+                      + ", ".join(f"{100 * group['pq']:.1f}" for group in metrics[reading]["groups"]))
+        content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
+        if ranks.rank() == 0:
+            checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
+        print(report.table([(reading, metrics[reading]) for reading in metrics]))
+        print(f"{folder / 'metrics.json'}")
     if ranks.rank() == 0:
-        checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
-    print(report.table([(reading, metrics[reading]) for reading in metrics]))
-    print(f"{folder / 'metrics.json'}")
-    if ranks.rank() == 0:
-        try:
-            run = html_report.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
-            print(html_report.write(folder, [run], dataset, draw_cards(job, cfg, dataset, models, run.reading) if job.report_images else {}))
-        except Exception as error:                                 # a picture of the run is not worth the run
-            print(f"warning: {folder / 'report.html'}: not written ({type(error).__name__}: {error}); again with --stage report --weights {folder}")
-    return metrics
+        write_report(job, cfg, folder, dataset, models)
+
+
+def write_report(job: Job, cfg: Config, folder: Path, dataset: DataSet | None, models: dict[str, Segmenter] | None) -> None:
+    """report.html at the end of a stage. models: None, if there is nothing to be drawn."""
+    try:
+        run = html_report.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
+        cards = draw_cards(job, cfg, dataset, models, run) if models and run.reading and job.report_images else {}
+        print(html_report.write(folder, [run], dataset, cards))
+    except Exception as error:                                     # a picture of the run is not worth the run
+        print(f"warning: {folder / 'report.html'}: not written ({type(error).__name__}: {error}); again with --stage report --weights {folder}")
 
 
 # ------------------------------------------------------------------------------------- demo and ladder (mini)
@@ -673,69 +734,13 @@ STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_valida
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="dearli.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", default="demo", help=", ".join(STAGES))
-    p.add_argument("--dataset", default="mini", help=", ".join(DATASETS))
-    p.add_argument("--data-root", default="", help="folder of the data set (custom: COCO panoptic format)")
-    p.add_argument("--variant", default="", help="ending of the JSON names of a custom data set, as in panoptic_train_4class.json")
-    p.add_argument("--split", default=None, help="labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; validate: all)")
-    p.add_argument("--method", default="dearli", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
-    p.add_argument("--eval-on", default="val", help="mini: val to report, dev to tune")
-    p.add_argument("--preset", default=None, help=f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set")
-    p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
-    p.add_argument("--out", "--output", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT; predict: folder of the predictions (predictions)")
-    p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
-    p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks; validate: read them, too); zeroshot: gt, sam or a folder")
-    p.add_argument("--json", type=Path, help="validate: write the whole report to this file, too")
-    p.add_argument("--images", type=Path, help="masks, dewa: a folder of images instead of the training images (SA-1B, masks beside the images)")
-    p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
-    p.add_argument("--weights", type=Path, help="run to evaluate, apply, report or export; or a checkpoint of the official code")
-    p.add_argument("--input", type=Path, help="predict: a picture, or a folder of pictures")
-    p.add_argument("--posterior", default="", help="predict: decoder, ensemble (default: the paper's reading, the decoder's for sup and ssl, else the ensemble's)")
-    p.add_argument("--which", default="student", help="predict: student, teacher")
-    p.add_argument("--force", action="store_true", help="predict: replace earlier predictions")
-    p.add_argument("--compare", type=Path, nargs="+", default=(), help="report: other runs to put beside it")
-    p.add_argument("--report-images", type=int, default=12, help="validation images in report.html, half of them the worst and half the best of 4 times as many; 0: no pictures")
-    p.add_argument("--assets", type=Path, help="prepare: a copy of the official repository, instead of the network")
-    p.add_argument("--print-config", action="store_true", help="print every number of the run that the other flags describe, and stop")
-    p.add_argument("--format", default="official", help=f"export: {', '.join(FORMATS)}")
-    p.add_argument("--resume", action="store_true", help="go on where the run stopped")
-    p.add_argument("--no-eval", dest="evaluate", action="store_false", help="do not evaluate after training")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", default="fp32", help="fp32, bf16")
-    p.add_argument("--seeds", type=int, default=3, help="ladder, alpha: number of seeds")
-    p.add_argument("--jobs", type=int, default=0, help="demo, ladder, alpha: runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)")
-    p.add_argument("--steps", type=int, help="optimiser steps of the stage at hand")
-    group = p.add_argument_group("configuration", "every number of the method; see config.py for units and sources")
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            kind = field.type if isinstance(field.type, type) else number_or_text
-            group.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper())
-    return p
-
-
-def number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def choose(what: str, value: str, available) -> str:
-    if value not in available:
-        raise UserError(f"unknown {what} '{value}'; available: {', '.join(available)}")
-    return value
-
-
 def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     """Command line -> job and configuration: preset of the data set (or the stored one of a run), then the flags."""
     args.dataset = datasets.ALIASES.get(args.dataset, args.dataset)
-    choose("stage", args.stage, STAGES), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
+    choose("stage", args.stage, ALL), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
+    require_known(args)
+    choose("palette", args.palette, PALETTES), choose("log", args.log or LOGS[0], LOGS)
     state, stored = None, {}
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
@@ -782,29 +787,23 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         sound = False
     if not sound:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
-    for flag, value in (("--input", args.input), ("--posterior", args.posterior), ("--force", args.force), ("--which", args.which != "student")):
-        if value and args.stage != "predict":
-            raise UserError(f"{flag}: only --stage predict knows it, not --stage {args.stage}")
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
-    if args.json and args.stage != "validate":
-        raise UserError(f"--json: only --stage validate writes such a report, not --stage {args.stage}")
-    if args.compare and args.stage != "report":
-        raise UserError(f"--compare: only --stage report puts runs side by side, not --stage {args.stage}")
     if args.report_images < 0:
         raise UserError(f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more")
     if ranks.started_by_torchrun() and args.stage not in SHARED:
         raise UserError(f"--stage {args.stage}: works in one process; torchrun serves {', '.join(SHARED)}")
-    if args.images and args.stage not in ("masks", "dewa"):
-        raise UserError(f"--images: only --stage masks and --stage dewa read a folder of images, not --stage {args.stage}")
     for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
         if name in given:
             raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
+        if args.help:
+            print(help_page(args))
+            return 0
         job, cfg = resolve(args)
         if args.print_config:
             print(json.dumps(dataclasses.asdict(cfg), indent=1))

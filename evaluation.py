@@ -31,7 +31,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
              title: str = "evaluation") -> dict:
     """PQ, SQ, RQ and mIoU on the validation images, by every posterior of the configuration.
 
-    Args: models: by name; those that share a backbone share its pass.
+    Args: models: by name; those that share a backbone share its pass.   limit: the first so many images.   title: of the progress bar; empty: none.
     Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou", "confusion"}, ...}, values 0 to 1;
         confusion: pixels, a row of text for every true class: so many taken for the first class, the second, ...
     """
@@ -42,7 +42,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     pq = {r: PanopticQuality(len(taxonomy)) for r in readings}
     miou = {r: MeanIoU(len(taxonomy)) for r in readings}
     count = min(limit or len(images), len(images))
-    bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True, disable=ranks.rank() > 0)
+    bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True, disable=ranks.rank() > 0 or not title)
     for group in _groups(images, range(ranks.rank(), count, ranks.count()), cfg):
         views = [resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group]
         batch = torch.stack([_pad_tensor(v) for v in views]).to(device)

@@ -9,7 +9,6 @@ import base64
 import dataclasses
 import hashlib
 import html
-import io
 import json
 import math
 import re
@@ -18,28 +17,20 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-import torch
-from PIL import Image
 
 import datasets
-import dewa
-import report
+import watch
 from checkpoint import write_atomic
-from clip_ensemble import alpha_at
 from config import PRESETS, Config, UserError
-from data import DataSet, Sample, Taxonomy, resize_part
-from evaluation import class_pixels, papers_reading, posterior_alphas, predict
-from panoptic_eval import PanopticQuality
+from data import DataSet
+from evaluation import class_pixels, papers_reading
+from gallery import POSTERIORS, Card, spread
 from trainer import read_log
 
 MAX_BYTES = 15_000_000                 # of the page; pictures are left out until it is no larger
-SAMPLE = 4                             # validation images that are looked at, for every one that is shown
-SIDE = 320                             # pixels, long side of a picture
-QUALITY = 80                           # WebP
 FREQUENCY_IMAGES = 200                 # labelled images, at most, that class frequencies are counted on
 POINTS, TIPS = 240, 40                 # of a curve: parts that it is drawn in, and parts that show their numbers
 MAX_HEAT, MAX_CONFUSIONS, MAX_SKIPPED = 28, 20, 200                    # classes of the heat map, rows of the list, skipped steps that are marked
-POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip": "CLIP alone"}
 FIGURES = (("pq", "PQ", ("all", "pq")), ("pq_things", "PQ things", ("things", "pq")), ("pq_stuff", "PQ stuff", ("stuff", "pq")), ("sq", "SQ", ("all", "sq")),
            ("rq", "RQ", ("all", "rq")), ("miou", "mIoU", ("miou",)))
 CURVES = {"loss": ("Loss", "weighted sum of all terms"), "labeled": ("Labelled images", "terms of the loss"), "unlabeled": ("Unlabelled images", "terms of the loss"),
@@ -58,6 +49,7 @@ class Stored:
     config: dict
     metrics: dict
     log: list[dict]
+    watched: list[dict]                # PQ at checkpoints (`watch.py`)
 
     @property
     def name(self) -> str:
@@ -97,7 +89,7 @@ def read(folder: Path, config: dict | None = None) -> Stored:
     log = read_log(Path(folder) / "log.jsonl")
     if not (content["config"] or content["metrics"] or log):
         raise UserError(f"{folder}: holds no config.json, metrics.json or log.jsonl; expected the folder of a run")
-    return Stored(Path(folder), content["config"] or config or {}, content["metrics"], log)
+    return Stored(Path(folder), content["config"] or config or {}, content["metrics"], log, watch.read(folder))
 
 
 def usual_posterior(stage: str | None) -> str:
@@ -148,78 +140,6 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     flags += ["--init", start[1]] if start else []
     flags += ["--eval-on", "dev"] if run.metrics.get("evaluated_on") == "dev" else []
     return before + [line("--stage", *(["sup"] if stage == "sup" else ["ssl", "--method", stage]), *flags, "--out", run.folder)]
-
-
-# ------------------------------------------------------------------------------------------------------ pictures
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """One image and what is said of it. cells: captions, each with a picture (WebP)."""
-    title: str
-    note: str
-    cells: list[tuple[str, bytes]]
-
-
-def gallery(models: dict, dataset: DataSet, cfg: Config, device, reading: str, count: int, masks: Path | None = None) -> dict[str, list[Card]]:
-    """Cards of the `count` validation images with the lowest and the highest PQ among SAMPLE * count, and of some unlabelled images.
-
-    models: student, teacher or both.   reading: the one that PQ is of.   masks: folder of SAM masks, if there is one.
-    """
-    taxonomy, things = dataset.taxonomy, torch.tensor(dataset.taxonomy.things)
-    which, first = reading.split("/")
-    alphas = {first: 0.0, **posterior_alphas(cfg), **({"clip": 0.0} if cfg.has_ensemble else {})}      # in the order of the columns
-    def answer(name, image, alpha):
-        segment_map, labels, _ = predict(models[name], image, things.to(device), cfg, device, alpha)
-        return segment_map.cpu().numpy(), labels.cpu().numpy()
-    def quality(i, answered):
-        truth, pq = dataset.val.truth(i), PanopticQuality(len(taxonomy))
-        pq.add(*answered, truth.segment_map, truth.labels, truth.areas, truth.crowd)
-        result = pq.result(taxonomy.things)["all"]
-        return result["pq"] if result["n"] else None
-    scored = [(q, i) for i in spread(range(len(dataset.val)), SAMPLE * count) if (q := quality(i, answer(which, dataset.val.image(i), alphas[first]))) is not None]
-    scored.sort()
-    def card(q, i):
-        image, truth = dataset.val.image(i), dataset.val.truth(i)
-        cells = [("image", webp(image)), ("ground truth", webp(image, truth.segment_map, truth.labels, taxonomy))]
-        for posterior, alpha in alphas.items():
-            answered = answer(which, image, alpha)
-            mine = quality(i, answered)
-            cells.append((f"{POSTERIORS[posterior]} <b>{percent(mine)}</b>", webp(image, *answered, taxonomy)))
-        return Card(dataset.val.name(i), f"PQ {percent(q)}", cells)
-    shown = min(count, len(scored))
-    cards = {f"{name} of {len(scored)}": [card(q, i) for q, i in chosen] for name, chosen in (("worst", scored[:shown - shown // 2]), ("best", scored[::-1][:shown // 2]))}
-    if "teacher" in models and dataset.unlabeled and count:
-        alpha = {"decoder": 1.0, "clip": 0.0}.get(cfg.teacher_posterior, alpha_at(cfg.alpha, 1.0))
-        cards["unlabelled"] = []
-        for i in spread(dataset.unlabeled, -(-count // 3)):
-            image, name = dataset.train.image(i), dataset.train.name(i)
-            cells = [("image", webp(image)), (f"teacher, {POSTERIORS[cfg.teacher_posterior]}", webp(image, *answer("teacher", image, alpha), taxonomy))]
-            if masks and dewa.mask_file(masks, name).exists():
-                found = dewa.read_masks(masks, name, image.size[::-1])
-                n, order = found.shape[-1], np.argsort(-found.sum((0, 1)), kind="stable")
-                flat = np.zeros(found.shape[:2], np.int32)
-                for place, k in enumerate(order, 1):                                        # small ones on top
-                    flat[found[..., k]] = place
-                cells.append((f"{n} SAM masks", webp(image, flat, np.arange(n), Taxonomy(("",) * n, (True,) * n, tuple(range(n))), names=False)))
-            cards["unlabelled"].append(Card(name, "", cells))
-    return cards
-
-
-def spread(indices, count: int) -> list[int]:
-    """At most so many of them, evenly spaced."""
-    count = min(count, len(indices))
-    return [indices[k * len(indices) // count] for k in range(count)]
-
-
-def webp(image: Image.Image, segment_map=None, labels=None, taxonomy: Taxonomy | None = None, names: bool = True) -> bytes:
-    """A small picture of an image, with a panoptic map over it if there is one."""
-    scale = SIDE / max(image.size)
-    size = tuple(max(1, round(s * scale)) for s in image.size)
-    small = resize_part(Sample(image, [] if segment_map is None else [segment_map]), size, (0, 0, *size))
-    shown = small.image if segment_map is None else report.overlay(small.image, small.layers[0], labels, taxonomy, names=names)
-    buffer = io.BytesIO()
-    shown.save(buffer, "WEBP", quality=QUALITY)
-    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------- parts of the page
@@ -288,9 +208,9 @@ def compared(runs: list[Stored]) -> str:
                    lead="Each run in the reading that the paper takes for its method.")
 
 
-def values(log: list[dict], key: str) -> tuple[list[int], list[float]]:
+def values(log: list[dict], key: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
     """Steps and numbers of a curve; NaN, infinity and what is no number are left out."""
-    rows = [(r["step"], float(r[key])) for r in log if isinstance(r["step"], int) and isinstance(r.get(key), (int, float)) and abs(r[key]) < 1e100]
+    rows = [(r["step"], factor * r[key]) for r in log if isinstance(r["step"], int) and isinstance(r.get(key), (int, float)) and abs(r[key]) < 1e100]
     return [s for s, _ in rows], [v for _, v in rows]
 
 
@@ -299,15 +219,17 @@ def curves(run: Stored) -> str:
     group = lambda key: key.split("/")[0] if "/" in key else key if key in CURVES else "terms"
     skipped = [(row["step"], f"step {row['step']} was skipped: {row['skipped']}; {', '.join(map(str, row.get('images', [])))}")
                for row in run.log if "skipped" in row and isinstance(row["step"], int)]
-    charts = [chart(*CURVES.get(name, (name, "")), series, skipped, log=name == "grad_norm") for name in dict.fromkeys([*CURVES, *map(group, keys)])
+    charts = [chart("PQ", f"percent, on {run.watched[-1].get('images', '?')} validation images", [(said(key), *values(run.watched, key, 100)) for key in run.watched[-1] if "/" in key])
+              ] if run.watched else []
+    charts += [chart(*CURVES.get(name, (name, "")), series, skipped, log=name == "grad_norm") for name in dict.fromkeys([*CURVES, *map(group, keys)])
               if (series := [(key.split("/")[-1], *values(run.log, key)) for key in keys if group(key) == name]) and any(steps for _, steps, _ in series)]
     if not charts:
         return section("curves", "Curves", lead="This run has no log.jsonl with a finished step.")
     seconds = np.diff([0.0, *values(run.log, "time")[1]])
     steps = lambda n: f"{n} step{'' if n == 1 else 's'}"
-    said = [steps(len(run.log)), f"{duration(seconds.sum())} of training, {np.median(seconds):.2g} seconds a step (median)" if len(seconds) else "",
+    facts = [steps(len(run.log)), f"{duration(seconds.sum())} of training, {np.median(seconds):.2g} seconds a step (median)" if len(seconds) else "",
             f"<strong>{steps(len(skipped))} skipped</strong>, marked in red" if skipped else "no step was skipped"]
-    return section("curves", "Curves", f'<div class="charts">{"".join(charts)}</div>', lead="; ".join(filter(None, said))
+    return section("curves", "Curves", f'<div class="charts">{"".join(charts)}</div>', lead="; ".join(filter(None, facts))
                    + ". The pale line is the log, the dark one a moving average over a twentieth of it.")
 
 
@@ -449,7 +371,8 @@ def heat_map(names: list[str], share: np.ndarray, chosen: list[int]) -> str:
 def album(cards: dict[str, list[Card]], reading: str | None, missing: str) -> str:
     if missing:
         return section("images", "Images", lead=f"Without pictures: {esc(missing)}")
-    titles = {"worst": "Validation images, the worst", "best": "Validation images, the best", "unlabelled": "Unlabelled images and what the teacher says of them"}
+    titles = {"worst": "Validation images, the worst", "best": "Validation images, the best", "unlabelled": "Unlabelled images and what the teacher says of them",
+              "training": "Pseudo-labels as training went on"}
     out = []
     for name, group in cards.items():
         shown = "".join(f'<article style="--n:{len(card.cells)}"><h4>{esc(card.title)} <span>{esc(card.note)}</span></h4><div class="cells">' + "".join(

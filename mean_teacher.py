@@ -137,7 +137,7 @@ def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
     if cfg.teacher_posterior != "ensemble":
         return {"decoder": 1.0, "clip": 0.0}[cfg.teacher_posterior]
     burn_in = cfg.burn_in_warm if warm else cfg.burn_in
-    return alpha_at(cfg.alpha, (step - burn_in) / max(cfg.ssl_steps - burn_in, 1))
+    return alpha_at(cfg.alpha, max(step - burn_in, 0) / max(cfg.ssl_steps - burn_in, 1))
 
 
 def ema_decay(step: int, cfg: Config, warm: bool) -> float:

@@ -49,6 +49,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"               # no test asks the network
 import checkpoint
 import clip_ensemble
 import colours
+import command_line
 import data
 import datasets
 import dearli
@@ -66,6 +67,7 @@ import ranks
 import report
 import trainer
 import validate
+import watch
 from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
@@ -3209,7 +3211,7 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
         browser.ask("document.querySelector('#classes th[data-key=class] button').click()")
         names = "[...document.querySelectorAll('#classes tbody th')].map(h => h.textContent.trim())"
         wait_for(lambda: browser.ask(f"{names}.join() === {names}.sort((a, b) => a.localeCompare(b)).join()"))
-        assert browser.ask("[...document.images].every(i => i.complete && i.naturalWidth > 100) && document.images.length") == 2 * 5 + 3 * 3
+        assert browser.ask("[...document.images].every(i => i.complete && i.naturalWidth > 100) && document.images.length") == 2 * 5 + 3 * 3 + 3 * 2
         assert browser.ask("document.scripts.length") == 1 and any(EVIL in name for name in browser.ask(names))
         for width, scheme in ((320, "dark"), (1200, "light")):
             browser("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
@@ -3223,6 +3225,124 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
     finally:
         browser.process.kill()
         browser.process.wait()
+
+
+# ------------------------------------------------------------------------------------------- command_line.py, rehearsal.py, watch.py
+
+def test_help_is_one_screen_and_the_pages_of_the_stages_have_every_flag_and_every_number(capsys):
+    assert dearli.main(["--help"]) == 0
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 40 and max(map(len, screen)) <= 110
+    assert [line.split()[1 if line[2] != " " else 0] for line in screen[4:4 + len(command_line.ALL)]] == [*command_line.ALL]
+    shown = Counter()
+    for stage in command_line.ALL:
+        if stage != "demo":
+            assert dearli.main(["--stage", stage, "--help"]) == 0
+            page = capsys.readouterr().out
+            assert max(map(len, page.splitlines())) <= command_line.WIDTH
+            flags = set(re.findall(r"^  (--[\w-]+)", page, re.M))
+            assert {f"--{flag.name}" for flag in command_line.FLAGS if stage in flag.stages} <= flags
+            shown.update(flags)
+    assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config)} <= shown.keys()
+    fields = [name for section in command_line.numbers().values() for name, text in section if text.strip()]
+    assert fields == [f.name for f in dataclasses.fields(Config)]
+    assert dearli.main(["--stage", "ssl", "--dataset", "coco", "--help"]) == 0 and re.search(r"--crop .*\[512\]", capsys.readouterr().out)      # defaults of the preset
+
+
+def test_stages_on_the_command_line_are_those_that_there_are():
+    assert sorted(command_line.ALL) == sorted(dearli.STAGES)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    for name, count in (("MINI_TRAIN", 12), ("MINI_VAL", 4)):
+        monkeypatch.setattr(data, name, count)
+
+
+def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp_path, capsys):
+    masks, runs = ["--points-per-side", 2, "--pred-iou-thresh", 0, "--stability-thresh", 0], ["--runs", tmp_path]
+    assert run("--stage", "masks", *masks, "--out", tmp_path / "masks") == 0
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert run("--stage", "masks", "--dry-run", *masks, *runs) == 0 and "12 images of" in capsys.readouterr().out
+    assert run("--stage", "dewa", "--dry-run", "--masks", tmp_path / "masks", "--steps", 5, *runs) == 0 and "5 of" in capsys.readouterr().out
+    assert run("--stage", "sup", "--dry-run", "--steps", 7, *runs) == 0
+    out = capsys.readouterr().out
+    assert "4 labelled and 8 unlabelled images, 4 for validation" in out and "7 of" in out and "4 images of" in out
+    assert run("--stage", "ssl", "--method", "dear", "--dry-run", "--steps", 900, "--lr", 1e-3, *runs) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^steps +2 of", out, re.M) and re.search(r"^steps +898 of", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
+    parts = [int(n) * (float(a) + float(b)) for n, a, b in re.findall(r"^steps +(\d+) of ([\d.e-]+) s; making a batch takes ([\d.e-]+) s more", out, re.M)]
+    said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
+    assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
+    count = re.search(r"student: ([\d,]+) trained weights, teacher", out)[1]
+    student = dearli.build(dearli.Job(), dearli.resolve(dearli.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
+    assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(small_world, tmp_path, capsys):
+    ssl = ["--stage", "ssl", "--method", "dear", "--checkpoint-every", 2, "--lr", 1e-3, "--overlap-threshold", 0.1]
+    assert run(*ssl, "--steps", 6, "--out", tmp_path / "watched", "--watch", 3) == 0
+    assert run(*ssl, "--steps", 6, "--out", tmp_path / "alone", "--watch", 0) == 0
+    one, two = (checkpoint.newest(tmp_path / name) for name in ("watched", "alone"))
+    assert all(torch.equal(one[m][k], two[m][k]) for m in ("student", "teacher") for k in one[m])
+    assert not (tmp_path / "alone" / "pq.jsonl").exists() and not (tmp_path / "alone" / "pseudo").exists()
+    rows = watch.read(tmp_path / "watched")
+    assert [(row["step"], row["images"]) for row in rows] == [(2, 3), (4, 3), (6, 3)]
+    job, cfg = dearli.resolve(dearli.parser().parse_args(["--stage", "eval", "--weights", str(tmp_path / "watched"), "--device", "cpu"]))
+    dataset = dearli.load_data(job, cfg)
+    metrics = evaluate(dearli.load_models(job, cfg, dataset.taxonomy), dataset, cfg, job.device, 3)
+    assert {reading: of["all"]["pq"] for reading, of in metrics.items()} == {k: v for k, v in rows[-1].items() if "/" in k}
+    pictures = sorted((tmp_path / "watched" / "pseudo").iterdir())
+    assert [p.name for p in pictures] == [f"{step:08d}-{k}.webp" for step in (2, 4, 6) for k in range(4)]
+    page = (tmp_path / "watched" / "report.html").read_text()
+    assert page.count("step 4</figcaption>") == 4 and "on 3 validation images" in page
+    first = (tmp_path / "watched" / "pq.jsonl").read_text()
+    max((tmp_path / "watched").glob("step_*.pt")).unlink()         # back to step 4, and on: what was seen later is seen again
+    assert run(*ssl, "--steps", 6, "--out", tmp_path / "watched", "--watch", 3, "--resume") == 0
+    assert (tmp_path / "watched" / "pq.jsonl").read_text() == first
+
+
+def test_tensorboard_gets_the_log_and_its_absence_is_said(small_world, tmp_path, capsys, monkeypatch):
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+    written = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    sup = ["--stage", "sup", "--steps", 2, "--no-eval", "--log", "tensorboard"]
+    assert run(*sup, "--out", tmp_path / "run") == 0
+    rows = trainer.read_log(tmp_path / "run" / "log.jsonl")
+    assert sorted(written) == sorted((name, value, row["step"]) for row in rows for name, value in row.items() if name != "step") and len(written) > 8
+    def absent(name, *more):
+        raise ModuleNotFoundError(name="tensorboard")
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, "tensorboard", None)          # as if not installed
+    capsys.readouterr()
+    assert run(*sup, "--out", tmp_path / "other") == 2
+    assert "tensorboard is not installed" in capsys.readouterr().err and not checkpoint.steps(tmp_path / "other")
+
+
+def test_a_report_shows_what_other_runs_say_of_the_same_images(small_run, small_world, tmp_path, capsys):
+    assert run("--stage", "sup", "--steps", 2, "--out", tmp_path / "<other>", "--eval-batch", 1) == 0
+    assert run("--stage", "eval", "--weights", small_run / "run", "--out", tmp_path / "run") == 0
+    for file in (small_run / "run").iterdir():
+        shutil.copy(file, tmp_path / "run")
+    assert dearli.main(["--stage", "report", "--weights", str(tmp_path / "run"), "--compare", str(tmp_path / "<other>"), "--report-images", "2", "--device", "cpu"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<figcaption>&lt;other&gt; <b>") == 2        # the worst and the best image
+    next((tmp_path / "<other>").glob("step_*.pt")).unlink()
+    capsys.readouterr()
+    assert dearli.main(["--stage", "report", "--weights", str(tmp_path / "run"), "--compare", str(tmp_path / "<other>"), "--report-images", "2", "--device", "cpu"]) == 0
+    assert "no pictures of a run beside this one" in capsys.readouterr().out
+
+
+def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_world):
+    taxonomy = data.Taxonomy(("a", "b"), (True, False), (1, 2), ((1, 2, 3), (4, 5, 6)))
+    assert dearli.repainted(dearli.Job(), taxonomy).colours == [(1, 2, 3), (4, 5, 6)]
+    assert dearli.repainted(dearli.Job(palette="safe"), taxonomy).colours == colours.palette(2)
 
 
 # ---------------------------------------------------------------------------------------------- microcosm and its models
@@ -3391,11 +3511,20 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
 # ------------------------------------------------------------------------------------------------- mistakes at the door
 
 @pytest.mark.parametrize("args, words", [
-    (["--stage", "sup", "--compare", "runs/a"], "--compare: only --stage report puts runs side by side, not --stage sup"),
+    (["--stage", "sup", "--compare", "runs/a"], "--compare: only --stage report knows it, not --stage sup"),
     (["--stage", "report"], "this stage needs --weights runs/NAME"),
     (["--stage", "report", "--weights", "."], "holds no config.json, metrics.json or log.jsonl; expected the folder of a run"),
     (["--stage", "sup", "--report-images", "-1"], "--report-images -1: expected the number of validation images"),
-    (["--stage", "train"], "unknown stage 'train'; available: demo, prepare, validate, masks"),
+    (["--stage", "evall"], "unknown stage 'evall'; available: prepare, import, validate, masks"),
+    (["--stage", "evall"], "(did you mean eval?)"),
+    (["--stage", "sup", "--spilt", "4"], "unknown flag '--spilt' (did you mean --split?)"),
+    (["--stage", "sup", "--lerning-rate", "4"], "unknown flag '--lerning-rate'"),
+    (["sup"], "'sup': expected a flag such as --stage"),
+    (["--stage", "sup", "--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--stage", "sup", "--help", "--dataset", "coko"], "unknown data set 'coko'"),
+    (["--stage", "eval", "--dry-run"], "--dry-run: only --stage masks, dewa, sup and ssl know it, not --stage eval"),
+    (["--stage", "sup", "--log", "wandb"], "unknown log 'wandb'; available: tensorboard"),
+    (["--stage", "report", "--palette", "coco"], "unknown palette 'coco'; available: dataset, safe"),
     (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom, ade20k, coco, coco-objects"),
     (["--stage", "ssl", "--method", "dearly"], "unknown method 'dearly'; available: ssl, dear, dearli"),
     (["--stage", "sup", "--split", "0"], "unknown split '0' of data set mini"),
@@ -3418,7 +3547,7 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "ssl", "--labels", "instance"], "unknown labels 'instance'; available: panoptic, semantic"),
     (["--stage", "sup", "--input", "/tmp"], "--input: only --stage predict"),
     (["--stage", "predict", "--input", "/tmp"], "--weights"),
-    (["--stage", "sup", "--images", "/tmp"], "--images: only --stage masks and --stage dewa"),
+    (["--stage", "sup", "--images", "/tmp"], "--images: only --stage masks and dewa know it, not --stage sup"),
     (["--stage", "alpha", "--alpha", "0.3"], "--alpha: the rungs of --stage alpha set it themselves"),
     (["--stage", "ladder", "--classifier", "linear"], "need --classifier language"),
     (["--stage", "sup", "--backbone", "convnext_base"], "no OpenCLIP weights are called ''; available for --pretrained: laion400m_s13b_b51k"),

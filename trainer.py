@@ -11,8 +11,10 @@ A line is written before the checkpoint that knows of it, so a log has no hole; 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -49,12 +51,13 @@ class Run:
     is stored; all ranks read it.
 
     notes: what config.json shall say beside the configuration (which weights the run began with).
+    watch: called with the step after every checkpoint, by all ranks.   curves: a SummaryWriter of TensorBoard, which gets what log.jsonl gets.
     Raises: UserError if the folder cannot be written, another process writes there, it holds a run already and resume is off, or the
         configuration differs.
     """
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, resume: bool):
-        self.folder, self.cfg, self.notes = Path(folder), cfg, {}
+        self.folder, self.cfg, self.notes, self.watch, self.curves = Path(folder), cfg, {}, lambda step: None, None
         if ranks.rank() == 0:
             checkpoint.claim(self.folder)
         ranks.wait()
@@ -123,11 +126,18 @@ class Run:
                 if in_a_row == MAX_SKIPPED:
                     raise UserError(f"{self.folder}: stopped after {MAX_SKIPPED} steps in a row that were not finite; last: {said}")
                 bar.update()
+                if self.curves is not None:
+                    for name, value in row.items():
+                        if isinstance(value, float):
+                            self.curves.add_scalar(name, value, step)
                 if step % self.cfg.log_every == 0 and "loss" in row:
-                    bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
+                    bar.set_postfix_str(summary(row, device), refresh=False)
                 stop = ranks.total(torch.tensor(float(bool(asked)), device=device)) > 0          # one rank is told, all save and stop
                 if (step + 1) % self.cfg.checkpoint_every == 0 or step + 1 == steps or stop:
                     self._save(log, {"step": step + 1, "steps": steps, "time": row["time"]}, models, optimizer)
+                    pause = time.monotonic()
+                    self.watch(step + 1)
+                    clock += time.monotonic() - pause
                 if stop:
                     break
         if skipped:
@@ -214,6 +224,23 @@ def differing(stored: dict, config: dict) -> list[str]:
     older = {"taxonomy"} - stored.keys()           # runs did not always store it
     return [key for key in config if key not in MAY_CHANGE | older and stored.get(key) != config[key]
             and not (key.startswith("dewa_") and config["stage"] != "dewa")]
+
+
+def summary(row: dict, device: torch.device) -> str:
+    """The loss of a step, the sums of its labelled and its unlabelled terms, and the memory so far, for the progress bar."""
+    parts = {kind: sum(v for k, v in row.items() if k.startswith(f"{kind}/")) for kind in ("labeled", "unlabeled") if any(k.startswith(f"{kind}/") for k in row)}
+    return ", ".join([*(f"{name} {value:.2f}" for name, value in {"loss": row["loss"], **parts}.items()), f"{memory_gb(device):.1f} GB"])
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory that this process has used up to here: on a GPU what tensors took, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:        # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def to_device(batch, device: torch.device):

@@ -1,0 +1,209 @@
+"""The command line: stages, flags and who knows them, help pages.
+
+A flag is a row of FLAGS, with the stages that know it: given to another it is an error and not passed over in silence. Every number of `Config`
+is a flag, too, with the comment beside it as its help. `--help` is one screen; `--stage NAME --help` has all flags of a stage.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import torch
+
+import datasets
+from config import PRESETS, Config, UserError, choose, nearest
+
+DATASETS = ("mini", "custom", *datasets.NAMES)
+METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
+           "dearli": "dear, starting from the DeWa weights"}
+FORMATS = ("official", "safetensors")
+SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")
+# By group, in the order in which they are used: what a stage does, in a line of `--help`.
+STAGES = {
+    "data": {"prepare": "the paper's data sets: check downloads, fetch partitions, make panoptic maps",
+             "import": f"annotations of other tools as a data set: {', '.join(SOURCES)}",
+             "validate": "read a whole data set: what it holds, and all that is wrong with it"},
+    "training": {"masks": "SAM's masks of all training images", "dewa": "decoder warm-up on these masks", "sup": "the supervised baseline: labelled images only",
+                 "ssl": f"the semi-supervised stage, --method {', '.join(METHODS)}"},
+    "results": {"eval": "PQ and mIoU of student and teacher, decoder alone and ensembled", "predict": "a run applied to your pictures",
+                "report": "report.html of a run, beside others (--compare)", "zeroshot": "PQ of CLIP alone on given masks", "export": "a run as one file"},
+    "miniature": {"demo": "all stages, a table and a picture; what runs without any flag", "ladder": "the paper's Table 1, over several seeds",
+                  "alpha": "its Table 8, and an alpha that changes", "mini-clip": "train the miniature CLIP anew", "mini-sam": "train the miniature SAM anew"},
+}
+ALL = tuple(name for group in STAGES.values() for name in group)
+TRAIN, TABLES = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha")
+# Sections of Config that a stage reads, for its help page; the first words of the comment above each section.
+SECTIONS = {
+    "masks": ("SAM", "a run"), "predict": ("panoptic inference", "recognition", "data"), "zeroshot": ("backbone", "recognition", "data", "SAM", "a run"),
+    "eval": ("panoptic inference", "recognition", "data"), "dewa": ("backbone", "Mask2Former", "set loss", "optimisation", "data", "a run"),
+    "sup": ("backbone", "Mask2Former", "set loss", "panoptic inference", "recognition", "optimisation", "data", "a run"),
+    "ssl": ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "a run"),
+    **{name: ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "SAM", "a run") for name in TABLES},
+}
+WIDTH = 110                            # characters of a help page
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """name: without the dashes.   stages: that know it.   more: for `add_argument`."""
+    name: str
+    stages: tuple[str, ...]
+    help: str
+    more: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def dest(self) -> str:
+        return self.more.get("dest", self.name.replace("-", "_"))
+
+
+def _flag(name: str, stages, help: str, **more) -> Flag:
+    return Flag(name, stages, help, more)
+
+
+FLAGS = (
+    _flag("dataset", ALL, ", ".join(DATASETS), default="mini"),
+    _flag("data-root", ALL, "folder of the data set (custom: COCO panoptic format)", default=""),
+    _flag("variant", ALL, "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
+    _flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; validate: all)"),
+    _flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
+    _flag("eval-on", ALL, "mini: val to report, dev to tune", default="val"),
+    _flag("preset", ALL, f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
+    _flag("runs", ALL, "where run folders go and are looked for (runs)", type=Path, default=Path("runs")),
+    _flag("out", ALL, "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output", type=Path),
+    _flag("init", ("sup", "ssl"), "start from this run or file (dearli: the DeWa run of the data set)", type=Path),
+    _flag("masks", ("dewa", "sup", "ssl", "eval", "report", "validate", "zeroshot"), "folder of SAM masks (RUNS/DATASET-masks); validate: read them, too; "
+          "zeroshot: gt, sam or a folder", type=Path),
+    _flag("images", ("masks", "dewa"), "a folder of images instead of the training images (SA-1B, masks beside the images)", type=Path),
+    _flag("json", ("validate",), "write the whole report to this file, too", type=Path),
+    _flag("groups", ("sup", "ssl", "eval"), "also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)", type=int, default=0),
+    _flag("watch", ALL, "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
+    _flag("weights", ("eval", "predict", "report", "export"), "a run, or a checkpoint of the official code", type=Path),
+    _flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
+    _flag("posterior", ("predict",), "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)", default=""),
+    _flag("which", ("predict",), "student, teacher", default="student"),
+    _flag("force", ("predict",), "replace earlier predictions", action="store_true"),
+    _flag("palette", ("predict", "report"), "dataset: its own colours, where it has them; safe: those that colour-blind people can tell apart", default="dataset"),
+    _flag("compare", ("report",), "other runs to put beside it", type=Path, nargs="+", default=()),
+    _flag("report-images", ALL, "validation images in report.html, half of them the worst and half the best of 4 times as many "
+          "(12; 0: no pictures)", type=int, default=12),
+    _flag("assets", ("prepare",), "a copy of the official repository, instead of the network", type=Path),
+    _flag("format", ("export",), ", ".join(FORMATS), default="official"),
+    _flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
+    _flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
+    _flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
+          "nothing is written", action="store_true"),
+    _flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
+    _flag("device", ALL, "as torch names it (cuda where there is one, else cpu)", default="cuda" if torch.cuda.is_available() else "cpu"),
+    _flag("precision", (*TRAIN, *TABLES), "fp32, bf16", default="fp32"),
+    _flag("seeds", ("ladder", "alpha"), "number of seeds (3)", type=int, default=3),
+    _flag("jobs", TABLES, "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)", type=int, default=0),
+    _flag("steps", (*TRAIN, *TABLES), "optimiser steps of the stage at hand", type=int),
+    _flag("print-config", ALL, "print every number of the run that the other flags describe, and stop", action="store_true"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises UserError, names the nearest flag, and has our pages as its help."""
+
+    def error(self, message: str):
+        raise UserError(message.replace("argument ", "", 1))
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            raise UserError(f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; --help lists the stages, --stage NAME --help the flags of one"
+                            if unknown[0].startswith("-") else f"'{unknown[0]}': expected a flag such as --stage; --help lists them")
+        return parsed
+
+
+def parser() -> Parser:
+    p = Parser(prog="dearli.py", add_help=False, allow_abbrev=False)
+    p.add_argument("-h", "--help", action="store_true")
+    p.add_argument("--stage", default="demo")
+    for flag in FLAGS:
+        p.add_argument(*(["--out", "--output"] if flag.name == "out" else [f"--{flag.name}"]), **flag.more)
+    for field in dataclasses.fields(Config):
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            p.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            p.add_argument(name, type=field.type if isinstance(field.type, type) else number_or_text, default=None)
+    return p
+
+
+def number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def require_known(args: argparse.Namespace) -> None:
+    """Raise UserError for a flag that the stage does not know."""
+    usual = parser()
+    for flag in FLAGS:
+        if args.stage not in flag.stages and getattr(args, flag.dest) != usual.get_default(flag.dest):
+            raise UserError(f"--{flag.name}: only --stage {', '.join(flag.stages[:-1])}{' and ' if flag.stages[1:] else ''}{flag.stages[-1]} "
+                            f"know{'' if flag.stages[1:] else 's'} it, not --stage {args.stage}")
+
+
+# -------------------------------------------------------------------------------------------------------- help pages
+
+def overview() -> str:
+    """What `--help` says: one screen."""
+    rows = [f"  {group if k == 0 else '':<10} {name:<10} {line}" for group, stages in STAGES.items() for k, (name, line) in enumerate(stages.items())]
+    return "\n".join([
+        "DEARLi: semi-supervised panoptic segmentation with few labelled images", "",
+        "  python dearli.py [--stage STAGE] [flags]            without any flag: the demo", "",
+        *rows, "",
+        "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
+        "  --data-root DIR     the folder of any other data set",
+        "  --split N           labelled images: a number, the name of a partition, or a file of image names (16)",
+        "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
+        "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5", "",
+        "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",
+        "  python dearli.py --stage ssl --print-config         the numbers of a run",
+        "  python dearli.py --stage ssl --dry-run              its time and memory, before it begins"])
+
+
+def stage_page(stage: str, preset: Config) -> str:
+    """What `--stage NAME --help` says. preset: whose numbers are the defaults."""
+    line = next(stages[stage] for stages in STAGES.values() if stage in stages)
+    own = [(f"--{flag.name}", flag.help, flag.more.get("default")) for flag in FLAGS if stage in flag.stages]
+    parts = [f"python dearli.py --stage {stage} [flags]", f"  {line}", "", *[row for name, text, default in own for row in _row(name, text, default)]]
+    chosen = SECTIONS.get(stage, ("a run",))
+    for title, fields in numbers().items():
+        if title.startswith(chosen):
+            parts += ["", title, *[row for name, text in fields for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))]]
+    return "\n".join(parts)
+
+
+def numbers() -> dict[str, list[tuple[str, str]]]:
+    """The fields of Config with the comments beside them, by the comment above each section."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for line in inspect.getsource(Config).splitlines():
+        if found := re.match(r"    # (\S.*)", line):
+            sections[found[1]] = fields = []
+        elif found := re.match(r"    (\w+): .*?  *# (.*)", line):
+            fields.append((found[1], found[2]))
+        elif found := re.match(r"    #  +(.*)", line):
+            fields[-1] = (fields[-1][0], f"{fields[-1][1]} {found[1]}")
+    return sections
+
+
+def _row(name: str, text: str, default) -> list[str]:
+    shown = "" if default is None or default is False or default == () or default == "" or f"({default}" in text else f" [{'yes' if default is True else default}]"
+    lines = textwrap.wrap(text + shown, WIDTH - 28)
+    return [f"  {name:<25} {lines[0]}", *[f"  {'':<25} {rest}" for rest in lines[1:]]]
+
+
+def help_page(args: argparse.Namespace) -> str:
+    """For `--help`: of the stage, if one is given."""
+    if args.stage == "demo":
+        return overview()
+    choose("stage", args.stage, ALL)
+    return stage_page(args.stage, PRESETS[choose("preset", args.preset or choose("data set", datasets.ALIASES.get(args.dataset, args.dataset), DATASETS), PRESETS)])
