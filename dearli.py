@@ -1,6 +1,7 @@
 """DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
 
     python dearli.py                                                    the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage import --from labelme --input DIR --out NEW   annotations of other tools as a data set of one's own
     python dearli.py --stage validate --dataset custom --data-root DIR  read a whole data set, list what it holds and all that is wrong
     python dearli.py --stage masks --dataset mini                       SAM's masks of all training images
     python dearli.py --stage dewa --dataset mini                        decoder warm-up on them
@@ -34,6 +35,7 @@ import datasets
 import dewa
 import foundation
 import html_report
+import importer
 import official
 import ranks
 import report
@@ -75,6 +77,9 @@ class Job:
     groups: int = 0
     weights: Path | None = None
     input: Path | None = None
+    source_format: str = ""
+    background: str = ""
+    val_share: float = 0.2
     posterior: str = ""
     which: str = "student"
     force: bool = False
@@ -171,6 +176,13 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
     dataset = datasets.load(job.dataset, Path(job.data_root), "1")
     print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
     return folder
+
+
+def stage_import(job: Job, cfg: Config) -> Path:
+    """Annotations of other tools, as a folder that every stage reads (`importer.py`)."""
+    result = importer.import_folder(job.source_format, job.input, job.out, job.background, job.val_share, cfg.seed)
+    print(importer.summary(result, job.out))
+    return job.out
 
 
 def stage_validate(job: Job, cfg: Config) -> dict:
@@ -667,7 +679,7 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval, "predict": stage_predict, "report": stage_report,
+STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval, "predict": stage_predict, "report": stage_report, "import": stage_import,
           "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
@@ -684,14 +696,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eval-on", default="val", help="mini: val to report, dev to tune")
     p.add_argument("--preset", default=None, help=f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go and are looked for")
-    p.add_argument("--out", "--output", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT; predict: folder of the predictions (predictions)")
+    p.add_argument("--out", "--output", type=Path, help="this run's folder, instead of RUNS/DATASET-STAGE-SPLIT; predict: folder of the predictions (predictions); import: folder to make")
     p.add_argument("--init", type=Path, help="start student and teacher from this run (dearli: the DeWa run of the data set)")
     p.add_argument("--masks", type=Path, help="folder of SAM masks (RUNS/DATASET-masks; validate: read them, too); zeroshot: gt, sam or a folder")
     p.add_argument("--json", type=Path, help="validate: write the whole report to this file, too")
     p.add_argument("--images", type=Path, help="masks, dewa: a folder of images instead of the training images (SA-1B, masks beside the images)")
     p.add_argument("--groups", type=int, default=0, help="eval: also the PQ of so many groups of classes, by their share of the labelled pixels")
     p.add_argument("--weights", type=Path, help="run to evaluate, apply, report or export; or a checkpoint of the official code")
-    p.add_argument("--input", type=Path, help="predict: a picture, or a folder of pictures")
+    p.add_argument("--input", type=Path, help="predict: a picture, or a folder of pictures; import: a folder of annotated images")
+    p.add_argument("--from", dest="source_format", default="", help=f"import: {', '.join(importer.READERS)}")
+    p.add_argument("--background", default="", help="import: name of a class for all pixels without instance (without: they are void)")
+    p.add_argument("--val-share", type=float, default=0.2, help="import: share of the labelled images for validation, where the source has no division")
     p.add_argument("--posterior", default="", help="predict: decoder, ensemble (default: the paper's reading, the decoder's for sup and ssl, else the ensemble's)")
     p.add_argument("--which", default="student", help="predict: student, teacher")
     p.add_argument("--force", action="store_true", help="predict: replace earlier predictions")
@@ -782,11 +797,18 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         sound = False
     if not sound:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
-    for flag, value in (("--input", args.input), ("--posterior", args.posterior), ("--force", args.force), ("--which", args.which != "student")):
+    for flag, value in (("--input", args.input and args.stage != "import"), ("--posterior", args.posterior), ("--force", args.force), ("--which", args.which != "student")):
         if value and args.stage != "predict":
             raise UserError(f"{flag}: only --stage predict knows it, not --stage {args.stage}")
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
+    for flag, value in (("--from", args.source_format), ("--background", args.background), ("--val-share", args.val_share != 0.2)):
+        if value and args.stage != "import":
+            raise UserError(f"{flag}: only --stage import knows it, not --stage {args.stage}")
+    if args.stage == "import":
+        if not (args.input and args.out):
+            raise UserError("--stage import needs --input DIR, a folder of annotated images, and --out NEW, the folder to make of it")
+        choose("kind of annotations (--from)", args.source_format, importer.READERS)
     if args.json and args.stage != "validate":
         raise UserError(f"--json: only --stage validate writes such a report, not --stage {args.stage}")
     if args.compare and args.stage != "report":
