@@ -3645,7 +3645,7 @@ def test_an_interrupted_import_is_no_data_set_and_is_run_again(tmp_path, monkeyp
             assert not (out / "panoptic_train.json").exists()
         monkeypatch.setattr(importer, "write_atomic", write)
         if after:
-            with pytest.raises(UserError, match="images: exists already; an interrupted import of another source or kind began it"):
+            with pytest.raises(UserError, match="exists already; an interrupted import of another source or kind began it"):
                 importer.import_folder("masks", write_masks(tmp_path / f"m{after}"), out)
         importer.import_folder("labelme", root, out)
         assert {path.removeprefix(str(out)): content for path, content in fingerprint(out).items()} == expected
@@ -3965,6 +3965,23 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
         args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
         if args.stage not in ("eval", "predict", "export", "report"):                   # these read the run that they are about
             dearli.resolve(args)
+
+
+def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent / "docs" / "own-data.md").read_text()
+    (snippet,), (block,) = (re.findall(f"```{language}\n(.*?)```", text, re.S) for language in ("python", "sh"))
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    listed = commands(block)
+    assert [args[1] for args in listed] == ["import", "validate", "sup", "ssl", "ssl", "predict", "report"]
+    smaller = TINY_FLAGS[:TINY_FLAGS.index("--crop")] + ["--workers", "0", "--device", "cpu", "--report-images", "1"]
+    for args in listed:
+        assert dearli.main([*args, *smaller]) == 0, args
+    out = capsys.readouterr().out
+    assert "6 labelled, 4 unlabelled and 2 validation images; left out: nothing" in out and "segments: bar 8, disc 8, ground 8" in out and "no problem found" in out
+    assert len(list((tmp_path / "predictions" / "overlay").iterdir())) == 12 and (tmp_path / "runs" / "shapes-ssl-all" / "report.html").is_file()
+    assert json.loads((tmp_path / "runs" / "shapes-ssl-2" / "config.json").read_text())["split"] == "2"
+    assert all(row["unlabeled/mask"] >= 0 for row in log_of(tmp_path / "runs" / "shapes-ssl-all"))        # the teacher has had its say
 
 
 if __name__ == "__main__":
