@@ -47,6 +47,7 @@ from torchvision.transforms.v2 import functional as TF
 
 os.environ["HF_HUB_OFFLINE"] = "1"               # no test asks the network
 
+import annotations
 import checkpoint
 import clip_ensemble
 import colours
@@ -3227,7 +3228,7 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
         browser.process.wait()
 
 
-# --------------------------------------------------------------------------------------------------------- importer.py
+# ----------------------------------------------------------------------------------------- annotations.py, importer.py
 #
 # One scene in every format: on 12 x 10 pixels a cat at x 1 to 4, y 2 to 5 (16 pixels) and a dog at x 4 to 8, y 4 to 7 (20); at x 4, y 4 to 5 they overlap.
 
@@ -3340,7 +3341,7 @@ def test_one_scene_is_the_same_in_every_format(kind, tmp_path):
     assert [s["id"] for s in first["segments_info"]] == [1, 2] and [s["bbox"] for s in first["segments_info"]] == [[1, 2, 4, 4], [4, 4, 5, 4]]
     ids = data.segment_ids(tmp_path / "source-out" / "panoptic" / first["file_name"])
     assert np.array_equal(ids, scene_ids())
-    assert {c["id"] for c in content["categories"]} == {"coco-instances": {3, 17}, "cityscapes": set(importer.CITYSCAPES)}.get(kind, {1, 2})
+    assert {c["id"] for c in content["categories"]} == {"coco-instances": {3, 17}, "cityscapes": set(annotations.CITYSCAPES)}.get(kind, {1, 2})
 
 
 def test_run_lengths_are_read_like_polygons(tmp_path):
@@ -3350,7 +3351,7 @@ def test_run_lengths_are_read_like_polygons(tmp_path):
 
 
 def test_pixels_belong_to_a_shape_if_their_centres_do():
-    draw = lambda points: importer._polygon(np.array(points, float), (10, 12))
+    draw = lambda points: annotations._polygon(np.array(points, float), (10, 12))
     def whole(patch, size=(10, 12)):
         mask = np.zeros(size, bool)
         mask[patch[0]:patch[0] + patch[2].shape[0], patch[1]:patch[1] + patch[2].shape[1]] = patch[2]
@@ -3363,8 +3364,9 @@ def test_pixels_belong_to_a_shape_if_their_centres_do():
     assert draw([[20, 1], [22, 1], [22, 5]])[2].sum() == draw([[3.1, 3.1], [3.3, 3.1], [3.3, 3.3]])[2].sum() == draw([[1, 1], [5, 5]])[2].sum() == 0
     triangle, (ys, xs) = whole(draw([[0, 0], [10, 0], [0, 10]])), np.mgrid[:10, :12]        # its long side goes through the centres where x + y = 9
     assert triangle[xs + ys < 9].all() and not triangle[xs + ys > 9].any()
-    disc = whole(importer._circle(np.array([[5.0, 5.0], [7.0, 5.0]]), (10, 12)))
+    disc = whole(annotations._circle(np.array([[5.0, 5.0], [7.0, 5.0]]), (10, 12)))
     assert disc.sum() == 12 and disc[3:7, 4:6].all() and disc[4:6, 3:7].all()     # centres within 2 of the corner at (5, 5): 4 + 4 + 4
+    assert whole(annotations._circle(np.array([[5.0, 5.0], [6.5, 6.6]]), (10, 12))).sum() == 16                                    # and within 2.19, so that those 1.5 away on both axes are in
 
 
 def test_labelme_shapes_groups_and_masks(tmp_path):
@@ -3392,6 +3394,7 @@ def test_labelme_images_are_found_by_path_by_stem_or_in_the_json(tmp_path):
     root = tmp_path / "s"
     write_labelme(root / "json", ("a", "b", "c"), ())
     photo(root / "images" / "moved.png")
+    photo(root / ".thumbnails" / "moved.png")
     (root / "json" / "a.png").unlink()
     rewrite(root / "json" / "a.json", lambda content: content.update(imagePath="..\\images\\moved.png"))
     rewrite(root / "json" / "b.json", lambda content: content.update(imagePath="/somewhere/else/x.png"))
@@ -3459,8 +3462,9 @@ def test_masks_may_have_16_bits_a_palette_or_one_class(tmp_path):
         image = Image.fromarray(np.array([0, 3, 200], np.uint8)[scene_ids()])
         image.putpalette([0] * 768)                                               # every colour is black: only the indices tell
         image.save(root / "masks" / f"{name}.png")
-    dataset, _ = imported("masks", root)
-    assert dataset.taxonomy.names == ("object",) and np.array_equal(dataset.train.truth(0).segment_map, scene_ids()) and len(dataset.unlabeled) == 1
+    photo(root / "images" / "deeper" / "x.png")
+    dataset, result = imported("masks", root)
+    assert result["dropped"] == {"images in folders of images/": 1} and dataset.taxonomy.names == ("object",) and np.array_equal(dataset.train.truth(0).segment_map, scene_ids()) and len(dataset.unlabeled) == 1
 
 
 @pytest.mark.parametrize("kind", ["labelme", "coco-instances", "masks"])
@@ -3468,7 +3472,7 @@ def test_other_pixels_are_one_segment_of_the_named_background(kind, tmp_path):
     dataset, _ = imported(kind, SCENES[kind](tmp_path / "s"), background="lawn")
     truth, k = dataset.train.truth(0), dataset.taxonomy.names.index("lawn")
     assert truth.areas.tolist() == [16, 18, 120 - 34] and truth.labels[2] == k and not dataset.taxonomy.things[k]
-    assert dataset.taxonomy.ids[k] == max(dataset.taxonomy.ids) and np.array_equal(truth.segment_map, np.where(scene_ids() == 0, 3, scene_ids()))
+    assert dataset.taxonomy.ids[k] == 1 + max(i for i in dataset.taxonomy.ids if i != dataset.taxonomy.ids[k]) and np.array_equal(truth.segment_map, np.where(scene_ids() == 0, 3, scene_ids()))
 
 
 def test_of_two_segments_the_smaller_is_on_top_and_what_is_hidden_is_counted(tmp_path):
@@ -3597,6 +3601,11 @@ def test_nothing_that_exists_is_overwritten_and_nothing_of_the_source_is_changed
     there = fingerprint(tmp_path / "out")
     with pytest.raises(UserError, match=r"panoptic_train.json: exists already; choose another folder with --out"):
         importer.import_folder("labelme", root, tmp_path / "out")
+    mark = json.dumps({"from": "labelme", "input": str(root.resolve()), "background": ""})
+    (tmp_path / "out" / "import.part").write_text(mark)                           # killed between the last JSON and the removal of the mark: it is whole
+    with pytest.raises(UserError, match=r"panoptic_train.json: exists already; choose another folder with --out"):
+        importer.import_folder("labelme", root, tmp_path / "out")
+    (tmp_path / "out" / "import.part").unlink()
     (tmp_path / "mine" / "images").mkdir(parents=True)
     (tmp_path / "mine" / "images" / "a.png").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"mine/images: exists already; choose another folder"):
@@ -3644,7 +3653,7 @@ def test_an_interrupted_import_is_no_data_set_and_is_run_again(tmp_path, monkeyp
         except KeyboardInterrupt:
             assert not (out / "panoptic_train.json").exists()
         monkeypatch.setattr(importer, "write_atomic", write)
-        if after:
+        if after > 1:                                                             # after the mark alone there is nothing to mix up
             with pytest.raises(UserError, match="exists already; an interrupted import of another source or kind began it"):
                 importer.import_folder("masks", write_masks(tmp_path / f"m{after}"), out)
         importer.import_folder("labelme", root, out)
