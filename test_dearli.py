@@ -3442,7 +3442,7 @@ def test_coco_keeps_crowd_ids_and_its_own_division(tmp_path):
 def test_cityscapes_has_stuff_groups_and_void(tmp_path):
     values = np.zeros((10, 12), int)
     values[:3], values[3:5, :6], values[3:5, 6:], values[6, :4], values[7, :4] = 23, 26_003, 26, 29_001, 7
-    values[8, :2], values[9, :2], values[9, 5] = 7, 65_535, 9
+    values[8, :2], values[9, :2], values[9, 5], values[9, 6] = 7, 65_535, 9, 7_001       # stuff has no instances: void
     dataset, result = imported("cityscapes", write_cityscapes(tmp_path / "s", values))
     truth = dataset.train.truth(0)
     names = [dataset.taxonomy.names[k] for k in truth.labels]
