@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 import datasets
+from annotations import READERS
 from config import PRESETS, Config, UserError, choose, nearest
 
 DATASETS = ("mini", "custom", *datasets.NAMES)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
 FORMATS = ("official", "safetensors")
-SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")
+SOURCES = tuple(READERS)
 # By group, in the order in which they are used: what a stage does, in a line of `--help`.
 STAGES = {
     "data": {"prepare": "the paper's data sets: check downloads, fetch partitions, make panoptic maps",
@@ -82,6 +83,9 @@ FLAGS = (
     _flag("watch", ALL, "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
     _flag("weights", ("eval", "predict", "report", "export"), "a run, or a checkpoint of the official code", type=Path),
     _flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
+    _flag("from", ("import",), ", ".join(SOURCES), dest="source_format", default=""),
+    _flag("background", ("import",), "name of a class for all pixels without instance (without: they are void)", default=""),
+    _flag("val-share", ("import",), "share of the labelled images for validation, where the source has no division of its own (0.2)", type=float, default=0.2),
     _flag("posterior", ("predict",), "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)", default=""),
     _flag("which", ("predict",), "student, teacher", default="student"),
     _flag("force", ("predict",), "replace earlier predictions", action="store_true"),

@@ -1,6 +1,7 @@
 """DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
 
     python dearli.py                                                    the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage import --from labelme --input DIR --out NEW   annotations of other tools as a data set of one's own
     python dearli.py --stage validate --dataset custom --data-root DIR  read a whole data set, list what it holds and all that is wrong
     python dearli.py --stage masks --dataset mini                       SAM's masks of all training images
     python dearli.py --stage dewa --dataset mini                        decoder warm-up on them
@@ -36,6 +37,7 @@ import dewa
 import foundation
 import gallery
 import html_report
+import importer
 import official
 import ranks
 import rehearsal
@@ -43,7 +45,7 @@ import report
 import validate
 import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
-from command_line import ALL, DATASETS, FORMATS, METHODS, help_page, parser, require_known
+from command_line import ALL, DATASETS, FORMATS, METHODS, SOURCES, help_page, parser, require_known
 from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, choose, refuse
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
@@ -78,6 +80,9 @@ class Job:
     watch: int = 16
     weights: Path | None = None
     input: Path | None = None
+    source_format: str = ""
+    background: str = ""
+    val_share: float = 0.2
     posterior: str = ""
     which: str = "student"
     force: bool = False
@@ -178,6 +183,13 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
     dataset = datasets.load(job.dataset, Path(job.data_root), "1")
     print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
     return folder
+
+
+def stage_import(job: Job, cfg: Config) -> Path:
+    """Annotations of other tools, as a folder that every stage reads (`importer.py`)."""
+    result = importer.import_folder(job.source_format, job.input, job.out, job.background, job.val_share, cfg.seed)
+    print(importer.summary(result, job.out))
+    return job.out
 
 
 def stage_validate(job: Job, cfg: Config) -> dict:
@@ -728,8 +740,9 @@ def stage_mini_sam(job: Job, cfg: Config) -> None:
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"demo": stage_demo, "prepare": stage_prepare, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl, "eval": stage_eval, "predict": stage_predict, "report": stage_report,
-          "zeroshot": stage_zeroshot, "export": stage_export, "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+STAGES = {"prepare": stage_prepare, "import": stage_import, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl,
+          "eval": stage_eval, "predict": stage_predict, "report": stage_report, "zeroshot": stage_zeroshot, "export": stage_export, "demo": stage_demo,
+          "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -789,6 +802,10 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
+    if args.stage == "import":
+        if not (args.input and args.out):
+            raise UserError("--stage import needs --input DIR, a folder of annotated images, and --out NEW, the folder to make of it")
+        choose("kind of annotations (--from)", args.source_format, SOURCES)
     if args.report_images < 0:
         raise UserError(f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more")
     if ranks.started_by_torchrun() and args.stage not in SHARED:

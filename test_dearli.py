@@ -5,6 +5,7 @@ test_fault_NN_... provokes fault NN of the list that the project must survive, f
 Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared/data) and are skipped where it is absent.
 """
 
+import base64
 import colorsys
 import contextlib
 import dataclasses
@@ -46,6 +47,7 @@ from torchvision.transforms.v2 import functional as TF
 
 os.environ["HF_HUB_OFFLINE"] = "1"               # no test asks the network
 
+import annotations
 import checkpoint
 import clip_ensemble
 import colours
@@ -56,6 +58,7 @@ import dearli
 import dewa
 import foundation
 import html_report
+import importer
 import matcher
 import mean_teacher
 import microcosm
@@ -2383,7 +2386,7 @@ def test_fault_07_a_run_that_is_stopped_at_every_step_equals_one_that_is_not_bit
             os.kill(os.getpid(), signal.SIGTERM)
         return {**step_fn(*args, **kwargs), "drawn": torch.rand(()).item()}                    # as drop path of a trained backbone draws
     monkeypatch.setattr(module, name, step)
-    args = ["--stage", stage, "--method", "dear", "--no-eval", "--masks", tmp_path / "masks", "--steps", 4, "--workers", workers]
+    args = ["--stage", stage, *(["--method", "dear"] if stage == "ssl" else []), "--no-eval", "--masks", tmp_path / "masks", "--steps", 4, "--workers", workers]
     assert run(*args, "--out", tmp_path / "straight") == 0
     stop_at += [0, 1, 2]
     for step in range(4):
@@ -3345,6 +3348,473 @@ def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_world):
     assert dearli.repainted(dearli.Job(palette="safe"), taxonomy).colours == colours.palette(2)
 
 
+# ----------------------------------------------------------------------------------------- annotations.py, importer.py
+#
+# One scene in every format: on 12 x 10 pixels a cat at x 1 to 4, y 2 to 5 (16 pixels) and a dog at x 4 to 8, y 4 to 7 (20); at x 4, y 4 to 5 they overlap.
+
+BOXES = {"cat": (1, 2, 5, 6), "dog": (4, 4, 9, 8)}                              # left, top, right, bottom, in corners of pixels
+CORNERS = {name: [[left, top], [right, top], [right, bottom], [left, bottom]] for name, (left, top, right, bottom) in BOXES.items()}
+CITY_IDS = {"cat": 24_001, "dog": 26_000}                                       # a person and a car
+
+
+def scene_mask(name, size=(10, 12)):
+    left, top, right, bottom = BOXES[name]
+    mask = np.zeros(size, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def scene_ids():
+    """What every format must give: segment 1 the cat, 2 the dog, and the smaller cat on top."""
+    ids = np.where(scene_mask("dog"), 2, 0)
+    ids[scene_mask("cat")] = 1
+    return ids
+
+
+def photo(path, size=(12, 10), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
+
+
+def write_labelme(root, names=("a", "b", "c"), bare=("d",), shapes=None, size=(12, 10)):
+    for k, name in enumerate((*names, *bare)):
+        photo(root / f"{name}.png", size, k)
+    for name in names:
+        drawn = shapes or [{"label": label, "points": points, "shape_type": "polygon", "group_id": None} for label, points in CORNERS.items()]
+        (root / f"{name}.json").write_text(json.dumps({"version": "5.4.1", "shapes": drawn, "imagePath": f"{name}.png", "imageData": None,
+                                                       "imageHeight": size[1], "imageWidth": size[0]}))
+    return root
+
+
+def coco_content(segmentation, names=("a.png", "b.png", "c.png"), bare=("d.png",)):
+    images = [{"id": 10 + k, "file_name": name, "width": 12, "height": 10} for k, name in enumerate((*names, *bare))]
+    annotations = [{"id": 1, "image_id": 10 + k, "category_id": category, "segmentation": segmentation(label), "iscrowd": 0}
+                   for k in range(len(names)) for label, category in (("cat", 17), ("dog", 3))]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 17, "name": "cat"}, {"id": 3, "name": "dog"}]}
+
+
+def write_coco(root, segmentation=lambda label: [np.ravel(CORNERS[label]).tolist()]):
+    for k, name in enumerate("abcd"):
+        photo(root / "images" / f"{name}.png", seed=k)
+    (root / "annotations.json").write_text(json.dumps(coco_content(segmentation)))
+    return root
+
+
+def long_runs(label):
+    """Uncompressed run lengths: down the columns, zeros first."""
+    flat = np.append(scene_mask(label).ravel(order="F"), False).astype(int)
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    return {"size": [10, 12], "counts": np.diff([0, *edges, 120]).tolist()}
+
+
+def write_cityscapes(root, values=None):
+    for k, (part, city, annotated) in enumerate((("train", "ulm", True), ("train", "bonn", True), ("val", "jena", True), ("train_extra", "trier", False))):
+        stem = f"{city}_000000_000019"
+        photo(root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png", seed=k)
+        if annotated:
+            path = root / "gtFine" / part / city / f"{stem}_gtFine_instanceIds.png"
+            path.parent.mkdir(parents=True)
+            ids = np.array([0, CITY_IDS["cat"], CITY_IDS["dog"]])[scene_ids()] if values is None else values
+            Image.fromarray(ids.astype(np.uint16)).save(path)
+    return root
+
+
+def write_masks(root, value=7):
+    for k, name in enumerate("abcd"):
+        photo(root / "images" / f"{name}.png", seed=k)
+    for label in BOXES:
+        (root / "masks" / label).mkdir(parents=True)
+        for name in "abc":
+            Image.fromarray((scene_mask(label) * value).astype(np.uint16 if value > 255 else np.uint8)).save(root / "masks" / label / f"{name}.png")
+    return root
+
+
+SCENES = {"labelme": write_labelme, "coco-instances": write_coco, "cityscapes": write_cityscapes, "masks": write_masks}
+
+
+def imported(kind, source, **flags):
+    """The data set that an import makes, read as every stage reads it, and what the import says of it."""
+    output = source.parent / f"{source.name}-out"
+    result = importer.import_folder(kind, source, output, **flags)
+    assert not (output / "import.part").exists()
+    return data.load_folder(output, "all"), result
+
+
+def import_refused(kind, source, words, **flags):
+    with pytest.raises(UserError) as error:
+        importer.import_folder(kind, source, source.parent / "refused", **flags)
+    assert re.search(words, str(error.value)) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("kind", SCENES)
+def test_one_scene_is_the_same_in_every_format(kind, tmp_path):
+    dataset, result = imported(kind, SCENES[kind](tmp_path / "source"))
+    assert len(dataset.labeled) == 2 and len(dataset.unlabeled) == 1 and len(dataset.val) == 1 and not result["dropped"]
+    assert (result["labeled"], result["unlabeled"], result["val"]) == (2, 1, 1)
+    for images, i in ((dataset.train, 0), (dataset.train, 1), (dataset.val, 0)):
+        truth = images.truth(i)
+        assert np.array_equal(truth.segment_map, scene_ids()) and truth.areas.tolist() == [16, 18] and not truth.crowd.any()
+        names = [dataset.taxonomy.names[k] for k in truth.labels]
+        assert names == (["person", "car"] if kind == "cityscapes" else ["cat", "dog"]) and all(dataset.taxonomy.things[k] for k in truth.labels)
+    content = json.loads((tmp_path / "source-out" / "panoptic_train.json").read_text())
+    first = content["annotations"][0]
+    assert [s["id"] for s in first["segments_info"]] == [1, 2] and [s["bbox"] for s in first["segments_info"]] == [[1, 2, 4, 4], [4, 4, 5, 4]]
+    ids = data.segment_ids(tmp_path / "source-out" / "panoptic" / first["file_name"])
+    assert np.array_equal(ids, scene_ids())
+    assert {c["id"] for c in content["categories"]} == {"coco-instances": {3, 17}, "cityscapes": set(annotations.CITYSCAPES)}.get(kind, {1, 2})
+
+
+def test_run_lengths_are_read_like_polygons(tmp_path):
+    for name, segmentation in (("long", long_runs), ("short", lambda label: dewa.encode_rle(scene_mask(label)))):
+        dataset, _ = imported("coco-instances", write_coco(tmp_path / name, segmentation))
+        assert np.array_equal(dataset.train.truth(0).segment_map, scene_ids()) and dataset.taxonomy.ids == (17, 3)
+
+
+def test_pixels_belong_to_a_shape_if_their_centres_do():
+    draw = lambda points: annotations._polygon(np.array(points, float), (10, 12))
+    def whole(patch, size=(10, 12)):
+        mask = np.zeros(size, bool)
+        mask[patch[0]:patch[0] + patch[2].shape[0], patch[1]:patch[1] + patch[2].shape[1]] = patch[2]
+        return mask
+    assert np.array_equal(whole(draw(CORNERS["cat"])), scene_mask("cat")) and np.array_equal(whole(draw(np.add(CORNERS["cat"], 0.4))), scene_mask("cat"))
+    assert np.array_equal(whole(draw(np.add(CORNERS["cat"], [-0.5, 0.6]))), np.roll(scene_mask("cat"), 1, 0))          # x: 0.5 and 4.5, down; y: 2.6 and 6.6
+    left, right = whole(draw([[0, 0], [6, 0], [6, 10], [0, 10]])), whole(draw([[6, 0], [12, 0], [12, 10], [6, 10]]))
+    assert not (left & right).any() and (left | right).all()                     # neighbours neither overlap nor leave a gap
+    assert np.array_equal(whole(draw([[-5, -7], [20, -7], [20, 3], [-5, 3]])), np.arange(10)[:, None].repeat(12, 1) < 3)       # clipped
+    assert draw([[20, 1], [22, 1], [22, 5]])[2].sum() == draw([[3.1, 3.1], [3.3, 3.1], [3.3, 3.3]])[2].sum() == draw([[1, 1], [5, 5]])[2].sum() == 0
+    triangle, (ys, xs) = whole(draw([[0, 0], [10, 0], [0, 10]])), np.mgrid[:10, :12]        # its long side goes through the centres where x + y = 9
+    assert triangle[xs + ys < 9].all() and not triangle[xs + ys > 9].any()
+    disc = whole(annotations._circle(np.array([[5.0, 5.0], [7.0, 5.0]]), (10, 12)))
+    assert disc.sum() == 12 and disc[3:7, 4:6].all() and disc[4:6, 3:7].all()     # centres within 2 of the corner at (5, 5): 4 + 4 + 4
+    assert whole(annotations._circle(np.array([[5.0, 5.0], [6.5, 6.6]]), (10, 12))).sum() == 16                                    # and within 2.19, so that those 1.5 away on both axes are in
+
+
+def test_labelme_shapes_groups_and_masks(tmp_path):
+    held = io.BytesIO()
+    Image.fromarray(np.array([[1, 0, 1]], np.uint8)).save(held, "PNG")
+    shapes = [{"label": "leaf", "points": [[0, 0], [2, 1]], "shape_type": "rectangle", "group_id": 4},
+              {"label": "leaf", "points": [[11, 3], [9, 1]], "shape_type": "rectangle", "group_id": 4},                   # drawn from its lower right
+              {"label": "stem", "points": [[4, 0], [5, 1]], "shape_type": "rectangle", "group_id": 4},                    # another label
+              {"label": "disc", "points": [[5, 7], [6, 7]], "shape_type": "circle"},
+              {"label": "spot", "points": [[8, 9], [10, 9]], "shape_type": "mask", "mask": base64.b64encode(held.getvalue()).decode()},
+              {"label": "leaf", "points": [[0, 9], [3, 9], [3, 10], [0, 10]], "shape_type": None},
+              {"label": "nothing", "points": [[1, 1]], "shape_type": "point"}, {"label": "nothing", "points": [[1, 1], [2, 2]], "shape_type": "line"},
+              {"label": "__ignore__", "points": [[6, 0], [8, 2]], "shape_type": "rectangle"},
+              {"label": "stem", "points": [[7, 7], [7.2, 7], [7.2, 7.2]], "shape_type": "polygon"}]
+    dataset, result = imported("labelme", write_labelme(tmp_path / "s", ("a", "b"), (), shapes))
+    expected = np.zeros((10, 12), int)
+    expected[0, :2] = expected[1:3, 9:11] = 1                                     # one instance in two parts
+    expected[0, 4], expected[6:8, 4:6], expected[9, [8, 10]], expected[9, :3] = 2, 3, 4, 5
+    truth = dataset.train.truth(0)
+    assert np.array_equal(truth.segment_map, expected) and truth.areas.tolist() == [6, 1, 4, 2, 3]
+    assert [dataset.taxonomy.names[k] for k in truth.labels] == ["leaf", "stem", "disc", "spot", "leaf"] and dataset.taxonomy.names == ("disc", "leaf", "spot", "stem")
+    assert result["dropped"] == {"points and lines": 4, "shapes labelled __ignore__": 2, "instances without a pixel": 2} and result["instances"]["leaf"] == 4
+
+
+def test_labelme_images_are_found_by_path_by_stem_or_in_the_json(tmp_path):
+    root = tmp_path / "s"
+    write_labelme(root / "json", ("a", "b", "c"), ())
+    photo(root / "images" / "moved.png")
+    photo(root / ".thumbnails" / "moved.png")
+    (root / "json" / "a.png").unlink()
+    rewrite(root / "json" / "a.json", lambda content: content.update(imagePath="..\\images\\moved.png"))
+    rewrite(root / "json" / "b.json", lambda content: content.update(imagePath="/somewhere/else/x.png"))
+    held = base64.b64encode((root / "json" / "c.png").read_bytes()).decode()
+    (root / "json" / "c.png").rename(tmp_path / "c.png")
+    rewrite(root / "json" / "c.json", lambda content: content.update(imageData=held))
+    dataset, _ = imported("labelme", root)
+    assert sorted(p.name for p in (tmp_path / "s-out" / "images").iterdir()) == ["images_moved.png", "json_b.png", "json_c.png"]
+    assert (tmp_path / "s-out" / "images" / "json_c.png").read_bytes() == (tmp_path / "c.png").read_bytes() and len(dataset.labeled) == 2
+
+
+def test_an_image_turned_by_exif_is_annotated_as_it_is_shown(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    root = write_labelme(tmp_path / "s", ("a", "b"), ())
+    for name in "ab":
+        (root / f"{name}.png").unlink()
+        Image.new("RGB", (10, 12)).save(root / f"{name}.jpg", exif=exif)          # stored 10 x 12, shown 12 x 10
+    assert np.array_equal(imported("labelme", root)[0].train.truth(0).segment_map, scene_ids())
+    for name in "ab":
+        rewrite(root / f"{name}.json", lambda content: content.update(imageHeight=12, imageWidth=10))
+    import_refused("labelme", root, r"a.json: states an image of \(12, 10\), but it is \(10, 12\)")
+
+
+def test_coco_keeps_crowd_ids_and_its_own_division(tmp_path):
+    root = write_coco(tmp_path / "s")
+    (root / "annotations.json").unlink()
+    (root / "annotations").mkdir()
+    whole = coco_content(long_runs)
+    whole["annotations"][0]["iscrowd"] = 1
+    whole["annotations"][3]["segmentation"] = []                                  # only a box
+    for part, ids in (("train", (10, 11)), ("val", (12, 13))):
+        rows = {"images": [i for i in whole["images"] if i["id"] in ids], "annotations": [a for a in whole["annotations"] if a["image_id"] in ids]}
+        (root / "annotations" / f"instances_{part}2017.json").write_text(json.dumps({**whole, **rows}))
+    (root / "annotations" / "captions_train2017.json").write_text("{}")
+    (root / "val2017").mkdir()
+    (root / "images" / "c.png").rename(root / "val2017" / "c.png")
+    dataset, result = imported("coco-instances", root, val_share=0.9)
+    assert dataset.train.names.tolist() == ["a.png", "b.png"] and dataset.val.names.tolist() == ["c.png"] and not dataset.unlabeled
+    assert dataset.train.truth(0).crowd.tolist() == [True, False] and dataset.train.truth(1).areas.tolist() == [16]
+    assert result["dropped"] == {"instances without a pixel": 1, "validation images without annotation": 1}
+    assert [c["id"] for c in json.loads((tmp_path / "s-out" / "panoptic_val.json").read_text())["categories"]] == [17, 3]
+
+
+def test_cityscapes_has_stuff_groups_and_void(tmp_path):
+    values = np.zeros((10, 12), int)
+    values[:3], values[3:5, :6], values[3:5, 6:], values[6, :4], values[7, :4] = 23, 26_003, 26, 29_001, 7
+    values[8, :2], values[9, :2], values[9, 5], values[9, 6] = 7, 65_535, 9, 7_001       # stuff has no instances: void
+    dataset, result = imported("cityscapes", write_cityscapes(tmp_path / "s", values))
+    truth = dataset.train.truth(0)
+    names = [dataset.taxonomy.names[k] for k in truth.labels]
+    assert sorted(zip(names, truth.areas.tolist(), truth.crowd.tolist())) == [("car", 12, False), ("car", 12, True), ("road", 6, False), ("sky", 36, False)]
+    assert (truth.segment_map > 0).sum() == 66 and len(dataset.taxonomy) == 19 and sum(dataset.taxonomy.things) == 8
+    assert dataset.taxonomy.colours[dataset.taxonomy.names.index("car")] == (0, 0, 142) and result["instances"]["truck"] == 0
+    assert dataset.train.names.tolist()[2:] == ["trier_000000_000019_leftImg8bit.png"] == [dataset.train.name(i) for i in dataset.unlabeled]
+    import_refused("cityscapes", tmp_path / "s", "--background: Cityscapes has stuff of its own", background="rest")
+
+
+def test_masks_may_have_16_bits_a_palette_or_one_class(tmp_path):
+    assert np.array_equal(imported("masks", write_masks(tmp_path / "deep", 40_000))[0].train.truth(0).segment_map, scene_ids())
+    root = write_masks(tmp_path / "flat")
+    shutil.rmtree(root / "masks")
+    (root / "masks").mkdir()
+    for name in "abc":
+        image = Image.fromarray(np.array([0, 3, 200], np.uint8)[scene_ids()])
+        image.putpalette([0] * 768)                                               # every colour is black: only the indices tell
+        image.save(root / "masks" / f"{name}.png")
+    photo(root / "images" / "deeper" / "x.png")
+    dataset, result = imported("masks", root)
+    assert result["dropped"] == {"images in folders of images/": 1} and dataset.taxonomy.names == ("object",) and np.array_equal(dataset.train.truth(0).segment_map, scene_ids()) and len(dataset.unlabeled) == 1
+
+
+@pytest.mark.parametrize("kind", ["labelme", "coco-instances", "masks"])
+def test_other_pixels_are_one_segment_of_the_named_background(kind, tmp_path):
+    dataset, _ = imported(kind, SCENES[kind](tmp_path / "s"), background="lawn")
+    truth, k = dataset.train.truth(0), dataset.taxonomy.names.index("lawn")
+    assert truth.areas.tolist() == [16, 18, 120 - 34] and truth.labels[2] == k and not dataset.taxonomy.things[k]
+    assert dataset.taxonomy.ids[k] == 1 + max(i for i in dataset.taxonomy.ids if i != dataset.taxonomy.ids[k]) and np.array_equal(truth.segment_map, np.where(scene_ids() == 0, 3, scene_ids()))
+
+
+def test_of_two_segments_the_smaller_is_on_top_and_what_is_hidden_is_counted(tmp_path):
+    square = lambda label, left, top, side: {"label": label, "points": [[left, top], [left + side, top + side]], "shape_type": "rectangle"}
+    for name, order in (("one", 1), ("two", -1)):
+        shapes = [square("big", 0, 0, 8), square("small", 2, 2, 3), square("hidden", 2, 2, 4), square("cover", 4, 2, 2), square("cover", 2, 4, 2),
+                  square("cover", 4, 4, 2), square("top", 2, 2, 2)][::order]
+        dataset, result = imported("labelme", write_labelme(tmp_path / name, ("a", "b"), (), shapes))
+        truth = dataset.train.truth(0)
+        areas = {dataset.taxonomy.names[k]: area for k, area in zip(truth.labels, truth.areas)}
+        assert sorted(truth.areas.tolist()) == [4, 4, 4, 4, 48] and areas["big"] == 48 and areas["top"] == 4 and "hidden" not in areas and "small" not in areas
+        assert result["dropped"] == {"instances hidden below others": 4} and np.bincount(truth.segment_map.ravel())[1:].tolist() == truth.areas.tolist()
+
+
+def test_the_share_for_validation_is_drawn_by_seed(tmp_path):
+    root = write_labelme(tmp_path / "s", [f"{k:02}" for k in range(10)])
+    chosen = lambda name, **flags: (importer.import_folder("labelme", root, tmp_path / name, **flags), json.loads((tmp_path / name / "panoptic_val.json").read_text()))
+    sets = {name: {i["file_name"] for i in chosen(name, val_share=0.3, seed=seed)[1]["images"]} for name, seed in (("a", 0), ("b", 0), ("c", 1))}
+    assert sets["a"] == sets["b"] != sets["c"] and len(sets["a"]) == 3
+    assert sets["a"] == {f"{k:02}.png" for k in np.random.default_rng(0).permutation(10)[:3]}
+    assert chosen("least", val_share=0.001)[0]["val"] == 1 and chosen("most", val_share=0.999)[0]["labeled"] == 1
+
+
+def edit_json(name, change):
+    return lambda root: rewrite(root / name, change)
+
+
+def edit_shape(**fields):
+    return edit_json("b.json", lambda content: content["shapes"][1].update(fields))
+
+
+def edit_annotation(**fields):
+    return edit_json("annotations.json", lambda content: content["annotations"][1].update(fields))
+
+
+def save(name, array):
+    return lambda root: Image.fromarray(array).save(root / name)
+
+
+IMPORT_FAULTS = [
+    ("labelme", lambda root: (root / "b.json").write_text("{"), r"b.json: not a readable JSON file"),
+    ("labelme", lambda root: (root / "b.json").write_text("[" * 100_000), r"b.json: not a readable JSON file"),
+    ("labelme", lambda root: (root / "z.json").write_text("[1]"), r"z.json: has no list `shapes`"),
+    ("labelme", lambda root: [path.unlink() for path in root.glob("*.json")], r"no \*.json in this folder"),
+    ("labelme", lambda root: [(root / f"{name}.json").unlink() for name in "ab"], r"s: 1 images with a segment; expected at least 2"),
+    ("labelme", lambda root: [rewrite(path, lambda content: content.update(shapes=[])) for path in root.glob("*.json")], r"not one instance with a pixel"),
+    ("labelme", edit_shape(points=[[1, 1], [float("nan"), 2], [3, 3]]), r"b.json: shapes\[1\]: points .*expected pairs of numbers"),
+    ("labelme", edit_shape(points=[[1, 1], [1e9, 2], [3, 3]]), r"shapes\[1\]: points .*12 x 10"),
+    ("labelme", edit_shape(points=[[1, 1], [1], [3, 3]]), r"shapes\[1\]: points"),
+    ("labelme", edit_shape(points={"x": 1}), r"shapes\[1\]: points"),
+    ("labelme", edit_shape(shape_type="spline"), r"shapes\[1\] has shape_type 'spline'; available: polygon"),
+    ("labelme", edit_shape(shape_type=[]), r"shapes\[1\]"),
+    ("labelme", edit_shape(shape_type={"a": 1}), r"shapes\[1\] has shape_type"),
+    ("labelme", edit_shape(shape_type="circle"), r"shapes\[1\]: a circle of 4 points, expected 2"),
+    ("labelme", edit_shape(shape_type="mask", points=[[0, 0], [1, 1]], mask="no"), r"shapes\[1\]: its mask 'no' is no PNG"),
+    ("labelme", edit_shape(label=None), r"shapes\[1\] is .*expected an object with label"),
+    ("labelme", edit_shape(label=" , x"), r"shapes\[1\]: ' , x' cannot be the name of a class"),
+    ("labelme", edit_shape(label="cat, kitten"), r"'cat, kitten' is called like the class 'cat'"),
+    ("labelme", edit_shape(label="rest"), r"'rest' is called like the background"),
+    ("labelme", edit_shape(group_id=[1]), r"shapes\[1\] is "),
+    ("labelme", edit_json("b.json", lambda content: content["shapes"].append(3)), r"shapes\[2\] is 3"),
+    ("labelme", edit_json("b.json", lambda content: content.update(imageWidth=13)), r"b.json: states an image of \(10, 13\), but it is \(10, 12\)"),
+    ("labelme", edit_json("b.json", lambda content: content.update(imagePath="a.png")), r"b.json: its image 'a.png' has another JSON already"),
+    ("labelme", lambda root: (root / "b.png").unlink(), r"b.json: imagePath 'b.png' is not there, no image is called b and imageData is empty"),
+    ("labelme", lambda root: [(root / "b.png").unlink(), rewrite(root / "b.json", lambda content: content.update(imagePath="../b.png"))], r"b.json: .*leads out of its folder"),
+    ("labelme", lambda root: [(root / "b.png").unlink(), rewrite(root / "b.json", lambda content: content.update(imageData="bm8="))], r"imageData is no image"),
+    ("labelme", lambda root: (root / "d.png").write_bytes(b"no"), r"d.png: not a readable image"),
+    ("labelme", lambda root: photo(root / "d.jpg"), r"image 'd.png' and image 'd.jpg' would have one name|image 'd.jpg' and image 'd.png' would have one name"),
+    ("labelme", lambda root: [photo(root / "x" / "d.png"), photo(root / "x_d.png")], r"would have one name, 'x_d'"),
+    ("labelme", lambda root: photo(root / f"{'n' * 240}.png"), r"rename the image"),
+    ("coco-instances", lambda root: (root / "annotations.json").write_text("{}"), r"annotations.json: key 'images' is missing"),
+    ("coco-instances", lambda root: (root / "other.json").write_text("{}"), r"s: .*annotations.json.*expected instances_train\*.json"),
+    ("coco-instances", lambda root: (root / "images" / "b.png").unlink(), r"images/b.png: no such file, nor in .*train2017, .*val2017, "),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["images"][1].update(file_name="../b.png")), r"image 11: file_name '../b.png' leads out"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["images"][1].update(file_name=5)), r"image 11: file_name 5 is not a file name"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["images"][1].update(id=10)), r"has the id of another image"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["images"].append([])), r"images\[4\] is \[\]"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["images"].append({"id": 99, "file_name": "a.png"})), r"would have one name, 'a'"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["images"][1].update(height=12)), r"states \(12, 12\) for image b.png, but it is \(10, 12\)"),
+    ("coco-instances", edit_annotation(image_id=77), r"annotations\[1\] is of image 77, which is not among the images"),
+    ("coco-instances", edit_annotation(image_id=[]), r"annotations\[1\] is "),
+    ("coco-instances", edit_annotation(category_id=4), r"annotations\[1\] has category 4"),
+    ("coco-instances", edit_annotation(segmentation=[[1, 2, 3, 4, 5]]), r"annotations\[1\]: points"),
+    ("coco-instances", edit_annotation(segmentation=[[1, 2, 3, float("inf"), 5, 6]]), r"annotations\[1\]: points"),
+    ("coco-instances", edit_annotation(segmentation=[None]), r"annotations\[1\]: points None"),
+    ("coco-instances", edit_annotation(segmentation="3"), r"annotations\[1\]: segmentation '3'"),
+    ("coco-instances", edit_annotation(iscrowd=2), r"iscrowd 2; expected"),
+    ("coco-instances", edit_annotation(segmentation={"size": [12, 10], "counts": [120]}), r"annotations\[1\]: run lengths .*\[10, 12\]"),
+    ("coco-instances", edit_annotation(segmentation={"size": [10, 12], "counts": [60, 61]}), r"annotations\[1\]: run lengths .*do not fill it"),
+    ("coco-instances", edit_annotation(segmentation={"size": [10, 12], "counts": [-60, 180]}), r"annotations\[1\]: run lengths"),
+    ("coco-instances", edit_annotation(segmentation={"size": [10, 12], "counts": "~"}), r"annotations\[1\]: run lengths"),
+    ("coco-instances", edit_annotation(segmentation={"size": 3, "counts": [10]}), r"annotations\[1\]: run lengths"),
+    ("coco-instances", edit_annotation(segmentation={"counts": [10]}), r"annotations\[1\]: run lengths"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["categories"][0].update(id=0)), r"category .*whole number from 1 on"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["categories"][0].update(id=3)), r"category .*of one category"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["categories"][0].update(name="rest")), r"'rest' is called like the background"),
+    ("coco-instances", edit_json("annotations.json", lambda content: content["categories"][0].pop("name") and None), r"None cannot be the name of a class"),
+    ("cityscapes", lambda root: shutil.rmtree(root / "leftImg8bit"), r"leftImg8bit: no PART/CITY/\*_leftImg8bit.png"),
+    ("cityscapes", lambda root: shutil.rmtree(root / "gtFine" / "val"), r"2 labelled training and 0 labelled validation images, 1 validation images without annotation"),
+    ("cityscapes", save("gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png", np.zeros((10, 13), np.uint16)), r"13 x 10 pixels, but its image has 12 x 10"),
+    ("cityscapes", save("gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png", np.zeros((10, 12, 3), np.uint8)), r"expected a map of whole numbers"),
+    ("masks", lambda root: shutil.rmtree(root / "images"), r"images: no images in this folder"),
+    ("masks", save("masks/cat/e.png", np.zeros((10, 12), np.uint8)), r"cat/e.png: expected masks/CLASS/NAME.png, and an image"),
+    ("masks", save("masks/cat/a.tif", np.zeros((10, 12), np.uint8)), r"cat/a.tif: expected masks/CLASS/NAME.png"),
+    ("masks", save("masks/cat/a.png", np.zeros((10, 12, 3), np.uint8)), r"cat/a.png: uint8 of shape \(10, 12, 3\), expected a map"),
+    ("masks", save("masks/cat/a.png", np.zeros((12, 10), np.uint8)), r"cat/a.png: 10 x 12 pixels, but its image has 12 x 10"),
+    ("masks", lambda root: (root / "masks" / "cat" / "a.png").write_bytes(b""), r"cat/a.png: not a readable image"),
+    ("masks", lambda root: shutil.rmtree(root / "masks"), r"not one instance with a pixel"),
+    ("masks", lambda root: (root / "masks" / "cat").rename(root / "masks" / "rest"), r"'rest' is called like the background"),
+]
+
+
+@pytest.mark.parametrize("kind, break_it, words", IMPORT_FAULTS, ids=[f"{kind}-{k}" for k, (kind, *_) in enumerate(IMPORT_FAULTS)])
+def test_faulty_annotations_get_one_clear_line(kind, break_it, words, tmp_path):
+    root = SCENES[kind](tmp_path / "s")
+    flags = {} if kind == "cityscapes" else {"background": "rest"}
+    importer.import_folder(kind, root, tmp_path / "sound", **flags)
+    break_it(root)
+    import_refused(kind, root, words, **flags)
+
+
+def test_nothing_that_exists_is_overwritten_and_nothing_of_the_source_is_changed(tmp_path):
+    root = write_labelme(tmp_path / "s")
+    before = fingerprint(root)
+    importer.import_folder("labelme", root, tmp_path / "out")
+    there = fingerprint(tmp_path / "out")
+    with pytest.raises(UserError, match=r"panoptic_train.json: exists already; choose another folder with --out"):
+        importer.import_folder("labelme", root, tmp_path / "out")
+    mark = json.dumps({"from": "labelme", "input": str(root.resolve()), "background": ""})
+    (tmp_path / "out" / "import.part").write_text(mark)                           # killed between the last JSON and the removal of the mark: it is whole
+    with pytest.raises(UserError, match=r"panoptic_train.json: exists already; choose another folder with --out"):
+        importer.import_folder("labelme", root, tmp_path / "out")
+    (tmp_path / "out" / "import.part").unlink()
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "a.png").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"mine/images: exists already; choose another folder"):
+        importer.import_folder("labelme", root, tmp_path / "mine")
+    for output in (root, root / "sub", tmp_path):
+        with pytest.raises(UserError, match="is inside the other"):
+            importer.import_folder("labelme", root, output)
+    assert (tmp_path / "mine" / "images" / "a.png").read_bytes() == b"precious" and fingerprint(root) == before and fingerprint(tmp_path / "out") == there
+
+
+def test_images_are_hard_links_or_copies_where_there_can_be_none(tmp_path, monkeypatch):
+    root = write_labelme(tmp_path / "s")
+    (root / "a.png").rename(tmp_path / "elsewhere.png")
+    (root / "a.png").symlink_to(tmp_path / "elsewhere.png")
+    importer.import_folder("labelme", root, tmp_path / "linked")
+    for name in "abcd":
+        target = tmp_path / "linked" / "images" / f"{name}.png"
+        assert target.samefile(root / f"{name}.png") and not target.is_symlink()
+    def no_links(*_):
+        raise OSError(18, "another disk")
+    monkeypatch.setattr(os, "link", no_links)
+    importer.import_folder("labelme", root, tmp_path / "copied")
+    for name in "abcd":
+        target = tmp_path / "copied" / "images" / f"{name}.png"
+        assert not target.samefile(root / f"{name}.png") and target.read_bytes() == (root / f"{name}.png").read_bytes()
+
+
+def test_an_interrupted_import_is_no_data_set_and_is_run_again(tmp_path, monkeypatch):
+    root, out = write_labelme(tmp_path / "s"), tmp_path / "out"
+    importer.import_folder("labelme", root, tmp_path / "whole")
+    expected = {path.removeprefix(str(tmp_path / "whole")): content for path, content in fingerprint(tmp_path / "whole").items()}
+    written, write = [], importer.write_atomic
+    for after in range(9):                                                        # the mark, 3 maps, the list, 2 JSON files
+        shutil.rmtree(out, ignore_errors=True)
+        written.clear()
+        def interrupt(path, content):
+            if len(written) == after:
+                raise KeyboardInterrupt
+            written.append(path)
+            write(path, content)
+        monkeypatch.setattr(importer, "write_atomic", interrupt)
+        try:
+            importer.import_folder("labelme", root, out)
+            break
+        except KeyboardInterrupt:
+            assert not (out / "panoptic_train.json").exists()
+        monkeypatch.setattr(importer, "write_atomic", write)
+        if after > 1:                                                             # after the mark alone there is nothing to mix up
+            with pytest.raises(UserError, match="exists already; an interrupted import of another source or kind began it"):
+                importer.import_folder("masks", write_masks(tmp_path / f"m{after}"), out)
+        importer.import_folder("labelme", root, out)
+        assert {path.removeprefix(str(out)): content for path, content in fingerprint(out).items()} == expected
+    assert after == 7
+
+
+def test_an_imported_set_is_validated_and_trained_on(tmp_path, capsys):
+    root = write_labelme(tmp_path / "source", ("a", "b", "c"), ("d", "e"), [
+        {"label": "cat", "points": [[8, 8], [30, 8], [30, 30], [8, 30]]}, {"label": "dog", "points": [[44, 44], [60, 44]], "shape_type": "circle"}], (64, 64))
+    out = tmp_path / "set"
+    assert dearli.main(["--stage", "import", "--from", "labelme", "--input", str(root), "--output", str(out), "--background", "lawn", "--val-share", "0.3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{out}: 2 labelled, 2 unlabelled and 1 validation images; left out: nothing", "segments: cat 3, dog 3, lawn 3",
+                     f"next: python dearli.py --stage validate --dataset custom --data-root {out}"]
+    assert "no problem found" in validated(out, code=0, capsys=capsys)[0]
+    own = ["--dataset", "custom", "--data-root", str(out), "--runs", str(tmp_path / "runs"), "--workers", "0"]
+    flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--device", "cpu", "--report-images", "0"]
+    assert dearli.main(["--stage", "sup", "--split", "all", "--steps", "2", *own, *flags]) == 0
+    assert dearli.main(["--stage", "ssl", "--method", "ssl", "--split", "all", "--steps", "1", *own, *flags, "--burn-in", "0"]) == 0
+    (row,) = log_of(tmp_path / "runs" / "set-ssl-all")
+    assert len(log_of(tmp_path / "runs" / "set-sup-all")) == 2 and np.isfinite(row["loss"])
+    assert "student/decoder" in json.loads((tmp_path / "runs" / "set-sup-all" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--stage", "import", "--from", "labelme"], "--stage import needs --input DIR"),
+    (["--stage", "import", "--from", "voc", "--input", "x", "--out", "y"], "unknown kind of annotations (--from) 'voc'; available: labelme, coco-instances, cityscapes, masks"),
+    (["--stage", "import", "--from", "masks", "--input", "/no/such/folder", "--out", "y"], "/no/such/folder: no such folder of annotated images"),
+    (["--stage", "import", "--from", "masks", "--input", ".", "--out", "/tmp/y", "--val-share", "1.5"], "--val-share 1.5: expected a share"),
+    (["--stage", "sup", "--from", "labelme"], "--from: only --stage import knows it"),
+    (["--stage", "sup", "--background", "lawn"], "--background: only --stage import knows it"),
+    (["--stage", "predict", "--val-share", "0.3", "--weights", "x"], "--val-share: only --stage import knows it"),
+])
+def test_mistakes_in_an_import_command_get_one_clear_line(args, words, capsys):
+    assert dearli.main(args) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and message.startswith("error: ")
+
+
 # ---------------------------------------------------------------------------------------------- microcosm and its models
 
 def test_scenes_are_partitions_that_never_change_and_collections_differ():
@@ -3488,9 +3958,9 @@ def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_p
 
 def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):
     root = write_coco_folder(tmp_path / "set")
-    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs", "--steps", 2, "--points-per-side", 4]
+    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs", "--points-per-side", 4]
     flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--split", "1_3", "--device", "cpu", "--workers", "0"]
-    for args in (["masks"], ["dewa"], ["sup"], ["ssl", "--method", "ssl"], ["ssl", "--method", "dearli"]):
+    for args in (["masks"], *([*stage, "--steps", 2] for stage in (["dewa"], ["sup"], ["ssl", "--method", "ssl"], ["ssl", "--method", "dearli"]))):
         assert dearli.main([str(a) for a in ["--stage", *args, *own]] + flags) == 0
     metrics = json.loads((tmp_path / "runs" / "set-ssl-1_3" / "metrics.json").read_text())
     assert 0 <= metrics["student/decoder"]["all"]["pq"] <= 1
@@ -3634,6 +4104,23 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
         args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
         if args.stage not in ("eval", "predict", "export", "report"):                   # these read the run that they are about
             dearli.resolve(args)
+
+
+def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent / "docs" / "own-data.md").read_text()
+    (snippet,), (block,) = (re.findall(f"```{language}\n(.*?)```", text, re.S) for language in ("python", "sh"))
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    listed = commands(block)
+    assert [args[1] for args in listed] == ["import", "validate", "sup", "ssl", "ssl", "predict", "report"]
+    smaller = TINY_FLAGS[:TINY_FLAGS.index("--crop")] + ["--workers", "0", "--device", "cpu", "--report-images", "1"]
+    for args in listed:
+        assert dearli.main([*args, *smaller]) == 0, args
+    out = capsys.readouterr().out
+    assert "6 labelled, 4 unlabelled and 2 validation images; left out: nothing" in out and "segments: bar 8, disc 8, ground 8" in out and "no problem found" in out
+    assert len(list((tmp_path / "predictions" / "overlay").iterdir())) == 12 and (tmp_path / "runs" / "shapes-ssl-all" / "report.html").is_file()
+    assert json.loads((tmp_path / "runs" / "shapes-ssl-2" / "config.json").read_text())["split"] == "2"
+    assert all(row["unlabeled/mask"] >= 0 for row in log_of(tmp_path / "runs" / "shapes-ssl-all"))        # the teacher has had its say
 
 
 if __name__ == "__main__":
