@@ -18,6 +18,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ import data
 import datasets
 import dewa
 import foundation
+import trainer
 from clip_ensemble import ClipBackbone, Vocabulary
 from config import OFFICIAL, Config
 from data import DataSet, Labeled, LabeledBatches, PanopticFolder, SemiSupervisedBatches, Taxonomy, Unlabeled
@@ -384,6 +386,17 @@ class _Reads(torch.utils.data.Dataset):
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
+def steps_of_ranks(folder: Path, processes: int) -> dict:
+    """Seconds a step (median) of a short semi-supervised run on the miniature world, shared by so many processes of one thread each."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, "dearli.py", "--stage", "ssl", "--method", "dear", "--steps", "80", "--burn-in", "20", "--no-eval", "--device", "cpu", "--out", folder / "run"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    times = [row["time"] for row in trainer.read_log(folder / "run" / "log.jsonl") if row["step"] >= 30]          # the first ones with pseudo-labels warm up
+    return {"seconds": round(statistics.median(np.diff(times)), 4)}
+
+
 # ------------------------------------------------------------------------------------------------------------- the table
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +429,8 @@ WORKS = {
     "views": Work("10 pairs of unlabelled views, 640 crop, from 1.5 megapixels", lambda o, r: our_unlabeled_sample(r), lambda o, r: decoding(r, False),
                   "decoding the JPEG", 5, "2.5"),
     "sam": Work("SAM's masks of one image of 480 x 640, ViT-B, 4 x 4 points", lambda o, r: our_sam(r), lambda o, r: their_sam(), "segment_anything", 2, "1"),
+    "ranks": Work("one semi-supervised step of the miniature world, by two processes of one thread", lambda o, r: steps_of_ranks(r, 2), lambda o, r: steps_of_ranks(r, 1),
+                  "one process"),
     "index": Work("a panoptic JSON of COCO's size", lambda o, r: index(r), goal="20 s, 300 MB a worker"),
 }
 ONE = dict(images=1, side=256)                                     # the step whose cost grows: 1 labelled + 1 unlabelled image
@@ -492,7 +507,7 @@ def alone(name: str, side: str, official: Path | None, threads: int) -> dict:
 def row(name: str, ours: dict, peer: dict | None) -> str:
     work, shown = WORKS[name], lambda r: r.get("skipped") or r.get("failed") or " ".join(f"{r[k]:,} {unit}" for k, unit in (("seconds", "s"), ("peak GB", "GB")) if k in r)
     both = peer is not None and "seconds" in ours and "seconds" in peer
-    ratio = f"{ours['seconds'] / peer['seconds']:.2f}, memory {ours['peak GB'] / peer['peak GB']:.2f}" if both else ""
+    ratio = f"{ours['seconds'] / peer['seconds']:.2f}" + (f", memory {ours['peak GB'] / peer['peak GB']:.2f}" if "peak GB" in ours else "") if both else ""
     more = "; ".join(f"{k} {v:,}" for k, v in ours.items() if k.startswith("MB"))
     limit = f"{ours['limit']:,} s ({ours['GFLOP']:,} GFLOP)" if "limit" in ours else ""
     return f"| {work.title} | {shown(ours)}{'; ' + more if more else ''} | {work.peer_name + ': ' + shown(peer) if peer else ''} | {ratio} | {limit} | {work.goal} |"
