@@ -2,6 +2,7 @@
 
 It stands in for `trainer.Run`: the same models, the same batches, the same steps. Parts of a run that differ in cost (a burn-in has no unlabelled
 images) are tried apart. Steps are those of untrained weights, and the first of each part, which warms up, is not counted.
+Try: `python dearli.py --stage ssl --method dear --dry-run`.
 """
 
 import statistics
@@ -11,8 +12,9 @@ from typing import Callable
 
 import torch
 
-from config import Config
+from config import Config, UserError
 from data import Batches, DataSet
+from optim import NotFinite
 from trainer import memory_gb, to_device
 
 TRIED = 3                              # steps that are timed, of every part
@@ -30,8 +32,8 @@ class Rehearsal:
 
     def train(self, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, batches: Batches, step_fn: Callable, device: torch.device, title: str) -> None:
         """As `Run.train`, but for a few steps of each part. Prints the time that all would take, the memory, and the size of a checkpoint."""
-        weights = {name: sum(p.numel() for p in model.trained().values()) for name, model in models.items()}
-        say("model", ", ".join(f"{name}: {count:,} trained weights" for name, count in weights.items()))
+        sizes = {name: sum(p.numel() for p in model.trained().values()) for name, model in models.items()}
+        say("model", ", ".join(f"{name}: {count:,} trained parameters" for name, count in sizes.items()))
         parts = [*batches.parts, len(batches)]
         for first, end in zip(parts, parts[1:]):
             loading, stepping = [], []
@@ -40,7 +42,10 @@ class Rehearsal:
                 batch = batches[step]
                 loading.append(time.perf_counter() - clock)
                 clock = time.perf_counter()
-                step_fn(to_device(batch, device), step)            # returns numbers: a GPU has finished
+                try:
+                    step_fn(to_device(batch, device), step)        # returns numbers: a GPU has finished
+                except NotFinite as error:
+                    raise UserError(f"step {step}: {error}; a run would skip it, and stop after five in a row: lower --lr") from None
                 stepping.append(time.perf_counter() - clock)
             load, take = (statistics.median(times[1:] or times) for times in (loading, stepping))
             each = max(take, load / self.cfg.workers) if self.cfg.workers else take + load
@@ -49,7 +54,7 @@ class Rehearsal:
             say("steps", f"{end - first:,} of {take:.2g} s{behind}{', and is what the run waits for: raise --workers' if self.cfg.workers and each > take else ''}")
         say("time", f"{duration(self.seconds)} of training")
         say_memory(device)
-        values = sum(weights.values()) + 2 * weights["student"]                                    # of AdamW: two averages
+        values = sum(sizes.values()) + 2 * sizes["student"]                                    # of AdamW: two averages
         say("disk", f"{4e-6 * values:,.0f} MB a checkpoint, of which the newest two are kept")
 
 
