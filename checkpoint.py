@@ -3,6 +3,7 @@
 A checkpoint is step_STEP.pt, a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one file, so that content and
 sum cannot part. The two newest are kept. Who writes into a folder holds its file `lock`, which names process and host; the lock itself is
 the kernel's, so it ends with the process however that ends, and a process number that is used again means nothing.
+Try: `python test_dearli.py --soak 3` kills a run three times, in the middle of a write if it can, and compares what it ends with.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ Differs from the paper, as the official code does: mask logits are resized to th
 thresholded (the paper thresholds first), and a class may have several names, of which the best counts.
 Axes: B images, Q queries, K classes, T names, D joint image-text space, C channels of the last stage.
 Sources: FC-CLIP (arXiv:2308.02487), ODISE (arXiv:2303.04803); prompts from ViLD (arXiv:2104.13921).
+Try: `python dearli.py --stage ssl --method ssl --steps 350 --burn-in 150 --out runs/try-pens` makes the pseudo-labels without CLIP.
 """
 
 import math

@@ -5,6 +5,7 @@ where a run was resumed.
 Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to 2.0), and labelled
 images also get the SSD colour augmentation (official code only).
 Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
+Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`: training images of one size only.
 """
 
 import contextlib

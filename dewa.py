@@ -4,6 +4,7 @@ SAM is asked everywhere, knows no class and overlaps itself; only L_loc of Eq. (
 and in the matching). Which of the masks are segments of the taxonomy is left to the semi-supervised stage.
 Differs from the paper: nothing.    Source: Segment Anything (arXiv:2304.02643); run lengths as in the COCO mask API.
 Axes: N masks, H W pixels, B images.
+Try, after the demo: `python dearli.py --stage sup --steps 100 --init runs/mini-dewa --out runs/try-dewa`, against the same without --init.
 """
 
 import json

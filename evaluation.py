@@ -2,6 +2,7 @@
 
 The paper reads DEAR and DEARLi from the student with the ensemble, plain SSL from the student's decoder alone (Table 1).
 Panoptic quality is measured at the size of the original image.
+Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --alpha 0 --out runs/try-alpha`: masks of the decoder, classes of CLIP alone.
 """
 
 import numpy as np

@@ -6,6 +6,7 @@ product of its embedding and the mask features; they are formed here, of all que
 ones alone: no other query has a mask loss.
 Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, N segments, P points, M matched pairs.
 Sources: Mask2Former (arXiv:2112.01527), PointRend (arXiv:1912.08193).
+Try: `python dearli.py --stage sup --steps 250 --dice-weight 0 --out runs/try-dice` does without the dice term, in the loss and in the matching.
 """
 
 import itertools

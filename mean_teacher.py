@@ -4,6 +4,7 @@ Implements Eq. (1), labelled plus unlabelled loss, and Eq. (2), the teacher as m
 class posteriors are ensembled with CLIP's (Eq. 6) before hard panoptic pseudo-labels are read off.
 Differs from the paper: nothing. The burn-in (supervised steps before the first pseudo-label) is 0 officially.
 Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B images, N segments, S pixels of a side.
+Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out runs/try-burn-in`: a teacher that begins without having learned anything.
 """
 
 import torch

@@ -10,6 +10,7 @@ Two properties are there on purpose, because the method lives on them:
   (what the paper calls granularity mismatch, section 3.3).
 
 Axes: S image side in pixels, N segments.
+Try: `python -c "import microcosm; from PIL import Image; Image.fromarray(microcosm.scene('val', 0).image).resize((512, 512)).save('scene.png')"`
 """
 
 from dataclasses import dataclass

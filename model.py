@@ -6,6 +6,7 @@ every layer. M2F-Lang (section 3.2) classifies a query by its cosine with the te
 Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint image-text space, S pixels.
 Sources: Mask2Former (arXiv:2112.01527), Deformable DETR (arXiv:2010.04159), FC-CLIP (arXiv:2308.02487).
 Parameters are laid out as in the official code, so its files load by renaming (`official.py`).
+Try: `python dearli.py --stage sup --steps 250 --decoder-layers 0 --out runs/try-decoder`: queries that never look at the image.
 """
 
 import copy

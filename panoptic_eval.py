@@ -18,6 +18,7 @@ the COCO panoptic API, written afresh; several surprise:
 Differs from the API: results are never inf, NaN or a division by zero, and what it refuses by KeyError is a ValueError here.
 
 Axes: H W image, P predicted segments, T true segments, C classes (contiguous), M pairs of segments that overlap.
+Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --object-mask-threshold 0.9 --out runs/try-sure`: what is not sure is missed.
 """
 
 import numpy as np

@@ -3,6 +3,7 @@
 A rank is a process with a device of its own. Losses are normalised by counts of the whole batch, so the ranks' losses and gradients add
 up to those of one process with that batch; no figure of the method depends on the number of ranks.
 Source: PyTorch's distributed package (gloo on CPUs, NCCL on GPUs). With a single process nothing here does anything.
+Try: `torchrun --nproc_per_node=2 dearli.py --stage sup --steps 20 --no-eval --out runs/try-ranks`: the log.jsonl of one process, up to rounding.
 """
 
 import os

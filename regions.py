@@ -4,6 +4,7 @@ An image is cut at many grey levels; what hangs together above (or below) a leve
 one level to the next has a real border. Regions nest, as SAM's parts and wholes do, and no label is looked at. `--sam regions` makes
 the masks of `--stage masks` this way; the rest of the method does not know.
 Source: maximally stable extremal regions, Matas et al., BMVC 2002, without the component tree.    Axes: H W pixels, N regions.
+Try: `python dearli.py --stage masks --sam regions --out runs/try-regions`: masks of all training images without any network, for --stage dewa --masks.
 """
 
 import numpy as np

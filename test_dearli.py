@@ -6,6 +6,7 @@ Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared
 """
 
 import base64
+import ast
 import colorsys
 import contextlib
 import dataclasses
@@ -3278,7 +3279,7 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     parts = [int(n) * (float(a) + float(b)) for n, a, b in re.findall(r"^steps +(\d+) of ([\d.e-]+) s; making a batch takes ([\d.e-]+) s more", out, re.M)]
     said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
     assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
-    count = re.search(r"student: ([\d,]+) trained weights, teacher", out)[1]
+    count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
     student = dearli.build(dearli.Job(), dearli.resolve(dearli.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
     assert sorted(tmp_path.rglob("*")) == before
@@ -4090,7 +4091,10 @@ def commands(text):
 
 def test_every_command_of_the_documents_is_one_that_the_program_knows():
     here = Path(__file__).parent
-    listed = commands((here / "README.md").read_text())
+    listed = [command for page in ("README.md", "docs/course.md", "docs/own-data.md") for command in commands((here / page).read_text())]
+    tried = [code for path in here.glob("*.py") for code in re.findall(r"^Try\b[^`]*`([^`]*)`", ast.get_docstring(ast.parse(path.read_text())) or "", re.M)]
+    assert len(tried) > 12
+    listed += [shlex.split(code.split("dearli.py", 1)[1]) for code in tried if "dearli.py" in code and "test_dearli.py" not in code]
     prefix, outs = [], {}
     for line in (here / "TABLES.md").read_text().splitlines():
         if line.startswith("## "):
@@ -4102,7 +4106,7 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
     assert len(listed) > 50 and len(outs) > 20
     for arguments in listed:
         args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
-        if args.stage not in ("eval", "predict", "export", "report"):                   # these read the run that they are about
+        if args.stage not in ("eval", "predict", "export", "report", "import"):                   # these read the run that they are about
             dearli.resolve(args)
 
 
@@ -4121,6 +4125,17 @@ def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch,
     assert len(list((tmp_path / "predictions" / "overlay").iterdir())) == 12 and (tmp_path / "runs" / "shapes-ssl-all" / "report.html").is_file()
     assert json.loads((tmp_path / "runs" / "shapes-ssl-2" / "config.json").read_text())["split"] == "2"
     assert all(row["unlabeled/mask"] >= 0 for row in log_of(tmp_path / "runs" / "shapes-ssl-all"))        # the teacher has had its say
+
+
+def test_files_import_from_those_below_them_in_the_picture_of_the_readme():
+    here = Path(__file__).parent
+    picture = (here / "README.md").read_text().split("```text\n")[1].split("```")[0]
+    order = [name for line in picture.splitlines() for name in re.split(r"\s{3,}(?=\S+ \S+ )|\s{7,}", line)[0].split()]
+    assert sorted(order) == sorted(path.stem for path in here.glob("*.py") if path.name != "test_dearli.py")
+    for place, name in enumerate(order):
+        for node in ast.walk(ast.parse((here / f"{name}.py").read_text())):
+            for used in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []:
+                assert used not in order[:place + 1], f"{name} imports {used}"
 
 
 if __name__ == "__main__":

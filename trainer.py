@@ -6,6 +6,7 @@ runs/NAME/ holds config.json, log.jsonl (a line a step), step_*.pt and, after ev
 A line of the log: `step`, `lr`, `time` (seconds of training up to here, all sessions together; a step that is taken again after a kill
 counts once), and what the step says of itself (losses, grad_norm); or `skipped`, the reason, and `images`, the files of the batch.
 A line is written before the checkpoint that knows of it, so a log has no hole; later lines are dropped on --resume.
+Try: `python dearli.py --stage sup --steps 100 --no-eval --out runs/try-stop`, Ctrl-C at any time, and the same again with --resume.
 """
 
 import contextlib
