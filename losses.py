@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ranks
-from matcher import CostWeights, Target, match, matching_cost, point_sample
+from matcher import CostWeights, Target, in_parts, match, matching_cost, point_sample
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,12 @@ def uncertain_points(mask_logits: Tensor, cfg: LossConfig, generator: torch.Gene
         uniform = torch.rand(m, cfg.num_points - num_uncertain, 2, generator=generator, device=device)
     if m == 0:
         return candidates[:, :cfg.num_points]
-    certainty = point_sample(mask_logits, candidates).abs()
-    nearest = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices      # closest to the decision
-    chosen = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
-    return torch.cat([chosen, uniform], 1)
+    chosen = []
+    for logits, drawn in in_parts(2 * candidates.shape[1], mask_logits, candidates):
+        certainty = point_sample(logits, drawn).abs()
+        nearest = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices  # closest to the decision
+        chosen.append(drawn.gather(1, nearest[..., None].expand(-1, -1, 2)))
+    return torch.cat([torch.cat(chosen), uniform], 1)
 
 
 @torch.no_grad()

@@ -18,6 +18,12 @@ from torch import Tensor
 PART = 2 ** 18                         # values that work on a CPU takes at once: 1 MB, what a core's cache holds
 
 
+def in_parts(values: int, *tensors: Tensor):
+    """Tensors of N rows, split alike: on a CPU a few rows at a time, so that work on `values` numbers a row stays in the cache, else all at once."""
+    rows = max(1, PART // values if tensors[0].device.type == "cpu" else len(tensors[0]))
+    return zip(*(t.split(rows) for t in tensors))
+
+
 @dataclass
 class Target:
     """What one image should be segmented into. Exactly one of `segment_map` and `masks` is given.
@@ -50,6 +56,9 @@ class Target:
         Args: points (M, P, 2) xy in [0, 1];  segments (M,) int64 in [0, N).   Returns: (M, P) float32 in [0, 1].
         Equal to `point_sample` of the binary masks: each point mixes four neighbours, of which those outside count 0.
         """
+        return torch.cat([self._sample(p, s) for p, s in in_parts(4 * points.shape[1], points, segments)])
+
+    def _sample(self, points: Tensor, segments: Tensor) -> Tensor:
         source = self.segment_map if self.masks is None else self.masks
         height, width = source.shape[-2:]
         index, weight = _neighbours(points, height, width)                         # (M, P, 4) each

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, zero_shot_logits
 from config import Config
-from matcher import PART
+from matcher import in_parts
 
 
 CPU_CHUNK, GPU_CHUNK = 2 ** 21, 2 ** 27          # values of full-size masks at once, at inference: the cache, a small part of the memory
@@ -195,9 +195,7 @@ class WeightedSamples(torch.autograd.Function):
 
 
 def _in_parts(value: Tensor, grid: Tensor, *others: Tensor):
-    samples = value.shape[1] * grid.shape[1] * grid.shape[2]                       # of one of N
-    at_once = max(1, (PART if value.device.type == "cpu" else len(value) * samples) // samples)
-    return zip(*(t.split(at_once) for t in (value, grid, *others)))
+    return in_parts(value.shape[1] * grid.shape[1] * grid.shape[2], value, grid, *others)              # samples of one of N
 
 
 def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:

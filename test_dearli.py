@@ -527,7 +527,7 @@ def test_attention_equals_torch_multihead_attention_with_a_mask():
 
 
 def test_weighted_samples_and_their_gradients_are_those_of_the_plain_formula(monkeypatch):
-    monkeypatch.setattr(m2f, "PART", 6 * 4 * 9 * 2)                                          # two of N at once, and one left over
+    monkeypatch.setattr(matcher, "PART", 6 * 4 * 9 * 2)                                          # two of N at once, and one left over
     g = torch.Generator().manual_seed(0)
     value, grid, weights = torch.randn(5, 6, 3, 4, generator=g), torch.rand(5, 4, 9, 2, generator=g) * 2.4 - 1.2, torch.rand(5, 1, 4, 9, generator=g)
     given = [t.requires_grad_() for t in (value, grid, weights)]
