@@ -68,7 +68,7 @@ FLAGS = (
     _flag("dataset", ALL, ", ".join(DATASETS), default="mini"),
     _flag("data-root", ALL, "folder of the data set (custom: COCO panoptic format)", default=""),
     _flag("variant", ALL, "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
-    _flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; validate: all)"),
+    _flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; custom: all)"),
     _flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
     _flag("eval-on", ALL, "mini: val to report, dev to tune", default="val"),
     _flag("preset", ALL, f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),

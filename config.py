@@ -155,3 +155,28 @@ CUSTOM = replace(
     burn_in=1000, burn_in_warm=300, workers=1)
 
 PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL, "ade20k": OFFICIAL, "coco": COCO, "coco-objects": COCO}
+
+AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",
+                "labeled_batch", "unlabeled_batch", "dewa_batch", "crop", "test_size", "test_max", "eval_batch", "points_per_side", "points_per_batch", "checkpoint_every", "log_every"),
+            0: ("backbone_lr_multiplier", "decoder_layers", "class_weight", "mask_weight", "dice_weight", "no_object_weight", "lambda_u", "burn_in", "burn_in_warm", "clip_scale",
+                "object_mask_threshold", "overlap_threshold", "lr", "weight_decay", "poly_power", "dewa_crop", "jitter", "jitter_hue", "blur_radius", "workers", "seed")}
+SHARES = ("importance", "ema_decay", "cutmix_prob", "grayscale_prob", "blur_prob")
+
+
+def require_ranges(cfg: Config) -> None:
+    """Raise UserError for a number that no run can use, before the stage finds out in its own way."""
+    def wrong(name, expected):
+        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {expected}")
+    for least, names in AT_LEAST.items():
+        for name in names:
+            if not least <= getattr(cfg, name) < float("inf"):
+                wrong(name, f"a number of at least {least}")
+    for name in SHARES:
+        if not 0 <= getattr(cfg, name) <= 1:
+            wrong(name, "a share, 0 to 1")
+    if cfg.hidden % 32 or cfg.hidden % cfg.heads:
+        wrong("hidden", f"a multiple of 32 (groups of the normalisation) and of --heads {cfg.heads}")
+    if not cfg.clip_norm > 0:
+        wrong("clip_norm", "a number above 0")
+    if not 0.1 <= cfg.scale_min <= cfg.scale_max < float("inf"):
+        wrong("scale_min", f"at least 0.1, and no more than --scale-max {cfg.scale_max}")

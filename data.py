@@ -474,7 +474,7 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
     Args:
         root: holds panoptic_train.json and panoptic_val.json (or annotations/panoptic_*.json), the images and the maps.
         split: a number of labelled images, a name below root/splits (with labeled.txt, and unlabeled.txt if not all the
-            rest), or a file that lists image names, one a line; empty: all images with annotation.
+            rest), or a file that lists image names, one a line; empty, or `all` unless a list is called so: all images with annotation.
         variant: ending of the JSON names, as in panoptic_train_4class.json.
         complain: called with every fault that allows to read on (`PanopticFolder`).
     """
@@ -543,6 +543,8 @@ def read_split(root: Path, split: str, images: PanopticFolder, seed: int, compla
         order = np.random.default_rng(seed).permutation(images.annotated).tolist()
         return sorted(order[:int(split)]), sorted(order[int(split):]) + list(range(images.annotated, len(images)))
     path = root / "splits" / split / "labeled.txt"
+    if split == "all" and not path.exists():
+        return read_split(root, "", images, seed, complain)
     path = path if path.exists() else Path(split)
     if not path.is_file():
         known = sorted(p.parent.name for p in root.glob("splits/*/labeled.txt"))

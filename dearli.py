@@ -22,6 +22,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -46,14 +47,14 @@ import validate
 import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
 from command_line import ALL, DATASETS, FORMATS, METHODS, SOURCES, help_page, parser, require_known
-from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, choose, refuse
+from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, choose, refuse, require_ranges
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
 from predict import Pictures, Predictor
-from trainer import Run, Stopped, differing
+from trainer import MAY_CHANGE, Run, Stopped, differing
 
 SHARED = ("masks", "dewa", "sup", "ssl", "eval")                 # stages that several ranks can work on
 PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard"}
@@ -96,6 +97,7 @@ class Job:
     assets: Path | None = None
     format: str = "official"
     resume: bool = False
+    steps: int | None = None
     evaluate: bool = True
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
@@ -228,6 +230,7 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
     """Decoder warm-up, L_loc on all SAM masks."""
     cfg = dataclasses.replace(cfg, teacher_posterior="decoder")                                # there is no teacher
     images, folder = load_images(job, cfg), job.out or job.folder("dewa", cfg)
+    cfg = as_begun(job, cfg, folder, "dewa_steps")
     beside = job.images and dewa.mask_file(job.images, images.name(0)).exists()                # as in SA-1B
     masks = job.masks or (job.images if beside else job.runs / f"{job.name}-masks")
     if not masks.is_dir():
@@ -245,7 +248,7 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
 def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
-    cfg = settle(cfg, dataset)
+    cfg = as_begun(job, settle(cfg, dataset), folder, "sup_steps")
     require_training_files(dataset, cfg)
     run = begin(job, folder, cfg, identity(job, "sup", dataset.taxonomy), dataset)
     start = read_run(job.init) if job.init else {}
@@ -262,7 +265,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
 def stage_ssl(job: Job, cfg: Config) -> Path:
     """The semi-supervised stage: ssl, dear or dearli."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"{job.method}-{job.split}", cfg)
-    cfg = settle(cfg, dataset)
+    cfg = as_begun(job, settle(cfg, dataset), folder, "ssl_steps")
     if not dataset.unlabeled:
         raise UserError(f"--split {job.split}: all images of {job.name} are labelled, none is left for the semi-supervised stage; choose fewer, or --stage sup")
     require_training_files(dataset, cfg)
@@ -287,6 +290,15 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     return folder
 
 
+def as_begun(job: Job, cfg: Config, folder: Path, steps: str) -> Config:
+    """With --resume and without --steps: the number of steps that the run was begun with. steps: its name in Config."""
+    stored = {}
+    if job.resume and job.steps is None:
+        with contextlib.suppress(UserError):                       # no run there yet, or one whose checkpoint will say what it is
+            stored = html_report.read(folder).config
+    return dataclasses.replace(cfg, **{steps: stored[steps]}) if type(stored.get(steps)) is int else cfg
+
+
 def begin(job: Job, folder: Path, cfg: Config, identity: dict, dataset: DataSet | None = None) -> "Run | rehearsal.Rehearsal":
     """The run in `folder`, or with --dry-run what stands in for it."""
     if job.dry_run:
@@ -304,6 +316,10 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
     dataset, folder = load_data(job, cfg), results_folder(job)
     cfg = settle(cfg, dataset)
+    stored = job.state.get("config", {})
+    others = [f"{name} {stored[name]} there, {value} now" for name, value in vars(cfg).items() if stored.get(name, value) != value and name not in MAY_CHANGE]
+    if others and folder == job.weights:
+        raise UserError(f"{folder}: its results are of other numbers ({', '.join(others)}) and would be replaced; name a folder for the new ones with --out")
     checkpoint.require_writable(folder)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
     finish(dataclasses.replace(job, evaluate=True), cfg, dataset, load_models(job, cfg, dataset.taxonomy), folder)
@@ -538,6 +554,8 @@ ALPHAS = tuple(Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha
 
 
 def require_language(cfg: Config) -> None:
+    if cfg.ssl_steps <= cfg.dewa_steps:
+        raise UserError(f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them (--dewa-steps); expected more")
     if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
         raise UserError("the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl")
 
@@ -545,7 +563,7 @@ def require_language(cfg: Config) -> None:
 def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
     """Train one rung unless its metrics are there already; returns them. Every rung takes sup_steps optimiser steps in all."""
     folder = job.folder(f"{rung.run}-{job.split}", cfg)
-    kind, job, wanted = rung.kind, dataclasses.replace(job, resume=True, out=None), rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
+    kind, job, wanted = rung.kind, dataclasses.replace(job, resume=True, steps=cfg.ssl_steps, out=None), rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
     if (folder / "metrics.json").exists():
         dataset = load_data(job, cfg)
         stored, expected = json.loads((folder / "config.json").read_text()), {**identity(job, kind, dataset.taxonomy), **dataclasses.asdict(settle(wanted, dataset))}
@@ -573,16 +591,35 @@ def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
           tqdm(total=sum(cfg.ssl_steps for cfg, _ in tasks), desc=f"{len(tasks)} runs, {jobs} at a time", unit="step", dynamic_ncols=True) as bar):
         # the longest first: DEARLi has masks and warm-up to make, a supervised step is the shortest
         longest = sorted(range(len(tasks)), key=lambda k: ("dearli", "dear", "ssl", "sup").index(tasks[k][1].kind))
-        futures = {k: pool.submit(run_rung, job, *tasks[k]) for k in longest}
-        while wait(futures.values(), timeout=1, return_when=FIRST_EXCEPTION).not_done and not any(f.done() and f.exception() for f in futures.values()):
-            bar.n = taken()
-            bar.refresh()
+        futures = {k: pool.submit(_rung, job, *tasks[k]) for k in longest}
+        try:
+            while wait(futures.values(), timeout=1, return_when=FIRST_EXCEPTION).not_done and not any(f.done() and f.exception() for f in futures.values()):
+                bar.n = taken()
+                bar.refresh()
+        except KeyboardInterrupt:      # the processes have got it, too: each saves its run
+            pool.shutdown(cancel_futures=True)
+            raise
         for future in futures.values():
             if future.done() and future.exception():
                 pool.shutdown(cancel_futures=True)
                 raise future.exception()
         bar.n = taken()
     return [futures[k].result() for k in range(len(tasks))]
+
+
+def _rung(job: Job, cfg: Config, rung: Rung) -> dict:
+    """`run_rung` in a process of `run_rungs`, which after Ctrl-C takes no other: the pool has handed out one more than it can cancel."""
+    global _stopped
+    if _stopped:
+        raise Stopped(signal.SIGINT, "not begun, stopped")
+    try:
+        return run_rung(job, cfg, rung)
+    except (Stopped, KeyboardInterrupt):
+        _stopped = True
+        raise
+
+
+_stopped = False
 
 
 def _in_silence(threads: int) -> None:
@@ -786,7 +823,8 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{args.device}': {str(error).splitlines()[0]}") from None
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
-    return Job(**{**keep, "split": split or ("" if args.stage == "validate" and args.dataset != "mini" else "16"), "variant": variant, "data_root": data_root, "state": state, "device": device,
+    keep["steps"] = next((given[name] for name in ("ssl_steps", "sup_steps", "dewa_steps") if name in given), None)
+    return Job(**{**keep, "split": split or ("" if args.stage == "validate" and args.dataset != "mini" else "all" if args.dataset == "custom" else "16"), "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
 
 
@@ -800,6 +838,7 @@ def require_sense(args: argparse.Namespace, given: dict, cfg: Config) -> None:
         sound = False
     if not sound:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+    require_ranges(cfg)
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
     if args.stage == "import":

@@ -391,7 +391,7 @@ def configuration(run: Stored) -> str:
     rows = lambda keys: "".join(f'<tr><th scope="row"><code>{esc(k)}</code></th><td class="text">{esc(run.config[k])}</td>'
                                 + (f'<td class="text dim">{esc(getattr(PRESETS[preset], k))}</td>' if k in fields else "<td></td>") + "</tr>" for k in keys)
     head = f"<thead><tr><th>Number</th><th>This run</th><th>Preset {preset}</th></tr></thead>"
-    first = [k for k in run.config if (k in changed if k in fields else run.config[k] not in ("", None))]
+    first = [k for k in run.config if k != "taxonomy" and (k in changed if k in fields else run.config[k] not in ("", None))]
     same, made = [k for k in fields if k in run.config and k not in changed], commands(run)
     return section("configuration", "Configuration", f'<div class="wide"><table class="plain">{head}<tbody>{rows(first)}</tbody></table></div>',
                    f'<details><summary>{len(same)} numbers as in the preset</summary><div class="wide"><table class="plain">{head}'
@@ -449,7 +449,7 @@ th,td{padding:.34rem .7rem;text-align:right;border-bottom:1px solid var(--line);
 th:first-child,.text,.plain th,#confusions th:nth-child(2){text-align:left}tbody th:first-child{padding-left:0}
 thead th{color:var(--dim);font-size:.82rem;vertical-align:bottom;padding-top:0}thead th:first-child{padding-left:0}
 tr:has(.mark){font-weight:600}tr:has(.mark) th{font-weight:600}tbody tr:hover{background:color-mix(in srgb,var(--line) 35%,transparent)}
-.text,.plain td,.plain th{white-space:normal;overflow-wrap:anywhere}
+.text,.plain td{white-space:normal;overflow-wrap:anywhere}
 th button{all:unset;cursor:pointer;color:inherit}th button:hover{color:var(--ink)}
 th button:focus-visible,a:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 th[aria-sort] button{color:var(--ink)}th[aria-sort=descending] button:after{content:" ↓"}th[aria-sort=ascending] button:after{content:" ↑"}

@@ -174,8 +174,9 @@ class Pictures:
             print(f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}")
         print("".join(f"warning: {fault}\n" for fault in faults), end="")
         if faults:
-            raise UserError(f"{self.source}: {len(faults)} of {len(self.names) + len(self.faults)} pictures could not be read (see above); "
-                            f"the others are in {self.output}")
+            every = len(self.names) + len(self.faults)
+            raise UserError(f"{self.source}: {len(faults)} of {every} pictures could not be read (see above)"
+                            + (f"; the others are in {self.output}" if len(faults) < every else ""))
         return len(todo)
 
     def _write(self, name: str, result: Prediction) -> dict:

@@ -51,7 +51,7 @@ class Rehearsal:
             each = max(take, load / self.cfg.workers) if self.cfg.workers else take + load
             self.seconds += (end - first) * each
             behind = f"; making a batch takes {load:.2g} s" + (f" in one of {self.cfg.workers} loader processes" if self.cfg.workers else " more")
-            say("steps", f"{end - first:,} of {take:.2g} s{behind}{', and is what the run waits for: raise --workers' if self.cfg.workers and each > take else ''}")
+            say("steps", f"{first + 1} to {end}: {take:.2g} s each{behind}{', and is what the run waits for: raise --workers' if self.cfg.workers and each > take else ''}")
         say("time", f"{duration(self.seconds)} of training")
         say_memory(device)
         values = sum(sizes.values()) + 2 * sizes["student"]                                    # of AdamW: two averages

@@ -3269,14 +3269,14 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     assert run("--stage", "masks", "--dry-run", *masks, *runs) == 0 and "12 images of" in capsys.readouterr().out
-    assert run("--stage", "dewa", "--dry-run", "--masks", tmp_path / "masks", "--steps", 5, *runs) == 0 and "5 of" in capsys.readouterr().out
+    assert run("--stage", "dewa", "--dry-run", "--masks", tmp_path / "masks", "--steps", 5, *runs) == 0 and "1 to 5: " in capsys.readouterr().out
     assert run("--stage", "sup", "--dry-run", "--steps", 7, *runs) == 0
     out = capsys.readouterr().out
-    assert "4 labelled and 8 unlabelled images, 4 for validation" in out and "7 of" in out and "4 images of" in out
+    assert "4 labelled and 8 unlabelled images, 4 for validation" in out and "1 to 7: " in out and "4 images of" in out
     assert run("--stage", "ssl", "--method", "dear", "--dry-run", "--steps", 900, "--lr", 1e-3, *runs) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^steps +2 of", out, re.M) and re.search(r"^steps +898 of", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
-    parts = [int(n) * (float(a) + float(b)) for n, a, b in re.findall(r"^steps +(\d+) of ([\d.e-]+) s; making a batch takes ([\d.e-]+) s more", out, re.M)]
+    assert re.search(r"^steps +1 to 2: ", out, re.M) and re.search(r"^steps +3 to 900: ", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
+    parts = [(int(n) - int(m) + 1) * (float(a) + float(b)) for m, n, a, b in re.findall(r"^steps +(\d+) to (\d+): ([\d.e-]+) s each; making a batch takes ([\d.e-]+) s more", out, re.M)]
     said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
     assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
@@ -3306,6 +3306,43 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
     max((tmp_path / "watched").glob("step_*.pt")).unlink()         # back to step 4, and on: what was seen later is seen again
     assert run(*ssl, "--steps", 6, "--out", tmp_path / "watched", "--watch", 3, "--resume") == 0
     assert (tmp_path / "watched" / "pq.jsonl").read_text() == first
+
+
+def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_replaced_by_others(small_world, tmp_path, capsys):
+    stop = trainer.Run._steps
+    def stopped_after_two(self, start, seconds, models, optimizer, batches, *rest):
+        batches.steps, length = 2, batches.steps
+        stop(self, start, seconds, models, optimizer, batches, *rest)
+        batches.steps = length
+    out = ["--out", tmp_path / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Run, "_steps", stopped_after_two)
+        assert run("--stage", "sup", "--steps", 5, "--no-eval", *out) == 0
+    assert run("--stage", "sup", "--resume", *out) == 0            # not the 500 of the preset
+    assert [row["step"] for row in trainer.read_log(tmp_path / "run" / "log.jsonl")] == [0, 1, 2, 3, 4]
+    metrics = (tmp_path / "run" / "metrics.json").read_text()
+    evaluated = ["--stage", "eval", "--weights", str(tmp_path / "run"), "--object-mask-threshold", "0.5", "--eval-batch", "1", "--device", "cpu", "--report-images", "0"]
+    capsys.readouterr()
+    assert dearli.main(evaluated) == 2 and "object_mask_threshold 0.0 there, 0.5 now" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").read_text() == metrics
+    assert dearli.main([*evaluated, "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "metrics.json").exists()
+
+
+def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
+    code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({['--runs', str(tmp_path), '--steps', '9000', '--jobs', '2', *TINY_FLAGS]}))"
+    # the processes of the pool import nothing of this line: their world is of full size, and drawn in a second or two
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: any(path.stat().st_size > 2000 for path in tmp_path.glob("*/log.jsonl")), 120)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and "Traceback" not in said, said[-2000:]
+    assert not (tmp_path / "mini-sup-4" / "log.jsonl").exists()    # the third of three, two at a time
+    begun = [path for path in tmp_path.glob("*/log.jsonl") if path.read_text()]
+    assert begun and all(checkpoint.steps(path.parent) for path in begun)
 
 
 def test_tensorboard_gets_the_log_and_its_absence_is_said(small_world, tmp_path, capsys, monkeypatch):
@@ -3994,6 +4031,15 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "sup", "--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--stage", "sup", "--help", "--dataset", "coko"], "unknown data set 'coko'"),
     (["--stage", "eval", "--dry-run"], "--dry-run: only --stage masks, dewa, sup and ssl know it, not --stage eval"),
+    (["--steps", "5"], "--steps 5: DEARLi's warm-up alone takes 150 of them"),
+    (["--stage", "sup", "--lr", "-1"], "--lr -1.0: expected a number of at least 0"),
+    (["--stage", "sup", "--num-queries", "0"], "--num-queries 0: expected a number of at least 1"),
+    (["--stage", "sup", "--hidden", "97"], "--hidden 97: expected a multiple of 32"),
+    (["--stage", "sup", "--steps", "0"], "--sup-steps 0: expected a number of at least 1"),
+    (["--stage", "sup", "--workers", "-1"], "--workers -1: expected a number of at least 0"),
+    (["--stage", "ssl", "--cutmix-prob", "1.5"], "--cutmix-prob 1.5: expected a share, 0 to 1"),
+    (["--stage", "ssl", "--ema-decay", "nan"], "--ema-decay nan: expected a share"),
+    (["--stage", "sup", "--scale-min", "3"], "--scale-min 3.0: expected at least 0.1, and no more than --scale-max"),
     (["--stage", "sup", "--log", "wandb"], "unknown log 'wandb'; available: tensorboard"),
     (["--stage", "report", "--palette", "coco"], "unknown palette 'coco'; available: dataset, safe"),
     (["--dataset", "cityscapes"], "unknown data set 'cityscapes'; available: mini, custom, ade20k, coco, coco-objects"),
