@@ -263,7 +263,7 @@ def chart(title: str, unit: str, series: list[tuple[str, list[int], list[float]]
     marks = [t for t in decades if low <= math.log10(t) <= high] if log else ticks(low, high)
     parts = [f'<line class="grid" x1="{left}" x2="{W - right}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
              f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.3g}</text>' for t in marks]
-    parts += [f'<text x="{x(t):.1f}" y="{H - bottom + 16}" text-anchor="middle">{t:g}</text>' for t in ticks(first, last, 4) if t == int(t)]
+    parts += [f'<text x="{x(t):.1f}" y="{H - bottom + 16}" text-anchor="middle">{t:g}</text>' for t in (ticks(first, last, 4) if len(set(steps)) > 1 else [first]) if t == int(t)]
     parts += [f'<text x="{(W + left - right) / 2}" y="{H - 3}" text-anchor="middle" class="unit">step</text>']
     smooth_lines, tips = [], {}
     for k, (name, of, numbers) in enumerate(series):

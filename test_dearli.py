@@ -2469,7 +2469,7 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
     assert "norm of the gradient is" in rows[1]["skipped"] and "loss is not finite: labeled/class nan" in rows[3]["skipped"]
     assert len(rows[1]["images"]) == 2 and len(rows[3]["images"]) == 4 and "step 3: loss is not finite" in said and rows[3]["images"][0] in said
     assert all(math.isfinite(row["loss"]) for row in rows if "skipped" not in row)
-    assert run(*SSL, "--steps", 20, "--lambda-u", "inf", "--out", tmp_path / "stop") == 2
+    assert run(*SSL, "--steps", 20, "--lambda-u", "1e39", "--out", tmp_path / "stop") == 2
     message, rows = capsys.readouterr().err, log_of(tmp_path / "stop")
     assert "stopped after 5 steps in a row that were not finite; last: step 5: loss is" in message and all(name in message for name in rows[-1]["images"])
     assert len(rows) == 6                                                                     # step 0 is burn-in, step 1 is spoilt as before
