@@ -4108,7 +4108,7 @@ def test_a_folder_with_missing_or_wrong_files_says_which(tmp_path):
 def test_weights_of_another_configuration_are_named(small_mini, tmp_path, capsys):
     assert run("--stage", "sup", "--steps", 1, "--no-eval", "--out", tmp_path / "run") == 0
     capsys.readouterr()
-    assert dearli.main(["--stage", "eval", "--weights", str(tmp_path / "run"), "--hidden", "64", "--device", "cpu"]) == 2
+    assert dearli.main(["--stage", "eval", "--weights", str(tmp_path / "run"), "--hidden", "64", "--device", "cpu", "--out", str(tmp_path / "other")]) == 2
     assert "fits another configuration" in capsys.readouterr().err
 
 
