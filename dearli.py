@@ -794,6 +794,8 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     state, stored = None, {}
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     split, variant, data_root = args.split, args.variant, args.data_root
+    if args.stage == "report" and args.weights is None:            # its page goes where it is
+        args.weights = args.out
     if args.stage == "report" and args.weights and args.weights.is_dir():
         state = read_run(args.weights) if checkpoint.steps(args.weights) else {"config": require_config(html_report.read(args.weights).config, args.weights)}
         args.dataset = html_report.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset

@@ -3031,7 +3031,7 @@ def reported(tmp_path_factory):
     assert main("--stage", "masks", "--sam", "regions") == 0
     assert main("--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder) == 0
     written = (folder / "report.html").read_bytes()
-    assert dearli.main(["--stage", "report", "--weights", str(folder), "--runs", str(root.parent), "--device", "cpu"]) == 0      # a run knows its data and its numbers
+    assert dearli.main(["--stage", "report", "--out", str(folder), "--runs", str(root.parent), "--device", "cpu"]) == 0      # a run knows its data and its numbers
     assert (folder / "report.html").read_bytes() == written
     metrics, rng = json.loads((folder / "metrics.json").read_text()), random.Random(0)           # after 5 steps most figures are 0
     tables = [t for reading in metrics.values() if isinstance(reading, dict) for t in (reading, *(reading[g] for g in ("all", "things", "stuff")), *reading["per_class"].values())]
