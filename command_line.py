@@ -47,65 +47,56 @@ SECTIONS = {
 WIDTH = 110                            # characters of a help page
 
 
-@dataclasses.dataclass(frozen=True)
 class Flag:
     """name: without the dashes.   stages: that know it.   more: for `add_argument`."""
-    name: str
-    stages: tuple[str, ...]
-    help: str
-    more: dict = dataclasses.field(default_factory=dict)
 
-    @property
-    def dest(self) -> str:
-        return self.more.get("dest", self.name.replace("-", "_"))
-
-
-def _flag(name: str, stages, help: str, **more) -> Flag:
-    return Flag(name, stages, help, more)
+    def __init__(self, name: str, stages: tuple[str, ...], help: str, **more):
+        self.name, self.stages, self.help, self.more = name, stages, help, more
+        self.dest = more.get("dest", name.replace("-", "_"))
 
 
 FLAGS = (
-    _flag("dataset", ALL, ", ".join(DATASETS), default="mini"),
-    _flag("data-root", ALL, "folder of the data set (custom: COCO panoptic format)", default=""),
-    _flag("variant", ALL, "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
-    _flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; custom: all)"),
-    _flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
-    _flag("eval-on", ALL, "mini: val to report, dev to tune", default="val"),
-    _flag("preset", ALL, f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
-    _flag("runs", ALL, "where run folders go and are looked for (runs)", type=Path, default=Path("runs")),
-    _flag("out", ALL, "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output", type=Path),
-    _flag("init", ("sup", "ssl"), "start from this run or file (dearli: the DeWa run of the data set)", type=Path),
-    _flag("masks", ("dewa", "sup", "ssl", "eval", "report", "validate", "zeroshot"), "folder of SAM masks (RUNS/DATASET-masks); validate: read them, too; "
+    Flag("dataset", ALL, ", ".join(DATASETS), default="mini"),
+    Flag("data-root", ALL, "folder of the data set (custom: COCO panoptic format)", default=""),
+    Flag("variant", ALL, "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
+    Flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; custom: all)"),
+    Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
+    Flag("eval-on", ALL, "mini: val to report, dev to tune", default="val"),
+    Flag("preset", ALL, f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
+    Flag("runs", ALL, "where run folders go and are looked for (runs)", type=Path, default=Path("runs")),
+    Flag("out", ALL, "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output", type=Path),
+    Flag("init", ("sup", "ssl"), "start from this run or file (dearli: the DeWa run of the data set)", type=Path),
+    Flag("masks", ("dewa", "sup", "ssl", "eval", "report", "validate", "zeroshot"), "folder of SAM masks (RUNS/DATASET-masks); validate: read them, too; "
           "zeroshot: gt, sam or a folder", type=Path),
-    _flag("images", ("masks", "dewa"), "a folder of images instead of the training images (SA-1B, masks beside the images)", type=Path),
-    _flag("json", ("validate",), "write the whole report to this file, too", type=Path),
-    _flag("groups", ("sup", "ssl", "eval"), "also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)", type=int, default=0),
-    _flag("watch", ALL, "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
-    _flag("weights", ("eval", "predict", "report", "export"), "a run, or a checkpoint of the official code", type=Path),
-    _flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
-    _flag("from", ("import",), ", ".join(SOURCES), dest="source_format", default=""),
-    _flag("background", ("import",), "name of a class for all pixels without instance (without: they are void)", default=""),
-    _flag("val-share", ("import",), "share of the labelled images for validation, where the source has no division of its own (0.2)", type=float, default=0.2),
-    _flag("posterior", ("predict",), "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)", default=""),
-    _flag("which", ("predict",), "student, teacher", default="student"),
-    _flag("force", ("predict",), "replace earlier predictions", action="store_true"),
-    _flag("palette", ("predict", "report"), "dataset: its own colours, where it has them; safe: those that colour-blind people can tell apart", default="dataset"),
-    _flag("compare", ("report",), "other runs to put beside it", type=Path, nargs="+", default=()),
-    _flag("report-images", ALL, "validation images in report.html, half of them the worst and half the best of 4 times as many "
+    Flag("images", ("masks", "dewa"), "a folder of images instead of the training images (SA-1B, masks beside the images)", type=Path),
+    Flag("json", ("validate",), "write the whole report to this file, too", type=Path),
+    Flag("groups", ("sup", "ssl", "eval"), "also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)", type=int, default=0),
+    Flag("watch", ALL, "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
+    Flag("weights", ("eval", "predict", "report", "export"), "a run, or a checkpoint of the official code", type=Path),
+    Flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
+    Flag("from", ("import",), ", ".join(SOURCES), dest="source_format", default=""),
+    Flag("background", ("import",), "name of a class for all pixels without instance (without: they are void)", default=""),
+    Flag("val-share", ("import",), "share of the labelled images for validation, where the source has no division of its own (0.2)", type=float, default=0.2),
+    Flag("posterior", ("predict",), "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)", default=""),
+    Flag("which", ("predict",), "student, teacher", default="student"),
+    Flag("force", ("predict",), "replace earlier predictions", action="store_true"),
+    Flag("palette", ("predict", "report"), "dataset: its own colours, where it has them; safe: those that colour-blind people can tell apart", default="dataset"),
+    Flag("compare", ("report",), "other runs to put beside it", type=Path, nargs="+", default=()),
+    Flag("report-images", ALL, "validation images in report.html, half of them the worst and half the best of 4 times as many "
           "(12; 0: no pictures)", type=int, default=12),
-    _flag("assets", ("prepare",), "a copy of the official repository, instead of the network", type=Path),
-    _flag("format", ("export",), ", ".join(FORMATS), default="official"),
-    _flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
-    _flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
-    _flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
+    Flag("assets", ("prepare",), "a copy of the official repository, instead of the network", type=Path),
+    Flag("format", ("export",), ", ".join(FORMATS), default="official"),
+    Flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
+    Flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
+    Flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
           "nothing is written", action="store_true"),
-    _flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
-    _flag("device", ALL, "as torch names it (cuda where there is one, else cpu)", default="cuda" if torch.cuda.is_available() else "cpu"),
-    _flag("precision", (*TRAIN, *TABLES), "fp32, bf16", default="fp32"),
-    _flag("seeds", ("ladder", "alpha"), "number of seeds (3)", type=int, default=3),
-    _flag("jobs", TABLES, "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)", type=int, default=0),
-    _flag("steps", (*TRAIN, *TABLES), "optimiser steps of the stage at hand", type=int),
-    _flag("print-config", ALL, "print every number of the run that the other flags describe, and stop", action="store_true"),
+    Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
+    Flag("device", ALL, "as torch names it (cuda where there is one, else cpu)", default="cuda" if torch.cuda.is_available() else "cpu"),
+    Flag("precision", (*TRAIN, *TABLES), "fp32, bf16", default="fp32"),
+    Flag("seeds", ("ladder", "alpha"), "number of seeds (3)", type=int, default=3),
+    Flag("jobs", TABLES, "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)", type=int, default=0),
+    Flag("steps", (*TRAIN, *TABLES), "optimiser steps of the stage at hand", type=int),
+    Flag("print-config", ALL, "print every number of the run that the other flags describe, and stop", action="store_true"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Every number of the method, in one place: the configuration, its presets, and the error that a user sees.
+"""Every number of the method, in one place: the configuration, its presets and ranges, and the error that a user sees.
 
 Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8); where the paper says otherwise, the
 comment names both. `mini` differs from the paper's sizes in numbers only, never in code.

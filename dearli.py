@@ -553,8 +553,9 @@ RUNGS = (Rung("M2F-Lang, supervised", "sup", "student/decoder"), Rung("  + P_ENS
 ALPHAS = tuple(Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),)) for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled"))   # Table 8
 
 
-def require_language(cfg: Config) -> None:
-    if cfg.ssl_steps <= cfg.dewa_steps:
+def require_rungs(cfg: Config, rungs: tuple["Rung", ...]) -> None:
+    """Raise UserError for a configuration that some rung cannot be trained with, before the first one is."""
+    if cfg.ssl_steps <= cfg.dewa_steps and any(rung.kind == "dearli" for rung in rungs):
         raise UserError(f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them (--dewa-steps); expected more")
     if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
         raise UserError("the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl")
@@ -638,7 +639,7 @@ def rung_config(cfg: Config, kind: str) -> Config:
 
 def stage_demo(job: Job, cfg: Config) -> Path:
     """All stages on the miniature world, a table, and a picture of what each rung sees."""
-    require_language(cfg)
+    require_rungs(cfg, RUNGS)
     checkpoint.require_writable(job.out or job.runs)
     shown = [rung for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
     trained = {rung.run: rung for rung in shown}                   # two rows read the same run
@@ -684,7 +685,7 @@ def stage_alpha(job: Job, cfg: Config) -> Path:
 
 def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
     """Every rung over several seeds, all readings, mean and standard deviation: two tables, and the raw figures in NAME.json."""
-    require_language(cfg)
+    require_rungs(cfg, rungs)
     checkpoint.require_writable(job.out or job.runs)
     if any(rung.kind == "dearli" for rung in rungs):
         stage_masks(dataclasses.replace(job, out=None), cfg)       # all seeds share them

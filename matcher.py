@@ -135,12 +135,11 @@ def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, poi
         # A pixel's logits of all queries, side by side, are a row of a table; a point mixes four rows. A few points at a time stay in the cache.
         table = mask_logits.float().flatten(1).T.contiguous()                      # (hw, Q)
         index, weight = _neighbours(points, *mask_logits.shape[-2:])               # (P, 4)
-        at_once = max(1, PART // table.shape[1]) if table.device.type == "cpu" else len(points)
         bce = overlap = area = 0.0
-        for i, w, t in zip(index.split(at_once), weight.split(at_once), target_values.split(at_once, 1)):
+        for i, w, t in in_parts(table.shape[1], index, weight, target_values.T):
             x = F.embedding_bag(i, table, per_sample_weights=w, mode="sum")        # (P', Q)
             p = x.sigmoid()
-            bce = bce + F.softplus(x).sum(0)[:, None] - (t @ x).T                  # BCE(x, t) = softplus(x) - x t
-            overlap, area = overlap + (t @ p).T, area + p.sum(0)[:, None]
+            bce = bce + F.softplus(x).sum(0)[:, None] - (t.T @ x).T                # BCE(x, t) = softplus(x) - x t
+            overlap, area = overlap + (t.T @ p).T, area + p.sum(0)[:, None]
         cost_dice = 1 - (2 * overlap + 1) / (area + target_values.sum(-1) + 1)
         return weights.label * cost_class + weights.mask * bce / len(points) + weights.dice * cost_dice

@@ -3328,6 +3328,12 @@ def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_r
     assert dearli.main([*evaluated, "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "metrics.json").exists()
 
 
+def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
+    dearli.require_rungs(dataclasses.replace(MINI, ssl_steps=100), dearli.ALPHAS)
+    with pytest.raises(UserError, match="--steps 150"):
+        dearli.require_rungs(dataclasses.replace(MINI, ssl_steps=150), dearli.RUNGS)
+
+
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
     code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({['--runs', str(tmp_path), '--steps', '9000', '--jobs', '2', *TINY_FLAGS]}))"
     # the processes of the pool import nothing of this line: their world is of full size, and drawn in a second or two
@@ -4032,6 +4038,7 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "sup", "--help", "--dataset", "coko"], "unknown data set 'coko'"),
     (["--stage", "eval", "--dry-run"], "--dry-run: only --stage masks, dewa, sup and ssl know it, not --stage eval"),
     (["--steps", "5"], "--steps 5: DEARLi's warm-up alone takes 150 of them"),
+    (["--stage", "ladder", "--steps", "150"], "--steps 150: DEARLi's warm-up alone takes 150 of them"),
     (["--stage", "sup", "--lr", "-1"], "--lr -1.0: expected a number of at least 0"),
     (["--stage", "sup", "--num-queries", "0"], "--num-queries 0: expected a number of at least 1"),
     (["--stage", "sup", "--hidden", "97"], "--hidden 97: expected a multiple of 32"),
