@@ -1,10 +1,10 @@
 """Mask2Former in plain torch on an OpenCLIP ConvNeXt: pixel decoder, masked-attention decoder, class heads, inference.
 
-The pixel decoder refines three feature maps by multi-scale deformable attention and adds one FPN level for the mask
+The pixel decoder refines three feature maps by multi-scale deformable attention (`deformable.py`) and adds one FPN level for the mask
 features; the decoder lets Q learned queries attend to the maps, each only inside its own mask so far, and predicts after
 every layer. M2F-Lang (section 3.2) classifies a query by its cosine with the text embeddings of the classes.
 Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint image-text space, S pixels.
-Sources: Mask2Former (arXiv:2112.01527), Deformable DETR (arXiv:2010.04159), FC-CLIP (arXiv:2308.02487).
+Sources: Mask2Former (arXiv:2112.01527), FC-CLIP (arXiv:2308.02487).
 Parameters are laid out as in the official code, so its files load by renaming (`official.py`).
 Try: `python dearli.py --stage sup --steps 250 --decoder-layers 0 --out runs/try-decoder`: queries that never look at the image.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, zero_shot_logits
 from config import Config
-from matcher import in_parts
+from deformable import DeformableAttention, Pyramid
 
 
 CPU_CHUNK, GPU_CHUNK = 2 ** 21, 2 ** 27          # values of full-size masks at once, at inference: the cache, a small part of the memory
@@ -89,6 +89,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, channels: list[int], cfg: Config):
         super().__init__()
         c = cfg.hidden
+        self.heads, self.points = cfg.heads, cfg.encoder_points
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(n, c, 1), nn.GroupNorm(32, c)) for n in reversed(channels[1:]))
         self.level_embed = nn.Parameter(torch.randn(3, c))
@@ -109,9 +110,9 @@ class PixelDecoder(nn.Module):
         shapes = [m.shape[-2:] for m in maps]
         src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)                             # (B, S, C)
         pos = torch.cat([sine_position(m).flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed)], 1)
-        reference = torch.cat([_pixel_centres(h, w, pos) for h, w in shapes])                        # (S, 2)
+        pyramid = Pyramid.of(shapes, self.heads, self.points, src.device)
         for layer in self.layers:
-            src = layer(src, pos, reference, shapes)
+            src = layer(src, pos, pyramid)
         maps = [s.transpose(1, 2).unflatten(2, shape) for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)]
         fine = self.lateral(features[0])
         fine = self.output(fine + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False))
@@ -129,73 +130,9 @@ class DeformableLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, src: Tensor, pos: Tensor, reference: Tensor, shapes) -> Tensor:
-        src = self.norm1(src + self.self_attn(src + pos, src, reference, shapes))
+    def forward(self, src: Tensor, pos: Tensor, pyramid: Pyramid) -> Tensor:
+        src = self.norm1(src + self.self_attn(src + pos, src, pyramid))
         return self.norm2(src + self.linear2(self.linear1(src).relu_()))
-
-
-class DeformableAttention(nn.Module):
-    """Each pixel reads a few learned positions on every level, mixed by learned weights (arXiv:2010.04159, Eq. 3)."""
-
-    def __init__(self, channels: int, heads: int, levels: int, points: int):
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * levels * points)
-        self.value_proj, self.output_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        nn.init.zeros_(self.sampling_offsets.weight)
-        angle = torch.arange(heads) * (2 * math.pi / heads)             # head i looks in direction i, point j at j + 1 pixels
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, points + 1).view(1, 1, points, 1)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_((direction.view(heads, 1, 1, 2) * steps).expand(-1, levels, -1, -1).reshape(-1))
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for linear in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, query: Tensor, src: Tensor, reference: Tensor, shapes) -> Tensor:
-        """query, src (B, S, C); reference (S, 2) xy in [0, 1]; shapes of the levels -> (B, S, C). Positions and samples are always fp32."""
-        b, s, c = src.shape
-        value = self.value_proj(src).float().view(b, s, self.heads, c // self.heads).permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, d, S)
-        offsets = self.sampling_offsets(query).float().view(b, s, self.heads, self.levels, self.points, 2).permute(0, 2, 3, 4, 5, 1)
-        weights = self.attention_weights(query).float().view(b, s, self.heads, -1).permute(0, 2, 3, 1).softmax(2)
-        weights = weights.reshape(b * self.heads, 1, self.levels, self.points, s)
-        pixel = offsets.new_tensor([(2 / w, 2 / h) for h, w in shapes])[:, None, :, None]         # sides of one, where the map is -1 to 1
-        grid = ((2 * reference - 1).T + offsets * pixel).transpose(-1, -2).flatten(0, 1)          # (B heads, levels, points, S, 2)
-        out = 0.0
-        for level, (part, shape) in enumerate(zip(value.split([h * w for h, w in shapes], -1), shapes)):
-            out = out + WeightedSamples.apply(part.unflatten(-1, shape), grid[:, level], weights[:, :, level])
-        return self.output_proj(out.view(b, c, s).transpose(1, 2))
-
-
-class WeightedSamples(torch.autograd.Function):
-    """The sum over points of weight times bilinear sample: value (N, d, h, w), grid (N, P, S, 2), weights (N, 1, P, S) -> (N, d, S).
-
-    The samples, (N, d, P, S), would be the largest tensors of the whole model. None is kept: the backward pass reads them again,
-    and both passes take a few N at a time, which on a CPU stay in the cache.
-    """
-
-    @staticmethod
-    def forward(ctx, value: Tensor, grid: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(value, grid, weights)
-        return torch.cat([F.grid_sample(v, g, align_corners=False).mul_(w).sum(2) for v, g, w in _in_parts(value, grid, weights)])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = []
-        for v, g, w, d in _in_parts(*ctx.saved_tensors, grad[:, :, None]):
-            samples = F.grid_sample(v, g, align_corners=False)
-            of_weights = samples.mul_(d).sum(1, keepdim=True)
-            of_samples = torch.mul(d, w, out=samples)
-            parts.append((*torch.ops.aten.grid_sampler_2d_backward(of_samples, v, g, 0, 0, False, [True, True]), of_weights))
-        return tuple(map(torch.cat, zip(*parts)))
-
-
-def _in_parts(value: Tensor, grid: Tensor, *others: Tensor):
-    return in_parts(value.shape[1] * grid.shape[1] * grid.shape[2], value, grid, *others)              # samples of one of N
 
 
 def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
@@ -209,13 +146,6 @@ def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)               # (n, half)
     y, x = axis(h)[:, None].expand(h, w, half), axis(w)[None].expand(h, w, half)
     return torch.cat([y, x], -1).permute(2, 0, 1)[None]
-
-
-def _pixel_centres(h: int, w: int, like: Tensor) -> Tensor:
-    """(hw, 2) xy in [0, 1]."""
-    y = (torch.arange(h, dtype=like.dtype, device=like.device) + 0.5) / h
-    x = (torch.arange(w, dtype=like.dtype, device=like.device) + 0.5) / w
-    return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------ masked-attention decoder

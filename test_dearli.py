@@ -15,6 +15,7 @@ import html
 import html.parser
 import http.server
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -74,10 +75,11 @@ import validate
 import watch
 from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemble, mask_pool
 from config import MINI, OFFICIAL, Config, UserError
+from deformable import DeformableAttention, Pyramid, SparseSamples, grid_samples, pixel_centres, weighted_samples
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
 from losses import LossConfig, class_loss, mask_losses, point_generators, set_loss, uncertain_points
 from matcher import CostWeights, Target, match, matching_cost, point_sample
-from model import Attention, DeformableAttention, Mask2Former, Segmenter, WeightedSamples, attention_mask, mask_logits, panoptic_inference, semantic_inference
+from model import Attention, Mask2Former, Segmenter, attention_mask, mask_logits, panoptic_inference, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
 REAL_DATA = Path(os.environ.get("DEARLI_TEST_DATA", Path(__file__).parent.parent / "shared" / "data"))
@@ -150,7 +152,12 @@ def test_targets_are_sampled_as_their_binary_masks_would_be():
     segment_map = torch.randint(0, 4, (9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     masks = torch.stack([segment_map == k for k in (1, 2, 3)])
     labels, points = torch.zeros(3, dtype=torch.int64), torch.rand(3, 50, 2, generator=torch.Generator().manual_seed(1))
-    expected = point_sample(masks.float(), points)
+    expected = torch.zeros(3, 50)
+    for m, p in itertools.product(range(3), range(50)):                                      # four neighbours by hand, 0 outside
+        x, y = points[m, p, 0].item() * 7 - 0.5, points[m, p, 1].item() * 9 - 0.5
+        for xx, yy in itertools.product((math.floor(x), math.floor(x) + 1), (math.floor(y), math.floor(y) + 1)):
+            if 0 <= xx < 7 and 0 <= yy < 9:
+                expected[m, p] += (1 - abs(x - xx)) * (1 - abs(y - yy)) * masks[m, yy, xx]
     for target in (Target(labels, segment_map), Target(labels, masks=masks)):
         torch.testing.assert_close(target.sample(points, torch.arange(3)), expected)
         torch.testing.assert_close(target.sample_all(points[0]), point_sample(masks.float(), points[:1].expand(3, -1, -1)))
@@ -499,8 +506,8 @@ def test_deformable_attention_equals_its_definition():
     for p in attention.parameters():
         nn.init.normal_(p, std=0.5)
     src, query = torch.randn(1, h * w, c), torch.randn(1, h * w, c)
-    reference = m2f._pixel_centres(h, w, src)
-    out = attention(query, src, reference, [(h, w)])
+    out = attention(query, src, Pyramid.of([(h, w)], heads, points, "cpu"))
+    reference = pixel_centres(h, w, "cpu")
     value = attention.value_proj(src)[0].view(h, w, heads, c // heads)
     offsets = attention.sampling_offsets(query)[0].view(h * w, heads, points, 2)
     weights = attention.attention_weights(query)[0].view(h * w, heads, points).softmax(-1)
@@ -526,16 +533,48 @@ def test_attention_equals_torch_multihead_attention_with_a_mask():
     torch.testing.assert_close(ours(q, kv, kv, allowed), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weighted_samples_and_their_gradients_are_those_of_the_plain_formula(monkeypatch):
-    monkeypatch.setattr(matcher, "PART", 6 * 4 * 9 * 2)                                          # two of N at once, and one left over
+@pytest.mark.parametrize("part", (1, 10 ** 9))                                                   # one image at once, and all
+def test_samples_by_sparse_matrix_and_their_gradients_are_those_of_grid_sampling(monkeypatch, part):
+    monkeypatch.setattr(matcher, "PART", part)
     g = torch.Generator().manual_seed(0)
-    value, grid, weights = torch.randn(5, 6, 3, 4, generator=g), torch.rand(5, 4, 9, 2, generator=g) * 2.4 - 1.2, torch.rand(5, 1, 4, 9, generator=g)
-    given = [t.requires_grad_() for t in (value, grid, weights)]
-    ours, plain = WeightedSamples.apply(*given), (F.grid_sample(value, grid, align_corners=False) * weights).sum(2)
+    b, heads, d, points, shapes = 3, 2, 5, 2, [(1, 1), (2, 1), (3, 4)]                           # maps of one row or column, too
+    s, pyramid = sum(h * w for h, w in shapes), Pyramid.of(shapes, heads, points, "cpu")
+    value, weights = torch.randn(b, s, heads, d, generator=g), torch.rand(b, s, heads, len(shapes), points, generator=g)
+    positions = pyramid.centres + torch.randn(b, 2, s, heads, len(shapes), points, generator=g) * 2      # many lie outside
+    positions[0] = positions[0].round()                                                          # where the slope has a step: as a new model's do
+    given = [t.requires_grad_() for t in (value, positions, weights)]
+    ours, plain, first = SparseSamples.apply(*given, pyramid), 0.0, 0
+    for level, (h, w) in enumerate(shapes):
+        plain = plain + grid_samples(value[:, first:first + h * w].unflatten(1, (h, w)), positions[:, :, :, :, level], weights[:, :, :, level])
+        first += h * w
     torch.testing.assert_close(ours, plain)
     change = torch.randn(ours.shape, generator=g)
-    for a, b in zip(torch.autograd.grad(ours, given, change), torch.autograd.grad(plain, given, change)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    of_ours, of_plain = torch.autograd.grad(ours, given, change), torch.autograd.grad(plain, given, change)
+    for a, p in zip(of_ours[::2], of_plain[::2]):
+        torch.testing.assert_close(a, p, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_ours[1][1:], of_plain[1][1:], rtol=1e-4, atol=1e-5)
+    assert of_ours[1][0].isfinite().all() and of_ours[1][0].abs().sum() > 0                      # on a step grid sampling takes either side, as it rounds
+    torch.testing.assert_close(weighted_samples(*given, pyramid), plain)                         # whichever way it takes
+
+
+def test_samples_of_maps_too_small_for_the_matrix_and_on_a_gpu_are_read_by_the_grid(monkeypatch):
+    pyramid = Pyramid.of([(1, 1), (1, 2)], 1, 16, "cpu")                                         # 128 entries a row
+    assert pyramid.rows == 25 + 30
+    monkeypatch.setattr(SparseSamples, "apply", lambda *_: pytest.fail("a sparse matrix"))
+    value, weights = torch.ones(2, 3, 1, 4, requires_grad=True), torch.full((2, 3, 1, 2, 16), 0.25, requires_grad=True)
+    positions = pyramid.centres.expand(2, -1, -1, -1, -1, -1).clone().requires_grad_()
+    out = weighted_samples(value, positions, weights, pyramid)
+    assert out[0, 0, 0, 0].item() == pytest.approx(8)                                            # 1 x 1 map: the pixel itself; 1 x 2: halfway between two ones
+    out.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (value, positions, weights)) and weights.grad[0, 0, 0, 0, 0].item() == pytest.approx(4)
+
+
+def test_where_positions_are_not_finite_neither_is_the_answer_and_nothing_fails():
+    pyramid = Pyramid.of([(2, 2)], 1, 1, "cpu")
+    positions = pyramid.centres[None].clone()
+    positions[0, 0, 1], positions[0, 1, 2], positions[0, 0, 3] = float("nan"), float("inf"), 1e30              # far away is just outside
+    out = weighted_samples(torch.ones(1, 4, 1, 3), positions, torch.ones(1, 4, 1, 1, 1), pyramid)
+    assert out[0, :, 0, 0].isfinite().tolist() == [True, False, False, True] and out[0, 3, 0, 0].item() == 0
 
 
 def test_a_query_looks_inside_its_mask_and_everywhere_if_its_mask_is_empty():
