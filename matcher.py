@@ -1,7 +1,7 @@
 """Bipartite matching of queries to segments (Hungarian assignment), on sampled points.
 
 Implements the matching M of Eq. (3): cost = w_class * class + w_mask * BCE + w_dice * dice, on P points that all masks of an
-image share. Targets are read straight from the segment map: no binary mask of full size is ever built.
+image share. Targets stay segment maps: binary masks of full size are built a few at a time, or not at all.
 Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, P points, h w mask grid (stride 4).
 Sources: Mask2Former (arXiv:2112.01527); point sampling from PointRend (arXiv:1912.08193).
 Try: `python dearli.py --stage sup --steps 250 --num-points 8 --out runs/try-points` compares masks on 8 points instead of 384.
@@ -15,12 +15,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
-PART = 2 ** 18                         # values that work on a CPU takes at once: 1 MB, what a core's cache holds
+PART, GPU_PART = 2 ** 18, 2 ** 27      # values that work takes at once: 1 MB, what a core's cache holds; a small part of a GPU's memory
 
 
 def in_parts(values: int, *tensors: Tensor):
-    """Tensors of N rows, split alike: on a CPU a few rows at a time, so that work on `values` numbers a row stays in the cache, else all at once."""
-    rows = max(1, PART // values if tensors[0].device.type == "cpu" else len(tensors[0]))
+    """Tensors of N rows, split alike: a few rows at a time, so that work on `values` numbers a row stays in the cache of a CPU, or within reason on a GPU."""
+    rows = max(1, (PART if tensors[0].device.type == "cpu" else GPU_PART) // values)
     return zip(*(t.split(rows) for t in tensors))
 
 
@@ -54,19 +54,13 @@ class Target:
         """Bilinear samples of the binary masks of some segments, each at its own points.
 
         Args: points (M, P, 2) xy in [0, 1];  segments (M,) int64 in [0, N).   Returns: (M, P) float32 in [0, 1].
-        Equal to `point_sample` of the binary masks: each point mixes four neighbours, of which those outside count 0.
+        A few masks at a time: all those of full size would fill the memory.
         """
-        return torch.cat([self._sample(p, s) for p, s in in_parts(4 * points.shape[1], points, segments)])
-
-    def _sample(self, points: Tensor, segments: Tensor) -> Tensor:
-        source = self.segment_map if self.masks is None else self.masks
-        height, width = source.shape[-2:]
-        index, weight = _neighbours(points, height, width)                         # (M, P, 4) each
-        if self.masks is None:
-            hit = source.reshape(-1)[index] == (segments + 1)[:, None, None]
-        else:
-            hit = source.flatten(1)[segments[:, None, None], index]
-        return (hit * weight).sum(-1)
+        source, parts = self.segment_map if self.masks is None else self.masks, []
+        for at, chosen in in_parts(source.shape[-2] * source.shape[-1], points, segments):
+            masks = source == (chosen + 1)[:, None, None] if self.masks is None else source[chosen]
+            parts.append(point_sample(masks.float(), at))
+        return torch.cat(parts)
 
     def sample_all(self, points: Tensor) -> Tensor:
         """Every segment's mask at the same points: points (P, 2) -> (N, P) float32."""
