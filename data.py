@@ -9,6 +9,7 @@ Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -134,26 +135,30 @@ class DataSet:
 
 
 class MiniImages:
-    """Scenes of one collection of the miniature world, drawn once and kept in memory."""
+    """Scenes of one collection of the miniature world, each drawn when it is first asked for and kept in memory for all stages of a process."""
 
     def __init__(self, collection: str, count: int):
-        import microcosm
-        self.collection = collection
-        self.scenes = [microcosm.scene(collection, i) for i in range(count)]
+        self.collection, self.count = collection, count
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return self.count
 
     def name(self, i: int) -> str:
         return f"{self.collection}_{i:05d}.png"
 
     def image(self, i: int) -> Image.Image:
-        return Image.fromarray(self.scenes[i].image)
+        return Image.fromarray(_scene(self.collection, i).image)
 
     def truth(self, i: int) -> Truth:
-        s = self.scenes[i]
+        s = _scene(self.collection, i)
         areas = np.bincount(s.segment_map.ravel(), minlength=len(s.labels) + 1)[1:]
         return Truth(s.segment_map, s.labels, areas, np.zeros(len(s.labels), bool))
+
+
+@functools.lru_cache(maxsize=None)
+def _scene(collection: str, i: int):
+    import microcosm
+    return microcosm.scene(collection, i)
 
 
 class PanopticFolder:
