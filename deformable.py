@@ -46,16 +46,22 @@ class Pyramid:
         """Of the table, for each image."""
         return self.first.shape[1] * sum((h + 2 * BORDER) * (w + 2 * BORDER) for h, w in self.shapes)
 
+    def inside(self, table: Tensor) -> list[Tensor]:
+        """The levels in a table (b, N, H, d), without their borders: views (b, h, w, H, d)."""
+        sides = [(h + 2 * BORDER, w + 2 * BORDER) for h, w in self.shapes]
+        parts = table.split([h * w for h, w in sides], 1)
+        return [part.unflatten(1, side)[:, BORDER:-BORDER, BORDER:-BORDER] for part, side in zip(parts, sides)]
+
     @staticmethod
     def of(shapes: list[tuple[int, int]], heads: int, points: int, device) -> "Pyramid":
         sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=device).T[:, None, None, :, None]     # (2, 1, 1, L, 1)
-        share = torch.cat([pixel_centres(h, w, device) for h, w in shapes]).T[:, :, None, None, None]                       # (2, S, 1, 1, 1)
-        full = (share.shape[1], heads, len(shapes), points)
+        centre = torch.cat([pixel_centres(h, w, device) for h, w in shapes]).T[:, :, None, None, None]                       # (2, S, 1, 1, 1)
+        full = (centre.shape[1], heads, len(shapes), points)
         written = lambda t: t.expand(*t.shape[:-4], *full).contiguous()
         width, height = sizes + 2 * BORDER
         start = (width * height).cumsum(2) - width * height + BORDER * (width + 1)
         head = torch.arange(heads, device=device)[:, None, None]
-        return Pyramid(shapes, written(share * sizes - 0.5), written(sizes), written(heads * start + head), written(heads * width))
+        return Pyramid(shapes, written(centre * sizes - 0.5), written(sizes), written(heads * start + head), written(heads * width))
 
 
 class DeformableAttention(nn.Module):
@@ -96,7 +102,8 @@ def weighted_samples(value: Tensor, positions: Tensor, weights: Tensor, pyramid:
 
     Args: value (B, S, H, d);  positions (B, 2, S, H, L, P), x then y, in pixels of each level;  weights (B, S, H, L, P).    Returns: (B, S, H, d).
     """
-    if value.device.type == "cpu" and 4 * weights[0, 0, 0].numel() <= pyramid.rows:        # a row of the matrix has no more entries than columns
+    # a row of the matrix has no more entries than columns, and float32 counts the rows of the table exactly
+    if value.device.type == "cpu" and 4 * weights[0, 0, 0].numel() <= pyramid.rows <= 2 ** 24:
         return SparseSamples.apply(value, positions, weights, pyramid)
     out, first = 0.0, 0
     for level, (h, w) in enumerate(pyramid.shapes):
@@ -128,7 +135,7 @@ class SparseSamples(torch.autograd.Function):
         ctx.pyramid = pyramid
         out = []
         for v, p, w in in_parts(positions[0].numel(), value, positions, weights):
-            table, _ = bordered(v, pyramid.shapes)
+            table = bordered(v, pyramid)
             rows, shares = neighbours(p, w, pyramid)
             out.append(F.embedding_bag(rows, table.flatten(0, 2), per_sample_weights=shares, mode="sum").view_as(v))
         return torch.cat(out)
@@ -138,7 +145,7 @@ class SparseSamples(torch.autograd.Function):
         value, positions, weights = ctx.saved_tensors
         parts = []
         for v, p, w, g in in_parts(positions[0].numel(), value, positions, weights, grad):
-            table, inner = bordered(v, ctx.pyramid.shapes)
+            table = bordered(v, ctx.pyramid)
             p, w = p.detach().requires_grad_(), w.detach().requires_grad_()
             with torch.enable_grad():
                 rows, shares = neighbours(p, w, ctx.pyramid)
@@ -148,19 +155,17 @@ class SparseSamples(torch.autograd.Function):
             of_shares = torch.sparse.sampled_addmm(matrix, g, table.T, beta=0).values().view_as(shares)     # of the entries that there are
             transposed = scipy.sparse.csr_array((entries.numpy(), rows.flatten().numpy(), starts.numpy()), (len(g), len(table))).T
             of_table = torch.from_numpy(transposed @ g.numpy()).view(shape)
-            parts.append((torch.cat([i.flatten(1, 2) for i in inner(of_table)], 1), *torch.autograd.grad(shares, (p, w), of_shares)))
+            parts.append((torch.cat([level.flatten(1, 2) for level in ctx.pyramid.inside(of_table)], 1), *torch.autograd.grad(shares, (p, w), of_shares)))
         return *map(torch.cat, zip(*parts)), None
 
 
-def bordered(value: Tensor, shapes: list[tuple[int, int]]):
-    """Maps (b, S, H, d) with zeros around each level: a table (b, N, H, d), and a function from such a table to the levels (b, h, w, H, d) inside."""
-    sides = [(h + 2 * BORDER, w + 2 * BORDER) for h, w in shapes]
-    inner = lambda table: [part.unflatten(1, side)[:, BORDER:-BORDER, BORDER:-BORDER]
-                           for part, side in zip(table.split([h * w for h, w in sides], 1), sides)]
-    table = value.new_zeros(len(value), sum(h * w for h, w in sides), *value.shape[2:])
-    for level, part, shape in zip(inner(table), value.split([h * w for h, w in shapes], 1), shapes):
+def bordered(value: Tensor, pyramid: Pyramid) -> Tensor:
+    """Maps (b, S, H, d) with zeros around each level: a table (b, N, H, d)."""
+    b, _, heads, d = value.shape
+    table = value.new_zeros(b, pyramid.rows // heads, heads, d)
+    for level, part, shape in zip(pyramid.inside(table), value.split([h * w for h, w in pyramid.shapes], 1), pyramid.shapes):
         level.copy_(part.unflatten(1, shape))
-    return table, inner
+    return table
 
 
 def neighbours(positions: Tensor, weights: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:

@@ -557,7 +557,7 @@ def test_samples_by_sparse_matrix_and_their_gradients_are_those_of_grid_sampling
     torch.testing.assert_close(weighted_samples(*given, pyramid), plain)                         # whichever way it takes
 
 
-def test_samples_of_maps_too_small_for_the_matrix_and_on_a_gpu_are_read_by_the_grid(monkeypatch):
+def test_samples_of_maps_too_small_for_the_matrix_are_read_by_the_grid(monkeypatch):
     pyramid = Pyramid.of([(1, 1), (1, 2)], 1, 16, "cpu")                                         # 128 entries a row
     assert pyramid.rows == 25 + 30
     monkeypatch.setattr(SparseSamples, "apply", lambda *_: pytest.fail("a sparse matrix"))
