@@ -45,6 +45,7 @@ from mean_teacher import pseudo_labels, train_step
 from model import Segmenter, panoptic_inference
 from optim import build_optimizer
 from panoptic_eval import PanopticQuality
+from sam_masks import MaskGenerator
 
 CLASSES, NAMES_A_CLASS = 133, 2
 COCO_IMAGES, COCO_SEGMENTS = 118_287, 11         # of train2017; segments an image, 1.3 million in all
@@ -315,24 +316,26 @@ def our_loading(root: Path, images: int) -> Callable:
 
 
 def _sam():
-    """SAM with ViT-B and random weights, asked at 4 x 4 points, and a picture; nothing is thrown away for being uncertain."""
-    from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+    """SAM with ViT-B and random weights, what it is asked, and a picture; nothing is thrown away for being uncertain."""
+    from segment_anything import sam_model_registry
     torch.manual_seed(0)
-    generator = SamAutomaticMaskGenerator(sam_model_registry["vit_b"](), points_per_side=4, pred_iou_thresh=-1e9, stability_score_thresh=0.0)
-    return generator, np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    cfg = dataclasses.replace(OFFICIAL, points_per_side=8, pred_iou_thresh=-1e9, stability_thresh=0.0)
+    return sam_model_registry["vit_b"]().eval(), cfg, np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
 
 
 def our_sam(root: Path) -> Callable:
-    generator, picture = _sam()
-    picture = Image.fromarray(picture)
-    picture.save(root / "0.png")
+    sam, cfg, picture = _sam()
+    generator = MaskGenerator(sam, cfg)
+    Image.fromarray(picture).save(root / "0.png")
     images = data.ImageFolder(root)
     return lambda t: dewa.generate_masks(images, generator, root / str(t))
 
 
 def their_sam() -> Callable:
-    generator, picture = _sam()
-    return torch.no_grad()(lambda t: generator.generate(picture))
+    from segment_anything import SamAutomaticMaskGenerator
+    sam, cfg, picture = _sam()
+    generator = SamAutomaticMaskGenerator(sam, cfg.points_per_side, cfg.points_per_batch, cfg.pred_iou_thresh, cfg.stability_thresh)
+    return lambda t: generator.generate(picture)
 
 
 def decoding(root: Path, maps: bool) -> Callable:
@@ -428,7 +431,7 @@ WORKS = {
                    "decoding JPEG and PNG", 5, "2.5"),
     "views": Work("10 pairs of unlabelled views, 640 crop, from 1.5 megapixels", lambda o, r: our_unlabeled_sample(r), lambda o, r: decoding(r, False),
                   "decoding the JPEG", 5, "2.5"),
-    "sam": Work("SAM's masks of one image of 480 x 640, ViT-B, 4 x 4 points", lambda o, r: our_sam(r), lambda o, r: their_sam(), "segment_anything", 2, "1"),
+    "sam": Work("SAM's masks of one image of 480 x 640, ViT-B, 8 x 8 points", lambda o, r: our_sam(r), lambda o, r: their_sam(), "segment_anything", 2, "1"),
     "ranks": Work("one semi-supervised step of the miniature world, by two processes of one thread", lambda o, r: steps_of_ranks(r, 2), lambda o, r: steps_of_ranks(r, 1),
                   "one process"),
     "index": Work("a panoptic JSON of COCO's size", lambda o, r: index(r), goal="20 s, 300 MB a worker"),

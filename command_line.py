@@ -92,7 +92,7 @@ FLAGS = (
           "nothing is written", action="store_true"),
     Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
     Flag("device", ALL, "as torch names it (cuda where there is one, else cpu)", default="cuda" if torch.cuda.is_available() else "cpu"),
-    Flag("precision", (*TRAIN, *TABLES), "fp32, bf16", default="fp32"),
+    Flag("precision", ("masks", *TRAIN, *TABLES), "fp32, bf16", default="fp32"),
     Flag("seeds", ("ladder", "alpha"), "number of seeds (3)", type=int, default=3),
     Flag("jobs", TABLES, "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)", type=int, default=0),
     Flag("steps", (*TRAIN, *TABLES), "optimiser steps of the stage at hand", type=int),

@@ -145,7 +145,7 @@ MINI = Config(
     decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=500, sup_steps=500, dewa_steps=150,
     burn_in=250, burn_in_warm=100, labeled_batch=4, unlabeled_batch=4, dewa_batch=8, crop=128, scale_min=0.8, scale_max=1.5,
     jitter=0.4, jitter_hue=0.05, grayscale_prob=0.05, blur_radius=1.0, test_size=128, test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.5, stability_thresh=0.5,
-    mask_nms_thresh=0.7, points_per_batch=16, checkpoint_every=200)
+    mask_nms_thresh=0.7, points_per_batch=24, checkpoint_every=200)
 
 # Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a photograph, and a linear
 # classifier because it has never read those class names. `--preset official` is the real thing.

@@ -216,12 +216,12 @@ def stage_masks(job: Job, cfg: Config) -> Path:
     """SAM's masks of all training images, labelled and unlabelled alike."""
     images, folder = load_images(job, cfg), job.out or job.runs / f"{job.name}-masks"
     if job.dry_run:
-        generator = foundation.load_sam(cfg)(job.device)
+        generator = foundation.load_sam(cfg, job.precision)(job.device)
         rehearsal.say_repeated("masks", len(images), lambda k: generator.generate(np.asarray(images.image(k))), 1)
         rehearsal.say_memory(job.device)
         return folder
     checkpoint.require_writable(folder)
-    done = dewa.generate_masks(images, foundation.load_sam(cfg)(job.device), folder)
+    done = dewa.generate_masks(images, foundation.load_sam(cfg, job.precision)(job.device), folder)
     print(f"{folder}: masks of {len(images)} images, {done} of them made now")
     return folder
 

@@ -36,7 +36,7 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
 
     Args:
         images: has len, name(i) and image(i) (`data.MiniImages`, `data.PanopticFolder`).
-        generator: a segment_anything.SamAutomaticMaskGenerator.    folder: of the JSON files.
+        generator: a `sam_masks.MaskGenerator`, or what has its `generate`.    folder: of the JSON files.
     Returns: the number of images segmented now, by all ranks: each takes its share.
     """
     todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not is_whole(mask_file(folder, images.name(i)))]
@@ -48,8 +48,7 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
     ranks.wait()                                   # what a killed writer left is removed before anybody writes
     for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0):
         image = np.asarray(images.image(i))
-        with torch.inference_mode():
-            found = generator.generate(image)
+        found = generator.generate(image)
         height, width = image.shape[:2]
         content = {"image": {"image_id": Path(images.name(i)).stem, "file_name": images.name(i), "height": height, "width": width},
                    "annotations": [{"id": k, "segmentation": encode_rle(m["segmentation"]), "area": int(m["area"]),

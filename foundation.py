@@ -120,9 +120,11 @@ def _hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
                     f"it with --pretrained FILE, or take --pretrained random with --train-backbone")
 
 
-def load_sam(cfg: Config) -> Callable[[torch.device], object]:
-    """device -> what draws masks: segment_anything's automatic generator with the model and thresholds of the configuration, or stable regions."""
-    from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+def load_sam(cfg: Config, precision: torch.dtype = torch.float32) -> Callable[[torch.device], object]:
+    """device -> what draws masks: SAM, with the model and thresholds of the configuration, or stable regions."""
+    from segment_anything import sam_model_registry
+
+    from sam_masks import MaskGenerator
     if cfg.sam == "regions":
         import regions
         return lambda device: regions.StableRegions()
@@ -135,9 +137,7 @@ def load_sam(cfg: Config) -> Callable[[torch.device], object]:
         sam = checkpoint.load_foundation(sam_model_registry[cfg.sam](), file, f"expected the {cfg.sam} checkpoint of Segment Anything, {name}")
     else:
         raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, regions, {', '.join(SAM_FILES)}")
-    return lambda device: SamAutomaticMaskGenerator(
-        sam.eval().to(device), points_per_side=cfg.points_per_side, points_per_batch=cfg.points_per_batch, pred_iou_thresh=cfg.pred_iou_thresh,
-        stability_score_thresh=cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
+    return lambda device: MaskGenerator(sam.eval().to(device), cfg, precision)
 
 
 def fetch(path: Path, address: str, digest: str, otherwise: str) -> Path:

@@ -1,11 +1,10 @@
 """A miniature SAM: segment_anything's own model and mask generator, small enough to learn the miniature world on one core.
 
 Stands in for SAM where the method takes its masks (DeWa, paper section 3.3): promptable, class-agnostic, with several honest
-answers to one point. The prompt encoder, the two-way transformer, the mask decoder, `Sam` and `SamAutomaticMaskGenerator` are
-segment_anything's, unmodified; only the image encoder is ours, a small convolutional network, because a ViT needs far more
+answers to one point. The prompt encoder, the two-way transformer, the mask decoder and `Sam` are segment_anything's, unmodified; only the image encoder is ours, a small convolutional network, because a ViT needs far more
 images than this. It learns from collection `sam` alone, which no other stage sees.
 
-    masks = SamAutomaticMaskGenerator(mini_sam.load(), **mini_sam.GENERATOR).generate(image)      # (128, 128, 3) uint8
+    masks = MaskGenerator(mini_sam.load(), config.MINI).generate(image)      # (128, 128, 3) uint8
 
 Differs from SAM (arXiv:2304.02643): point prompts only; the slots of the multi-mask output have fixed roles (part, whole, the
 better of both) instead of competing for one mask; plain BCE for focal loss; and a first phase trains the encoder alone.
@@ -17,13 +16,13 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from tqdm import tqdm
 import microcosm
 from checkpoint import load_foundation
 from config import MINI
+from sam_masks import MaskGenerator
 
 WEIGHTS = Path(__file__).parent / "weights" / "mini_sam.safetensors"
 SIDE = 128          # pixels, side of the images the encoder takes (a larger image is resized by segment_anything)
@@ -43,10 +43,6 @@ SCENES = 4000       # training images, drawn once and kept
 PHASES = (dict(name="encoder", steps=300, images=8, points=12, lr=2e-3, prompts=False, affinity_on=True),
           dict(name="all", steps=900, images=4, points=12, lr=2e-3, prompts=True, affinity_on=True),
           dict(name="refine", steps=7000, images=4, points=12, lr=1.5e-3, prompts=True, affinity_on=False))
-
-# The thresholds of the miniature world, from its preset: see config.py for why they are not SAM's.
-GENERATOR = dict(points_per_side=MINI.points_per_side, points_per_batch=MINI.points_per_batch, pred_iou_thresh=MINI.pred_iou_thresh,
-                 stability_score_thresh=MINI.stability_thresh, box_nms_thresh=MINI.mask_nms_thresh)
 
 
 class Block(nn.Module):
@@ -260,12 +256,12 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
 
 # ---- quality ---------------------------------------------------------------------------------------------------------------
 
-def evaluate(sam: Sam, collection: str = "sam-test", images: int = 50, **generator) -> dict:
-    """Quality of the generated masks (GENERATOR, with `generator` on top) on the first `images` scenes of a collection.
+def evaluate(sam: Sam, collection: str = "sam-test", images: int = 50, **settings) -> dict:
+    """Quality of the generated masks (at the settings of the preset `mini`, with others on top) on the first `images` scenes of a collection.
 
     Recall is the share of true regions that some mask matches; a mask matches a region from IoU 0.5.
     """
-    generate = SamAutomaticMaskGenerator(sam, **{**GENERATOR, **generator}).generate
+    generate = MaskGenerator(sam, replace(MINI, **settings)).generate
     whole_iou, part_iou, counts, fits_whole, fits_part, seconds = [], [], [], [], [], 0.0
     for i in range(images):
         s = microcosm.scene(collection, i)

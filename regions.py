@@ -21,7 +21,7 @@ FILLED = 0.25          # of the image: smaller regions lose their holes
 
 
 class StableRegions:
-    """Has the interface of segment_anything.SamAutomaticMaskGenerator."""
+    """Has the interface of `sam_masks.MaskGenerator`."""
 
     def generate(self, image: np.ndarray) -> list[dict]:
         """Image (H, W, 3) uint8 RGB -> records with segmentation (H, W) bool, area, predicted_iou and stability_score (the

@@ -81,6 +81,7 @@ from losses import LossConfig, class_loss, mask_losses, point_generators, set_lo
 from matcher import CostWeights, Target, match, matching_cost, point_sample
 from model import Attention, Mask2Former, Segmenter, attention_mask, mask_logits, panoptic_inference, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
+from sam_masks import MaskGenerator
 
 REAL_DATA = Path(os.environ.get("DEARLI_TEST_DATA", Path(__file__).parent.parent / "shared" / "data"))
 needs_nuclei = pytest.mark.skipif(not (REAL_DATA / "nuclei_panoptic").is_dir(), reason=f"no real images at {REAL_DATA} (set DEARLI_TEST_DATA)")
@@ -415,7 +416,7 @@ def test_sam_comes_from_a_file_the_cache_or_nowhere(tmp_path, monkeypatch):
         foundation.load_sam(cfg)
     monkeypatch.setitem(foundation.SAM_FILES, "vit_b", (file.name, foundation.sha256(file)))
     for found in (cfg, dataclasses.replace(cfg, sam_weights=str(file))):
-        taken = foundation.load_sam(found)(torch.device("cpu")).predictor.model.state_dict()
+        taken = foundation.load_sam(found)(torch.device("cpu")).sam.state_dict()
         assert all(torch.equal(taken[name], weights[name]) for name in weights)
 
 
@@ -2029,6 +2030,48 @@ def test_miou_refuses_a_void_value_that_is_a_class_and_labels_beyond_the_classes
         MeanIoU(300).add(np.zeros((1, 1), int), np.zeros((1, 1), int))
     with pytest.raises(ValueError, match=r"true: expected values in \[0, 1\], got 0 to 2"):
         MeanIoU(2).add(np.zeros((1, 2), int), np.array([[0, 2]]))
+
+
+# ------------------------------------------------------------------------------------------------------- sam_masks.py
+
+def _masks_of_both(picture: np.ndarray, cfg: Config, precision: torch.dtype = torch.float32) -> tuple[list[dict], list[dict]]:
+    """The mini SAM's masks of a picture by segment_anything's own generator, and by ours."""
+    import mini_sam
+    from segment_anything import SamAutomaticMaskGenerator
+    sam = mini_sam.load()
+    theirs = SamAutomaticMaskGenerator(sam, cfg.points_per_side, cfg.points_per_batch, cfg.pred_iou_thresh, cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
+    return theirs.generate(picture), MaskGenerator(sam, cfg, precision).generate(picture)
+
+
+@pytest.mark.parametrize("change", [{}, dict(points_per_side=5, points_per_batch=7, mask_nms_thresh=0.9), dict(pred_iou_thresh=0.6, stability_thresh=0.7),
+                                    dict(pred_iou_thresh=-1.0, stability_thresh=0.0, points_per_side=3)])
+@pytest.mark.parametrize("size", [(128, 128), (75, 100), (210, 160)])           # of the model's square; smaller and wide; larger and high
+def test_masks_and_their_records_are_those_of_segment_anything(size, change):
+    picture = np.asarray(Image.fromarray(microcosm.scene("val", 3).image).resize(size[::-1]))
+    theirs, ours = _masks_of_both(picture, dataclasses.replace(MINI, **change))
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs):
+        assert set(one) == set(other) and np.array_equal(one["segmentation"], other["segmentation"]) and one["segmentation"].shape == size
+        for field in ("area", "bbox", "crop_box", "point_coords", "stability_score"):
+            assert one[field] == other[field], field
+        assert one["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-5)
+    json.dumps([{k: v for k, v in one.items() if k != "segmentation"} for one in ours])
+
+
+def test_a_picture_of_which_every_mask_is_rejected_has_none():
+    picture = microcosm.scene("val", 3).image
+    assert _masks_of_both(picture, dataclasses.replace(MINI, pred_iou_thresh=9.0))[1] == []
+    assert _masks_of_both(picture, dataclasses.replace(MINI, stability_thresh=1.1))[1] == []
+
+
+def test_masks_with_an_encoder_in_bf16_are_nearly_those_of_fp32():
+    import mini_sam
+    sam, found = mini_sam.load(), []
+    for i in range(4):
+        picture = microcosm.scene("val", i).image
+        exact, rounded = ([one["segmentation"] for one in MaskGenerator(sam, MINI, precision).generate(picture)] for precision in (torch.float32, torch.bfloat16))
+        found.extend(mini_sam.iou_matrix(exact, rounded).max(1))
+    assert len(found) > 20 and np.mean(np.array(found) > 0.95) > 0.9, np.sort(found)
 
 
 # ------------------------------------------------------------------------------------------------------------ dewa.py
