@@ -146,16 +146,19 @@ class SparseSamples(torch.autograd.Function):
         parts = []
         for v, p, w, g in in_parts(positions[0].numel(), value, positions, weights, grad):
             table = bordered(v, ctx.pyramid)
-            p, w = p.detach().requires_grad_(), w.detach().requires_grad_()
-            with torch.enable_grad():
-                rows, shares = neighbours(p, w, ctx.pyramid)
+            rows, shares = neighbours(p, w, ctx.pyramid)
             shape, table, g = table.shape, table.flatten(0, 2), g.flatten(0, 2).contiguous()
-            entries, starts = shares.detach().flatten(), torch.arange(len(g) + 1, dtype=torch.int32) * shares.shape[1]
+            entries, starts = shares.flatten(), torch.arange(len(g) + 1, dtype=torch.int32) * shares.shape[1]
             matrix = torch.sparse_csr_tensor(starts, rows.flatten(), entries, (len(g), len(table)), check_invariants=False)
-            of_shares = torch.sparse.sampled_addmm(matrix, g, table.T, beta=0).values().view_as(shares)     # of the entries that there are
+            of_shares = torch.sparse.sampled_addmm(matrix, g, table.T, beta=0).values().view(*w.shape[:3], 4, *w.shape[3:])     # of the entries that there are
             transposed = scipy.sparse.csr_array((entries.numpy(), rows.flatten().numpy(), starts.numpy()), (len(g), len(table))).T
             of_table = torch.from_numpy(transposed @ g.numpy()).view(shape)
-            parts.append((torch.cat([level.flatten(1, 2) for level in ctx.pyramid.inside(of_table)], 1), *torch.autograd.grad(shares, (p, w), of_shares)))
+            # what a sample would gain by another pixel instead of one, to the right and below: its slopes
+            right, lower = (p - p.floor()).unbind(1)
+            upper_left, upper_right, lower_left, lower_right = of_shares.movedim(3, 0).contiguous()
+            above, below = upper_left.lerp(upper_right, right), lower_left.lerp(lower_right, right)
+            slopes = torch.stack([(upper_right - upper_left).lerp(lower_right - lower_left, lower), below - above], 1).mul_(w[:, None])
+            parts.append((torch.cat([level.flatten(1, 2) for level in ctx.pyramid.inside(of_table)], 1), slopes, above.lerp_(below, lower)))
         return *map(torch.cat, zip(*parts)), None
 
 
