@@ -71,15 +71,17 @@ def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int]
     weights = _tail(len(THINGS), THING_TAIL if tail else 0.0)
     for _ in range(int(rng.integers(things[0], things[1] + 1))):
         label = int(rng.choice(len(THINGS), p=weights))
-        cover, colour, part = _thing(rng, xx, yy, label)
-        image = image * (1 - cover[..., None]) + colour * cover[..., None]
+        window, cover, colour, part = _thing(rng, xx, yy, label)
+        mixed = image[window] * (1 - cover[..., None]) + colour * cover[..., None]
+        image = image.astype(mixed.dtype, copy=False)
+        image[window] = mixed
         inside = cover > 0.5
         ids.append(label)
-        owner[inside] = len(ids)
-        part_map[inside] = 0
+        owner[window][inside] = len(ids)
+        part_map[window][inside] = 0
         if part is not None:
             parts += 1
-            part_map[inside & part] = parts
+            part_map[window][inside & part] = parts
     image *= rng.uniform(0.8, 1.15) * rng.uniform(0.93, 1.07, 3).astype(np.float32)          # light and white balance
     image += rng.normal(0, rng.uniform(2, 7), image.shape).astype(np.float32)                # sensor noise
     owner = _drop_slivers(owner, ids, len(stuff_labels))
@@ -170,10 +172,12 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
 
 
 def _thing(rng, xx, yy, label: int):
-    """One thing: cover (S, S) in 0 to 1 (antialiased), colour (S, S, 3), and the mask of its part or None."""
+    """One thing: the window that it lies in, and there its cover (h, w) in 0 to 1 (antialiased), colour (h, w, 3), and the mask of its part or None."""
     size, radius = xx.shape[0], rng.uniform(*RADIUS)
     cx, cy = rng.uniform(0.06 * size, 0.94 * size, 2)
     angle = rng.uniform(0, 2 * np.pi)
+    window = tuple(slice(max(0, int(c - 1.2 * radius - 2)), int(c + 1.2 * radius + 3)) for c in (cy, cx))             # no outline is farther from the centre
+    xx, yy = xx[window], yy[window]
     u = ((xx - cx) * np.cos(angle) + (yy - cy) * np.sin(angle)) / radius
     v = (-(xx - cx) * np.sin(angle) + (yy - cy) * np.cos(angle)) / radius
     shape, pattern, first, second = APPEARANCE[THINGS[label].split(",")[0]]
@@ -189,7 +193,7 @@ def _thing(rng, xx, yy, label: int):
         colour[part] *= rng.uniform(0.4, 0.6) if rng.random() < 0.6 else rng.uniform(1.3, 1.6)
         if not (part & (cover > 0.5)).any():
             part = None
-    return cover.astype(np.float32), colour, part
+    return window, cover.astype(np.float32), colour, part
 
 
 APPEARANCE = {                         # shape, pattern, two colours
