@@ -357,7 +357,7 @@ def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Ten
     Without masks at hand, they are made a few rows at a time: all of them at once would fill the memory with large images.
     """
     if masks is not None:
-        return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).argmax(0)
+        return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).max(0).indices
     padded, image, (height, width) = sizes
     whole, strips = resize_masks(mask_logits, padded, image, image), []                                  # (Q, *image)
     centres = ((torch.arange(height, device=whole.device) + 0.5) * image[0] / height - 0.5).clamp(0, image[0] - 1)
@@ -366,7 +366,7 @@ def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Ten
     for rows in torch.arange(height, device=whole.device).split(max(1, _chunk(whole) // (len(whole) * width))):
         part = whole[:, above[rows]].lerp(whole[:, below[rows]], share[rows])
         part = F.interpolate(part[None], size=(len(rows), width), mode="bilinear", align_corners=False)[0].sigmoid_()
-        strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).argmax(0))
+        strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).max(0).indices)
     return torch.cat(strips)
 
 
