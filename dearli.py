@@ -25,7 +25,7 @@ import os
 import signal
 import statistics
 import sys
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,7 @@ class Job:
     resume: bool = False
     steps: int | None = None
     evaluate: bool = True
+    later: bool = False                # train only: the same call without it evaluates
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
     seeds: int = 3
@@ -502,6 +503,8 @@ def require_classes(state: dict, expected: int, source: Path) -> None:
 
 def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> None:
     """Evaluate, write metrics.json and report.html, print the table."""
+    if job.later:
+        return
     if job.dry_run:
         rehearsal.say_repeated("evaluation", len(dataset.val), lambda k: evaluate(models, dataset, cfg, job.device, 1, title=""))
         return
@@ -561,8 +564,8 @@ def require_rungs(cfg: Config, rungs: tuple["Rung", ...]) -> None:
         raise UserError("the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl")
 
 
-def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
-    """Train one rung unless its metrics are there already; returns them. Every rung takes sup_steps optimiser steps in all."""
+def run_rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
+    """Train one rung unless its metrics are there already; returns them, or with job.later None. Every rung takes sup_steps optimiser steps in all."""
     folder = job.folder(f"{rung.run}-{job.split}", cfg)
     kind, job, wanted = rung.kind, dataclasses.replace(job, resume=True, steps=cfg.ssl_steps, out=None), rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
     if (folder / "metrics.json").exists():
@@ -577,7 +580,7 @@ def run_rung(job: Job, cfg: Config, rung: Rung) -> dict:
         stage_sup(dataclasses.replace(job, out=folder), wanted)
     else:
         stage_ssl(dataclasses.replace(job, out=folder, method=kind), wanted)
-    return json.loads((folder / "metrics.json").read_text())
+    return None if job.later else json.loads((folder / "metrics.json").read_text())
 
 
 def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
@@ -590,25 +593,25 @@ def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
     taken = lambda: sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
     with (ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _in_silence, (max(1, os.cpu_count() // jobs),)) as pool,
           tqdm(total=sum(cfg.ssl_steps for cfg, _ in tasks), desc=f"{len(tasks)} runs, {jobs} at a time", unit="step", dynamic_ncols=True) as bar):
-        # the longest first: DEARLi has masks and warm-up to make, a supervised step is the shortest
+        # the longest first: DEARLi has masks and warm-up to make, a supervised step is the shortest. What has been trained is evaluated by whichever process is free
         longest = sorted(range(len(tasks)), key=lambda k: ("dearli", "dear", "ssl", "sup").index(tasks[k][1].kind))
-        futures = {k: pool.submit(_rung, job, *tasks[k]) for k in longest}
+        running, metrics = {pool.submit(_rung, dataclasses.replace(job, later=True), *tasks[k]): k for k in longest}, {}
         try:
-            while wait(futures.values(), timeout=1, return_when=FIRST_EXCEPTION).not_done and not any(f.done() and f.exception() for f in futures.values()):
+            while running:
+                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                    k = running.pop(future)
+                    metrics[k] = future.result()
+                    if metrics[k] is None:
+                        running[pool.submit(_rung, job, *tasks[k])] = k
                 bar.n = taken()
                 bar.refresh()
-        except KeyboardInterrupt:      # the processes have got it, too: each saves its run
+        except BaseException:          # after Ctrl-C the processes have got it, too: each saves its run
             pool.shutdown(cancel_futures=True)
             raise
-        for future in futures.values():
-            if future.done() and future.exception():
-                pool.shutdown(cancel_futures=True)
-                raise future.exception()
-        bar.n = taken()
-    return [futures[k].result() for k in range(len(tasks))]
+    return [metrics[k] for k in range(len(tasks))]
 
 
-def _rung(job: Job, cfg: Config, rung: Rung) -> dict:
+def _rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
     """`run_rung` in a process of `run_rungs`, which after Ctrl-C takes no other: the pool has handed out one more than it can cancel."""
     global _stopped
     if _stopped:
