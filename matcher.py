@@ -123,6 +123,8 @@ def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, poi
         mask_logits: (Q, h, w), logits, 1/4 of the input resolution.
         points: (P, 2) xy in [0, 1], the same for all masks.
     """
+    if not len(target):
+        return torch.zeros(len(class_logits), 0, device=class_logits.device)
     with torch.autocast(class_logits.device.type, enabled=False):
         cost_class = -class_logits.float().softmax(-1)[:, target.labels]           # (Q, N)
         target_values = target.sample_all(points)                                  # (N, P)

@@ -236,7 +236,11 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         heads = lambda x, w, b: F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, heads, ., d)
         q, k, v = map(heads, (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
+        if q.device.type == "cpu":     # torch's attention in bf16 takes half as long again there, with its gradients
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
