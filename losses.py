@@ -47,11 +47,11 @@ def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets
     num_masks, num_matched, num_queries = ranks.total(torch.tensor(counts, dtype=torch.float32, device=mask_features.device))
     num_masks, class_weight = num_masks.clamp(min=1), num_matched + cfg.no_object_weight * (num_queries - num_matched)
     shape, features = mask_features.shape[-2:], mask_features.flatten(2).unbind()            # B of (C, hw)
-    costs = []
+    costs, nothing = [], torch.zeros(queries, 0, device=mask_features.device)
     for layer, (class_logits, embeddings) in enumerate(layers):
         shared = points[layer][0] if points else [torch.rand(cfg.num_points, 2, generator=g, device=g.device) for g in generators]
         with torch.no_grad():          # (hw, C) x (C, Q): the logits of a pixel side by side, as the matching reads them
-            costs += [matching_cost(c, (f.T.to(e.dtype) @ e.T).T.unflatten(1, shape), t, p, cfg.weights)
+            costs += [matching_cost(c, (f.T.to(e.dtype) @ e.T).T.unflatten(1, shape), t, p, cfg.weights) if len(t) else nothing
                       for c, e, f, t, p in zip(class_logits, embeddings, features, targets, shared)]
     assigned = iter(match(costs))
     total = {"class": 0.0, "mask": 0.0, "dice": 0.0}

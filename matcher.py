@@ -91,7 +91,7 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 
     Args: maps (M, h, w) float;  points (M, P, 2) xy in [0, 1].   Returns: (M, P).
     """
-    return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
+    return F.grid_sample(maps[:, None], (2 * points[:, None]).sub_(1), align_corners=False)[:, 0, 0]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,6 @@ def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, poi
         mask_logits: (Q, h, w), logits, 1/4 of the input resolution.
         points: (P, 2) xy in [0, 1], the same for all masks.
     """
-    if not len(target):
-        return torch.zeros(len(class_logits), 0, device=class_logits.device)
     with torch.autocast(class_logits.device.type, enabled=False):
         cost_class = -class_logits.float().softmax(-1)[:, target.labels]           # (Q, N)
         target_values = target.sample_all(points)                                  # (N, P)
