@@ -96,8 +96,8 @@ class Vocabulary(nn.Module):
 
     def cosine(self, embeddings: Tensor) -> Tensor:
         """Cosine similarity of (..., D) embeddings with each class, the best of its names: (..., K)."""
-        similarity = F.normalize(embeddings, dim=-1) @ self.embeddings.T.to(embeddings.dtype)
-        return similarity[..., self.names].amax(-1)
+        similarity = self.embeddings.to(embeddings.dtype) @ F.normalize(embeddings, dim=-1).flatten(0, -2).T       # (T, N): what is said of a name is a row
+        return F.embedding(self.names, similarity).amax(1).T.unflatten(0, embeddings.shape[:-1])
 
 
 @torch.no_grad()
