@@ -5,8 +5,8 @@
     python bench.py --official DIR                   beside the official code: a clone of github.com/helen1c/DEARLi; needs detectron2
     python bench.py --json bench.json                the figures, with the machine they were measured on
 
-Weights are noise and images are made, the same for both sides. Each measurement has a process of its own; times are medians, peak memory is
-the largest resident set of the process, interpreter and libraries included. `limit` is the time of the arithmetic alone: the floating-point
+Weights are noise and images are made, the same for both sides. Each side has a process of its own, and they take turns, call by call; times are
+medians, peak memory is the largest resident set of the process, interpreter and libraries included. `limit` is the time of the arithmetic alone: the floating-point
 operations that torch counts in our work, at the rate at which the same process multiplies large matrices.
 """
 
@@ -448,25 +448,40 @@ GROWTH = {
 GROWING = {f"{axis} {n}": Work(f"{axis}, {n:,}", make(n), repeats=2) for axis, (values, make) in GROWTH.items() for n in values}
 
 
-def measure(name: str, side: str, official: Path | None, threads: int, answer) -> None:
+class Turn:
+    """`with turn:` waits until it is this process's turn, and then gives it to the other."""
+
+    def __init__(self, mine, other):
+        self.mine, self.other = mine, other
+
+    def __enter__(self):
+        self.mine.acquire()
+
+    def __exit__(self, *error):
+        self.other.release()
+
+
+def measure(name: str, side: str, official: Path | None, threads: int, answer, turn: Turn) -> None:
     """In a process of its own: seconds (median; the first call warms up), peak GB; for our side of a model's work also the arithmetic's time."""
     torch.set_num_threads(threads)
     work = {**WORKS, **GROWING}[name]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            made = (work.ours if side == "ours" else work.peer)(official, Path(folder))
+            with turn:
+                made = (work.ours if side == "ours" else work.peer)(official, Path(folder))
             if isinstance(made, dict):
                 answer.send(made)
                 return
             times = []
             for t in range(work.repeats + 1):
-                clock = time.perf_counter()
-                made(t)
-                times.append(time.perf_counter() - clock)
+                with turn:
+                    clock = time.perf_counter()
+                    made(t)
+                    times.append(time.perf_counter() - clock)
             result = {"seconds": round(statistics.median(times[1:]), 4), "peak GB": peak_gb()}
             if side == "ours" and any(word in name for word in ("step", "inference")):
                 counter = FlopCounterMode(display=False)
-                with counter:
+                with turn, counter:
                     made(work.repeats)
                 flops = counter.get_total_flops()
                 result |= {"GFLOP": round(flops / 1e9), "limit": round(flops / matmul_rate(BF16 if "bf16" in name else torch.float32), 4)}
@@ -476,6 +491,9 @@ def measure(name: str, side: str, official: Path | None, threads: int, answer) -
     except BaseException as error:
         answer.send({"failed": f"failed: {type(error).__name__}: {error}"})
         raise
+    finally:
+        for _ in range(work.repeats + 3):        # the other one has no one to wait for
+            turn.other.release()
 
 
 def matmul_rate(precision: torch.dtype, side: int = 2048) -> float:
@@ -492,19 +510,26 @@ def peak_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)           # Linux counts in KiB
 
 
-def alone(name: str, side: str, official: Path | None, threads: int) -> dict:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(name, side, official, threads, sender))
-    process.start()
-    sender.close()                               # so that the end of the process, however it comes, ends the waiting
-    try:
-        result = receiver.recv()
-    except EOFError:
+def measured(name: str, sides: tuple[str, ...], official: Path | None, threads: int) -> list[dict]:
+    """The sides of a work, each in a process of its own; they take turns, so that a machine that slows down does so for both."""
+    context, processes, results = multiprocessing.get_context("spawn"), [], []
+    turns = [context.Semaphore(int(k == 0)) for k in range(len(sides))]
+    for k, side in enumerate(sides):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=measure, args=(name, side, official, threads, sender, Turn(turns[k], turns[k - 1])))
+        process.start()
+        sender.close()                           # so that the end of the process, however it comes, ends the waiting
+        processes.append((process, receiver))
+    for k, (process, receiver) in enumerate(processes):
+        try:
+            results.append(receiver.recv())
+        except EOFError:
+            process.join()
+            results.append({"failed": f"failed: ended by signal {-process.exitcode}" if process.exitcode < 0 else f"failed: exit status {process.exitcode}"})
+            for _ in range(100):
+                turns[k - 1].release()
         process.join()
-        result = {"failed": f"failed: ended by signal {-process.exitcode}" if process.exitcode < 0 else f"failed: exit status {process.exitcode}"}
-    process.join()
-    return result
+    return results
 
 
 def row(name: str, ours: dict, peer: dict | None) -> str:
@@ -522,7 +547,7 @@ def growth_tables(threads: int) -> dict:
     for axis, (values, _) in GROWTH.items():
         print(f"\n| {axis} | seconds | arithmetic alone | peak GB |\n|---|---|---|---|", flush=True)
         for n in values:
-            r = results[f"{axis} {n}"] = alone(f"{axis} {n}", "ours", None, threads)
+            r = results[f"{axis} {n}"] = measured(f"{axis} {n}", ("ours",), None, threads)[0]
             print(f"| {n:,} | {r.get('seconds', r.get('failed'))} | {r.get('limit', '')} | {r.get('peak GB', '')} |", flush=True)
     return results
 
@@ -549,8 +574,7 @@ def main() -> int:
     print("\n| work | ours | peer | ratio | limit | goal |\n|---|---|---|---|---|---|", flush=True)
     results = {}
     for name in chosen:
-        ours = alone(name, "ours", args.official, args.threads)
-        peer = alone(name, "peer", args.official, args.threads) if WORKS[name].peer else None
+        ours, peer = (*measured(name, ("ours", "peer") if WORKS[name].peer else ("ours",), args.official, args.threads), None)[:2]
         results[name] = {"ours": ours, "peer": peer}
         print(row(name, ours, peer), flush=True)
     if args.json:

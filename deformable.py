@@ -153,7 +153,7 @@ class SparseSamples(torch.autograd.Function):
             of_shares = torch.sparse.sampled_addmm(matrix, g, table.T, beta=0).values().view(*w.shape[:3], 4, *w.shape[3:])     # of the entries that there are
             transposed = scipy.sparse.csr_array((entries.numpy(), rows.flatten().numpy(), starts.numpy()), (len(g), len(table))).T
             of_table = torch.from_numpy(transposed @ g.numpy()).view(shape)
-            # what a sample would gain by another pixel instead of one, to the right and below: its slopes
+            # slopes of a sample: to the right the difference of its right and left pixels, mixed by height, and likewise downwards
             right, lower = (p - p.floor()).unbind(1)
             upper_left, upper_right, lower_left, lower_right = of_shares.movedim(3, 0).contiguous()
             above, below = upper_left.lerp(upper_right, right), lower_left.lerp(lower_right, right)
@@ -176,7 +176,7 @@ def neighbours(positions: Tensor, weights: Tensor, pyramid: Pyramid) -> tuple[Te
 
     What lies outside is looked for on the border, where all four values are 0, and so are all slopes.
     """
-    low = positions.detach().nan_to_num().floor()              # a diverged model's answer is NaN, by its shares; its rows must still be rows
+    low = positions.nan_to_num().floor_()                      # a diverged model's answer is NaN, by its shares; its rows must still be rows
     low = torch.clamp(low, low.new_tensor(-float(BORDER)), pyramid.size)
     above = positions - low
     image = torch.arange(len(positions), dtype=torch.int32).view(-1, 1, 1, 1, 1) * pyramid.rows
