@@ -2058,6 +2058,21 @@ def test_masks_and_their_records_are_those_of_segment_anything(size, change):
     json.dumps([{k: v for k, v in one.items() if k != "segmentation"} for one in ours])
 
 
+def test_a_sam_with_its_own_vision_transformer_is_asked_alike_in_either_precision():
+    from segment_anything import SamAutomaticMaskGenerator
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, out_chans=32, use_rel_pos=True, window_size=2, global_attn_indexes=(1,))
+    sam = Sam(encoder, PromptEncoder(32, (4, 4), (64, 64), 16), MaskDecoder(transformer_dim=32, transformer=TwoWayTransformer(2, 32, 2, 64))).eval()
+    cfg = dataclasses.replace(OFFICIAL, points_per_side=4, points_per_batch=6, pred_iou_thresh=-9.0, stability_thresh=0.0, mask_nms_thresh=0.95)
+    picture = np.asarray(Image.fromarray(microcosm.scene("val", 3).image).resize((90, 50)))
+    theirs = SamAutomaticMaskGenerator(sam, 4, 6, -9.0, 0.0, box_nms_thresh=0.95).generate(picture)
+    ours, rounded = (MaskGenerator(sam, cfg, precision).generate(picture) for precision in (torch.float32, torch.bfloat16))
+    assert len(ours) == len(theirs) > 1 and len(rounded) > 1
+    same = [(one["segmentation"] == other["segmentation"]).mean() for one, other in zip(ours, theirs)]
+    assert min(same) > 0.99
+
+
 def test_a_picture_of_which_every_mask_is_rejected_has_none():
     picture = microcosm.scene("val", 3).image
     assert _masks_of_both(picture, dataclasses.replace(MINI, pred_iou_thresh=9.0))[1] == []
