@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import resource
@@ -491,9 +492,6 @@ def measure(name: str, side: str, official: Path | None, threads: int, answer, t
     except BaseException as error:
         answer.send({"failed": f"failed: {type(error).__name__}: {error}"})
         raise
-    finally:
-        for _ in range(work.repeats + 3):        # the other one has no one to wait for
-            turn.other.release()
 
 
 def matmul_rate(precision: torch.dtype, side: int = 2048) -> float:
@@ -512,24 +510,26 @@ def peak_gb() -> float:
 
 def measured(name: str, sides: tuple[str, ...], official: Path | None, threads: int) -> list[dict]:
     """The sides of a work, each in a process of its own; they take turns, so that a machine that slows down does so for both."""
-    context, processes, results = multiprocessing.get_context("spawn"), [], []
+    context, processes, results = multiprocessing.get_context("spawn"), {}, {}
     turns = [context.Semaphore(int(k == 0)) for k in range(len(sides))]
     for k, side in enumerate(sides):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=measure, args=(name, side, official, threads, sender, Turn(turns[k], turns[k - 1])))
         process.start()
         sender.close()                           # so that the end of the process, however it comes, ends the waiting
-        processes.append((process, receiver))
-    for k, (process, receiver) in enumerate(processes):
-        try:
-            results.append(receiver.recv())
-        except EOFError:
-            process.join()
-            results.append({"failed": f"failed: ended by signal {-process.exitcode}" if process.exitcode < 0 else f"failed: exit status {process.exitcode}"})
-            for _ in range(100):
+        processes[receiver] = k, process
+    while processes:
+        for receiver in multiprocessing.connection.wait(list(processes)):
+            k, process = processes.pop(receiver)
+            try:
+                results[k] = receiver.recv()
+            except EOFError:
+                process.join()
+                results[k] = {"failed": f"failed: ended by signal {-process.exitcode}" if process.exitcode < 0 else f"failed: exit status {process.exitcode}"}
+            for _ in range(100):      # the other one has no one to wait for
                 turns[k - 1].release()
-        process.join()
-    return results
+            process.join()
+    return [results[k] for k in range(len(sides))]
 
 
 def row(name: str, ours: dict, peer: dict | None) -> str:

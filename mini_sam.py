@@ -1,8 +1,8 @@
-"""A miniature SAM: segment_anything's own model and mask generator, small enough to learn the miniature world on one core.
+"""A miniature SAM: segment_anything's own model, small enough to learn the miniature world on one core.
 
 Stands in for SAM where the method takes its masks (DeWa, paper section 3.3): promptable, class-agnostic, with several honest
-answers to one point. The prompt encoder, the two-way transformer, the mask decoder and `Sam` are segment_anything's, unmodified; only the image encoder is ours, a small convolutional network, because a ViT needs far more
-images than this. It learns from collection `sam` alone, which no other stage sees.
+answers to one point. The prompt encoder, the two-way transformer, the mask decoder and `Sam` are segment_anything's, unmodified;
+only the image encoder is ours, a small convolutional network, because a ViT needs far more images than this. It learns from collection `sam` alone, which no other stage sees.
 
     masks = MaskGenerator(mini_sam.load(), config.MINI).generate(image)      # (128, 128, 3) uint8
 

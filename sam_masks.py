@@ -3,7 +3,7 @@
 The model and its weights are segment_anything's, and the masks are those of its `SamAutomaticMaskGenerator` without crops; only the way
 there is shorter. What depends on no point (the image, up to the first layer's answer) is computed once; an answer that its own
 predicted IoU rejects is not drawn; masks take the size of the image a few at a time, and are kept small until it is known which of them stay.
-Source: Segment Anything (arXiv:2304.02643), section 5 and appendices A, B.
+Differs from the paper: no crops, as in the official DeWa masks.    Source: Segment Anything (arXiv:2304.02643), section 5 and appendices A, B.
 Axes: N points, T tokens a point, M masks, S = G G cells of the embedding, C channels, H W pixels.
 Try: `python dearli.py --stage masks --points-per-side 4 --out runs/try-grid` asks at 16 points an image instead of 144, for --stage dewa --masks.
 """
@@ -48,13 +48,13 @@ class MaskGenerator:
         asked = torch.as_tensor(transform.apply_coords(points, size), dtype=torch.float32, device=device)
         kept = []
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-            embedding = self.sam.image_encoder(self.sam.preprocess(resized)[None])
+            embedding = self.sam.image_encoder(self.sam.preprocess(resized)[None]).float()
         for at in torch.arange(len(points), device=device).split(self.cfg.points_per_batch):
-            of_point, iou, small = answers(self.sam, embedding.float(), asked[at], self.cfg.pred_iou_thresh)
+            of_point, iou, small = answers(self.sam, embedding, asked[at], self.cfg.pred_iou_thresh)
             for point, *part in in_parts(max(side ** 2, math.prod(size)), at[of_point], iou, small) if len(iou) else ():
                 full = resize_masks(part[-1], (side, side), resized.shape[1:], size)
                 stability = (full > OFFSET).flatten(1).sum(1, dtype=torch.int32) / (full > -OFFSET).flatten(1).sum(1, dtype=torch.int32)
-                stable = stability >= self.cfg.stability_thresh                                      # an empty mask is not: 0 / 0
+                stable = stability >= self.cfg.stability_thresh                                      # 0 / 0 is not
                 kept.append([t[stable] for t in (point, stability, boxes(full), *part)])
         if not kept:
             return []
@@ -69,10 +69,10 @@ class MaskGenerator:
 
 
 def boxes(logits: Tensor) -> Tensor:
-    """Mask logits (M, H, W) -> first and last column and row with a positive one, xyxy (M, 4) float32; nonsense of an empty mask."""
+    """Mask logits (M, H, W) -> first and last column and row with a positive one, xyxy (M, 4) float32; zeros of an empty mask."""
     columns, rows = (logits.amax(1) > 0).float(), (logits.amax(2) > 0).float()
     last = lambda hits: hits.shape[1] - 1 - hits.flip(1).argmax(1)
-    return torch.stack([columns.argmax(1), rows.argmax(1), last(columns), last(rows)], 1).float()
+    return torch.stack([columns.argmax(1), rows.argmax(1), last(columns), last(rows)], 1) * columns.amax(1, keepdim=True)
 
 
 def answers(sam: Sam, embedding: Tensor, xy: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:

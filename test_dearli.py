@@ -70,6 +70,7 @@ import optim
 import predict
 import ranks
 import report
+import sam_masks
 import trainer
 import validate
 import watch
@@ -2034,13 +2035,13 @@ def test_miou_refuses_a_void_value_that_is_a_class_and_labels_beyond_the_classes
 
 # ------------------------------------------------------------------------------------------------------- sam_masks.py
 
-def _masks_of_both(picture: np.ndarray, cfg: Config, precision: torch.dtype = torch.float32) -> tuple[list[dict], list[dict]]:
+def _masks_of_both(picture: np.ndarray, cfg: Config) -> tuple[list[dict], list[dict]]:
     """The mini SAM's masks of a picture by segment_anything's own generator, and by ours."""
     import mini_sam
     from segment_anything import SamAutomaticMaskGenerator
     sam = mini_sam.load()
     theirs = SamAutomaticMaskGenerator(sam, cfg.points_per_side, cfg.points_per_batch, cfg.pred_iou_thresh, cfg.stability_thresh, box_nms_thresh=cfg.mask_nms_thresh)
-    return theirs.generate(picture), MaskGenerator(sam, cfg, precision).generate(picture)
+    return theirs.generate(picture), MaskGenerator(sam, cfg).generate(picture)
 
 
 @pytest.mark.parametrize("change", [{}, dict(points_per_side=5, points_per_batch=7, mask_nms_thresh=0.9), dict(pred_iou_thresh=0.6, stability_thresh=0.7),
@@ -2075,8 +2076,14 @@ def test_a_sam_with_its_own_vision_transformer_is_asked_alike_in_either_precisio
 
 def test_a_picture_of_which_every_mask_is_rejected_has_none():
     picture = microcosm.scene("val", 3).image
-    assert _masks_of_both(picture, dataclasses.replace(MINI, pred_iou_thresh=9.0))[1] == []
-    assert _masks_of_both(picture, dataclasses.replace(MINI, stability_thresh=1.1))[1] == []
+    assert _masks_of_both(picture, dataclasses.replace(MINI, pred_iou_thresh=9.0)) == ([], [])
+    assert _masks_of_both(picture, dataclasses.replace(MINI, stability_thresh=1.1)) == ([], [])
+
+
+def test_boxes_of_masks_by_hand_and_of_an_empty_one():
+    logits = torch.full((3, 4, 5), -0.5)
+    logits[0, 1:3, 2:4], logits[1, 3, 0] = 1.0, 2.0
+    assert sam_masks.boxes(logits).tolist() == [[2, 1, 3, 2], [0, 3, 0, 3], [0, 0, 0, 0]]
 
 
 def test_masks_with_an_encoder_in_bf16_are_nearly_those_of_fp32():
