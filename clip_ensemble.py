@@ -94,10 +94,10 @@ class Vocabulary(nn.Module):
     def __len__(self) -> int:
         return len(self.names)
 
-    def cosine(self, embeddings: Tensor) -> Tensor:
-        """Cosine similarity of (..., D) embeddings with each class, the best of its names: (..., K)."""
-        similarity = self.embeddings.to(embeddings.dtype) @ F.normalize(embeddings, dim=-1).flatten(0, -2).T       # (T, N): what is said of a name is a row
-        return F.embedding(self.names, similarity).amax(1).T.unflatten(0, embeddings.shape[:-1])
+    def cosine(self, unit: Tensor) -> Tensor:
+        """Cosine similarity of embeddings (..., D) of unit length with each class, the best of its names: (..., K)."""
+        similarity = self.embeddings.to(unit.dtype) @ unit.flatten(0, -2).T                      # (T, N): what is said of a name is a row
+        return F.embedding(self.names, similarity).amax(1).T.unflatten(0, unit.shape[:-1])
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def zero_shot_logits(backbone: ClipBackbone, features: Tensor, mask_logits: Tens
     with torch.autocast(features.device.type, enabled=False):
         pooled = mask_pool(backbone.trunk.norm_pre(features.float()), mask_logits.float())
         scale = torch.as_tensor(scale) if scale else backbone.logit_scale.exp().clamp(max=MAX_SCALE)
-        return scale.to(pooled) * vocabulary.cosine(backbone.embed(pooled))
+        return scale.to(pooled) * vocabulary.cosine(F.normalize(backbone.embed(pooled), dim=-1))
 
 
 def alpha_at(alpha: float | str, progress: float) -> float:

@@ -173,18 +173,19 @@ class MaskedAttentionDecoder(nn.Module):
         b = len(mask_features)
         pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]                            # (1, S_i, C)
         src = [m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)]      # (B, S_i, C)
+        keys = [s + p for s, p in zip(src, pos)]
         queries, query_pos = self.query_feat.weight.expand(b, -1, -1), self.query_embed.weight
         with torch.no_grad():
             coarse = [F.interpolate(mask_features, size=m.shape[-2:], mode="bilinear", align_corners=False) for m in maps]
-        predictions = []
-        for i, layer in enumerate(self.layers):
-            level, normed = i % len(maps), self.decoder_norm(queries)
-            embeddings = self.mask_embed(normed)
-            if not last_only:
-                predictions.append((self.classify(normed), embeddings))
-            queries = layer(queries, query_pos, src[level], pos[level], attention_mask(embeddings, coarse[level]))
-        normed = self.decoder_norm(queries)
-        return [*predictions, (self.classify(normed), self.mask_embed(normed))]
+        states, masks = [], []
+        for i in range(len(self.layers) + 1):
+            states.append(self.decoder_norm(queries))
+            masks.append(self.mask_embed(states[-1]))
+            if i < len(self.layers):
+                level = i % len(maps)
+                queries = self.layers[i](queries, query_pos, src[level], keys[level], attention_mask(masks[-1], coarse[level]))
+        first = len(self.layers) if last_only else 0
+        return list(zip(self.classify(torch.stack(states[first:])), masks[first:]))                  # the classes of all layers at once
 
 
 def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
@@ -213,8 +214,8 @@ class DecoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, queries: Tensor, query_pos: Tensor, src: Tensor, pos: Tensor, allowed: Tensor) -> Tensor:
-        queries = self.cross_norm(queries + self.cross_attn(queries + query_pos, src + pos, src, allowed))
+    def forward(self, queries: Tensor, query_pos: Tensor, src: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
+        queries = self.cross_norm(queries + self.cross_attn(queries + query_pos, keys, src, allowed))
         placed = queries + query_pos
         queries = self.self_norm(queries + self.self_attn(placed, placed, queries))
         return self.ffn_norm(queries + self.linear2(self.linear1(queries).relu_()))
@@ -255,7 +256,7 @@ class MLP(nn.Module):
 
 
 class LinearClassifier(nn.Linear):
-    """M2F: (B, Q, C) -> class_logits (B, Q, K+1)."""
+    """M2F: (..., Q, C) -> class_logits (..., Q, K+1)."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__(channels, num_classes + 1)
@@ -276,10 +277,10 @@ class LanguageClassifier(nn.Module):
         self.void_embedding = nn.Embedding(1, dim)
 
     def forward(self, queries: Tensor) -> Tensor:
-        """(B, Q, C) -> class_logits (B, Q, K+1)."""
-        e = F.normalize(self.class_embed(queries), dim=-1)
-        void = e @ F.normalize(self.void_embedding.weight, dim=-1).T
-        return self.logit_scale.exp().clamp(max=MAX_SCALE) * torch.cat([self.vocabulary.cosine(e), void], -1)
+        """(..., Q, C) -> class_logits (..., Q, K+1)."""
+        unit = F.normalize(self.class_embed(queries), dim=-1)
+        void = unit @ F.normalize(self.void_embedding.weight, dim=-1).T
+        return self.logit_scale.exp().clamp(max=MAX_SCALE) * torch.cat([self.vocabulary.cosine(unit), void], -1)
 
 
 # ------------------------------------------------------------------------------------------------- inference
