@@ -46,20 +46,19 @@ def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets
     counts = [sum(map(len, targets)), sum(min(len(t), queries) for t in targets), len(targets) * queries]
     num_masks, num_matched, num_queries = ranks.total(torch.tensor(counts, dtype=torch.float32, device=mask_features.device))
     num_masks, class_weight = num_masks.clamp(min=1), num_matched + cfg.no_object_weight * (num_queries - num_matched)
-    shape, features = mask_features.shape[-2:], mask_features.flatten(2).unbind()            # B of (C, hw)
+    shape, features = mask_features.shape[-2:], mask_features.flatten(2).transpose(1, 2).unbind()        # B of (hw, C), as the pixel decoder lays them out
     costs, nothing = [], torch.zeros(queries, 0, device=mask_features.device)
     for layer, (class_logits, embeddings) in enumerate(layers):
         shared = points[layer][0] if points else [torch.rand(cfg.num_points, 2, generator=g, device=g.device) for g in generators]
-        with torch.no_grad():          # (hw, C) x (C, Q): the logits of a pixel side by side, as the matching reads them
-            costs += [matching_cost(c, (f.T.to(e.dtype) @ e.T).T.unflatten(1, shape), t, p, cfg.weights) if len(t) else nothing
+        with torch.no_grad():
+            costs += [matching_cost(c, logits(f, e, shape), t, p, cfg.weights) if len(t) else nothing
                       for c, e, f, t, p in zip(class_logits, embeddings, features, targets, shared)]
     assigned = iter(match(costs))
     total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
     for layer, (class_logits, embeddings) in enumerate(layers):
         matches = list(itertools.islice(assigned, len(targets)))
         label = class_loss(class_logits, targets, matches, cfg.no_object_weight)
-        chosen = [(e[q.to(e.device)] @ f.to(e.dtype)).unflatten(1, shape).float()            # B of (M_b, h, w)
-                  for e, f, (q, _) in zip(embeddings.unbind(), features, matches)]
+        chosen = [logits(f, e[q.to(e.device)], shape).float().contiguous() for f, e, (q, _) in zip(features, embeddings.unbind(), matches)]       # B of (M_b, h, w)
         where = points[layer][1] if points else torch.cat([uncertain_points(c, cfg, g) for c, g in zip(chosen, generators)])
         chosen = torch.cat(chosen)                                                           # (M, h, w)
         mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where)
@@ -67,6 +66,11 @@ def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets
         total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
         total["dice"] = total["dice"] + cfg.weights.dice * dice / num_masks
     return total
+
+
+def logits(features: Tensor, embeddings: Tensor, shape) -> Tensor:
+    """Mask logits (Q, h, w) of one image, the queries of a pixel side by side in memory, from (hw, C) and (Q, C); shape = (h, w)."""
+    return (features.to(embeddings.dtype) @ embeddings.T).T.unflatten(1, shape)
 
 
 def learn(head, features: list[Tensor], targets: list[Target], cfg: LossConfig, generators: list[torch.Generator], precision: torch.dtype,
