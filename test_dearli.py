@@ -3441,7 +3441,8 @@ def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
     code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({['--runs', str(tmp_path), '--steps', '9000', '--jobs', '2', *TINY_FLAGS]}))"
     # the processes of the pool import nothing of this line: their world is of full size, and drawn in a second or two
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))           # a shell's background jobs ignore it, and so do theirs
     try:
         wait_for(lambda: any(path.stat().st_size > 2000 for path in tmp_path.glob("*/log.jsonl")), 120)
         os.killpg(process.pid, signal.SIGINT)
