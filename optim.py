@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
             factor = cfg.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0
             groups.setdefault((factor, 0.0 if exempt else cfg.weight_decay), []).append(param)
     return torch.optim.AdamW([{"params": params, "lr": cfg.lr * factor, "lr_factor": factor, "weight_decay": decay}
-                              for (factor, decay), params in groups.items()], lr=cfg.lr)
+                              for (factor, decay), params in groups.items()], lr=cfg.lr, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config) -> float:
