@@ -126,17 +126,17 @@ def grid_samples(value: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
 class SparseSamples(torch.autograd.Function):
     """The same on all levels, as a product of a sparse matrix with the table of all values: S H rows with 4 L P entries, for each image.
 
-    The matrix is not kept: both passes make it, a few images at a time.
+    Both passes make it, a few images at a time; only rows and shares of its entries are kept between them.
     """
 
     @staticmethod
     def forward(ctx, value: Tensor, positions: Tensor, weights: Tensor, pyramid: Pyramid) -> Tensor:
+        out, ctx.pyramid, ctx.kept = [], pyramid, []
         ctx.save_for_backward(value, positions, weights)
-        ctx.pyramid = pyramid
-        out = []
         for v, p, w in in_parts(positions[0].numel(), value, positions, weights):
             table = bordered(v, pyramid)
             rows, shares = neighbours(p, w, pyramid)
+            ctx.kept.append((rows, shares))
             out.append(F.embedding_bag(rows, table.flatten(0, 2), per_sample_weights=shares, mode="sum").view_as(v))
         return torch.cat(out)
 
@@ -144,9 +144,8 @@ class SparseSamples(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         value, positions, weights = ctx.saved_tensors
         parts = []
-        for v, p, w, g in in_parts(positions[0].numel(), value, positions, weights, grad):
+        for (v, p, w, g), (rows, shares) in zip(in_parts(positions[0].numel(), value, positions, weights, grad), ctx.kept):
             table = bordered(v, ctx.pyramid)
-            rows, shares = neighbours(p, w, ctx.pyramid)
             shape, table, g = table.shape, table.flatten(0, 2), g.flatten(0, 2).contiguous()
             entries, starts = shares.flatten(), torch.arange(len(g) + 1, dtype=torch.int32) * shares.shape[1]
             matrix = torch.sparse_csr_tensor(starts, rows.flatten(), entries, (len(g), len(table)), check_invariants=False)
