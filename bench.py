@@ -6,12 +6,14 @@
     python bench.py --json bench.json                the figures, with the machine they were measured on
 
 Weights are noise and images are made, the same for both sides. Each side has a process of its own, and they take turns, call by call; times are
-medians, peak memory is the largest resident set of the process, interpreter and libraries included. `limit` is the time of the arithmetic alone: the floating-point
-operations that torch counts in our work, at the rate at which the same process multiplies large matrices.
+medians, `ratio` is the median over the turns, with the least and the greatest of them. Peak memory is the largest resident set of the process, interpreter and
+libraries included. `limit` is the time of the arithmetic alone: the floating-point operations that torch counts in our work, at the rate at which the same
+process multiplies large matrices.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -156,7 +158,7 @@ def our_step(side: int = 256, images: int = 2, classes: int = CLASSES, segments:
     student, teacher = our_models(classes, cfg)
     optimizer, things = build_optimizer(student, cfg), _things(classes)
     batches = [made_batch(side, classes, images, segments, t) for t in range(5)]
-    return lambda t: train_step(student, teacher, optimizer, *batches[t], things, cfg, t, precision=precision)
+    return lambda t: train_step(student, teacher, optimizer, *batches[t % 5], things, cfg, t, precision=precision)
 
 
 def official_step(folder: Path, side: int = 256, images: int = 2, segments: int = 10) -> Callable:
@@ -167,7 +169,7 @@ def official_step(folder: Path, side: int = 256, images: int = 2, segments: int 
 
     class Feed:
         def __iter__(self):
-            return iter(official_batch(*b) for b in batches)
+            return (official_batch(*b) for b in itertools.cycle(batches))
 
     run = runner(teacher, student.train(), Feed(), optimizer)
     run._write_metrics = lambda *a, **k: None
@@ -462,10 +464,11 @@ class Turn:
         self.other.release()
 
 
-def measure(name: str, side: str, official: Path | None, threads: int, answer, turn: Turn) -> None:
-    """In a process of its own: seconds (median; the first call warms up), peak GB; for our side of a model's work also the arithmetic's time."""
+def measure(name: str, side: str, official: Path | None, threads: int, repeats: int | None, answer, turn: Turn) -> None:
+    """In a process of its own: seconds (median, and all; the first call warms up), peak GB; for our side of a model's work also the arithmetic's time."""
     torch.set_num_threads(threads)
     work = {**WORKS, **GROWING}[name]
+    repeats = repeats or work.repeats
     try:
         with tempfile.TemporaryDirectory() as folder:
             with turn:
@@ -474,16 +477,16 @@ def measure(name: str, side: str, official: Path | None, threads: int, answer, t
                 answer.send(made)
                 return
             times = []
-            for t in range(work.repeats + 1):
+            for t in range(repeats + 1):
                 with turn:
                     clock = time.perf_counter()
                     made(t)
                     times.append(time.perf_counter() - clock)
-            result = {"seconds": round(statistics.median(times[1:]), 4), "peak GB": peak_gb()}
+            result = {"seconds": round(statistics.median(times[1:]), 4), "all": [round(s, 4) for s in times[1:]], "peak GB": peak_gb()}
             if side == "ours" and any(word in name for word in ("step", "inference")):
                 counter = FlopCounterMode(display=False)
                 with turn, counter:
-                    made(work.repeats)
+                    made(repeats)
                 flops = counter.get_total_flops()
                 result |= {"GFLOP": round(flops / 1e9), "limit": round(flops / matmul_rate(BF16 if "bf16" in name else torch.float32), 4)}
             answer.send(result)
@@ -508,13 +511,13 @@ def peak_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)           # Linux counts in KiB
 
 
-def measured(name: str, sides: tuple[str, ...], official: Path | None, threads: int) -> list[dict]:
+def measured(name: str, sides: tuple[str, ...], official: Path | None, threads: int, repeats: int | None) -> list[dict]:
     """The sides of a work, each in a process of its own; they take turns, so that a machine that slows down does so for both."""
     context, processes, results = multiprocessing.get_context("spawn"), {}, {}
     turns = [context.Semaphore(int(k == 0)) for k in range(len(sides))]
     for k, side in enumerate(sides):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=measure, args=(name, side, official, threads, sender, Turn(turns[k], turns[k - 1])))
+        process = context.Process(target=measure, args=(name, side, official, threads, repeats, sender, Turn(turns[k], turns[k - 1])))
         process.start()
         sender.close()                           # so that the end of the process, however it comes, ends the waiting
         processes[receiver] = k, process
@@ -534,20 +537,22 @@ def measured(name: str, sides: tuple[str, ...], official: Path | None, threads: 
 
 def row(name: str, ours: dict, peer: dict | None) -> str:
     work, shown = WORKS[name], lambda r: r.get("skipped") or r.get("failed") or " ".join(f"{r[k]:,} {unit}" for k, unit in (("seconds", "s"), ("peak GB", "GB")) if k in r)
-    both = peer is not None and "seconds" in ours and "seconds" in peer
-    ratio = f"{ours['seconds'] / peer['seconds']:.2f}" + (f", memory {ours['peak GB'] / peer['peak GB']:.2f}" if "peak GB" in ours else "") if both else ""
+    ratio = ""
+    if peer is not None and "seconds" in ours and "seconds" in peer:
+        ratios = [a / b for a, b in zip(ours.get("all", [ours["seconds"]]), peer.get("all", [peer["seconds"]]))]
+        ratio = f"{statistics.median(ratios):.2f}" + (f" ({min(ratios):.2f} to {max(ratios):.2f}), memory {ours['peak GB'] / peer['peak GB']:.2f}" if "peak GB" in ours else "")
     more = "; ".join(f"{k} {v:,}" for k, v in ours.items() if k.startswith("MB"))
     limit = f"{ours['limit']:,} s ({ours['GFLOP']:,} GFLOP)" if "limit" in ours else ""
     return f"| {work.title} | {shown(ours)}{'; ' + more if more else ''} | {work.peer_name + ': ' + shown(peer) if peer else ''} | {ratio} | {limit} | {work.goal} |"
 
 
-def growth_tables(threads: int) -> dict:
+def growth_tables(threads: int, repeats: int | None) -> dict:
     """Time and memory along each axis, beside the arithmetic; every point in a process of its own."""
     results = {}
     for axis, (values, _) in GROWTH.items():
         print(f"\n| {axis} | seconds | arithmetic alone | peak GB |\n|---|---|---|---|", flush=True)
         for n in values:
-            r = results[f"{axis} {n}"] = measured(f"{axis} {n}", ("ours",), None, threads)[0]
+            r = results[f"{axis} {n}"] = measured(f"{axis} {n}", ("ours",), None, threads, repeats)[0]
             print(f"| {n:,} | {r.get('seconds', r.get('failed'))} | {r.get('limit', '')} | {r.get('peak GB', '')} |", flush=True)
     return results
 
@@ -557,6 +562,7 @@ def main() -> int:
     p.add_argument("--only", default=",".join(WORKS), help="; ".join(f"{n}: {w.title}" for n, w in WORKS.items()))
     p.add_argument("--official", type=Path, help="a clone of the official code, to measure beside")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--repeats", type=int, metavar="N", help="calls of each side that count; default 2 to 5, by the work")
     p.add_argument("--growth", action="store_true", help="instead: how time and memory grow with data set, classes, queries, segments, crop and views")
     p.add_argument("--json", type=Path, help="write the figures to this file")
     args = p.parse_args()
@@ -567,14 +573,14 @@ def main() -> int:
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": args.threads}
     print("machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()))
     if args.growth:
-        results = growth_tables(args.threads)
+        results = growth_tables(args.threads, args.repeats)
         if args.json:
             args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
         return int(any("failed" in r for r in results.values()))
     print("\n| work | ours | peer | ratio | limit | goal |\n|---|---|---|---|---|---|", flush=True)
     results = {}
     for name in chosen:
-        ours, peer = (*measured(name, ("ours", "peer") if WORKS[name].peer else ("ours",), args.official, args.threads), None)[:2]
+        ours, peer = (*measured(name, ("ours", "peer") if WORKS[name].peer else ("ours",), args.official, args.threads, args.repeats), None)[:2]
         results[name] = {"ours": ours, "peer": peer}
         print(row(name, ours, peer), flush=True)
     if args.json:
