@@ -376,7 +376,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()        # before its file is closed; convert() would copy every pixel
+    return image
 
 
 def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
