@@ -426,6 +426,8 @@ WORKS = {
                           "official code", goal="0.75"),
     "inference-bf16": Work("panoptic inference, two images of 256 x 256, bf16", lambda o, r: our_inference(precision=BF16), lambda o, r: official_inference(o),
                            "official code (fp32)", goal="0.45"),
+    "inference-640-bf16": Work("panoptic inference, one image of 640 x 640, bf16", lambda o, r: our_inference(640, 1, BF16),
+                               lambda o, r: official_inference(o, 640, 1), "official code (fp32)", goal="0.45"),
     "segments": Work("segment maps of four images of 512 x 512 from their logits", lambda o, r: our_segments(), lambda o, r: official_segments(o),
                      "official loop", 5, "0.2"),
     "pq": Work("PQ of 20 images of 480 x 640 with 40 segments, PNG decoding included", lambda o, r: our_pq(r), lambda o, r: panopticapi_pq(r),
