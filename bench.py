@@ -158,7 +158,7 @@ def our_step(side: int = 256, images: int = 2, classes: int = CLASSES, segments:
     student, teacher = our_models(classes, cfg)
     optimizer, things = build_optimizer(student, cfg), _things(classes)
     batches = [made_batch(side, classes, images, segments, t) for t in range(5)]
-    return lambda t: train_step(student, teacher, optimizer, *batches[t % 5], things, cfg, t, precision=precision)
+    return lambda t: train_step(student, teacher, optimizer, *batches[t % len(batches)], things, cfg, t, precision=precision)
 
 
 def official_step(folder: Path, side: int = 256, images: int = 2, segments: int = 10) -> Callable:

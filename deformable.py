@@ -131,20 +131,21 @@ class SparseSamples(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value: Tensor, positions: Tensor, weights: Tensor, pyramid: Pyramid) -> Tensor:
-        out, ctx.pyramid, ctx.kept = [], pyramid, []
-        ctx.save_for_backward(value, positions, weights)
+        out, kept = [], []
         for v, p, w in in_parts(positions[0].numel(), value, positions, weights):
             table = bordered(v, pyramid)
             rows, shares = neighbours(p, w, pyramid)
-            ctx.kept.append((rows, shares))
+            kept += rows, shares
             out.append(F.embedding_bag(rows, table.flatten(0, 2), per_sample_weights=shares, mode="sum").view_as(v))
+        ctx.pyramid = pyramid
+        ctx.save_for_backward(value, positions, weights, *kept)                    # so that each layer's are forgotten once it has gone backward
         return torch.cat(out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        value, positions, weights = ctx.saved_tensors
+        value, positions, weights, *kept = ctx.saved_tensors
         parts = []
-        for (v, p, w, g), (rows, shares) in zip(in_parts(positions[0].numel(), value, positions, weights, grad), ctx.kept):
+        for (v, p, w, g), (rows, shares) in zip(in_parts(positions[0].numel(), value, positions, weights, grad), zip(kept[::2], kept[1::2])):
             table = bordered(v, ctx.pyramid)
             shape, table, g = table.shape, table.flatten(0, 2), g.flatten(0, 2).contiguous()
             entries, starts = shares.flatten(), torch.arange(len(g) + 1, dtype=torch.int32) * shares.shape[1]
