@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import alpha_at  # noqa: F401  Eq. (6)'s alpha at a time of the training
+
 TEMPLATES = (
     "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
     "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
@@ -132,15 +134,6 @@ def zero_shot_logits(backbone: ClipBackbone, features: Tensor, mask_logits: Tens
         pooled = mask_pool(backbone.trunk.norm_pre(features.float()), mask_logits.float())
         scale = torch.as_tensor(scale) if scale else backbone.logit_scale.exp().clamp(max=MAX_SCALE)
         return scale.to(pooled) * vocabulary.cosine(F.normalize(backbone.embed(pooled), dim=-1))
-
-
-def alpha_at(alpha: float | str, progress: float) -> float:
-    """The alpha of Eq. (6) at a time of the training: a number is constant, `A:B` goes from A to B, linearly.
-
-    progress: 0 to 1. At evaluation 1. The paper names a growing alpha as future work (supplement C).
-    """
-    first, _, last = str(alpha).partition(":")
-    return float(first) + progress * (float(last or first) - float(first))
 
 
 def alpha_of_share(share: float) -> float:

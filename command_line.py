@@ -11,17 +11,15 @@ import re
 import textwrap
 from pathlib import Path
 
-import torch
+from config import (
+    ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, require_ranges)
 
-import datasets
-from annotations import READERS
-from config import PRESETS, Config, UserError, choose, nearest
-
-DATASETS = ("mini", "custom", *datasets.NAMES)
+DATASETS = ("mini", "custom", *PAPERS_DATASETS)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
            "dearli": "dear, starting from the DeWa weights"}
 FORMATS = ("official", "safetensors")
-SOURCES = tuple(READERS)
+SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")                          # `annotations.READERS`
+PALETTES, LOGS, PRECISIONS = ("dataset", "safe"), ("tensorboard",), ("fp32", "bf16")
 # By group, in the order in which they are used: what a stage does, in a line of `--help`.
 STAGES = {
     "data": {"prepare": "the paper's data sets: check downloads, fetch partitions, make panoptic maps",
@@ -35,7 +33,7 @@ STAGES = {
                   "alpha": "its Table 8, and an alpha that changes", "mini-clip": "train the miniature CLIP anew", "mini-sam": "train the miniature SAM anew"},
 }
 ALL = tuple(name for group in STAGES.values() for name in group)
-TRAIN, TABLES = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha")
+TRAIN, TABLES, STORED = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha"), ("eval", "predict", "export", "report")      # STORED: read a run
 # Sections of Config that a stage reads, for its help page; the first words of the comment above each section.
 SECTIONS = {
     "masks": ("SAM", "a run"), "predict": ("panoptic inference", "recognition", "data"), "zeroshot": ("backbone", "recognition", "data", "SAM", "a run"),
@@ -91,7 +89,7 @@ FLAGS = (
     Flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
           "nothing is written", action="store_true"),
     Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
-    Flag("device", ALL, "as torch names it (cuda where there is one, else cpu)", default="cuda" if torch.cuda.is_available() else "cpu"),
+    Flag("device", ALL, "as torch names it (cuda where there is one, else cpu)"),
     Flag("precision", ("masks", *TRAIN, *TABLES), "fp32, bf16", default="fp32"),
     Flag("seeds", ("ladder", "alpha"), "number of seeds (3)", type=int, default=3),
     Flag("jobs", TABLES, "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)", type=int, default=0),
@@ -144,6 +142,66 @@ def require_known(args: argparse.Namespace) -> None:
         if args.stage not in flag.stages and getattr(args, flag.dest) != usual.get_default(flag.dest):
             raise UserError(f"--{flag.name}: only --stage {', '.join(flag.stages[:-1])}{' and ' if flag.stages[1:] else ''}{flag.stages[-1]} "
                             f"know{'' if flag.stages[1:] else 's'} it, not --stage {args.stage}")
+
+
+# ---------------------------------------------------------------------------------------------- flags -> configuration
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for all that can be known to be wrong before anything is read or imported: within a moment, not after libraries."""
+    args.dataset = ALIASES.get(args.dataset, args.dataset)
+    choose("stage", args.stage, ALL), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
+    choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
+    require_known(args)
+    choose("palette", args.palette, PALETTES), choose("log", args.log or LOGS[0], LOGS)
+    if args.stage not in STORED:
+        require_sense(args, configure(args))
+
+
+def given(args: argparse.Namespace) -> dict:
+    """The fields of Config that the command line names, with the optimiser steps of the stage at hand under their own name."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    if args.steps is not None:
+        values[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
+    return values
+
+
+def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
+    """Preset -> what a run has stored (`stored`, of the stages that read one) -> flags."""
+    values, cfg = given(args), PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
+    if stored is not None:
+        cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
+    elif args.stage in ("sup", "ssl"):
+        values.setdefault("teacher_posterior", "ensemble" if args.stage == "ssl" and args.method != "ssl" else "decoder")
+    if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
+        values["pretrained"] = TAGS.get(values["backbone"], "")
+    splits = PAPERS_SPLITS.get(args.dataset, ())
+    if args.split in splits:
+        cfg = dataclasses.replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (splits.index(args.split) + 1))
+    return dataclasses.replace(cfg, **values)
+
+
+def require_sense(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise UserError for a value that does not exist, and for a flag that the stage would pass over in silence."""
+    for name, values in (("classifier", ("language", "linear")), ("teacher_posterior", ("decoder", "clip", "ensemble")), ("labels", ("panoptic", "semantic"))):
+        choose(name.replace("_", " "), getattr(cfg, name), values)
+    try:
+        sound = cfg.alpha == "labeled" or all(0 <= alpha_at(cfg.alpha, end) <= 1 for end in (0.0, 1.0))
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+    require_ranges(cfg)
+    if args.stage == "predict" and (args.input is None or args.force and args.resume):
+        raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
+    if args.stage == "import":
+        if not (args.input and args.out):
+            raise UserError("--stage import needs --input DIR, a folder of annotated images, and --out NEW, the folder to make of it")
+        choose("kind of annotations (--from)", args.source_format, SOURCES)
+    if args.report_images < 0:
+        raise UserError(f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more")
+    for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
+        if name in given(args):
+            raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
 
 
 # -------------------------------------------------------------------------------------------------------- help pages
@@ -201,4 +259,4 @@ def help_page(args: argparse.Namespace) -> str:
     if args.stage == "demo":
         return overview()
     choose("stage", args.stage, ALL)
-    return stage_page(args.stage, PRESETS[choose("preset", args.preset or choose("data set", datasets.ALIASES.get(args.dataset, args.dataset), DATASETS), PRESETS)])
+    return stage_page(args.stage, PRESETS[choose("preset", args.preset or choose("data set", ALIASES.get(args.dataset, args.dataset), DATASETS), PRESETS)])

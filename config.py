@@ -7,8 +7,14 @@ comment names both. `mini` differs from the paper's sizes in numbers only, never
 import difflib
 from dataclasses import dataclass, replace
 
-from losses import LossConfig
-from matcher import CostWeights
+# Weights that are taken with an OpenCLIP model unless --pretrained names others: those of the paper, and of the next larger model
+TAGS = {"convnext_base_w_320": "laion_aesthetic_s13b_b82k_augreg", "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
+        "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup"}
+PAPERS_DATASETS = ("ade20k", "coco", "coco-objects")
+PAPERS_SPLITS = {                      # the official partitions, smallest first
+    "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"), **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32"))}
+ALIASES = {"ade": "ade20k", "ade20k-panoptic": "ade20k", "ade20k_panoptic": "ade20k", "coco-panoptic": "coco", "coco_panoptic": "coco", "coco2017": "coco",
+           "objects": "coco-objects", "coco_objects": "coco-objects"}
 
 
 class UserError(Exception):
@@ -38,6 +44,23 @@ def nearest(value: str, available) -> str:
 def refuse(error: UserError) -> None:
     """What is done about a fault in the data unless somebody collects them (`validate.py`): nothing is read any further."""
     raise error
+
+
+@dataclass(frozen=True)
+class CostWeights:
+    """Weights of the terms of Eq. (3), the same in the matching cost and in the loss; dimensionless."""
+    label: float = 2.0
+    mask: float = 5.0
+    dice: float = 5.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    weights: CostWeights = CostWeights()
+    no_object_weight: float = 0.1      # weight of class K in the cross-entropy
+    num_points: int = 12544            # P = 112 * 112, for the matching and for each mask loss
+    oversample: float = 3.0            # candidates drawn for each point chosen by uncertainty
+    importance: float = 0.75           # share of the points chosen by uncertainty
 
 
 @dataclass(frozen=True)
@@ -155,6 +178,16 @@ CUSTOM = replace(
     burn_in=1000, burn_in_warm=300, workers=1)
 
 PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL, "ade20k": OFFICIAL, "coco": COCO, "coco-objects": COCO}
+
+
+def alpha_at(alpha: float | str, progress: float) -> float:
+    """The alpha of Eq. (6) at a time of the training: a number is constant, `A:B` goes from A to B, linearly.
+
+    progress: 0 to 1. At evaluation 1. The paper names a growing alpha as future work (supplement C).
+    """
+    first, _, last = str(alpha).partition(":")
+    return float(first) + progress * (float(last or first) - float(first))
+
 
 AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",
                 "labeled_batch", "unlabeled_batch", "dewa_batch", "crop", "test_size", "test_max", "eval_batch", "points_per_side", "points_per_batch", "checkpoint_every", "log_every"),

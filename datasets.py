@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import write_atomic
-from config import UserError, refuse
+from config import PAPERS_SPLITS, UserError, refuse
 from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids
 
 REPOSITORY = "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
@@ -30,12 +30,8 @@ ADE_THINGS = (7, 8, 10, 12, 14, 15, 18, 19, 20, 22, 23, 24, 27, 30, 31, 32, 33, 
               98, 102, 103, 104, 107, 108, 110, 111, 112, 115, 116, 118, 119, 120, 121, 123, 124, 125, 126, 127, 129, 130, 132, 133, 134,
               135, 136, 137, 138, 139, 142, 143, 144, 146, 147, 148, 149)
 COCO_LAST_THING = 90                   # category ids above are stuff
-NAMES = ("ade20k", "coco", "coco-objects")
 DOWNLOAD = {"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"}                     # what each of them is made from
-SPLITS = {"ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"), "coco": ("1_512", "1_256", "1_128", "1_64", "1_32")}      # smallest first
 PROMPTS = {"ade20k": "ade20k_150_prompts.txt", "coco": "coco_panoptic_prompts.txt", "coco-objects": "coco_objects_prompts.txt"}
-ALIASES = {"ade": "ade20k", "ade20k-panoptic": "ade20k", "ade20k_panoptic": "ade20k", "coco-panoptic": "coco", "coco_panoptic": "coco", "coco2017": "coco",
-           "objects": "coco-objects", "coco_objects": "coco-objects"}
 ADE_ZIP, ADE_INSTANCES = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
 COCO_ZIPS = "http://images.cocodataset.org/zips"
 COCO_PANOPTIC = "http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip"
@@ -109,7 +105,7 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
 
 def splits(name: str) -> tuple[str, ...]:
     """The official partitions of a data set, smallest first."""
-    return SPLITS[DOWNLOAD[name]]
+    return PAPERS_SPLITS[name]
 
 
 def read_names(path: Path) -> dict[int, str]:

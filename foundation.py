@@ -15,12 +15,9 @@ from typing import Callable
 import torch
 
 import checkpoint
-from config import Config, UserError
+from config import TAGS, Config, UserError
 
 CACHE = Path(os.environ.get("DEARLI_CACHE", Path.home() / ".cache" / "dearli"))    # SAM's weights, text embeddings of real CLIPs
-# Weights that are taken with an OpenCLIP model unless --pretrained names others: those of the paper, and of the next larger model
-TAGS = {"convnext_base_w_320": "laion_aesthetic_s13b_b82k_augreg", "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
-        "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup"}
 SAM_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything"
 SAM_FILES = {                          # file and its SHA-256
     "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),

@@ -21,7 +21,7 @@ import numpy as np
 import datasets
 import watch
 from checkpoint import write_atomic
-from config import PRESETS, Config, UserError
+from config import PAPERS_DATASETS, PRESETS, Config, UserError
 from data import DataSet
 from evaluation import class_pixels, papers_reading
 from gallery import POSTERIORS, Card, spread
@@ -111,7 +111,7 @@ def data_set(config: dict) -> tuple[str, list[str]]:
     name, root = config.get("dataset", "mini"), config.get("data_root")
     if not root and name != "mini":
         return "mini", ["--images", name]
-    known = name if name in datasets.NAMES or not root else "custom"
+    known = name if name in PAPERS_DATASETS or not root else "custom"
     given = {"--dataset": known, "--data-root": root, "--variant": config.get("variant"), "--split": config.get("split")}
     return known, [word for flag, value in given.items() if value for word in (flag, value)]
 

@@ -10,23 +10,14 @@ Try: `python dearli.py --stage sup --steps 250 --dice-weight 0 --out runs/try-di
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ranks
-from matcher import CostWeights, Target, in_parts, match, matching_cost, point_sample
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    weights: CostWeights = CostWeights()
-    no_object_weight: float = 0.1      # weight of class K in the cross-entropy
-    num_points: int = 12544            # P = 112 * 112, for the matching and for each mask loss
-    oversample: float = 3.0            # candidates drawn for each point chosen by uncertainty
-    importance: float = 0.75           # share of the points chosen by uncertainty
+from config import LossConfig
+from matcher import Target, in_parts, match, matching_cost, point_sample
 
 
 def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets: list[Target], cfg: LossConfig,

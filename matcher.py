@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from config import CostWeights
 
 PART, GPU_PART = 2 ** 18, 2 ** 27      # values that work takes at once: 1 MB, what a core's cache holds; a small part of a GPU's memory
 
@@ -92,14 +93,6 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
     Args: maps (M, h, w) float;  points (M, P, 2) xy in [0, 1].   Returns: (M, P).
     """
     return F.grid_sample(maps[:, None], (2 * points[:, None]).sub_(1), align_corners=False)[:, 0, 0]
-
-
-@dataclass(frozen=True)
-class CostWeights:
-    """Weights of the terms of Eq. (3), the same in the matching cost and in the loss; dimensionless."""
-    label: float = 2.0
-    mask: float = 5.0
-    dice: float = 5.0
 
 
 def match(costs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

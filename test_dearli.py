@@ -71,6 +71,7 @@ import predict
 import ranks
 import report
 import sam_masks
+import stages
 import trainer
 import validate
 import watch
@@ -671,8 +672,8 @@ def test_semantic_inference_sums_over_queries_and_never_says_void():
 
 
 def tiny_segmenter(cfg=TINY, seed=0):
-    job = dearli.Job()
-    return dearli.build(job, dataclasses.replace(cfg, seed=seed), data.Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2)))
+    job = stages.Job()
+    return stages.build(job, dataclasses.replace(cfg, seed=seed), data.Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2)))
 
 
 def test_teacher_shares_a_frozen_backbone_and_copies_a_trained_one():
@@ -1625,8 +1626,8 @@ def fuzz_files(folder):
             raise
     images = data.load_folder(root, "5").train
     def restore(path):
-        state = dearli.read_run(path)
-        dearli.take(state, "student", model, str(path)), dearli.require_classes(state, 2, path)
+        state = stages.read_run(path)
+        stages.take(state, "student", model, str(path)), stages.require_classes(state, 2, path)
         dataclasses.replace(cfg, **{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state.get("config", {})})
     def only(path, action):
         return [path], lambda: action(path)
@@ -1634,7 +1635,7 @@ def fuzz_files(folder):
             "panoptic JSON": (sorted(root.glob("*.json")), load), "split lists": (sorted(root.glob("splits/*/*")), load),
             "SAM masks": (sorted(masks.glob("*.json")), lambda: [dewa.DewaBatches(images, masks, cfg, 2)[step] for step in range(2)]),
             "checkpoints of a run": ([folder / "run" / "step_0000003.pt"], lambda: restore(folder / "run" / "step_0000003.pt")), "checkpoints without hash": only(folder / "weights.pt", restore),
-            "official files": only(folder / "official.pth", lambda path: official.read(path) or dearli.read_run(path)), "safetensors": only(folder / "export.safetensors", restore)}
+            "official files": only(folder / "official.pth", lambda path: official.read(path) or stages.read_run(path)), "safetensors": only(folder / "export.safetensors", restore)}
 
 
 def fuzz(count, seed=0, limit=20):
@@ -1755,7 +1756,7 @@ def test_semantic_labels_are_one_segment_a_class(small_mini):
     assert own.by_class().segment_map.tolist() == [[1, 0, 2], [2, 2, 2]] and own.by_class().labels.tolist() == [0, 1]
     cfg = dataclasses.replace(TINY, burn_in=0, labels="semantic")
     dataset = data.load_mini("4")
-    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
     teacher, nothing = student.teacher(), torch.zeros(20, dtype=torch.bool)
     labeled, unlabeled = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
     assert all(len(t.labels.unique()) == len(t) for t in labeled.targets)
@@ -1770,7 +1771,7 @@ def test_semantic_labels_are_one_segment_a_class(small_mini):
 def test_a_semi_supervised_step_moves_student_and_teacher_and_leaves_a_frozen_backbone_alone(small_mini, classifier, train_backbone):
     cfg = dataclasses.replace(TINY, burn_in=0, classifier=classifier, train_backbone=train_backbone)
     dataset = data.load_mini("4")
-    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
     teacher = student.teacher()
     backbone = [p.clone() for p in student.backbone.trunk.stem.parameters()]
     head = {k: p.clone() for k, p in student.trained().items()}
@@ -1786,7 +1787,7 @@ def test_a_semi_supervised_step_moves_student_and_teacher_and_leaves_a_frozen_ba
 def test_fault_17_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypatch):
     cfg = dataclasses.replace(TINY, burn_in=0)
     dataset = data.load_mini("4")
-    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
     nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(64, 64, dtype=torch.int32))
     monkeypatch.setattr(mean_teacher, "pseudo_labels", lambda teacher, features, *a: [nothing] * len(features[0]))
     batch = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
@@ -1799,7 +1800,7 @@ def test_fault_15_bf16_keeps_losses_in_single_precision(small_mini):
     dataset = data.load_mini("4")
     batch, things = data.SemiSupervisedBatches(dataset, cfg, 1)[0], torch.tensor(dataset.taxonomy.things)
     def loss(precision):
-        student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+        student = stages.build(stages.Job(), cfg, dataset.taxonomy)
         return mean_teacher.train_step(student, student.teacher(), optim.build_optimizer(student, cfg), *batch, things, cfg, 0, precision=precision)["loss"]
     assert loss(torch.bfloat16) == pytest.approx(loss(torch.float32), rel=0.05)
 
@@ -2222,7 +2223,7 @@ def test_a_file_that_no_run_has_saved_is_refused_in_one_line(tmp_path):
                            ({"model": {"sem_seg_head.a": "text"}}, "neither"), ({"teacher": {"a": torch.zeros(2)}, "config": config}, "some.pt: holds no student")):
         torch.save(content, path)
         with pytest.raises(UserError, match=words) as error:
-            dearli.take(dearli.read_run(path), "student", None, str(path))
+            stages.take(stages.read_run(path), "student", None, str(path))
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -2270,7 +2271,7 @@ def test_an_official_file_of_real_size_loads_runs_and_goes_back_unchanged(tmp_pa
     assert weights.kind == "student" and weights.num_classes == 150 and (len(weights.head), len(weights.clip)) == (298, 493)
     back = official.official(weights)
     assert back.keys() == model.keys() and all(back[name] is model[name] for name in model)
-    segmenter = dearli.build(dearli.Job(), OFFICIAL, data.Taxonomy(("a, b", "c"), (True, False), (1, 2)), weights.clip)
+    segmenter = stages.build(stages.Job(), OFFICIAL, data.Taxonomy(("a, b", "c"), (True, False), (1, 2)), weights.clip)
     assert "298 of 298 tensors taken" in checkpoint.load_weights(segmenter.trained(), weights.head, "file")
     with torch.no_grad():
         class_logits, mask_logits = segmenter.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
@@ -2418,7 +2419,7 @@ def test_fault_02_a_signal_finishes_the_step_saves_and_says_so_also_with_loader_
             os.killpg(os.getpgrp(), number)                                                   # as a terminal and a scheduler do: to all of the group
             time.sleep(0.5)
         return train_step(*args, **kwargs)
-    monkeypatch.setattr(dearli, "train_step", step)
+    monkeypatch.setattr(stages, "train_step", step)
     process = fork(lambda: run(*SSL, "--steps", 9, "--workers", 2, "--out", tmp_path / "run"), tmp_path / "said.txt")
     assert ended(process) == code
     said = (tmp_path / "said.txt").read_text()
@@ -2436,7 +2437,7 @@ def test_fault_03_a_full_disk_is_named_and_leaves_checkpoint_and_log_whole(small
                 log = (folder / "log.jsonl").stat().st_size
                 resource.setrlimit(resource.RLIMIT_FSIZE, (log + limit, resource.RLIM_INFINITY))
             return train_step(*args, **kwargs)
-        monkeypatch.setattr(dearli, "train_step", step)
+        monkeypatch.setattr(stages, "train_step", step)
         process = fork(lambda: run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", folder), tmp_path / "said.txt")
         assert ended(process) == 2
         said = (tmp_path / "said.txt").read_text()
@@ -2566,7 +2567,7 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
                 handle.remove()
                 assert all(map(torch.equal, before, [p for m in (student, teacher) for p in m.trained().values()]))
                 assert all(torch.isfinite(v).all() for s in optimizer.state.values() for v in s.values())
-    monkeypatch.setattr(dearli, "train_step", step)
+    monkeypatch.setattr(stages, "train_step", step)
     assert run(*SSL, "--steps", 5, "--out", tmp_path / "run") == 0
     rows, said = log_of(tmp_path / "run"), capsys.readouterr().out
     assert [row["step"] for row in rows if "skipped" in row] == [1, 3] and "2 steps were skipped" in said
@@ -2586,7 +2587,7 @@ def test_fault_13_weights_that_are_not_finite_are_never_saved(small_mini, tmp_pa
         losses = mean_teacher.train_step(student, teacher, optimizer, *args, **kwargs)
         assert all(torch.isfinite(p).all() for p in teacher.trained().values())
         return losses
-    monkeypatch.setattr(dearli, "train_step", step)
+    monkeypatch.setattr(stages, "train_step", step)
     assert run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", tmp_path / "run") == 2
     assert "weights are not finite at step 4 (student: head.decoder.query_feat.weight" in capsys.readouterr().err
     assert checkpoint.newest(tmp_path / "run")["step"] == 2
@@ -2946,8 +2947,8 @@ def test_predictions_are_those_of_evaluation_and_valid_coco_panoptic_files(poste
     monkeypatch.setattr(MeanIoU, "add", lambda self, *a: (seen["miou"].append(a[0]), add_classes(self, *a)))
     state = checkpoint.newest(small_run / "run")
     cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
-    model = dearli.build(dearli.Job(), cfg, taxonomy)
-    dearli.take(state, which, model, "run")
+    model = stages.build(stages.Job(), cfg, taxonomy)
+    stages.take(state, which, model, "run")
     metrics = evaluate({"m": model}, data.DataSet("t", taxonomy, truth, truth, [], []), cfg, torch.device("cpu"))[f"m/{posterior}"]
     of = ["decoder", "ensemble"].index(posterior)
     for i, (name, segments) in enumerate(zip(names, seen["pq"][of::2])):
@@ -2979,7 +2980,7 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     assert len(predict.Pictures(pictures, out, resume=True).names) == 8       # what was predicted is not taken for a picture
     checkpoint.release(out)
     # a second call changes nothing, and is refused before there is a model
-    monkeypatch.setattr(dearli, "build", lambda *a: pytest.fail("a model was built"))
+    monkeypatch.setattr(stages, "build", lambda *a: pytest.fail("a model was built"))
     for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
         before = fingerprint(pictures)
         assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
@@ -3206,11 +3207,11 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
     for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
         made = html_report.commands(html_report.read(folder))
         assert len(made) == number
-        args = dearli.parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
-        job, cfg = dearli.resolve(args)
+        args = stages.parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
+        job, cfg = stages.resolve(args)
         stored = json.loads((folder / "config.json").read_text())
         assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(cfg) and job.out == folder
-        assert dearli.identity(job, job.method, data.mini_taxonomy()) | {"taxonomy": 0} == {k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")} | {"taxonomy": 0}
+        assert stages.identity(job, job.method, data.mini_taxonomy()) | {"taxonomy": 0} == {k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")} | {"taxonomy": 0}
 
 
 def test_runs_without_figures_log_or_weights_still_have_a_page(reported, small_mini, tmp_path, capsys):
@@ -3358,7 +3359,8 @@ def test_help_is_one_screen_and_the_pages_of_the_stages_have_every_flag_and_ever
 
 
 def test_stages_on_the_command_line_are_those_that_there_are():
-    assert sorted(command_line.ALL) == sorted(dearli.STAGES)
+    assert sorted(command_line.ALL) == sorted(stages.STAGES) and command_line.SOURCES == tuple(annotations.READERS)
+    assert command_line.PRECISIONS == tuple(stages.PRECISIONS)
 
 
 @pytest.fixture
@@ -3384,7 +3386,7 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
     assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
-    student = dearli.build(dearli.Job(), dearli.resolve(dearli.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
+    student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -3398,9 +3400,9 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
     assert not (tmp_path / "alone" / "pq.jsonl").exists() and not (tmp_path / "alone" / "pseudo").exists()
     rows = watch.read(tmp_path / "watched")
     assert [(row["step"], row["images"]) for row in rows] == [(2, 3), (4, 3), (6, 3)]
-    job, cfg = dearli.resolve(dearli.parser().parse_args(["--stage", "eval", "--weights", str(tmp_path / "watched"), "--device", "cpu"]))
-    dataset = dearli.load_data(job, cfg)
-    metrics = evaluate(dearli.load_models(job, cfg, dataset.taxonomy), dataset, cfg, job.device, 3)
+    job, cfg = stages.resolve(stages.parser().parse_args(["--stage", "eval", "--weights", str(tmp_path / "watched"), "--device", "cpu"]))
+    dataset = stages.load_data(job, cfg)
+    metrics = evaluate(stages.load_models(job, cfg, dataset.taxonomy), dataset, cfg, job.device, 3)
     assert {reading: of["all"]["pq"] for reading, of in metrics.items()} == {k: v for k, v in rows[-1].items() if "/" in k}
     pictures = sorted((tmp_path / "watched" / "pseudo").iterdir())
     assert [p.name for p in pictures] == [f"{step:08d}-{k}.webp" for step in (2, 4, 6) for k in range(4)]
@@ -3433,9 +3435,9 @@ def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_r
 
 
 def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
-    dearli.require_rungs(dataclasses.replace(MINI, ssl_steps=100), dearli.ALPHAS)
+    stages.require_rungs(dataclasses.replace(MINI, ssl_steps=100), stages.ALPHAS)
     with pytest.raises(UserError, match="--steps 150"):
-        dearli.require_rungs(dataclasses.replace(MINI, ssl_steps=150), dearli.RUNGS)
+        stages.require_rungs(dataclasses.replace(MINI, ssl_steps=150), stages.RUNGS)
 
 
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
@@ -3493,8 +3495,8 @@ def test_a_report_shows_what_other_runs_say_of_the_same_images(small_run, small_
 
 def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_world):
     taxonomy = data.Taxonomy(("a", "b"), (True, False), (1, 2), ((1, 2, 3), (4, 5, 6)))
-    assert dearli.repainted(dearli.Job(), taxonomy).colours == [(1, 2, 3), (4, 5, 6)]
-    assert dearli.repainted(dearli.Job(palette="safe"), taxonomy).colours == colours.palette(2)
+    assert stages.repainted(stages.Job(), taxonomy).colours == [(1, 2, 3), (4, 5, 6)]
+    assert stages.repainted(stages.Job(palette="safe"), taxonomy).colours == colours.palette(2)
 
 
 # ----------------------------------------------------------------------------------------- annotations.py, importer.py
@@ -4011,7 +4013,7 @@ def test_two_images_can_be_learned_by_heart(small_mini):
     cfg = dataclasses.replace(MINI, labeled_batch=2, num_points=256, lr=1e-3, scale_min=1.0, scale_max=1.0)
     dataset = data.load_mini("2")
     dataset.val = dataset.train
-    student = dearli.build(dearli.Job(), cfg, dataset.taxonomy)
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
     optimizer, things = optim.build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
     batches = data.LabeledBatches(dataset, cfg, 140)
     for step in range(140):
@@ -4052,7 +4054,7 @@ def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, t
     sam = json.loads((tmp_path / "mini-zeroshot-sam" / "metrics.json").read_text())["zero-shot"]
     assert 0 <= sam["all"]["pq"] < metrics["all"]["pq"]
     dataset = data.load_mini("4")
-    model = dearli.build(dearli.Job(), MINI, dataset.taxonomy)
+    model = stages.build(stages.Job(), MINI, dataset.taxonomy)
     nothing = zero_shot(model, dataset, MINI, torch.device("cpu"), lambda i: np.zeros((128, 128), np.int32))
     assert nothing["all"]["pq"] == 0 and sum(c["fn"] for c in nothing["per_class"].values()) > 0
     masks = np.zeros((4, 6, 3), bool)
@@ -4075,7 +4077,7 @@ def test_groups_of_classes_by_labelled_pixels(small_mini):
 
 def test_the_confusion_that_is_stored_is_that_of_the_stored_miou(small_mini):
     dataset = data.load_mini("4")
-    result = evaluate({"student": dearli.build(dearli.Job(), MINI, dataset.taxonomy)}, dataset, MINI, torch.device("cpu"))["student/ensemble"]
+    result = evaluate({"student": stages.build(stages.Job(), MINI, dataset.taxonomy)}, dataset, MINI, torch.device("cpu"))["student/ensemble"]
     confusion = np.array([[int(v) for v in row.split()] for row in result["confusion"]])
     assert confusion.sum(1).tolist() == sum(np.bincount(dataset.val.truth(i).semantic().ravel().astype(int), minlength=20) for i in range(4)).tolist()
     iou = confusion.diagonal() / np.maximum(confusion.sum(0) + confusion.sum(1) - confusion.diagonal(), 1)
@@ -4096,13 +4098,13 @@ def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, cap
 
 def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_path):
     cfg = dataclasses.replace(TINY, ssl_steps=3, burn_in=1, eval_batch=32)
-    rungs = [(cfg, rung) for rung in dearli.RUNGS if rung.title in ("M2F-Lang, supervised", "DEAR")]
+    rungs = [(cfg, rung) for rung in stages.RUNGS if rung.title in ("M2F-Lang, supervised", "DEAR")]
     torch.set_num_threads(1)                                                                  # as in the processes: sums in the same order
-    one, two = (dearli.run_rungs(dearli.Job(split="4", eval_on="dev", runs=tmp_path / str(jobs), jobs=jobs), rungs) for jobs in (1, 2))
+    one, two = (stages.run_rungs(stages.Job(split="4", eval_on="dev", runs=tmp_path / str(jobs), jobs=jobs), rungs) for jobs in (1, 2))
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     assert one == two and len(one) == 2
     with pytest.raises(UserError, match="unknown split '400' of data set mini"):
-        dearli.run_rungs(dearli.Job(split="400", runs=tmp_path / "3", jobs=2), rungs)
+        stages.run_rungs(stages.Job(split="400", runs=tmp_path / "3", jobs=2), rungs)
 
 
 def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):
@@ -4263,9 +4265,9 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
             assert outs.setdefault(folder, name) == name, f"{folder} is a run of two data sets"
     assert len(listed) > 50 and len(outs) > 20
     for arguments in listed:
-        args = dearli.parser().parse_args([*arguments, "--device", "cpu"])
+        args = stages.parser().parse_args([*arguments, "--device", "cpu"])
         if args.stage not in ("eval", "predict", "export", "report", "import"):                   # these read the run that they are about
-            dearli.resolve(args)
+            stages.resolve(args)
 
 
 def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch, capsys):
@@ -4283,6 +4285,13 @@ def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch,
     assert len(list((tmp_path / "predictions" / "overlay").iterdir())) == 12 and (tmp_path / "runs" / "shapes-ssl-all" / "report.html").is_file()
     assert json.loads((tmp_path / "runs" / "shapes-ssl-2" / "config.json").read_text())["split"] == "2"
     assert all(row["unlabeled/mask"] >= 0 for row in log_of(tmp_path / "runs" / "shapes-ssl-all"))        # the teacher has had its say
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--stage", "ssl", "--help"], ["--stage", "sssl"], ["--stage", "sup", "--alpha", "4"], ["--lrr", "1"]])
+def test_a_page_of_help_and_a_refusal_wait_for_no_library(flags):
+    code = f"import sys, dearli; code = dearli.main({flags!r}); print(code, sorted({{'torch', 'numpy', 'PIL', 'scipy'}} & sys.modules.keys()))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert said.stdout.splitlines()[-1] == f"{0 if '--help' in flags else 2} []"
 
 
 def test_files_import_from_those_below_them_in_the_picture_of_the_readme():
