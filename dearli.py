@@ -58,6 +58,7 @@ from trainer import MAY_CHANGE, Run, Stopped, differing
 
 SHARED = ("masks", "dewa", "sup", "ssl", "eval")                 # stages that several ranks can work on
 PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard"}
+PACKAGES |= {"pycocotools": "pycocotools>=2.0.7"}
 PALETTES, LOGS = ("dataset", "safe"), ("tensorboard",)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -84,6 +85,9 @@ class Job:
     source_format: str = ""
     background: str = ""
     val_share: float = 0.2
+    stuff: str = ""
+    masks_are: str = ""
+    classes: str = ""
     posterior: str = ""
     which: str = "student"
     force: bool = False
@@ -190,7 +194,9 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
 
 def stage_import(job: Job, cfg: Config) -> Path:
     """Annotations of other tools, as a folder that every stage reads (`importer.py`)."""
-    result = importer.import_folder(job.source_format, job.input, job.out, job.background, job.val_share, cfg.seed)
+    named = {"stuff": job.stuff, "masks_are": job.masks_are, "classes": job.classes}
+    result = importer.import_folder(job.source_format, job.input, job.out, job.background,
+                                    job.val_share, cfg.seed, **named)
     print(importer.summary(result, job.out))
     return job.out
 
