@@ -19,6 +19,7 @@ METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": 
            "dearli": "dear, starting from the DeWa weights"}
 FORMATS = ("official", "safetensors")
 SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")                          # `annotations.READERS`
+MASK_FORMS = ("instances", "classes", "binary")                                            # `annotations.FORMS`
 PALETTES, LOGS, PRECISIONS = ("dataset", "safe"), ("tensorboard",), ("fp32", "bf16")
 # By group, in the order in which they are used: what a stage does, in a line of `--help`.
 STAGES = {
@@ -74,6 +75,12 @@ FLAGS = (
     Flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
     Flag("from", ("import",), ", ".join(SOURCES), dest="source_format", default=""),
     Flag("background", ("import",), "name of a class for all pixels without instance (without: they are void)", default=""),
+    Flag("stuff", ("import",), "classes that are stuff, separated by commas: one segment of "
+          "each in an image", default=""),
+    Flag("masks-are", ("import",), "--from masks, what the values mean: "
+          f"{', '.join(MASK_FORMS)} (else guessed, and said)", default=""),
+    Flag("classes", ("import",), "--from masks, names of the values of maps of classes: "
+          "NAME,NAME,... from 1 on, or 7:NAME,11:NAME", default=""),
     Flag("val-share", ("import",), "share of the labelled images for validation, where the source has no division of its own (0.2)", type=float, default=0.2),
     Flag("posterior", ("predict",), "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)", default=""),
     Flag("which", ("predict",), "student, teacher", default="student"),

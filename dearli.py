@@ -21,7 +21,8 @@ import sys
 from command_line import check, help_page, parser
 from config import UserError
 
-PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard"}
+PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard",
+            "pycocotools": "pycocotools>=2.0.7"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from string import Template
 
 import numpy as np
 
-import datasets
 import watch
 from checkpoint import write_atomic
 from config import PAPERS_DATASETS, PRESETS, Config, UserError

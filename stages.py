@@ -71,6 +71,9 @@ class Job:
     source_format: str = ""
     background: str = ""
     val_share: float = 0.2
+    stuff: str = ""
+    masks_are: str = ""
+    classes: str = ""
     posterior: str = ""
     which: str = "student"
     force: bool = False
@@ -177,7 +180,9 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
 
 def stage_import(job: Job, cfg: Config) -> Path:
     """Annotations of other tools, as a folder that every stage reads (`importer.py`)."""
-    result = importer.import_folder(job.source_format, job.input, job.out, job.background, job.val_share, cfg.seed)
+    named = {"stuff": job.stuff, "masks_are": job.masks_are, "classes": job.classes}
+    result = importer.import_folder(job.source_format, job.input, job.out, job.background,
+                                    job.val_share, cfg.seed, **named)
     print(importer.summary(result, job.out))
     return job.out
 
