@@ -42,10 +42,12 @@ class Rehearsal:
                 batch = batches[step]
                 loading.append(time.perf_counter() - clock)
                 clock = time.perf_counter()
+                for model in models.values():
+                    model.train()
                 try:
                     step_fn(to_device(batch, device), step)        # returns numbers: a GPU has finished
                 except NotFinite as error:
-                    raise UserError(f"step {step}: {error}; a run would skip it, and stop after five in a row: lower --lr") from None
+                    raise UserError(f"step {step}: {error}; a run would skip it or stop: lower --lr") from None
                 stepping.append(time.perf_counter() - clock)
             load, take = (statistics.median(times[1:] or times) for times in (loading, stepping))
             each = max(take, load / self.cfg.workers) if self.cfg.workers else take + load
