@@ -138,7 +138,7 @@ def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
     """The decoder's share in the posterior that makes the pseudo-labels of a step: P_MT, P_CLIP or P_ENS (Table 7)."""
     if cfg.teacher_posterior != "ensemble":
         return {"decoder": 1.0, "clip": 0.0}[cfg.teacher_posterior]
-    burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+    burn_in = cfg.burn_in_steps(warm)
     return alpha_at(cfg.alpha, max(step - burn_in, 0) / max(cfg.ssl_steps - burn_in, 1))
 
 
@@ -148,7 +148,7 @@ def ema_decay(step: int, cfg: Config, warm: bool) -> float:
     During burn-in 0: the teacher is the student. From a random start min(1 - 1/(t+1), ema_decay), so the first step copies
     the student; after a burn-in, or from DeWa weights, constant.
     """
-    burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+    burn_in = cfg.burn_in_steps(warm)
     if step < burn_in:
         return 0.0
     if burn_in or warm:

@@ -1008,12 +1008,12 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes
         assert np.unique(datasets.load(name, tmp_path, split).val.truth(0).semantic()).tolist() == [data.IGNORE, 0, 1, 2]
     flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", split, "--runs", str(tmp_path / "runs"), "--workers", "0"]
     for args in (["sup"], ["ssl", "--method", "dear"]):
-        assert dearli.main(["--stage", *args, *root, *flags, "--steps", "3"]) == 0
+        assert dearli.main(fitting(["--stage", *args, *root, "--steps", "3"], flags)) == 0
     runs = [*root, "--preset", "mini", "--pretrained", "random", "--split", split, "--runs", str(tmp_path / "runs")]
     assert dearli.main(["--stage", "zeroshot", *runs, "--masks", "gt"]) == 0
     weights = ["--weights", str(tmp_path / "runs" / f"{name}-dear-{split}"), "--out", str(tmp_path / "student.pth")]
     assert dearli.main(["--stage", "export", *root, *weights]) == 0 and f"{classes} classes" in capsys.readouterr().out
-    assert dearli.main(["--stage", "eval", *root, *flags, "--weights", str(tmp_path / "student.pth"), "--groups", "2"]) == 0
+    assert dearli.main(fitting(["--stage", "eval", *root, "--weights", tmp_path / "student.pth", "--groups", "2"], flags)) == 0
     assert capsys.readouterr().out.count("student file") == 1                # read once, said once
     metrics = json.loads((tmp_path / "runs" / f"{name}-dear-{split}" / "metrics.json").read_text())
     exported = json.loads((tmp_path / "runs" / "student" / "metrics.json").read_text())["student/ensemble"]
@@ -1044,18 +1044,18 @@ def test_files_that_are_listed_but_absent_stop_a_run_before_it_begins(tmp_path, 
         content = lost.read_bytes()
         lost.unlink()
         capsys.readouterr()
-        assert dearli.main(["--stage", *stage, *root, *flags]) == 2
+        assert dearli.main(fitting(["--stage", *stage, *root], flags)) == 2
         message = capsys.readouterr().err
         assert str(lost) in message and words in message and message.count("\n") == 1 and not (tmp_path / "runs").exists()
         lost.write_bytes(content)
     everything = tmp_path / "all.txt"
     everything.write_text("".join(f"{i:012d}.jpg\n" for i in range(1, 5)))
-    assert dearli.main(["--stage", "ssl", *root, *flags, "--split", str(everything), "--method", "dear"]) == 2
+    assert dearli.main([*fitting(["--stage", "ssl", *root, "--method", "dear"], flags), "--split", str(everything)]) == 2
     assert "none is left for the semi-supervised stage" in capsys.readouterr().err
     content = json.loads((base / "annotations" / "panoptic_val2017.json").read_text())
     content["images"][0]["file_name"] = "../elsewhere.jpg"
     (base / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
-    assert dearli.main(["--stage", "sup", *root, *flags]) == 2 and "'../elsewhere.jpg' leads out of its folder" in capsys.readouterr().err
+    assert dearli.main(fitting(["--stage", "sup", *root], flags)) == 2 and "'../elsewhere.jpg' leads out of its folder" in capsys.readouterr().err
 
 
 def test_class_maps_that_are_absent_are_missed_before_the_run(tmp_path, monkeypatch, capsys):
@@ -1064,10 +1064,10 @@ def test_class_maps_that_are_absent_are_missed_before_the_run(tmp_path, monkeypa
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets")]) == 0
     flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "1_128", "--runs", str(tmp_path / "runs"), "--steps", "1"]
     (base / "annotations" / "training" / "ADE_train_00000001.png").unlink()
-    assert dearli.main(["--stage", "sup", *root, *flags, "--no-eval"]) == 0  # panoptic labels do not need it
-    assert dearli.main(["--stage", "sup", *root, *flags, "--labels", "semantic"]) == 2 and "labelled class maps" in capsys.readouterr().err
+    assert dearli.main(fitting(["--stage", "sup", *root, "--no-eval"], flags)) == 0  # panoptic labels do not need it
+    assert dearli.main(fitting(["--stage", "sup", *root, "--labels", "semantic"], flags)) == 2 and "labelled class maps" in capsys.readouterr().err
     (base / "annotations" / "validation" / "ADE_val_00000002.png").unlink()
-    assert dearli.main(["--stage", "sup", *root, *flags]) == 2 and "1 of 2 validation class maps" in capsys.readouterr().err
+    assert dearli.main(fitting(["--stage", "sup", *root], flags)) == 2 and "1 of 2 validation class maps" in capsys.readouterr().err
 
 
 needs_coco = pytest.mark.skipif(not (REAL_DATA / "coco_panoptic_sample").is_dir(), reason=f"no COCO sample at {REAL_DATA} (set DEARLI_TEST_DATA)")
@@ -2332,11 +2332,22 @@ def log_of(folder):
 
 TINY_FLAGS = ["--pretrained", "random", "--hidden", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "2", "--encoder-ffn", "32",
               "--decoder-ffn", "32", "--num-queries", "8", "--num-points", "64", "--labeled-batch", "2", "--unlabeled-batch", "2",
-              "--dewa-batch", "2", "--crop", "64", "--test-size", "64", "--burn-in", "2", "--burn-in-warm", "1", "--split", "4", "--device", "cpu", "--report-images", "1"]
+              "--dewa-batch", "2", "--crop", "64", "--test-size", "64", "--burn-in", "0.5", "--burn-in-warm", "0.25", "--split", "4", "--device", "cpu", "--report-images", "1"]
+
+
+def fitting(args, flags=TINY_FLAGS):
+    """args, and of the pairs in flags those that their stage reads."""
+    args = [str(a) for a in args]
+    asked = command_line.parser().parse_args(args)
+    flags = [*map(str, flags)]
+    known = {flag.dest for flag in command_line.FLAGS if asked.stage in flag.stages} | command_line.READS[asked.stage]
+    known -= command_line.idle(asked, command_line.configure(asked)).keys()
+    pairs = [(flag, value) for flag, value in zip(flags[::2], flags[1::2]) if flag[2:].replace("-", "_") in known and flag not in args]
+    return args + [word for pair in pairs for word in pair]
 
 
 def run(*args):
-    return dearli.main([str(a) for a in args] + TINY_FLAGS)
+    return dearli.main(fitting(args))
 
 
 # ------------------------------------------------------- the state of a run: what it must survive, each by the fault itself
@@ -2513,7 +2524,8 @@ def test_fault_09_another_configuration_is_refused_with_its_keys_and_more_steps_
     assert run(*SSL, *out, "--steps", 2) == 0
     assert run(*SSL, *out, "--steps", 2) == 2 and "holds a run already; go on with --resume" in capsys.readouterr().err
     config, state = (tmp_path / "run" / "config.json").read_bytes(), checkpoint.newest(tmp_path / "run")
-    assert dearli.main([str(a) for a in [*SSL, *out, "--resume", *TINY_FLAGS, "--split", 5, "--method", "ssl", "--lr", 0.5, "--num-queries", 7]]) == 2
+    other = ["--split", "5", "--method", "ssl", "--lr", "0.5", "--num-queries", "7"]
+    assert dearli.main([*fitting([*SSL, *out, "--resume"]), *other]) == 2
     message = capsys.readouterr().err
     for words in ("stage: dear there, ssl now", "split: 4 there, 5 now", "lr: 0.0006 there, 0.5 now", "num_queries: 8 there, 7 now"):
         assert words in message
@@ -2546,7 +2558,7 @@ def test_fault_11_a_checkpoint_that_would_execute_code_is_refused(small_mini, tm
     with pytest.raises(UserError, match="read safely"):
         checkpoint.load(evil)
     for args in (["ssl", "--method", "dear", "--out", evil.parent, "--resume"], ["ssl", "--init", evil], ["sup", "--pretrained", evil]):
-        assert dearli.main([str(a) for a in ["--runs", tmp_path / "runs", *TINY_FLAGS, "--stage", *args]]) == 2
+        assert dearli.main([*fitting(["--stage", args[0], "--runs", tmp_path / "runs"]), *map(str, args[1:])]) == 2
         assert "step_0000001.pt: not a checkpoint that can be read safely" in "".join(capsys.readouterr())
     assert dearli.main(["--stage", "eval", "--weights", str(evil)]) == 2 and not (tmp_path / "owned").exists()
 
@@ -2568,13 +2580,13 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
                 assert all(map(torch.equal, before, [p for m in (student, teacher) for p in m.trained().values()]))
                 assert all(torch.isfinite(v).all() for s in optimizer.state.values() for v in s.values())
     monkeypatch.setattr(stages, "train_step", step)
-    assert run(*SSL, "--steps", 5, "--out", tmp_path / "run") == 0
+    assert run(*SSL, "--steps", 5, "--burn-in", 2, "--out", tmp_path / "run") == 0
     rows, said = log_of(tmp_path / "run"), capsys.readouterr().out
     assert [row["step"] for row in rows if "skipped" in row] == [1, 3] and "2 steps were skipped" in said
     assert "norm of the gradient is" in rows[1]["skipped"] and "loss is not finite: labeled/class nan" in rows[3]["skipped"]
     assert len(rows[1]["images"]) == 2 and len(rows[3]["images"]) == 4 and "step 3: loss is not finite" in said and rows[3]["images"][0] in said
     assert all(math.isfinite(row["loss"]) for row in rows if "skipped" not in row)
-    assert run(*SSL, "--steps", 20, "--lambda-u", "1e39", "--out", tmp_path / "stop") == 2
+    assert run(*SSL, "--steps", 20, "--burn-in", 2, "--lambda-u", "1e39", "--out", tmp_path / "stop") == 2
     message, rows = capsys.readouterr().err, log_of(tmp_path / "stop")
     assert "stopped after 5 steps in a row that were not finite; last: step 5: loss is" in message and all(name in message for name in rows[-1]["images"])
     assert len(rows) == 6                                                                     # step 0 is burn-in, step 1 is spoilt as before
@@ -2661,17 +2673,17 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
         sys.meta_path.insert(0, Missing())
         import data, dearli
         data.MINI_TRAIN, data.MINI_VAL = 6, 2
-        flags = {[*TINY_FLAGS, "--runs", str(tmp_path)]!r}
+        masks, sup = {[fitting(["--stage", stage, "--runs", tmp_path]) for stage in ("masks", "sup")]!r}
         try:
             dearli.main(["--help"])
         except SystemExit as end:
             assert end.code == 0
-        assert dearli.main(["--stage", "masks", *flags]) == 2
-        assert dearli.main(["--stage", "sup", *flags]) == 2
+        assert dearli.main(masks) == 2
+        assert dearli.main(sup) == 2
         Missing.names -= {{"open_clip", "timm"}}
-        assert dearli.main(["--stage", "sup", "--steps", "1", *flags]) == 0
+        assert dearli.main([*sup, "--steps", "1"]) == 0
         Missing.names -= {{"segment_anything"}}
-        assert dearli.main(["--stage", "masks", "--points-per-side", "2", *flags]) == 0
+        assert dearli.main([*masks, "--points-per-side", "2"]) == 0
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
@@ -2789,7 +2801,7 @@ def test_fault_38_39_several_processes_label_train_and_evaluate_as_one(small_min
 
 def test_fault_37_a_dead_rank_ends_the_whole_job(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", dearli.__file__,
-               *TINY_FLAGS, *SSL, "--steps", "100000", "--out", str(tmp_path / "run")]
+               *fitting([*SSL, "--steps", "100000", "--out", tmp_path / "run"])]
     with open(tmp_path / "said.txt", "w") as said:
         job = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -2893,7 +2905,7 @@ def small_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("MINI_TRAIN", 12), ("MINI_VAL", 4)):
             patch.setattr(data, name, count)
-        assert run("--stage", "ssl", "--method", "dear", "--steps", 4, "--burn-in", 4, "--no-eval", "--out", folder / "run", "--overlap-threshold", 0.1, "--eval-batch", 1) == 0
+        assert run("--stage", "ssl", "--method", "dear", "--steps", 4, "--burn-in", 3, "--no-eval", "--out", folder / "run", "--overlap-threshold", 0.1, "--eval-batch", 1) == 0
     (folder / "pictures" / "more").mkdir(parents=True)
     for i, name in enumerate(("a.png", "b.png", "more/c.png")):
         Image.fromarray(microcosm.scene("val", i).image).save(folder / "pictures" / name)
@@ -3130,8 +3142,9 @@ def reported(tmp_path_factory):
         content["categories"][-1]["name"], content["images"][0]["file_name"] = EVIL, f"{part}{name}"
         (root / "images" / f"{part}0.png").rename(root / "images" / f"{part}{name}")
         path.write_text(json.dumps(content))
-    flags = ["--dataset", "custom", "--preset", "mini", "--data-root", root, *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu", "--runs", root.parent]
-    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+    flags = [*TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu"]
+    own = ["--dataset", "custom", "--preset", "mini", "--data-root", root, "--runs", root.parent]
+    main = lambda *args: dearli.main(fitting([*own, *args], flags))
     folder = root.parent / "a<b>&\"' run"
     assert main("--stage", "masks", "--sam", "regions") == 0
     assert main("--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder) == 0
@@ -3202,8 +3215,8 @@ def test_fault_36_a_report_is_one_sound_file_whose_numbers_are_those_of_the_run_
 
 def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini, tmp_path):
     assert run("--stage", "dewa", "--images", reported.parent / "set" / "images", "--masks", reported.parent / "set-masks", "--steps", 1, "--out", tmp_path / "dewa") == 0
-    assert run("--stage", "ssl", "--method", "dearli", "--init", tmp_path / "dewa", "--steps", 1, "--no-dewa-keep-empty", "--no-eval", "--seed", 3, "--out", tmp_path / "warm") == 0
-    assert run("--stage", "ssl", "--method", "ssl", "--preset", "custom", "--alpha", "0.4:0.8", "--steps", 1, "--no-eval", "--out", tmp_path / "custom") == 0
+    assert run("--stage", "ssl", "--method", "dearli", "--init", tmp_path / "dewa", "--steps", 1, "--burn-in-warm", 0, "--lambda-u", 0.5, "--no-eval", "--seed", 3, "--out", tmp_path / "warm") == 0
+    assert run("--stage", "ssl", "--method", "ssl", "--preset", "custom", "--classifier", "language", "--alpha", "0.4:0.8", "--steps", 1, "--no-eval", "--out", tmp_path / "custom") == 0
     for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
         made = html_report.commands(html_report.read(folder))
         assert len(made) == number
@@ -3379,14 +3392,14 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     assert run("--stage", "sup", "--dry-run", "--steps", 7, *runs) == 0
     out = capsys.readouterr().out
     assert "4 labelled and 8 unlabelled images, 4 for validation" in out and "1 to 7: " in out and "4 images of" in out
-    assert run("--stage", "ssl", "--method", "dear", "--dry-run", "--steps", 900, "--lr", 1e-3, *runs) == 0
+    assert run("--stage", "ssl", "--method", "dear", "--dry-run", "--steps", 900, "--burn-in", 2, "--lr", 1e-3, *runs) == 0
     out = capsys.readouterr().out
     assert re.search(r"^steps +1 to 2: ", out, re.M) and re.search(r"^steps +3 to 900: ", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
     parts = [(int(n) - int(m) + 1) * (float(a) + float(b)) for m, n, a, b in re.findall(r"^steps +(\d+) to (\d+): ([\d.e-]+) s each; making a batch takes ([\d.e-]+) s more", out, re.M)]
     said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
     assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
-    student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
+    student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(fitting(["--stage", "sup"])))[1], data.mini_taxonomy())
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -3441,7 +3454,7 @@ def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
 
 
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
-    code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({['--runs', str(tmp_path), '--steps', '9000', '--jobs', '2', *TINY_FLAGS]}))"
+    code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({fitting(['--runs', tmp_path, '--steps', 9000, '--jobs', 2])}))"
     # the processes of the pool import nothing of this line: their world is of full size, and drawn in a second or two
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))           # a shell's background jobs ignore it, and so do theirs
@@ -3944,8 +3957,8 @@ def test_an_imported_set_is_validated_and_trained_on(tmp_path, capsys):
     assert "no problem found" in validated(out, code=0, capsys=capsys)[0]
     own = ["--dataset", "custom", "--data-root", str(out), "--runs", str(tmp_path / "runs"), "--workers", "0"]
     flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--device", "cpu", "--report-images", "0"]
-    assert dearli.main(["--stage", "sup", "--split", "all", "--steps", "2", *own, *flags]) == 0
-    assert dearli.main(["--stage", "ssl", "--method", "ssl", "--split", "all", "--steps", "1", *own, *flags, "--burn-in", "0"]) == 0
+    assert dearli.main(fitting(["--stage", "sup", "--split", "all", "--steps", "2", *own], flags)) == 0
+    assert dearli.main(fitting(["--stage", "ssl", "--method", "ssl", "--split", "all", "--steps", "1", *own], flags)) == 0
     (row,) = log_of(tmp_path / "runs" / "set-ssl-all")
     assert len(log_of(tmp_path / "runs" / "set-sup-all")) == 2 and np.isfinite(row["loss"])
     assert "student/decoder" in json.loads((tmp_path / "runs" / "set-sup-all" / "metrics.json").read_text())
@@ -4109,10 +4122,10 @@ def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_p
 
 def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):
     root = write_coco_folder(tmp_path / "set")
-    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs", "--points-per-side", 4]
+    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs"]
     flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--split", "1_3", "--device", "cpu", "--workers", "0"]
     for args in (["masks"], *([*stage, "--steps", 2] for stage in (["dewa"], ["sup"], ["ssl", "--method", "ssl"], ["ssl", "--method", "dearli"]))):
-        assert dearli.main([str(a) for a in ["--stage", *args, *own]] + flags) == 0
+        assert dearli.main(fitting(["--stage", *args, *own], flags)) == 0
     metrics = json.loads((tmp_path / "runs" / "set-ssl-1_3" / "metrics.json").read_text())
     assert 0 <= metrics["student/decoder"]["all"]["pq"] <= 1
 
@@ -4125,8 +4138,8 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     for i in (0, 100):
         truth = dataset.train.truth(i)
         assert np.array_equal(np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:], truth.areas)
-    assert dearli.main(["--stage", "ssl", "--method", "ssl", "--dataset", "custom", "--data-root", str(REAL_DATA / "nuclei_panoptic"),
-                        "--runs", str(tmp_path), "--steps", "3", "--no-eval"] + flags) == 0
+    args = ["--stage", "ssl", "--method", "ssl", "--dataset", "custom", "--data-root", REAL_DATA / "nuclei_panoptic", "--runs", tmp_path, "--steps", 3, "--no-eval"]
+    assert dearli.main(fitting(args, flags)) == 0
 
 
 # ------------------------------------------------------------------------------------------------- mistakes at the door
@@ -4279,7 +4292,7 @@ def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch,
     assert [args[1] for args in listed] == ["import", "validate", "sup", "ssl", "ssl", "predict", "report"]
     smaller = TINY_FLAGS[:TINY_FLAGS.index("--crop")] + ["--workers", "0", "--device", "cpu", "--report-images", "1"]
     for args in listed:
-        assert dearli.main([*args, *smaller]) == 0, args
+        assert dearli.main(fitting(args, smaller)) == 0, args
     out = capsys.readouterr().out
     assert "6 labelled, 4 unlabelled and 2 validation images; left out: nothing" in out and "segments: bar 8, disc 8, ground 8" in out and "no problem found" in out
     assert len(list((tmp_path / "predictions" / "overlay").iterdir())) == 12 and (tmp_path / "runs" / "shapes-ssl-all" / "report.html").is_file()

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 import ranks
+from command_line import READS
 from config import Config, UserError
 from data import Batches, loader
 from optim import Broken, NotFinite, set_lr
@@ -231,10 +232,10 @@ def read_log(path: Path) -> list[dict]:
 
 
 def differing(stored: dict, config: dict) -> list[str]:
-    """Keys that make a stored run another run than the one asked for; figures of the warm-up matter to the warm-up only."""
+    """Keys that make a stored run another run than the one asked for; numbers that its stage does not read make none."""
     older = {"taxonomy"} - stored.keys()           # runs did not always store it
-    return [key for key in config if key not in MAY_CHANGE | older and stored.get(key) != config[key]
-            and not (key.startswith("dewa_") and config["stage"] != "dewa")]
+    unread = {field.name for field in dataclasses.fields(Config)} - READS.get(config["stage"], READS["ssl"])       # a run of stage ssl is named after its method
+    return [key for key in config if key not in MAY_CHANGE | older | unread and stored.get(key) != config[key]]
 
 
 def summary(row: dict, device: torch.device) -> str:
