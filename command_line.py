@@ -308,6 +308,8 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
+    if args.stage in ("demo", "ladder") and cfg.ssl_steps > cfg.dewa_steps:                    # else another error: `stages.require_rungs`
+        require_semi_supervised(dataclasses.replace(cfg.settled(), ssl_steps=cfg.ssl_steps - cfg.dewa_steps), warm=True)
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
     if args.stage == "import":
