@@ -25,12 +25,14 @@ TEMPLATES = (
 PIXEL_MEAN, PIXEL_STD = (122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAX_SCALE = 100.0                      # CLIP clamps its inverse temperature here
+STRIDE = 32                            # pixels, of the coarsest map
 
 
 class Backbone(nn.Module):
     """A timm ConvNeXt as a source of feature maps, and nothing more (plain Mask2Former on ImageNet weights).
 
-    Args: trunk: the ConvNeXt.   mean, std: of its images, 0 to 255, RGB.   frozen: no gradients, for ever.
+    Args: trunk: the ConvNeXt.   mean, std: of its images, 0 to 255, RGB.
+        frozen: no gradients and eval mode, for ever: drop path would make its features another network's.
     Student and teacher share one frozen backbone: it is no part of the average, the optimiser or a checkpoint.
     """
 
@@ -43,14 +45,26 @@ class Backbone(nn.Module):
         self.frozen = frozen
         self.requires_grad_(not frozen)
         trunk.head.requires_grad_(False)
+        self.train()                   # libraries hand a trunk over in either mode
 
     def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)     # frozen means eval: no drop path
+        """Also of a trained backbone, what leads from its features into the joint space stays frozen, and in eval mode."""
+        super().train(mode and not self.frozen)
+        self.trunk.head.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) uint8 or float in 0 to 255, RGB -> outputs of the four stages, strides 4, 8, 16, 32."""
+        """Images (B, 3, H, W) uint8 or float in 0 to 255, RGB -> outputs of the four stages, strides 4, 8, 16, 32.
+
+        Sides that are no multiple of 32 are padded right and bottom with the mean colour, so that all maps cover the same area: the
+        maps are those of `padded_size(H, W)`.
+        """
+        if self.frozen:
+            self.eval()                # whatever was done to a part of it
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = self.trunk.stem((images.float() - self.mean) / self.std)
+            x = (images.float() - self.mean) / self.std
+            height, width = padded_size(*x.shape[-2:])
+            x = self.trunk.stem(F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])))
             maps = []
             for stage in self.trunk.stages:
                 x = stage(x)
@@ -69,11 +83,25 @@ class ClipBackbone(Backbone):
         super().__init__(clip.visual.trunk, frozen, PIXEL_MEAN, PIXEL_STD)
         self.head = clip.visual.head.requires_grad_(False)
         self.register_buffer("logit_scale", clip.logit_scale.detach().float().clone())
+        self.train()                   # the projection, too
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if hasattr(self, "head"):      # not yet, when `Backbone` is made
+            self.head.eval()
+        return self
 
     def embed(self, pooled: Tensor) -> Tensor:
         """Pooled features of the last stage (B, Q, C) -> joint space (B, Q, D), not normalised."""
+        self.trunk.head.eval()
+        self.head.eval()
         x = self.head(self.trunk.head(pooled.reshape(-1, pooled.shape[-1], 1, 1)))
         return x.view(*pooled.shape[:2], -1)
+
+
+def padded_size(height: int, width: int) -> tuple[int, int]:
+    """The size of an image, pixels, with sides grown to a multiple of the coarsest stride."""
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
 class Vocabulary(nn.Module):
@@ -104,7 +132,11 @@ class Vocabulary(nn.Module):
 
 @torch.no_grad()
 def text_embeddings(clip: nn.Module, tokenizer, names: list[str], batch: int = 128) -> Tensor:
-    """(T, D) unit embeddings of T names: each template is embedded and normalised, then averaged, then normalised."""
+    """(T, D) unit embeddings of T names: each template is embedded and normalised, then averaged, then normalised.
+
+    clip: put into eval mode, and left there.
+    """
+    clip.eval()
     device = next(clip.parameters()).device
     prompts = [template.format(name) for name in names for template in TEMPLATES]
     parts = [F.normalize(clip.encode_text(tokenizer(prompts[i:i + batch]).to(device)).float(), dim=-1)

@@ -1,7 +1,8 @@
 """The command line: stages, flags and who knows them, help pages.
 
 A flag is a row of FLAGS, with the stages that know it: given to another it is an error and not passed over in silence. Every number of `Config`
-is a flag, too, with the comment beside it as its help. `--help` is one screen; `--stage NAME --help` has all flags of a stage.
+is a flag, too, with the comment beside it as its help; READS says which stages read it. What a stage reads, but not with the other numbers at
+hand, is refused as well (`idle`). `--help` is one screen; `--stage NAME --help` has all flags of a stage.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import textwrap
 from pathlib import Path
 
 from config import (
-    ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, require_ranges)
+    ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, require_learning, require_ranges,
+    require_semi_supervised)
 
 DATASETS = ("mini", "custom", *PAPERS_DATASETS)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
@@ -35,14 +37,42 @@ STAGES = {
 }
 ALL = tuple(name for group in STAGES.values() for name in group)
 TRAIN, TABLES, STORED = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha"), ("eval", "predict", "export", "report")      # STORED: read a run
-# Sections of Config that a stage reads, for its help page; the first words of the comment above each section.
-SECTIONS = {
-    "masks": ("SAM", "a run"), "predict": ("panoptic inference", "recognition", "data"), "zeroshot": ("backbone", "recognition", "data", "SAM", "a run"),
-    "eval": ("panoptic inference", "recognition", "data"), "dewa": ("backbone", "Mask2Former", "set loss", "optimisation", "data", "a run"),
-    "sup": ("backbone", "Mask2Former", "set loss", "panoptic inference", "recognition", "optimisation", "data", "a run"),
-    "ssl": ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "a run"),
-    **{name: ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "SAM", "a run") for name in TABLES},
-}
+DATA = ("prepare", "validate", "masks", *TRAIN, *STORED, "zeroshot", *TABLES)                  # read a data set, or fall back on one
+PICTURED = ("sup", "ssl", "eval", "report", *TABLES)                                           # end with a report that has pictures
+
+
+def _reads() -> dict[str, frozenset[str]]:
+    """Fields of Config by stage: those that change what the stage does."""
+    clip = {"backbone", "pretrained"}
+    model = {*clip, "train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers", "decoder_ffn"}
+    masks = {"sam", "sam_weights", "points_per_side", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh", "points_per_batch"}
+    views = {"crop", "scale_min", "scale_max"}
+    strong = {"jitter", "jitter_hue", "grayscale_prob", "blur_prob", "blur_radius"}
+    sizes = {"test_size", "test_max"}
+    posterior = {"alpha", "clip_scale", "teacher_posterior"}
+    inference = {"object_mask_threshold", "overlap_threshold", *sizes, *posterior}
+    training = {*model, *views, "backbone_lr_multiplier", "lr", "weight_decay", "clip_norm", "poly_power", "mask_weight", "dice_weight", "num_points", "oversample",
+                "importance", "workers", "seed", "checkpoint_every", "log_every"}
+    supervised = {*training, *inference, "class_weight", "no_object_weight", "labels", "labeled_batch", "eval_batch"}
+    stages = {
+        "prepare": {"workers"}, "import": {"seed"}, "validate": {"workers", "seed"}, "mini-clip": {"seed"}, "mini-sam": {"seed"},
+        "masks": {*masks, "seed"},
+        # sizes at evaluation are those of a run's images: a warm-up has them like its sisters, and keeps them
+        "dewa": {*training, *sizes, "eval_batch", "dewa_steps", "dewa_batch", "dewa_crop", "dewa_keep_empty"},
+        "sup": {*supervised, "sup_steps"},
+        "ssl": {*supervised, *strong, "ssl_steps", "unlabeled_batch", "lambda_u", "ema_decay", "burn_in", "burn_in_warm", "cutmix_prob"},
+        "eval": {*model, *inference, "eval_batch", "seed"}, "predict": {*model, *inference, "seed"}, "report": {*model, *inference, "seed"},
+        "export": {*clip, "no_object_weight", "seed"}, "zeroshot": {*clip, *sizes, *masks, "clip_scale", "seed"},
+    }
+    stages["alpha"] = stages["ssl"] - {"burn_in_warm"}
+    stages["demo"] = stages["ladder"] = stages["masks"] | stages["dewa"] | stages["ssl"]       # a supervised rung takes ssl_steps
+    return {stage: frozenset(fields) for stage, fields in stages.items()}
+
+
+READS = _reads()
+# Of a run that is stored: what its weights are part of, and what they were trained on
+OF_THE_RUN = ("backbone", "train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers",
+              "decoder_ffn", "no_object_weight", "seed")
 WIDTH = 110                            # characters of a help page
 
 
@@ -55,22 +85,23 @@ class Flag:
 
 
 FLAGS = (
-    Flag("dataset", ALL, ", ".join(DATASETS), default="mini"),
-    Flag("data-root", ALL, "folder of the data set (custom: COCO panoptic format)", default=""),
-    Flag("variant", ALL, "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
-    Flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names (16; custom: all)"),
+    Flag("dataset", DATA, ", ".join(DATASETS), default="mini"),
+    Flag("data-root", DATA, "folder of the data set (custom: COCO panoptic format)", default=""),
+    Flag("variant", tuple(stage for stage in DATA if stage != "prepare"), "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
+    Flag("split", tuple(stage for stage in DATA if stage != "prepare"), "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names "
+         "(mini: 16; custom: all; masks and dewa take all images)"),
     Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
-    Flag("eval-on", ALL, "mini: val to report, dev to tune", default="val"),
-    Flag("preset", ALL, f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
+    Flag("eval-on", ("validate", "sup", "ssl", "eval", "zeroshot", *TABLES), "mini: val to report, dev to tune", default="val"),
+    Flag("preset", ("masks", *TRAIN, *STORED, "zeroshot", *TABLES), f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
     Flag("runs", ALL, "where run folders go and are looked for (runs)", type=Path, default=Path("runs")),
-    Flag("out", ALL, "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output", type=Path),
+    Flag("out", tuple(stage for stage in ALL if stage not in ("prepare", "validate")), "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output", type=Path),
     Flag("init", ("sup", "ssl"), "start from this run or file (dearli: the DeWa run of the data set)", type=Path),
     Flag("masks", ("dewa", "sup", "ssl", "eval", "report", "validate", "zeroshot"), "folder of SAM masks (RUNS/DATASET-masks); validate: read them, too; "
           "zeroshot: gt, sam or a folder", type=Path),
     Flag("images", ("masks", "dewa"), "a folder of images instead of the training images (SA-1B, masks beside the images)", type=Path),
     Flag("json", ("validate",), "write the whole report to this file, too", type=Path),
     Flag("groups", ("sup", "ssl", "eval"), "also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)", type=int, default=0),
-    Flag("watch", ALL, "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
+    Flag("watch", (*TRAIN, *TABLES), "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
     Flag("weights", ("eval", "predict", "report", "export"), "a run, or a checkpoint of the official code", type=Path),
     Flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
     Flag("from", ("import",), ", ".join(SOURCES), dest="source_format", default=""),
@@ -87,7 +118,7 @@ FLAGS = (
     Flag("force", ("predict",), "replace earlier predictions", action="store_true"),
     Flag("palette", ("predict", "report"), "dataset: its own colours, where it has them; safe: those that colour-blind people can tell apart", default="dataset"),
     Flag("compare", ("report",), "other runs to put beside it", type=Path, nargs="+", default=()),
-    Flag("report-images", ALL, "validation images in report.html, half of them the worst and half the best of 4 times as many "
+    Flag("report-images", ("dewa", *PICTURED), "validation images in report.html, half of them the worst and half the best of 4 times as many "
           "(12; 0: no pictures)", type=int, default=12),
     Flag("assets", ("prepare",), "a copy of the official repository, instead of the network", type=Path),
     Flag("format", ("export",), ", ".join(FORMATS), default="official"),
@@ -106,13 +137,18 @@ FLAGS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """One that raises UserError, names the nearest flag, and has our pages as its help."""
+    """One that raises UserError, names the nearest flag, and has our pages as its help.
+
+    bare: the same parser without defaults. What it finds is what was said, be it the default: `flags` of the result.
+    """
+    bare: "Parser | None" = None
 
     def error(self, message: str):
         raise UserError(message.replace("argument ", "", 1))
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
+        parsed.flags = frozenset(vars(self.bare.parse_known_args(args)[0])) if self.bare else frozenset()
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             raise UserError(f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; --help lists the stages, --stage NAME --help the flags of one"
@@ -121,6 +157,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
+    p = _parser()
+    p.bare = _parser()
+    for action in p.bare._actions:
+        action.default = argparse.SUPPRESS
+    return p
+
+
+def _parser() -> Parser:
     p = Parser(prog="dearli.py", add_help=False, allow_abbrev=False)
     p.add_argument("-h", "--help", action="store_true")
     p.add_argument("--stage", default="demo")
@@ -143,12 +187,69 @@ def number_or_text(text: str) -> float | str:
 
 
 def require_known(args: argparse.Namespace) -> None:
-    """Raise UserError for a flag that the stage does not know."""
-    usual = parser()
-    for flag in FLAGS:
-        if args.stage not in flag.stages and getattr(args, flag.dest) != usual.get_default(flag.dest):
-            raise UserError(f"--{flag.name}: only --stage {', '.join(flag.stages[:-1])}{' and ' if flag.stages[1:] else ''}{flag.stages[-1]} "
-                            f"know{'' if flag.stages[1:] else 's'} it, not --stage {args.stage}")
+    """Raise UserError for a flag that the stage does not know, or a number that it does not read."""
+    known = {flag.dest: (flag.name, flag.stages) for flag in FLAGS}
+    known |= {f.name: (f.name.replace("_", "-"), tuple(stage for stage in ALL if f.name in READS[stage])) for f in dataclasses.fields(Config)}
+    for dest, (name, stages) in known.items():
+        if dest in args.flags and args.stage not in stages:
+            raise UserError(f"--{name}: only --stage {', '.join(stages[:-1])}{' and ' if stages[1:] else ''}{stages[-1]} "
+                            f"know{'' if stages[1:] else 's'} it, not --stage {args.stage}")
+
+
+def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
+    """Flags, by dest, that the stage knows and that do nothing with the others as they are; with what would make them count."""
+    found: dict[str, str] = {}
+    def without(condition: bool, names, counts: str) -> None:
+        if condition:
+            found.update(dict.fromkeys(names, counts))
+    begins = args.stage == "ssl" and not args.resume               # a run that goes on knows what it started from
+    without(begins and is_warm(args), ("burn_in",), "a run that starts from other weights (--method dearli, or --init) has --burn-in-warm")
+    without(begins and not is_warm(args), ("burn_in_warm",), "a run that starts from a random decoder has --burn-in")
+    without(not cfg.train_backbone, ("backbone_lr_multiplier",), "it counts with --train-backbone")
+    without(not cfg.has_ensemble and args.stage != "zeroshot", ("alpha", "clip_scale"),
+            "CLIP has no say here; it counts with --classifier language, or with --method dear and dearli")
+    without(not cfg.importance, ("oversample",), "no point is chosen by uncertainty; it counts with --importance above 0")
+    without(not cfg.blur_prob, ("blur_radius",), "nothing is blurred; it counts with --blur-prob above 0")
+    without(not cfg.decoder_layers, ("decoder_ffn",), "the decoder has no layers; it counts with --decoder-layers above 0")
+    without(args.stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags, ("crop",), f"the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that one, or set it to 0")
+    network = ("sam_weights", "points_per_side", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh", "points_per_batch")
+    without(cfg.sam == "regions", network, "stable regions (--sam regions) have no network; it counts with --sam mini or vit_h")
+    without(args.stage == "zeroshot" and str(args.masks) != "sam", ("sam", *network), "it counts with --masks sam")
+    without(args.dataset != "mini", ("eval_on",), "only --dataset mini has images to tune on")
+    without(args.dataset != "custom", ("variant",), "it counts with --dataset custom")
+    without(args.dataset == "mini", ("data_root",), f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}")
+    without(args.stage in TRAIN and not args.evaluate, ("groups",), "nothing is evaluated; it counts without --no-eval")
+    return found
+
+
+def is_warm(args: argparse.Namespace) -> bool:
+    """Stage ssl starts from the weights of another run."""
+    return args.method == "dearli" or args.init is not None
+
+
+def require_use(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise UserError for a flag that would be passed over in silence, the other numbers being as they are."""
+    for dest, counts in idle(args, cfg).items():
+        if dest in args.flags:
+            raise UserError(f"--{dest.replace('_', '-')}: {counts}")
+
+
+def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
+    """Raise UserError for a flag that would make another model of a run that is stored. stored: its configuration; empty: an official file."""
+    for name in OF_THE_RUN:
+        value = getattr(args, name)
+        if name in args.flags and stored.get(name, value) != value:
+            raise UserError(f"--{name.replace('_', '-')} {value}: {args.weights} fits another configuration, it was trained with {stored[name]}; leave the flag out")
+    if "preset" in args.flags and "num_queries" in stored:
+        raise UserError(f"--preset: the numbers are those that {args.weights} was trained with; leave the flag out")
+
+
+def require_split(args: argparse.Namespace) -> None:
+    """Raise UserError where the number of labelled images matters and a data set of the paper is named alone."""
+    reads = args.stage in ("sup", "ssl") or args.stage in TABLES and not args.print_config or args.stage == "eval" and args.groups
+    if args.dataset in PAPERS_DATASETS and args.split is None and reads:
+        raise UserError(f"--dataset {args.dataset}: say with --split which images are labelled: {', '.join(PAPERS_SPLITS[args.dataset])} (the paper's partitions), "
+                        f"a number of images, or a file of image names")
 
 
 # ---------------------------------------------------------------------------------------------- flags -> configuration
@@ -160,16 +261,25 @@ def check(args: argparse.Namespace) -> None:
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
     require_known(args)
     choose("palette", args.palette, PALETTES), choose("log", args.log or LOGS[0], LOGS)
+    if args.steps is not None and args.steps != given(args)[steps_of(args.stage)]:
+        raise UserError(f"--steps {args.steps}: --{steps_of(args.stage).replace('_', '-')} says {given(args)[steps_of(args.stage)]}; expected one of them")
     if args.stage not in STORED:
-        require_sense(args, configure(args))
+        cfg = configure(args)
+        require_sense(args, cfg)
+        require_split(args)
 
 
 def given(args: argparse.Namespace) -> dict:
     """The fields of Config that the command line names, with the optimiser steps of the stage at hand under their own name."""
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     if args.steps is not None:
-        values[{"dewa": "dewa_steps", "sup": "sup_steps"}.get(args.stage, "ssl_steps")] = args.steps
+        values.setdefault(steps_of(args.stage), args.steps)
     return values
+
+
+def steps_of(stage: str) -> str:
+    """The field of Config with the optimiser steps of a stage."""
+    return {"dewa": "dewa_steps", "sup": "sup_steps"}.get(stage, "ssl_steps")
 
 
 def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
@@ -198,6 +308,15 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
     if not sound:
         raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
     require_ranges(cfg)
+    require_use(args, cfg)
+    for stage in TRAIN if args.stage in TABLES else {args.stage} & {*TRAIN}:
+        require_learning(cfg, stage)
+    if args.stage == "ssl" and not args.resume:                    # a run that goes on may have been begun with more steps
+        require_semi_supervised(cfg, is_warm(args))
+    if args.stage in TABLES:
+        require_semi_supervised(cfg, warm=False)
+    if args.stage in ("demo", "ladder") and cfg.ssl_steps > cfg.dewa_steps:                    # else another error: `stages.require_rungs`
+        require_semi_supervised(dataclasses.replace(cfg.settled(), ssl_steps=cfg.ssl_steps - cfg.dewa_steps), warm=True)
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
         raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
     if args.stage == "import":
@@ -206,6 +325,9 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         choose("kind of annotations (--from)", args.source_format, SOURCES)
     if args.report_images < 0:
         raise UserError(f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more")
+    for name, least in (("watch", 0), ("groups", 0), ("jobs", 0), ("seeds", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least {least}")
     for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
         if name in given(args):
             raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
@@ -235,10 +357,9 @@ def stage_page(stage: str, preset: Config) -> str:
     line = next(stages[stage] for stages in STAGES.values() if stage in stages)
     own = [(f"--{flag.name}", flag.help, flag.more.get("default")) for flag in FLAGS if stage in flag.stages]
     parts = [f"python dearli.py --stage {stage} [flags]", f"  {line}", "", *[row for name, text, default in own for row in _row(name, text, default)]]
-    chosen = SECTIONS.get(stage, ("a run",))
     for title, fields in numbers().items():
-        if title.startswith(chosen):
-            parts += ["", title, *[row for name, text in fields for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))]]
+        rows = [row for name, text in fields if name in READS[stage] for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))]
+        parts += ["", title, *rows] if rows else []
     return "\n".join(parts)
 
 

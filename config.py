@@ -5,7 +5,7 @@ comment names both. `mini` differs from the paper's sizes in numbers only, never
 """
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 # Weights that are taken with an OpenCLIP model unless --pretrained names others: those of the paper, and of the next larger model
 TAGS = {"convnext_base_w_320": "laion_aesthetic_s13b_b82k_augreg", "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
@@ -91,8 +91,8 @@ class Config:
     # Mean Teacher, Eq. (1) and (2)
     lambda_u: float = 1.0              # weight of the unlabelled loss, Eq. (1)
     ema_decay: float = 0.999           # teacher average, a step, Eq. (2)
-    burn_in: int = 0                   # steps without unlabelled loss; then the teacher is a copy of the student
-    burn_in_warm: int = 0              # the same for a run that starts from DeWa weights
+    burn_in: float = 0.0               # without unlabelled loss, then the teacher is a copy of the student: below 1 a share of the steps, else steps
+    burn_in_warm: float = 0.0          # the same for a run that starts from DeWa weights
     cutmix_prob: float = 0.5           # chance of a CutMix box, an unlabelled image
     # recognition, Eq. (4)-(6)
     alpha: float | str = 0.6           # the mask transformer's share in the ensemble, 0 to 1, Eq. (6); `0.4:0.8` grows while there are
@@ -147,6 +147,15 @@ class Config:
         """CLIP has a say: a linear classifier under a plain Mean Teacher never asks it (and a backbone of timm has none)."""
         return self.classifier == "language" or self.teacher_posterior != "decoder"
 
+    def burn_in_steps(self, warm: bool) -> int:
+        """Steps of stage ssl without unlabelled loss; warm: of a run that starts from DeWa weights."""
+        value = self.burn_in_warm if warm else self.burn_in
+        return round(value * self.ssl_steps if value < 1 else value)
+
+    def settled(self) -> "Config":
+        """With the burn-in in steps, as a run stores it: it does not move when the run is made longer."""
+        return replace(self, burn_in=self.burn_in_steps(False), burn_in_warm=self.burn_in_steps(True))
+
     @property
     def loss(self) -> LossConfig:
         return LossConfig(CostWeights(self.class_weight, self.mask_weight, self.dice_weight), self.no_object_weight,
@@ -166,7 +175,7 @@ SUP_STEPS_A_SPLIT = 10_000             # supplement D: the smallest split takes 
 MINI = Config(
     backbone="mini", pretrained="", num_queries=20, hidden=96, heads=4, encoder_layers=2, encoder_ffn=192, decoder_layers=3,
     decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=500, sup_steps=500, dewa_steps=150,
-    burn_in=250, burn_in_warm=100, labeled_batch=4, unlabeled_batch=4, dewa_batch=8, crop=128, scale_min=0.8, scale_max=1.5,
+    burn_in=0.5, burn_in_warm=0.2, labeled_batch=4, unlabeled_batch=4, dewa_batch=8, crop=128, scale_min=0.8, scale_max=1.5,
     jitter=0.4, jitter_hue=0.05, grayscale_prob=0.05, blur_radius=1.0, test_size=128, test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.5, stability_thresh=0.5,
     mask_nms_thresh=0.7, points_per_batch=24, checkpoint_every=200)
 
@@ -175,7 +184,7 @@ MINI = Config(
 CUSTOM = replace(
     MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, num_points=2048, scale_min=1.5, scale_max=3.5,
     test_size=256, test_max=512, eval_batch=1, sam="regions", ssl_steps=2400, sup_steps=2400, dewa_steps=400, dewa_keep_empty=False,
-    burn_in=1000, burn_in_warm=300, workers=1)
+    burn_in=0.4167, burn_in_warm=0.125, workers=1)
 
 PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL, "ade20k": OFFICIAL, "coco": COCO, "coco-objects": COCO}
 
@@ -189,11 +198,22 @@ def alpha_at(alpha: float | str, progress: float) -> float:
     return float(first) + progress * (float(last or first) - float(first))
 
 
+def changes(numbers: dict, preset: Config) -> dict:
+    """Fields of a configuration, as a run stores it, that are not those of a preset: {name: value}."""
+    settled = replace(preset, ssl_steps=numbers.get("ssl_steps", preset.ssl_steps)).settled()
+    return {f.name: numbers[f.name] for f in fields(Config)
+            if f.name in numbers and numbers[f.name] not in (getattr(preset, f.name), getattr(settled, f.name))}
+
+
 AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",
                 "labeled_batch", "unlabeled_batch", "dewa_batch", "crop", "test_size", "test_max", "eval_batch", "points_per_side", "points_per_batch", "checkpoint_every", "log_every"),
-            0: ("backbone_lr_multiplier", "decoder_layers", "class_weight", "mask_weight", "dice_weight", "no_object_weight", "lambda_u", "burn_in", "burn_in_warm", "clip_scale",
-                "object_mask_threshold", "overlap_threshold", "lr", "weight_decay", "poly_power", "dewa_crop", "jitter", "jitter_hue", "blur_radius", "workers", "seed")}
-SHARES = ("importance", "ema_decay", "cutmix_prob", "grayscale_prob", "blur_prob")
+            0: ("backbone_lr_multiplier", "decoder_layers", "class_weight", "mask_weight", "dice_weight", "no_object_weight", "lambda_u", "burn_in", "burn_in_warm",
+                "lr", "weight_decay", "poly_power", "dewa_crop", "workers"),
+            0.1: ("blur_radius",)}
+SHARES = ("importance", "ema_decay", "cutmix_prob", "grayscale_prob", "blur_prob", "jitter", "object_mask_threshold", "overlap_threshold", "pred_iou_thresh",
+          "stability_thresh", "mask_nms_thresh")
+# A hue beyond half a circle comes round; seeds are multiplied by steps and slots, and torch takes 64 bits; larger scales overflow the softmax.
+BETWEEN = {"jitter_hue": (0, 0.5), "seed": (0, 2 ** 32 - 1), "clip_scale": (0, 10_000), "scale_min": (0.1, 20), "scale_max": (0.1, 20)}
 
 
 def require_ranges(cfg: Config) -> None:
@@ -207,9 +227,62 @@ def require_ranges(cfg: Config) -> None:
     for name in SHARES:
         if not 0 <= getattr(cfg, name) <= 1:
             wrong(name, "a share, 0 to 1")
+    if cfg.scale_min > cfg.scale_max or not cfg.scale_min >= 0.1:
+        wrong("scale_min", f"at least 0.1, and no more than --scale-max {cfg.scale_max}")
+    for name, (least, most) in BETWEEN.items():
+        if not least <= getattr(cfg, name) <= most:
+            wrong(name, f"a number from {least} to {most}")
+    for name in ("scale_min", "scale_max"):
+        if abs(10 * getattr(cfg, name) - round(10 * getattr(cfg, name))) > 1e-6:
+            wrong(name, "a multiple of 0.1, the steps in which scales are drawn")
+    for name in ("burn_in", "burn_in_warm"):
+        if getattr(cfg, name) > 1 and getattr(cfg, name) % 1:
+            wrong(name, "a share of the steps, below 1, or a whole number of steps")
+    for name in ("crop", "dewa_crop"):
+        if getattr(cfg, name) % 32:
+            wrong(name, "a multiple of 32, the coarsest stride: all maps must cover the same area")
     if cfg.hidden % 32 or cfg.hidden % cfg.heads:
         wrong("hidden", f"a multiple of 32 (groups of the normalisation) and of --heads {cfg.heads}")
     if not cfg.clip_norm > 0:
         wrong("clip_norm", "a number above 0")
-    if not 0.1 <= cfg.scale_min <= cfg.scale_max < float("inf"):
-        wrong("scale_min", f"at least 0.1, and no more than --scale-max {cfg.scale_max}")
+    if cfg.test_size > cfg.test_max:
+        wrong("test_size", f"no more than --test-max {cfg.test_max}, the limit of the long side")
+    if cfg.importance and int(cfg.importance * cfg.num_points) < 1:
+        wrong("importance", f"0, or enough for one of --num-points {cfg.num_points}")
+
+
+def require_learning(cfg: Config, stage: str) -> None:
+    """Raise UserError for numbers with which a training stage would run and change nothing. stage: dewa, sup or ssl."""
+    if cfg.lr == 0:
+        raise UserError("--lr 0: nothing would be learned; expected a number above 0")
+    if cfg.lr * cfg.weight_decay >= 1:
+        raise UserError(f"--weight-decay {cfg.weight_decay}: at --lr {cfg.lr} a step would take all of a weight away; expected less than {1 / cfg.lr:g}")
+    if cfg.train_backbone and cfg.backbone_lr_multiplier == 0:
+        raise UserError("--backbone-lr-multiplier 0: the backbone would not be trained; leave --train-backbone out")
+    terms = ("mask_weight", "dice_weight") if stage == "dewa" else ("class_weight", "mask_weight", "dice_weight")
+    if not any(getattr(cfg, name) for name in terms):
+        raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in terms)} are 0: there is nothing to learn; expected one above 0")
+
+
+def require_semi_supervised(cfg: Config, warm: bool) -> None:
+    """Raise UserError if a run of stage ssl would end before its first unlabelled image. warm: it starts from DeWa weights."""
+    burn_in, flag = cfg.burn_in_steps(warm), "--burn-in-warm" if warm else "--burn-in"
+    if burn_in >= cfg.ssl_steps:
+        raise UserError(f"{flag} {burn_in}: all {cfg.ssl_steps} steps of the run (--steps) would pass without an unlabelled image; expected fewer, "
+                        f"or a share of the steps such as 0.5")
+
+
+def ablations(cfg: Config, stage: str, warm: bool = False) -> list[str]:
+    """What numbers that a run may well have, to see what becomes of it, make of the method: a line each. stage: dewa, sup or ssl."""
+    lines = []
+    if stage != "dewa" and not cfg.class_weight:
+        lines.append("--class-weight 0: no classes are learned")
+    if stage != "dewa" and not (cfg.mask_weight or cfg.dice_weight):
+        lines.append("--mask-weight 0 and --dice-weight 0: no masks are learned")
+    if stage == "ssl" and not cfg.lambda_u:
+        lines.append("--lambda-u 0: the unlabelled images change nothing, a supervised run")
+    if stage == "ssl" and cfg.ema_decay == 1 and (warm or cfg.burn_in):
+        lines.append("--ema-decay 1: the teacher stays as it is after the burn-in")
+    if stage == "ssl" and cfg.teacher_posterior == "ensemble" and str(cfg.alpha) in ("1", "1.0"):
+        lines.append("--alpha 1: CLIP has no say, as with --method ssl")
+    return lines

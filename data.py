@@ -35,6 +35,7 @@ from matcher import Target
 PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
 IGNORE = -1                            # semantic ground truth: no class
 CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
+CUTMIX_TRIES = 1000                    # before the boxes that fit are listed; in an ordinary view a few will do
 GRACE = 10                             # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
 MAX_PIXELS = 89_000_000                # of an image or a map; Pillow warns from here on and refuses only twice as much
@@ -736,14 +737,39 @@ def to_bytes(x: Tensor) -> Tensor:
 
 
 def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from."""
+    """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from.
+
+    Of the area that is drawn, aspect and corner are drawn until the box fits. Where it hardly ever does, in a long and thin view, the box is
+    drawn from those that fit, each with its chance; where none fits, it is the largest that does.
+    """
     area = rng.uniform(*CUTMIX_AREA) * height * width
-    while True:
+    for _ in range(CUTMIX_TRIES):
         aspect = rng.uniform(*CUTMIX_ASPECT)
         w, h = int((area / aspect) ** 0.5), int((area * aspect) ** 0.5)
         x, y = rng.randrange(width), rng.randrange(height)
         if x + w <= width and y + h <= height:
             return y, y + h, x, x + w
+    w, h = _fitting_box(area, height, width, rng)
+    x, y = rng.randrange(max(1, width - w + 1)), rng.randrange(max(1, height - h + 1))
+    return y, y + h, x, x + w
+
+
+def _fitting_box(area: float, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+    """(w, h) as the tries of `cutmix_box` would end with, however many it takes."""
+    least, most = CUTMIX_ASPECT
+    ends = {least, most, *(area / k ** 2 for k in range(1, width + 2)), *(k ** 2 / area for k in range(1, height + 2))}
+    ends = sorted(end for end in ends if least <= end <= most)     # between two of them w and h do not change
+    boxes, chances = [], []
+    for first, last in zip(ends, ends[1:]):
+        aspect = (first + last) / 2
+        w, h = int((area / aspect) ** 0.5), int((area * aspect) ** 0.5)
+        if w <= width and h <= height:
+            boxes.append((w, h))
+            chances.append((last - first) * min(width, width - w + 1) * min(height, height - h + 1))
+    if not boxes:
+        aspect = min(max(height / width, least), most)
+        return min(width, int(height / aspect)), min(height, int(width * aspect))
+    return rng.choices(boxes, chances)[0]
 
 
 def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Target:
@@ -851,7 +877,7 @@ class SemiSupervisedBatches(Batches):
     def __init__(self, dataset: DataSet, cfg: Config, steps: int, warm: bool = False):
         super().__init__(cfg, steps)
         self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
-        self.burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+        self.burn_in = cfg.burn_in_steps(warm)
 
     @property
     def parts(self) -> list[int]:

@@ -170,7 +170,7 @@ class DewaBatches(Batches):
 
 def dewa_step(model: Segmenter, optimizer: torch.optim.Optimizer, batch: Labeled, cfg: Config, step: int,
               precision: torch.dtype = torch.float32) -> dict[str, float]:
-    """One warm-up step: L_loc of Eq. (3). Returns the loss terms, weighted, and the gradient norm, as floats."""
+    """One warm-up step: L_loc of Eq. (3). Returns the loss terms, weighted, and the gradient norm, as floats. Raises: as `train_step`."""
     device = batch.images.device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         features = model.backbone(batch.images)

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from clip_ensemble import alpha_at, zero_shot_logits
+from clip_ensemble import alpha_at, padded_size, zero_shot_logits
 from config import Config
-from data import IGNORE, PAD_VALUE, DataSet, Sample, resize
+from data import IGNORE, DataSet, Sample, resize
 from model import Segmenter, panoptic_inference, resize_masks, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
@@ -46,7 +46,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True, disable=ranks.rank() > 0 or not title)
     for group in _groups(images, range(ranks.rank(), count, ranks.count()), cfg):
         views = [resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group]
-        batch = torch.stack([_pad_tensor(v) for v in views]).to(device)
+        batch = torch.stack([_tensor(v) for v in views]).to(device)
         results, logits, shared = {}, {}, {}
         for name, model in models.items():
             model.eval()
@@ -58,7 +58,7 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
                 results[name, posterior] = model.posterior(features, class_logits, logits[name], alpha)
         for slot, i in enumerate(group):
             truth, view = images.truth(i), views[slot]
-            sizes = (tuple(batch.shape[-2:]), view.size[::-1], truth.segment_map.shape)
+            sizes = (padded_size(*batch.shape[-2:]), view.size[::-1], truth.segment_map.shape)
             masks = {name: resize_masks(m[slot], *sizes).sigmoid() for name, m in logits.items()}
             for reading, posterior in results.items():
                 given = posterior[slot], logits[reading[0]][slot]
@@ -95,11 +95,11 @@ def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: 
 def posterior_of(model: Segmenter, image, cfg: Config, device: torch.device, alpha: float):
     """What the model says of one PIL image: posterior (Q, K+1), mask_logits (Q, h, w), and the sizes that inference takes."""
     view = resize(Sample(image, []), cfg.test_size, cfg.test_max).image
-    batch = _pad_tensor(view)[None].to(device)
+    batch = _tensor(view)[None].to(device)
     features = model.eval().backbone(batch)
     class_logits, mask_logits = model.predict(features)
     posterior = model.posterior(features, class_logits, mask_logits, alpha)
-    return posterior[0], mask_logits[0], (tuple(batch.shape[-2:]), view.size[::-1], image.size[::-1])
+    return posterior[0], mask_logits[0], (padded_size(*batch.shape[-2:]), view.size[::-1], image.size[::-1])
 
 
 @torch.no_grad()
@@ -110,6 +110,7 @@ def zero_shot(model: Segmenter, dataset: DataSet, cfg: Config, device: torch.dev
     Returns: {"all", "things", "stuff", "per_class"}, as `evaluate`.
     """
     taxonomy, images = dataset.taxonomy, dataset.val
+    model.eval()
     pq = PanopticQuality(len(taxonomy))
     for i in tqdm(range(min(limit or len(images), len(images))), desc="zero-shot", unit="image", dynamic_ncols=True):
         truth, given = images.truth(i), partition(i)
@@ -118,8 +119,8 @@ def zero_shot(model: Segmenter, dataset: DataSet, cfg: Config, device: torch.dev
             pq.add(segment_map, np.zeros(0, np.int64), truth.segment_map, truth.labels, truth.areas, truth.crowd)
             continue
         view = resize(Sample(images.image(i), [segment_map]), cfg.test_size, cfg.test_max)
-        batch = _pad_tensor(view.image)[None].to(device)
-        grid = np.zeros(batch.shape[-2:], np.int32)
+        batch = _tensor(view.image)[None].to(device)
+        grid = np.zeros(padded_size(*batch.shape[-2:]), np.int32)
         grid[:view.layers[0].shape[0], :view.layers[0].shape[1]] = view.layers[0]
         quarter = torch.from_numpy(grid[2::4, 2::4].copy()).to(device)                             # as fine as the decoder's masks
         number = torch.arange(1, int(segment_map.max()) + 1, device=device)
@@ -172,11 +173,9 @@ def group_quality(result: dict, taxonomy, groups: list[list[int]]) -> list[dict]
     return rows
 
 
-def _pad_tensor(image) -> torch.Tensor:
-    """(3, H', W') uint8; sides grown to a multiple of 32, the coarsest stride, so that all levels cover the same area."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    h, w = (-(-s // 32) * 32 for s in x.shape[1:])
-    return torch.nn.functional.pad(x, (0, w - x.shape[2], 0, h - x.shape[1]), value=PAD_VALUE)
+def _tensor(image) -> torch.Tensor:
+    """PIL, RGB -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _groups(images, indices, cfg: Config):

@@ -44,7 +44,10 @@ def is_timm(backbone: str) -> bool:
 
 
 def load_clip(cfg: Config, weights: dict | None = None) -> tuple[torch.nn.Module, Callable]:
-    """The OpenCLIP model of the configuration and its tokenizer, on the CPU.   weights: CLIP's, which a checkpoint brought along."""
+    """The OpenCLIP model of the configuration, in eval mode, and its tokenizer, on the CPU.
+
+    weights: CLIP's, which a checkpoint brought along.
+    """
     torch.manual_seed(cfg.seed)
     pretrained = "random" if weights is not None else cfg.pretrained
     if cfg.backbone == "mini":
@@ -60,15 +63,15 @@ def load_clip(cfg: Config, weights: dict | None = None) -> tuple[torch.nn.Module
             clip.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"the checkpoint holds another CLIP than --backbone {cfg.backbone}: {' '.join(str(error).split())[:200]} ...") from None
-    return clip, tokenize
+    return clip.eval(), tokenize           # OpenCLIP hands models over in training mode, with drop path
 
 
 def load_timm(cfg: Config) -> torch.nn.Module:
-    """The timm ConvNeXt of the configuration, without its ImageNet classifier, on the CPU."""
+    """The timm ConvNeXt of the configuration, without its ImageNet classifier, in eval mode, on the CPU."""
     import timm
     from timm.models.convnext import checkpoint_filter_fn
     torch.manual_seed(cfg.seed)
-    model = timm.create_model(cfg.backbone, num_classes=0)
+    model = timm.create_model(cfg.backbone, num_classes=0).eval()
     if cfg.pretrained == "random":
         return model
     file = Path(cfg.pretrained) if cfg.pretrained else _hub_file(timm.get_pretrained_cfg(cfg.backbone).hf_hub_id, TIMM_FILES, cfg.backbone)

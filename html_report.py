@@ -20,7 +20,8 @@ import numpy as np
 
 import watch
 from checkpoint import write_atomic
-from config import PAPERS_DATASETS, PRESETS, Config, UserError
+from command_line import READS, idle, parser
+from config import PAPERS_DATASETS, PRESETS, Config, UserError, changes
 from data import DataSet
 from evaluation import class_pixels, papers_reading
 from gallery import POSTERIORS, Card, spread
@@ -99,10 +100,8 @@ def usual_posterior(stage: str | None) -> str:
 def nearest_preset(config: dict) -> tuple[str, dict]:
     """The preset with the fewest other numbers, and what differs from it."""
     own, _ = data_set(config)
-    fields = [f.name for f in dataclasses.fields(Config) if f.name in config]
-    differing = lambda preset: {name: config[name] for name in fields if config[name] != getattr(PRESETS[preset], name)}
-    best = min(sorted(PRESETS, key=lambda preset: preset != own), key=lambda preset: len(differing(preset)))
-    return best, differing(best)
+    best = min(sorted(PRESETS, key=lambda preset: preset != own), key=lambda preset: len(changes(config, PRESETS[preset])))
+    return best, changes(config, PRESETS[best])
 
 
 def data_set(config: dict) -> tuple[str, list[str]]:
@@ -127,18 +126,29 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if "backbone" in changed:                      # its weights would follow it
         changed["pretrained"] = run.config["pretrained"]
     flags += [] if preset == name else ["--preset", preset]
-    for key, value in changed.items():
-        flag = f"--{key.replace('_', '-')}"
-        flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, value]
     start = re.match(r"(.*?): \d+ of \d+ tensors taken", str(run.config.get("init", "")))
     line = lambda *words: shlex.join(["python", "dearli.py", *map(str, words)])
     if stage == "dewa":
-        return [line("--stage", "masks", *flags), line("--stage", "dewa", *flags, "--out", run.folder)]
+        words = [["--stage", name, *flags] for name in ("masks", "dewa")]
+        return [line(*words[0], *_numbers(words[0], run.config, changed)), line(*words[1], *_numbers(words[1], run.config, changed), "--out", run.folder)]
     if start and depth and (Path(start[1]) / "config.json").exists():
         before = commands(read(Path(start[1])), depth - 1)
     flags += ["--init", start[1]] if start else []
     flags += ["--eval-on", "dev"] if run.metrics.get("evaluated_on") == "dev" else []
-    return before + [line("--stage", *(["sup"] if stage == "sup" else ["ssl", "--method", stage]), *flags, "--out", run.folder)]
+    words = ["--stage", *(["sup"] if stage == "sup" else ["ssl", "--method", stage]), *flags]
+    return before + [line(*words, *_numbers(words, run.config, changed), "--out", run.folder)]
+
+
+def _numbers(words: list, config: dict, changed: dict) -> list:
+    """The numbers of `changed` as flags of the command that begins with `words`: those that it reads. config: of the run."""
+    args = parser().parse_args([str(word) for word in words])
+    unused = idle(args, Config(**{f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}))
+    flags = []
+    for key, value in changed.items():
+        if key in READS[args.stage] and key not in unused:
+            flag = f"--{key.replace('_', '-')}"
+            flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, value]
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------- parts of the page

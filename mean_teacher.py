@@ -17,7 +17,7 @@ from data import Labeled, Unlabeled
 from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter, panoptic_inference, semantic_inference
-from optim import NotFinite, descend, require_finite
+from optim import Broken, descend, require_finite
 
 
 def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.optim.Optimizer, labeled: Labeled,
@@ -28,7 +28,8 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
     Args:
         things: (K,) bool; none of them with semantic labels.     step: from 0.     warm: the teacher started from DeWa weights (constant decay).
         precision: of the model's matrix products; losses, matching and the ensemble are always fp32.
-    Returns: the loss terms, weighted, and the gradient norm, as floats.   Raises: NotFinite, with the teacher untouched.
+    Returns: the loss terms, weighted, and the gradient norm, as floats.
+    Raises: NotFinite, with both models as they were; Broken, with the teacher as it was, if the student is lost.
     """
     device = labeled.images.device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -137,7 +138,7 @@ def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
     """The decoder's share in the posterior that makes the pseudo-labels of a step: P_MT, P_CLIP or P_ENS (Table 7)."""
     if cfg.teacher_posterior != "ensemble":
         return {"decoder": 1.0, "clip": 0.0}[cfg.teacher_posterior]
-    burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+    burn_in = cfg.burn_in_steps(warm)
     return alpha_at(cfg.alpha, max(step - burn_in, 0) / max(cfg.ssl_steps - burn_in, 1))
 
 
@@ -147,7 +148,7 @@ def ema_decay(step: int, cfg: Config, warm: bool) -> float:
     During burn-in 0: the teacher is the student. From a random start min(1 - 1/(t+1), ema_decay), so the first step copies
     the student; after a burn-in, or from DeWa weights, constant.
     """
-    burn_in = cfg.burn_in_warm if warm else cfg.burn_in
+    burn_in = cfg.burn_in_steps(warm)
     if step < burn_in:
         return 0.0
     if burn_in or warm:
@@ -159,11 +160,11 @@ def ema_decay(step: int, cfg: Config, warm: bool) -> float:
 def update_teacher(teacher: Segmenter, student: Segmenter, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, Eq. (2), over what is trained, paired by name.
 
-    Raises: NotFinite if a weight of the student is not: an average would keep a NaN for ever.
+    Raises: Broken if a weight of the student is not finite: an average would keep a NaN for ever.
     """
     source, average = student.trained(), teacher.trained()
     norms = torch.stack(torch._foreach_norm(list(source.values())))
     if not torch.isfinite(norms).all():
         bad = [name for name, norm in zip(source, norms) if not torch.isfinite(norm)]
-        raise NotFinite(f"student weights are not finite: {', '.join(bad[:5])}; the teacher was left as it was")
+        raise Broken(f"student weights are not finite: {', '.join(bad[:5])}; the teacher was left as it was")
     torch._foreach_lerp_([average[name] for name in source], list(source.values()), 1 - decay)

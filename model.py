@@ -35,9 +35,16 @@ class Segmenter(nn.Module):
         self.backbone, self.cfg = backbone, cfg
         self.vocabulary = vocabulary
         self.head = Mask2Former(backbone.channels, cfg, num_classes, vocabulary)
+        self.averaged = False          # a teacher: never trained by gradient, and always in eval mode
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.averaged)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), 0 to 255 -> class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4)."""
+        """Images (B, 3, H, W), 0 to 255 -> class_logits (B, Q, K+1), mask_logits (B, Q, H/4, W/4).
+
+        Sides H and W that are no multiple of 32 grow to the next one (`Backbone.forward`).
+        """
         return self.predict(self.backbone(images))
 
     def predict(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -53,9 +60,11 @@ class Segmenter(nn.Module):
         return geometric_ensemble(class_logits, clip_logits, alpha).exp()
 
     def teacher(self) -> "Segmenter":
-        """A copy that is never trained by gradient. A frozen backbone is shared, not copied."""
+        """A copy that is never trained by gradient, in eval mode for ever. A frozen backbone is shared, not copied."""
         memo = {id(self.backbone): self.backbone} if self.backbone.frozen else {}
-        return copy.deepcopy(self, memo).requires_grad_(False).eval()
+        teacher = copy.deepcopy(self, memo).requires_grad_(False)
+        teacher.averaged = True
+        return teacher.eval()
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that training changes, by name: what the optimiser, the average and checkpoints hold."""

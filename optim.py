@@ -39,7 +39,8 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config)
 def descend(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
     """One step down the gradients, summed over ranks, whose total L2 norm is clipped. Returns the norm before clipping.
 
-    Raises: NotFinite if that norm is not, with weights and optimiser untouched: clipped, an infinite gradient is NaN.
+    Raises: NotFinite if that norm is not, with weights and optimiser untouched: clipped, an infinite gradient is NaN;
+        Broken if the step itself left a weight that is not finite.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ranks.add_gradients(params)
@@ -47,11 +48,17 @@ def descend(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
     if not math.isfinite(norm):
         raise NotFinite(f"norm of the gradient is {norm}")
     optimizer.step()
+    if not torch.isfinite(torch.stack(torch._foreach_norm(params))).all():
+        raise Broken("the step made weights infinite or NaN")
     return norm
 
 
 class NotFinite(ArithmeticError):
-    """A loss, a gradient or a weight became NaN or infinite; `trainer.Run` adds the step and its images."""
+    """A loss or a gradient became NaN or infinite, weights are as they were; `trainer.Run` adds the step and its images."""
+
+
+class Broken(NotFinite):
+    """A weight became NaN or infinite, which no later step can mend: skipping this one would not do."""
 
 
 def require_finite(terms: dict[str, Tensor]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Callable
 
 import torch
 
-from config import Config, UserError
+from config import Config, UserError, changes
 from data import Batches, DataSet
 from optim import NotFinite
 from trainer import memory_gb, to_device
@@ -26,7 +26,7 @@ class Rehearsal:
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
         self.folder, self.cfg, self.seconds = Path(folder), cfg, 0.0
-        changed = {name: value for name, value in vars(cfg).items() if value != getattr(preset, name)}
+        changed = changes(vars(cfg), preset)
         say("run", f"{folder} (nothing is written now)")
         say("config", f"{identity['stage']}; " + (f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "the preset's numbers"))
 
@@ -42,10 +42,12 @@ class Rehearsal:
                 batch = batches[step]
                 loading.append(time.perf_counter() - clock)
                 clock = time.perf_counter()
+                for model in models.values():
+                    model.train()
                 try:
                     step_fn(to_device(batch, device), step)        # returns numbers: a GPU has finished
                 except NotFinite as error:
-                    raise UserError(f"step {step}: {error}; a run would skip it, and stop after five in a row: lower --lr") from None
+                    raise UserError(f"step {step}: {error}; a run would skip it or stop: lower --lr") from None
                 stepping.append(time.perf_counter() - clock)
             load, take = (statistics.median(times[1:] or times) for times in (loading, stepping))
             each = max(take, load / self.cfg.workers) if self.cfg.workers else take + load

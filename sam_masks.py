@@ -34,7 +34,7 @@ class MaskGenerator:
     """
 
     def __init__(self, sam: Sam, cfg: Config, precision: torch.dtype = torch.float32):
-        self.sam, self.cfg, self.precision = sam, cfg, precision
+        self.sam, self.cfg, self.precision = sam.eval(), cfg, precision
         self.grid = build_point_grid(cfg.points_per_side)                                           # (N, 2) in [0, 1]
 
     @torch.inference_mode()

@@ -35,8 +35,8 @@ import report
 import validate
 import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_of_share, text_embeddings
-from command_line import DATASETS, check, configure, given, parser, require_sense
-from config import PAPERS_DATASETS, PRESETS, Config, UserError, choose, refuse
+from command_line import DATASETS, check, configure, given, parser, require_of_the_run, require_sense, steps_of
+from config import PAPERS_DATASETS, PRESETS, Config, UserError, ablations, choose, refuse, require_semi_supervised
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
@@ -88,6 +88,7 @@ class Job:
     format: str = "official"
     resume: bool = False
     steps: int | None = None
+    given: frozenset[str] = frozenset()                          # fields of Config that the command line names
     evaluate: bool = True
     later: bool = False                # train only: the same call without it evaluates
     device: torch.device = torch.device("cpu")
@@ -244,6 +245,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     cfg = as_begun(job, settle(cfg, dataset), folder, "sup_steps")
     require_training_files(dataset, cfg)
     run = begin(job, folder, cfg, identity(job, "sup", dataset.taxonomy), dataset)
+    say_ablations(cfg, "sup")
     start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.notes = start_from(start, job.init, student)
@@ -269,13 +271,16 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
         if not checkpoint.steps(init):
             raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
                             f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
+    warm = init is not None
+    require_semi_supervised(cfg, warm)
     run = begin(job, folder, cfg, identity(job, job.method, dataset.taxonomy), dataset)
+    say_ablations(cfg, "ssl", warm)
     start = read_run(init) if init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.notes = start_from(start, init, student)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
-    warm, models = init is not None, {"student": student, "teacher": teacher}
+    models = {"student": student, "teacher": teacher}
     step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, warm, job.precision)
     run.watch = watch.watcher(folder, models, dataset, cfg, job.device, job.watch if job.evaluate else 0, warm)
     run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps, warm), step, job.device, job.method)
@@ -284,12 +289,19 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
 
 
 def as_begun(job: Job, cfg: Config, folder: Path, steps: str) -> Config:
-    """With --resume and without --steps: the number of steps that the run was begun with. steps: its name in Config."""
+    """With --resume, the length and the burn-in that the run was begun with, unless they are named. steps: the field of its length."""
     stored = {}
-    if job.resume and job.steps is None:
+    if job.resume:
         with contextlib.suppress(UserError):                       # no run there yet, or one whose checkpoint will say what it is
             stored = html_report.read(folder).config
-    return dataclasses.replace(cfg, **{steps: stored[steps]}) if type(stored.get(steps)) is int else cfg
+    asked = job.given | ({steps} if job.steps is not None else set())
+    kept = {steps, "burn_in", "burn_in_warm"} - asked              # the burn-in would move if the run were made longer
+    return dataclasses.replace(cfg, **{name: stored[name] for name in kept if type(stored.get(name)) in (int, float)}).settled()
+
+
+def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
+    for line in ablations(cfg, stage, warm):
+        print(f"warning: {line}")
 
 
 def begin(job: Job, folder: Path, cfg: Config, identity: dict, dataset: DataSet | None = None) -> "Run | rehearsal.Rehearsal":
@@ -334,7 +346,7 @@ def load(weights, **flags) -> Predictor:
     unknown = next((name for name in flags if not hasattr(args, name)), None)
     if unknown:
         raise TypeError(f"load: no flag {unknown}; available: {', '.join(vars(args))}")
-    return predictor(*resolve(argparse.Namespace(**{**vars(args), **flags})))
+    return predictor(*resolve(argparse.Namespace(**{**vars(args), **flags, "flags": args.flags | flags.keys()})))
 
 
 def predictor(job: Job, cfg: Config) -> Predictor:
@@ -552,6 +564,8 @@ def require_rungs(cfg: Config, rungs: tuple["Rung", ...]) -> None:
     """Raise UserError for a configuration that some rung cannot be trained with, before the first one is."""
     if cfg.ssl_steps <= cfg.dewa_steps and any(rung.kind == "dearli" for rung in rungs):
         raise UserError(f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them (--dewa-steps); expected more")
+    for kind in {rung.kind for rung in rungs} - {"sup"}:
+        require_semi_supervised(rung_config(cfg, kind), kind == "dearli")
     if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
         raise UserError("the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl")
 
@@ -559,7 +573,8 @@ def require_rungs(cfg: Config, rungs: tuple["Rung", ...]) -> None:
 def run_rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
     """Train one rung unless its metrics are there already; returns them, or with job.later None. Every rung takes sup_steps optimiser steps in all."""
     folder = job.folder(f"{rung.run}-{job.split}", cfg)
-    kind, job, wanted = rung.kind, dataclasses.replace(job, resume=True, steps=cfg.ssl_steps, out=None), rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
+    wanted = rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
+    kind, job = rung.kind, dataclasses.replace(job, resume=True, steps=cfg.ssl_steps, given=frozenset(vars(cfg)), out=None)
     if (folder / "metrics.json").exists():
         dataset = load_data(job, cfg)
         stored, expected = json.loads((folder / "config.json").read_text()), {**identity(job, kind, dataset.taxonomy), **dataclasses.asdict(settle(wanted, dataset))}
@@ -625,7 +640,8 @@ def _in_silence(threads: int) -> None:
 
 
 def rung_config(cfg: Config, kind: str) -> Config:
-    """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage."""
+    """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage. A burn-in is a share of all of them."""
+    cfg = cfg.settled()
     if kind == "sup":
         return dataclasses.replace(cfg, sup_steps=cfg.ssl_steps, teacher_posterior="decoder")
     steps = cfg.ssl_steps - (cfg.dewa_steps if kind == "dearli" else 0)
@@ -800,6 +816,8 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     args.split = split
     cfg = configure(args, None if state is None else stored)
     require_sense(args, cfg)
+    if state is not None:
+        require_of_the_run(args, stored)
     if ranks.started_by_torchrun() and args.stage not in SHARED:
         raise UserError(f"--stage {args.stage}: works in one process; torchrun serves {', '.join(SHARED)}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -811,7 +829,7 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         raise UserError(f"device '{device}': {str(error).splitlines()[0]}") from None
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     numbers = given(args)
-    keep["steps"] = next((numbers[name] for name in ("ssl_steps", "sup_steps", "dewa_steps") if name in numbers), None)
+    keep |= {"steps": numbers.get(steps_of(args.stage)), "given": frozenset(numbers)}
     return Job(**{**keep, "split": split or ("" if args.stage == "validate" and args.dataset != "mini" else "all" if args.dataset == "custom" else "16"), "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
 

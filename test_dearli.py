@@ -9,6 +9,7 @@ import base64
 import ast
 import colorsys
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import html
@@ -386,6 +387,108 @@ def test_text_embeddings_average_normalised_templates():
     torch.testing.assert_close(e[1], F.normalize(rows.mean(0), dim=-1))
 
 
+def dropping(small_openclip, train_backbone=False):
+    """A segmenter on a real OpenCLIP ConvNeXt that has drop path, as OpenCLIP hands it over: in training mode."""
+    cfg = dataclasses.replace(TINY, backbone=small_openclip, train_backbone=train_backbone)
+    return stages.build(stages.Job(), cfg, data.Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2)))
+
+
+def test_fault_44_a_frozen_openclip_with_drop_path_is_in_eval_mode_and_cannot_leave_it(small_openclip):
+    import open_clip
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = open_clip.create_model(small_openclip)
+    assert any(hasattr(m, "drop_prob") and m.drop_prob > 0 for m in clip.modules()) and clip.training
+    differ = [clip.encode_image(images.float()) for _ in range(2)]
+    assert not torch.equal(*differ)                                # the test can fail: noise, where nothing is frozen
+    student = dropping(small_openclip)
+    whole = student.backbone(images)
+    def unchanged(model):
+        answers = [model.backbone(images) for _ in range(2)]
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*answers, whole))
+        pooled = torch.randn(1, 2, whole[-1].shape[1], generator=torch.Generator().manual_seed(0))
+        assert torch.equal(model.backbone.embed(pooled), model.backbone.embed(pooled))
+        assert not any(m.training for m in model.backbone.modules())
+    for spoil in (lambda m: None, lambda m: m.train(), lambda m: m.backbone.train(), lambda m: m.backbone.trunk.train(), lambda m: m.backbone.head.train(),
+                  lambda m: [part.train() for part in m.modules()]):
+        for model in (student, student.teacher(), copy.deepcopy(student)):
+            spoil(model)
+            unchanged(model)
+    assert not any(m.training for m in foundation.load_clip(student.cfg)[0].modules())
+    assert not any(m.training for m in foundation.load_timm(dataclasses.replace(TINY, backbone="convnext_atto.d2_in1k")).modules())
+
+
+def test_fault_44_a_trained_backbone_drops_paths_while_it_trains_and_its_teacher_and_clips_head_never_do(small_openclip):
+    student = dropping(small_openclip, train_backbone=True)
+    teacher = student.teacher()
+    def modes(model):
+        return {name: m.training for name, m in model.named_modules()}
+    begun = modes(student)
+    student.eval()
+    assert not any(modes(student).values())
+    for model in (student, teacher):
+        model.train()
+    assert modes(student) == begun and not any(modes(teacher).values())
+    assert not any(on for name, on in begun.items() if name.startswith(("backbone.head", "backbone.trunk.head")))
+    assert all(on for name, on in begun.items() if name.startswith(("head", "backbone.trunk.stages")))
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert not torch.equal(student.backbone(images)[-1], student.backbone(images)[-1])
+    assert torch.equal(teacher.backbone(images)[-1], teacher.backbone(images)[-1])
+
+
+@pytest.mark.parametrize("stage", [["dewa"], ["sup"], ["ssl", "--method", "dear"]])
+def test_fault_44_every_training_stage_and_what_follows_it_reads_the_features_of_a_frozen_openclip(stage, small_openclip, small_mini, tmp_path, monkeypatch):
+    if stage == ["dewa"]:
+        dewa.generate_masks(data.load_mini("4").train, FakeSam(), tmp_path / "masks")
+    forward, seen = clip_ensemble.Backbone.forward, []
+    def checked(self, images):
+        maps, again = forward(self, images), forward(self, images)
+        seen.append(all(map(torch.equal, maps, again)))
+        return maps
+    monkeypatch.setattr(clip_ensemble.Backbone, "forward", checked)
+    clip, out = ["--backbone", small_openclip, "--pretrained", "random"], ["--out", tmp_path / "run"]
+    masks = ["--masks", tmp_path / "masks"] if stage == ["dewa"] else []
+    watched = ["--watch", 1, "--checkpoint-every", 1]
+    assert run("--stage", *stage, *clip, *masks, "--steps", 2, *watched, *out) == 0
+    assert run("--stage", *stage, *clip, *masks, "--steps", 3, *watched, "--resume", *out) == 0
+    trained = len(seen)
+    if stage == ["sup"]:
+        assert run("--stage", "zeroshot", *clip, "--out", tmp_path / "zeroshot") == 0
+        Image.fromarray(microcosm.scene("val", 0).image).save(tmp_path / "a.png")
+        assert predict_stage(tmp_path / "predicted", "--input", tmp_path / "a.png", "--out", tmp_path / "predictions", weights=tmp_path / "run") == 0
+        assert len(seen) > trained
+    assert trained >= 3 and all(seen)
+
+
+def test_a_trained_backbone_with_drop_path_trains_alike_watched_or_stopped_and_resumed(small_openclip, small_mini, tmp_path):
+    args = ["--stage", "sup", "--backbone", small_openclip, "--pretrained", "random", "--train-backbone", "--checkpoint-every", 1, "--no-eval"]
+    assert run(*args, "--steps", 3, "--out", tmp_path / "alone") == 0
+    with pytest.MonkeyPatch.context() as patch:                    # a look at the models after every step, as `watch` has it
+        patch.setattr(watch, "watcher", lambda folder, models, *rest: lambda step: [model.eval() for model in models.values()])
+        assert run(*args, "--steps", 3, "--out", tmp_path / "watched") == 0
+        patch.setattr(stages, "train_step", lambda *a, step=mean_teacher.train_step, **k: os.kill(os.getpid(), signal.SIGTERM) or step(*a, **k))
+        assert run(*args, "--steps", 3, "--out", tmp_path / "stopped") == 143
+    assert run(*args, "--steps", 3, "--out", tmp_path / "stopped", "--resume") == 0
+    alone = checkpoint.newest(tmp_path / "alone")["student"]
+    for name in ("watched", "stopped"):
+        other = checkpoint.newest(tmp_path / name)["student"]
+        assert all(torch.equal(alone[k], other[k]) for k in alone)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 45), (1, 33)])
+def test_sides_that_are_no_multiple_of_32_are_padded_with_the_mean_colour(size):
+    backbone = tiny_segmenter().backbone
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip_ensemble.PIXEL_MEAN, clip_ensemble.PIXEL_STD))
+    height, width = (math.ceil(side / 32) * 32 for side in size)
+    x = torch.zeros(2, 3, height, width)                           # as the official code: normalised, and then padded with 0
+    x[:, :, :size[0], :size[1]] = (images.float() - mean) / std
+    x = backbone.trunk.stem(x)
+    for stage, features in zip(backbone.trunk.stages, backbone(images)):
+        x = stage(x)
+        assert torch.equal(x, features)
+    assert clip_ensemble.padded_size(*size) == (height, width)
+
+
 # -------------------------------------------------------------------------------------------------------- foundation.py
 
 def test_fault_41_a_download_is_checked_kept_and_missed_in_one_line(tmp_path):
@@ -730,6 +833,31 @@ def test_cutmix_boxes_lie_inside_and_have_the_area_that_was_drawn():
         assert 0 <= top <= bottom <= 80 and 0 <= left <= right <= 120 and (bottom - top) * (right - left) <= 0.4 * 80 * 120
 
 
+@pytest.mark.parametrize("size", [(60, 640), (640, 60), (1, 5000), (5000, 1), (3, 700), (1, 1), (2, 2)])
+def test_a_cutmix_box_is_found_in_a_view_of_any_shape(size):
+    rng = random.Random(0)
+    for top, bottom, left, right in (data.cutmix_box(*size, rng) for _ in range(20)):
+        assert 0 <= top <= bottom <= size[0] and 0 <= left <= right <= size[1]
+        assert min(size) < 3 or (bottom - top) * (right - left) > 0
+
+
+def test_where_no_cutmix_box_of_the_area_fits_it_is_the_largest_that_does(monkeypatch):
+    monkeypatch.setattr(data, "CUTMIX_AREA", (0.4, 0.4))           # 15 360 pixels of 60 x 640: 60 high, and 200 wide at the flattest aspect of 0.3
+    boxes = [data.cutmix_box(60, 640, random.Random(seed)) for seed in range(20)]
+    assert {(bottom - top, right - left) for top, bottom, left, right in boxes} == {(60, 200)} and len(set(boxes)) > 15
+
+
+def test_counting_the_cutmix_boxes_that_fit_gives_what_drawing_until_one_fits_gives(monkeypatch):
+    def many(tries):
+        monkeypatch.setattr(data, "CUTMIX_TRIES", tries)
+        rng = random.Random(0)
+        top, bottom, left, right = np.array([data.cutmix_box(24, 32, rng) for _ in range(8000)]).T.astype(float)
+        w, h = right - left, bottom - top
+        return np.array([values.mean() for values in (w, h, w * h, w * w, h * h, top, left, top * h, left * w)])
+    counted, drawn = many(0), many(10 ** 6)
+    assert np.abs(counted / drawn - 1).max() < 0.04                # of 8 000 boxes; without the weights of the corners the widths are 9 % off
+
+
 def test_half_of_the_images_get_a_box_and_only_those_a_partner(small_mini):
     batches = data.SemiSupervisedBatches(data.load_mini("4"), dataclasses.replace(TINY, burn_in=0, labeled_batch=1, unlabeled_batch=100), 1)
     unlabeled = batches[0][1]
@@ -1008,12 +1136,12 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes
         assert np.unique(datasets.load(name, tmp_path, split).val.truth(0).semantic()).tolist() == [data.IGNORE, 0, 1, 2]
     flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", split, "--runs", str(tmp_path / "runs"), "--workers", "0"]
     for args in (["sup"], ["ssl", "--method", "dear"]):
-        assert dearli.main(["--stage", *args, *root, *flags, "--steps", "3"]) == 0
+        assert dearli.main(fitting(["--stage", *args, *root, "--steps", "3"], flags)) == 0
     runs = [*root, "--preset", "mini", "--pretrained", "random", "--split", split, "--runs", str(tmp_path / "runs")]
     assert dearli.main(["--stage", "zeroshot", *runs, "--masks", "gt"]) == 0
     weights = ["--weights", str(tmp_path / "runs" / f"{name}-dear-{split}"), "--out", str(tmp_path / "student.pth")]
     assert dearli.main(["--stage", "export", *root, *weights]) == 0 and f"{classes} classes" in capsys.readouterr().out
-    assert dearli.main(["--stage", "eval", *root, *flags, "--weights", str(tmp_path / "student.pth"), "--groups", "2"]) == 0
+    assert dearli.main(fitting(["--stage", "eval", *root, "--weights", tmp_path / "student.pth", "--groups", "2"], flags)) == 0
     assert capsys.readouterr().out.count("student file") == 1                # read once, said once
     metrics = json.loads((tmp_path / "runs" / f"{name}-dear-{split}" / "metrics.json").read_text())
     exported = json.loads((tmp_path / "runs" / "student" / "metrics.json").read_text())["student/ensemble"]
@@ -1044,18 +1172,18 @@ def test_files_that_are_listed_but_absent_stop_a_run_before_it_begins(tmp_path, 
         content = lost.read_bytes()
         lost.unlink()
         capsys.readouterr()
-        assert dearli.main(["--stage", *stage, *root, *flags]) == 2
+        assert dearli.main(fitting(["--stage", *stage, *root], flags)) == 2
         message = capsys.readouterr().err
         assert str(lost) in message and words in message and message.count("\n") == 1 and not (tmp_path / "runs").exists()
         lost.write_bytes(content)
     everything = tmp_path / "all.txt"
     everything.write_text("".join(f"{i:012d}.jpg\n" for i in range(1, 5)))
-    assert dearli.main(["--stage", "ssl", *root, *flags, "--split", str(everything), "--method", "dear"]) == 2
+    assert dearli.main([*fitting(["--stage", "ssl", *root, "--method", "dear"], flags), "--split", str(everything)]) == 2
     assert "none is left for the semi-supervised stage" in capsys.readouterr().err
     content = json.loads((base / "annotations" / "panoptic_val2017.json").read_text())
     content["images"][0]["file_name"] = "../elsewhere.jpg"
     (base / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
-    assert dearli.main(["--stage", "sup", *root, *flags]) == 2 and "'../elsewhere.jpg' leads out of its folder" in capsys.readouterr().err
+    assert dearli.main(fitting(["--stage", "sup", *root], flags)) == 2 and "'../elsewhere.jpg' leads out of its folder" in capsys.readouterr().err
 
 
 def test_class_maps_that_are_absent_are_missed_before_the_run(tmp_path, monkeypatch, capsys):
@@ -1064,10 +1192,10 @@ def test_class_maps_that_are_absent_are_missed_before_the_run(tmp_path, monkeypa
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets")]) == 0
     flags = ["--preset", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "1_128", "--runs", str(tmp_path / "runs"), "--steps", "1"]
     (base / "annotations" / "training" / "ADE_train_00000001.png").unlink()
-    assert dearli.main(["--stage", "sup", *root, *flags, "--no-eval"]) == 0  # panoptic labels do not need it
-    assert dearli.main(["--stage", "sup", *root, *flags, "--labels", "semantic"]) == 2 and "labelled class maps" in capsys.readouterr().err
+    assert dearli.main(fitting(["--stage", "sup", *root, "--no-eval"], flags)) == 0  # panoptic labels do not need it
+    assert dearli.main(fitting(["--stage", "sup", *root, "--labels", "semantic"], flags)) == 2 and "labelled class maps" in capsys.readouterr().err
     (base / "annotations" / "validation" / "ADE_val_00000002.png").unlink()
-    assert dearli.main(["--stage", "sup", *root, *flags]) == 2 and "1 of 2 validation class maps" in capsys.readouterr().err
+    assert dearli.main(fitting(["--stage", "sup", *root], flags)) == 2 and "1 of 2 validation class maps" in capsys.readouterr().err
 
 
 needs_coco = pytest.mark.skipif(not (REAL_DATA / "coco_panoptic_sample").is_dir(), reason=f"no COCO sample at {REAL_DATA} (set DEARLI_TEST_DATA)")
@@ -1705,6 +1833,21 @@ def test_fault_13_a_nan_in_the_student_never_reaches_the_teacher():
     assert all(torch.isfinite(p).all() for p in teacher.parameters())
 
 
+def test_fault_13_a_step_that_spoils_a_weight_ends_it_before_the_teacher_hears_of_it():
+    student = tiny_segmenter()
+    teacher = student.teacher()
+    before = {k: v.clone() for k, v in teacher.trained().items()}
+    optimizer = optim.build_optimizer(student, TINY)
+    for group in optimizer.param_groups:
+        group["lr"] = 3e38                                         # the gradient is finite, what it leads to is not
+    for p in student.head.parameters():
+        p.grad = torch.ones_like(p)
+    student.head.decoder.query_feat.weight.data[0, 0] = 3e38
+    with pytest.raises(optim.Broken, match="the step made weights infinite or NaN"):
+        optim.descend(optimizer, TINY)
+    assert all(torch.equal(p, before[k]) for k, p in teacher.trained().items()) and issubclass(optim.Broken, optim.NotFinite)
+
+
 def test_both_ema_schedules():
     cold = dataclasses.replace(Config(), ema_decay=0.999, burn_in=0)
     assert [mean_teacher.ema_decay(t, cold, warm=False) for t in (0, 1, 9, 10 ** 6)] == [0.0, 0.5, 0.9, 0.999]
@@ -2332,11 +2475,22 @@ def log_of(folder):
 
 TINY_FLAGS = ["--pretrained", "random", "--hidden", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "2", "--encoder-ffn", "32",
               "--decoder-ffn", "32", "--num-queries", "8", "--num-points", "64", "--labeled-batch", "2", "--unlabeled-batch", "2",
-              "--dewa-batch", "2", "--crop", "64", "--test-size", "64", "--burn-in", "2", "--burn-in-warm", "1", "--split", "4", "--device", "cpu", "--report-images", "1"]
+              "--dewa-batch", "2", "--crop", "64", "--test-size", "64", "--burn-in", "0.5", "--burn-in-warm", "0.25", "--split", "4", "--device", "cpu", "--report-images", "1"]
+
+
+def fitting(args, flags=TINY_FLAGS):
+    """args, and of the pairs in flags those that their stage reads."""
+    args = [str(a) for a in args]
+    asked = command_line.parser().parse_args(args)
+    flags = [*map(str, flags)]
+    known = {flag.dest for flag in command_line.FLAGS if asked.stage in flag.stages} | command_line.READS[asked.stage]
+    known -= command_line.idle(asked, command_line.configure(asked)).keys()
+    pairs = [(flag, value) for flag, value in zip(flags[::2], flags[1::2]) if flag[2:].replace("-", "_") in known and flag not in args]
+    return args + [word for pair in pairs for word in pair]
 
 
 def run(*args):
-    return dearli.main([str(a) for a in args] + TINY_FLAGS)
+    return dearli.main(fitting(args))
 
 
 # ------------------------------------------------------- the state of a run: what it must survive, each by the fault itself
@@ -2513,7 +2667,8 @@ def test_fault_09_another_configuration_is_refused_with_its_keys_and_more_steps_
     assert run(*SSL, *out, "--steps", 2) == 0
     assert run(*SSL, *out, "--steps", 2) == 2 and "holds a run already; go on with --resume" in capsys.readouterr().err
     config, state = (tmp_path / "run" / "config.json").read_bytes(), checkpoint.newest(tmp_path / "run")
-    assert dearli.main([str(a) for a in [*SSL, *out, "--resume", *TINY_FLAGS, "--split", 5, "--method", "ssl", "--lr", 0.5, "--num-queries", 7]]) == 2
+    other = ["--split", "5", "--method", "ssl", "--lr", "0.5", "--num-queries", "7"]
+    assert dearli.main([*fitting([*SSL, *out, "--resume"]), *other]) == 2
     message = capsys.readouterr().err
     for words in ("stage: dear there, ssl now", "split: 4 there, 5 now", "lr: 0.0006 there, 0.5 now", "num_queries: 8 there, 7 now"):
         assert words in message
@@ -2546,7 +2701,7 @@ def test_fault_11_a_checkpoint_that_would_execute_code_is_refused(small_mini, tm
     with pytest.raises(UserError, match="read safely"):
         checkpoint.load(evil)
     for args in (["ssl", "--method", "dear", "--out", evil.parent, "--resume"], ["ssl", "--init", evil], ["sup", "--pretrained", evil]):
-        assert dearli.main([str(a) for a in ["--runs", tmp_path / "runs", *TINY_FLAGS, "--stage", *args]]) == 2
+        assert dearli.main([*fitting(["--stage", args[0], "--runs", tmp_path / "runs"]), *map(str, args[1:])]) == 2
         assert "step_0000001.pt: not a checkpoint that can be read safely" in "".join(capsys.readouterr())
     assert dearli.main(["--stage", "eval", "--weights", str(evil)]) == 2 and not (tmp_path / "owned").exists()
 
@@ -2568,13 +2723,13 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
                 assert all(map(torch.equal, before, [p for m in (student, teacher) for p in m.trained().values()]))
                 assert all(torch.isfinite(v).all() for s in optimizer.state.values() for v in s.values())
     monkeypatch.setattr(stages, "train_step", step)
-    assert run(*SSL, "--steps", 5, "--out", tmp_path / "run") == 0
+    assert run(*SSL, "--steps", 5, "--burn-in", 2, "--out", tmp_path / "run") == 0
     rows, said = log_of(tmp_path / "run"), capsys.readouterr().out
     assert [row["step"] for row in rows if "skipped" in row] == [1, 3] and "2 steps were skipped" in said
     assert "norm of the gradient is" in rows[1]["skipped"] and "loss is not finite: labeled/class nan" in rows[3]["skipped"]
     assert len(rows[1]["images"]) == 2 and len(rows[3]["images"]) == 4 and "step 3: loss is not finite" in said and rows[3]["images"][0] in said
     assert all(math.isfinite(row["loss"]) for row in rows if "skipped" not in row)
-    assert run(*SSL, "--steps", 20, "--lambda-u", "1e39", "--out", tmp_path / "stop") == 2
+    assert run(*SSL, "--steps", 20, "--burn-in", 2, "--lambda-u", "1e39", "--out", tmp_path / "stop") == 2
     message, rows = capsys.readouterr().err, log_of(tmp_path / "stop")
     assert "stopped after 5 steps in a row that were not finite; last: step 5: loss is" in message and all(name in message for name in rows[-1]["images"])
     assert len(rows) == 6                                                                     # step 0 is burn-in, step 1 is spoilt as before
@@ -2591,6 +2746,26 @@ def test_fault_13_weights_that_are_not_finite_are_never_saved(small_mini, tmp_pa
     assert run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", tmp_path / "run") == 2
     assert "weights are not finite at step 4 (student: head.decoder.query_feat.weight" in capsys.readouterr().err
     assert checkpoint.newest(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("stage", [["sup"], ["ssl", "--method", "dear"], ["dewa"]])
+def test_fault_13_a_run_whose_step_spoils_a_weight_stops_at_once_and_keeps_its_checkpoint(stage, small_mini, tmp_path, monkeypatch, capsys):
+    if stage == ["dewa"]:
+        dewa.generate_masks(data.load_mini("4").train, FakeSam(), tmp_path / "masks")
+    step, taken = torch.optim.AdamW.step, []
+    def spoiling(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        taken.append(len(taken))
+        if len(taken) == 4:
+            self.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+    masks = ["--masks", tmp_path / "masks"] if stage == ["dewa"] else []
+    assert run("--stage", *stage, *masks, "--steps", 8, "--checkpoint-every", 2, "--watch", 0, "--out", tmp_path / "run") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "weights are not finite at step 4 (student: " in message and "images: " in message and "begin again with a lower --lr" in message
+    assert len(taken) == 4 and [row["step"] for row in log_of(tmp_path / "run")] == [0, 1, 2]
+    state = checkpoint.newest(tmp_path / "run")
+    assert state["step"] == 2 and all(torch.isfinite(p).all() for name in ("student", "teacher") for p in state.get(name, {}).values())
 
 
 def test_fault_16_a_second_run_in_a_folder_is_refused_and_a_stale_lock_is_not(small_mini, tmp_path, capsys):
@@ -2661,17 +2836,17 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
         sys.meta_path.insert(0, Missing())
         import data, dearli
         data.MINI_TRAIN, data.MINI_VAL = 6, 2
-        flags = {[*TINY_FLAGS, "--runs", str(tmp_path)]!r}
+        masks, sup = {[fitting(["--stage", stage, "--runs", tmp_path]) for stage in ("masks", "sup")]!r}
         try:
             dearli.main(["--help"])
         except SystemExit as end:
             assert end.code == 0
-        assert dearli.main(["--stage", "masks", *flags]) == 2
-        assert dearli.main(["--stage", "sup", *flags]) == 2
+        assert dearli.main(masks) == 2
+        assert dearli.main(sup) == 2
         Missing.names -= {{"open_clip", "timm"}}
-        assert dearli.main(["--stage", "sup", "--steps", "1", *flags]) == 0
+        assert dearli.main([*sup, "--steps", "1"]) == 0
         Missing.names -= {{"segment_anything"}}
-        assert dearli.main(["--stage", "masks", "--points-per-side", "2", *flags]) == 0
+        assert dearli.main([*masks, "--points-per-side", "2"]) == 0
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
@@ -2789,7 +2964,7 @@ def test_fault_38_39_several_processes_label_train_and_evaluate_as_one(small_min
 
 def test_fault_37_a_dead_rank_ends_the_whole_job(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", dearli.__file__,
-               *TINY_FLAGS, *SSL, "--steps", "100000", "--out", str(tmp_path / "run")]
+               *fitting([*SSL, "--steps", "100000", "--out", tmp_path / "run"])]
     with open(tmp_path / "said.txt", "w") as said:
         job = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -2893,7 +3068,7 @@ def small_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("MINI_TRAIN", 12), ("MINI_VAL", 4)):
             patch.setattr(data, name, count)
-        assert run("--stage", "ssl", "--method", "dear", "--steps", 4, "--burn-in", 4, "--no-eval", "--out", folder / "run", "--overlap-threshold", 0.1, "--eval-batch", 1) == 0
+        assert run("--stage", "ssl", "--method", "dear", "--steps", 4, "--burn-in", 3, "--no-eval", "--out", folder / "run", "--overlap-threshold", 0.1, "--eval-batch", 1) == 0
     (folder / "pictures" / "more").mkdir(parents=True)
     for i, name in enumerate(("a.png", "b.png", "more/c.png")):
         Image.fromarray(microcosm.scene("val", i).image).save(folder / "pictures" / name)
@@ -3130,8 +3305,9 @@ def reported(tmp_path_factory):
         content["categories"][-1]["name"], content["images"][0]["file_name"] = EVIL, f"{part}{name}"
         (root / "images" / f"{part}0.png").rename(root / "images" / f"{part}{name}")
         path.write_text(json.dumps(content))
-    flags = ["--dataset", "custom", "--preset", "mini", "--data-root", root, *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu", "--runs", root.parent]
-    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+    flags = [*TINY_FLAGS[:TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu"]
+    own = ["--dataset", "custom", "--preset", "mini", "--data-root", root, "--runs", root.parent]
+    main = lambda *args: dearli.main(fitting([*own, *args], flags))
     folder = root.parent / "a<b>&\"' run"
     assert main("--stage", "masks", "--sam", "regions") == 0
     assert main("--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder) == 0
@@ -3202,8 +3378,8 @@ def test_fault_36_a_report_is_one_sound_file_whose_numbers_are_those_of_the_run_
 
 def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini, tmp_path):
     assert run("--stage", "dewa", "--images", reported.parent / "set" / "images", "--masks", reported.parent / "set-masks", "--steps", 1, "--out", tmp_path / "dewa") == 0
-    assert run("--stage", "ssl", "--method", "dearli", "--init", tmp_path / "dewa", "--steps", 1, "--no-dewa-keep-empty", "--no-eval", "--seed", 3, "--out", tmp_path / "warm") == 0
-    assert run("--stage", "ssl", "--method", "ssl", "--preset", "custom", "--alpha", "0.4:0.8", "--steps", 1, "--no-eval", "--out", tmp_path / "custom") == 0
+    assert run("--stage", "ssl", "--method", "dearli", "--init", tmp_path / "dewa", "--steps", 1, "--burn-in-warm", 0, "--lambda-u", 0.5, "--no-eval", "--seed", 3, "--out", tmp_path / "warm") == 0
+    assert run("--stage", "ssl", "--method", "ssl", "--preset", "custom", "--classifier", "language", "--alpha", "0.4:0.8", "--steps", 1, "--no-eval", "--out", tmp_path / "custom") == 0
     for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
         made = html_report.commands(html_report.read(folder))
         assert len(made) == number
@@ -3380,14 +3556,14 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     assert run("--stage", "sup", "--dry-run", "--steps", 7, *runs) == 0
     out = capsys.readouterr().out
     assert "4 labelled and 8 unlabelled images, 4 for validation" in out and "1 to 7: " in out and "4 images of" in out
-    assert run("--stage", "ssl", "--method", "dear", "--dry-run", "--steps", 900, "--lr", 1e-3, *runs) == 0
+    assert run("--stage", "ssl", "--method", "dear", "--dry-run", "--steps", 900, "--burn-in", 2, "--lr", 1e-3, *runs) == 0
     out = capsys.readouterr().out
     assert re.search(r"^steps +1 to 2: ", out, re.M) and re.search(r"^steps +3 to 900: ", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
     parts = [(int(n) - int(m) + 1) * (float(a) + float(b)) for m, n, a, b in re.findall(r"^steps +(\d+) to (\d+): ([\d.e-]+) s each; making a batch takes ([\d.e-]+) s more", out, re.M)]
     said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
     assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
-    student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
+    student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(fitting(["--stage", "sup"])))[1], data.mini_taxonomy())
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -3435,6 +3611,159 @@ def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_r
     assert dearli.main([*evaluated, "--out", str(tmp_path / "other")]) == 0 and (tmp_path / "other" / "metrics.json").exists()
 
 
+class Recorder(Config):
+    """A configuration that remembers which of its numbers were read, other than to be copied or compared."""
+    read: set = set()
+
+    def __getattribute__(self, name):
+        frame = sys._getframe(1)
+        callers = {frame.f_code.co_name, frame.f_back.f_code.co_name}
+        if name in vars(Config)["__dataclass_fields__"] and frame.f_code.co_filename != dataclasses.__file__ and not callers & {
+                "settled", "ablations", "require_semi_supervised", "changes", "differing"}:
+            Recorder.read.add(name)
+        return super().__getattribute__(name)
+
+
+def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_mini, tmp_path, monkeypatch):
+    found = {}
+    def stage(name, *args):
+        asked = stages.parser().parse_args(fitting(["--stage", name, *args]))
+        job, cfg = stages.resolve(asked)
+        Recorder.read.clear()
+        stages.STAGES[name](job, Recorder(**dataclasses.asdict(cfg)))
+        found.setdefault(name, set()).update(Recorder.read)
+    monkeypatch.setattr(data, "MINI_TRAIN", 6)
+    monkeypatch.setattr(data, "MINI_VAL", 2)
+    monkeypatch.setattr(importer, "import_folder", lambda source, *rest: None)
+    monkeypatch.setattr(importer, "summary", lambda *args: "")
+    root, runs, folder = write_coco_folder(tmp_path / "set", images=4), ["--runs", tmp_path], tmp_path / "run"
+    Image.fromarray(microcosm.scene("val", 0).image).save(tmp_path / "a.png")
+    own, alone = ["--dataset", "custom", "--data-root", root], ["--report-images", 0]
+    stage("import", "--from", "masks", "--input", tmp_path, "--out", tmp_path / "new")
+    stage("validate", *own, "--workers", 0)
+    stage("masks", *runs, "--points-per-side", 2)
+    stage("masks", *runs, *own, "--split", 2)
+    stage("dewa", *runs, "--steps", 1, "--train-backbone", "--out", tmp_path / "dewa")
+    stage("sup", *runs, "--steps", 1, "--train-backbone", *alone)
+    stage("sup", *runs, "--steps", 1, "--classifier", "linear", "--no-eval", "--out", tmp_path / "linear")
+    stage("ssl", "--steps", 2, "--method", "dear", "--cutmix-prob", 1, "--out", folder, *alone)
+    stage("ssl", "--steps", 1, "--method", "ssl", "--init", tmp_path / "dewa", "--train-backbone", "--no-eval", "--out", tmp_path / "warm")
+    stage("eval", "--weights", folder, *alone)
+    stage("eval", "--weights", tmp_path / "linear", *alone)
+    stage("predict", "--weights", folder, "--input", tmp_path / "a.png", "--out", tmp_path / "predictions")
+    stage("report", "--weights", folder, "--report-images", 1)
+    stage("export", "--weights", folder, "--out", tmp_path / "run.pth")
+    stage("zeroshot", *runs, "--masks", "sam", "--points-per-side", 2)
+    model = {"train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers", "decoder_ffn"}
+    # read, and of no effect: the class term of the warm-up has weight 0, and CLIP alone is asked where a decoder was built
+    found["dewa"] -= {"class_weight", "no_object_weight"}
+    found["zeroshot"] -= model
+    found["dewa"] |= {"test_size", "test_max", "eval_batch"}       # stored with the run for its sisters
+    found["import"] |= {"seed"}                                    # by `import_folder`, which is not called here
+    assert found == {name: set(command_line.READS[name]) for name in found}
+    assert {name for name in command_line.ALL if name not in found} == {"prepare", "demo", "ladder", "alpha", "mini-clip", "mini-sam"}
+    assert command_line.READS["demo"] == command_line.READS["masks"] | command_line.READS["dewa"] | command_line.READS["ssl"]
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--stage", "dewa", "--class-weight", "3"], "--class-weight: only --stage sup, ssl, demo, ladder and alpha know it, not --stage dewa"),
+    (["--stage", "dewa", "--no-object-weight", "3"], "--no-object-weight: only --stage"),
+    (["--stage", "masks", "--alpha", "0.1"], "--alpha: only --stage sup, ssl, eval, predict, report"),
+    (["--stage", "sup", "--method", "dearli"], "--method: only --stage ssl knows it, not --stage sup"),                   # its default
+    (["--stage", "sup", "--lambda-u", "1"], "--lambda-u: only --stage ssl, demo, ladder and alpha know it"),
+    (["--stage", "sup", "--burn-in", "0"], "--burn-in: only --stage"),
+    (["--stage", "ssl", "--dewa-steps", "9"], "--dewa-steps: only --stage dewa, demo and ladder know it"),
+    (["--stage", "ssl", "--no-dewa-keep-empty"], "--dewa-keep-empty: only --stage dewa"),
+    (["--stage", "zeroshot", "--num-queries", "9"], "--num-queries: only --stage"),
+    (["--stage", "zeroshot", "--points-per-side", "9"], "--points-per-side: it counts with --masks sam"),
+    (["--stage", "masks", "--eval-on", "val"], "--eval-on: only --stage"),
+    (["--stage", "validate", "--out", "x"], "--out: only --stage"),
+    (["--stage", "ladder", "--sup-steps", "9"], "--sup-steps: only --stage sup knows it"),
+    (["--stage", "ssl", "--burn-in", "0.2"], "--burn-in: a run that starts from other weights (--method dearli, or --init) has --burn-in-warm"),
+    (["--stage", "ssl", "--method", "dear", "--burn-in-warm", "0.2"], "--burn-in-warm: a run that starts from a random decoder has --burn-in"),
+    (["--stage", "sup", "--backbone-lr-multiplier", "0.5"], "--backbone-lr-multiplier: it counts with --train-backbone"),
+    (["--stage", "masks", "--sam", "regions", "--points-per-side", "9"], "--points-per-side: stable regions"),
+    (["--stage", "sup", "--classifier", "linear", "--alpha", "0.5"], "--alpha: CLIP has no say here"),
+    (["--stage", "sup", "--classifier", "linear", "--clip-scale", "9"], "--clip-scale: CLIP has no say here"),
+    (["--stage", "dewa", "--dataset", "coco", "--crop", "512"], "--crop: the warm-up crops to --dewa-crop 640"),
+    (["--stage", "ssl", "--method", "dear", "--blur-prob", "0", "--blur-radius", "1"], "--blur-radius: nothing is blurred"),
+    (["--stage", "sup", "--importance", "0", "--oversample", "2"], "--oversample: no point is chosen by uncertainty"),
+    (["--stage", "sup", "--dataset", "custom", "--data-root", "x", "--eval-on", "dev"], "--eval-on: only --dataset mini"),
+    (["--stage", "sup", "--data-root", "x"], "--data-root: --dataset mini is drawn"),
+    (["--stage", "sup", "--variant", "_4class"], "--variant: it counts with --dataset custom"),
+    (["--stage", "sup", "--no-eval", "--groups", "5"], "--groups: nothing is evaluated"),
+    (["--stage", "sup", "--steps", "5", "--sup-steps", "6"], "--steps 5: --sup-steps says 6"),
+    (["--stage", "ssl", "--jitter", "1.5"], "--jitter 1.5: expected a share, 0 to 1"),
+    (["--stage", "ssl", "--jitter-hue", "0.6"], "--jitter-hue 0.6: expected a number from 0 to 0.5"),
+    (["--stage", "ssl", "--blur-radius", "0"], "--blur-radius 0.0: expected a number of at least 0.1"),
+    (["--stage", "sup", "--overlap-threshold", "80"], "--overlap-threshold 80.0: expected a share"),
+    (["--stage", "masks", "--stability-thresh", "95"], "--stability-thresh 95.0: expected a share"),
+    (["--stage", "sup", "--seed", "99999999999999999999"], "--seed 99999999999999999999: expected a number from 0 to 4294967295"),
+    (["--stage", "sup", "--scale-max", "1.25"], "--scale-max 1.25: expected a multiple of 0.1"),
+    (["--stage", "sup", "--crop", "100"], "--crop 100: expected a multiple of 32"),
+    (["--stage", "sup", "--test-size", "1024"], "--test-size 1024: expected no more than --test-max 512"),
+    (["--stage", "sup", "--num-points", "8", "--importance", "0.1"], "--importance 0.1: expected 0, or enough for one of --num-points 8"),
+    (["--stage", "ladder", "--seeds", "0"], "--seeds 0: expected a number of at least 1"),
+    (["--stage", "sup", "--watch", "-1"], "--watch -1: expected a number of at least 0"),
+    (["--stage", "sup", "--lr", "0"], "--lr 0: nothing would be learned"),
+    (["--stage", "sup", "--lr", "1", "--weight-decay", "2"], "--weight-decay 2.0: at --lr 1.0 a step would take all of a weight away"),
+    (["--stage", "sup", "--train-backbone", "--backbone-lr-multiplier", "0"], "--backbone-lr-multiplier 0: the backbone would not be trained"),
+    (["--stage", "dewa", "--mask-weight", "0", "--dice-weight", "0"], "--mask-weight and --dice-weight are 0: there is nothing to learn"),
+    (["--stage", "sup", "--class-weight", "0", "--mask-weight", "0", "--dice-weight", "0"], "there is nothing to learn"),
+    (["--stage", "ssl", "--method", "ssl", "--steps", "800", "--burn-in", "1000"], "--burn-in 1000: all 800 steps of the run (--steps) would pass without"),
+    (["--stage", "ssl", "--method", "ssl", "--steps", "800", "--burn-in", "1000", "--dry-run"], "--burn-in 1000: all 800 steps"),
+    (["--stage", "ssl", "--steps", "9", "--burn-in-warm", "9"], "--burn-in-warm 9: all 9 steps"),
+    (["--stage", "ssl", "--method", "dear", "--burn-in", "1.5"], "--burn-in 1.5: expected a share of the steps, below 1, or a whole number of steps"),
+    (["--stage", "demo", "--steps", "200", "--burn-in-warm", "60"], "--burn-in-warm 60: all 50 steps"),                       # 150 are the warm-up's
+    (["--stage", "sup", "--dataset", "ade20k"], "--dataset ade20k: say with --split which images are labelled: 1_128, 1_64, 1_32, 1_16, 1_8"),
+    (["--stage", "ssl", "--dataset", "coco"], "--dataset coco: say with --split which images are labelled: 1_512"),
+    (["--stage", "ladder", "--dataset", "coco-objects"], "--dataset coco-objects: say with --split"),
+])
+def test_fault_45_what_a_stage_cannot_use_or_does_not_read_is_refused_before_anything_is_imported(args, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stages", None)               # an import of it would fail
+    assert dearli.main([*args, "--runs", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and message.startswith("error: ")
+
+
+def test_fault_45_a_stored_run_keeps_the_numbers_that_its_weights_are_part_of(small_run, tmp_path, capsys):
+    evaluated = ["--stage", "eval", "--weights", str(small_run / "run"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    for flag, words in ((["--heads", "4"], "--heads 4: "), (["--seed", "3"], "it was trained with 0"), (["--preset", "custom"], "--preset: the numbers are those")):
+        assert dearli.main([*evaluated, *flag]) == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_fault_45_legitimate_ablations_are_said_in_a_line(small_world, tmp_path, capsys):
+    out = ["--out", tmp_path / "run", "--dry-run"]
+    assert run(*SSL[:-1], "--steps", 3, "--lambda-u", 0, "--alpha", 1, "--ema-decay", 1, *out) == 0
+    said = capsys.readouterr().out
+    for words in ("--lambda-u 0: the unlabelled images change nothing", "--alpha 1: CLIP has no say", "--ema-decay 1: the teacher stays"):
+        assert said.count(f"warning: {words}") == 1
+    assert run("--stage", "sup", "--steps", 2, "--class-weight", 0, *out) == 0 and "warning: --class-weight 0: no classes" in capsys.readouterr().out
+
+
+def test_a_burn_in_is_a_share_of_the_steps_that_does_not_move_when_a_run_is_made_longer(small_mini, tmp_path, capsys):
+    from config import CUSTOM
+    for preset, cold, warm in ((MINI, 250, 100), (CUSTOM, 1000, 300), (OFFICIAL, 0, 0)):                                     # the steps that presets had
+        assert (preset.burn_in_steps(False), preset.burn_in_steps(True)) == (cold, warm)
+    dearli_rung = stages.rung_config(MINI, "dearli")
+    assert (dearli_rung.ssl_steps, dearli_rung.burn_in_steps(True), stages.rung_config(MINI, "dear").burn_in_steps(False)) == (350, 100, 250)
+    steps = dataclasses.replace(MINI, burn_in=7, ssl_steps=9)
+    assert [mean_teacher.ema_decay(t, steps, False) for t in (6, 7)] == [0, MINI.ema_decay] and data.SemiSupervisedBatches(None, steps, 9).parts == [0, 7]
+    out, batches = ["--out", tmp_path / "run", "--watch", 0], ["--burn-in", "0.5"]
+    assert run(*SSL, "--steps", 4, *batches, *out) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["burn_in"] == 2 and stored["ssl_steps"] == 4
+    flags = [pair for pair in zip(fitting(SSL)[5::2], fitting(SSL)[6::2]) if pair[0] != "--burn-in"]
+    again = [*SSL, "--resume", "--out", tmp_path / "run", *(word for pair in flags for word in pair)]
+    assert dearli.main([*map(str, again), "--steps", "8"]) == 0    # the burn-in is not half of 8
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["burn_in"] == 2
+    assert ["unlabeled/mask" in row for row in log_of(tmp_path / "run")] == [False, False] + [True] * 6
+    capsys.readouterr()
+    assert dearli.main([*map(str, again), "--steps", "8", "--burn-in", "3"]) == 2 and "burn_in: 2 there, 3 now" in capsys.readouterr().err
+
+
 def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
     stages.require_rungs(dataclasses.replace(MINI, ssl_steps=100), stages.ALPHAS)
     with pytest.raises(UserError, match="--steps 150"):
@@ -3442,7 +3771,7 @@ def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
 
 
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
-    code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({['--runs', str(tmp_path), '--steps', '9000', '--jobs', '2', *TINY_FLAGS]}))"
+    code = f"import sys; import data; data.MINI_TRAIN, data.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({fitting(['--runs', tmp_path, '--steps', 9000, '--jobs', 2])}))"
     # the processes of the pool import nothing of this line: their world is of full size, and drawn in a second or two
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))           # a shell's background jobs ignore it, and so do theirs
@@ -4683,8 +5012,8 @@ def test_an_imported_set_is_validated_and_trained_on(tmp_path, capsys):
     assert "no problem found" in validated(out, code=0, capsys=capsys)[0]
     own = ["--dataset", "custom", "--data-root", str(out), "--runs", str(tmp_path / "runs"), "--workers", "0"]
     flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--device", "cpu", "--report-images", "0"]
-    assert dearli.main(["--stage", "sup", "--split", "all", "--steps", "2", *own, *flags]) == 0
-    assert dearli.main(["--stage", "ssl", "--method", "ssl", "--split", "all", "--steps", "1", *own, *flags, "--burn-in", "0"]) == 0
+    assert dearli.main(fitting(["--stage", "sup", "--split", "all", "--steps", "2", *own], flags)) == 0
+    assert dearli.main(fitting(["--stage", "ssl", "--method", "ssl", "--split", "all", "--steps", "1", *own], flags)) == 0
     (row,) = log_of(tmp_path / "runs" / "set-ssl-all")
     assert len(log_of(tmp_path / "runs" / "set-sup-all")) == 2 and np.isfinite(row["loss"])
     assert "student/decoder" in json.loads((tmp_path / "runs" / "set-sup-all" / "metrics.json").read_text())
@@ -4853,10 +5182,10 @@ def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_p
 
 def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):
     root = write_coco_folder(tmp_path / "set")
-    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs", "--points-per-side", 4]
+    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs"]
     flags = TINY_FLAGS[:TINY_FLAGS.index("--split")] + ["--split", "1_3", "--device", "cpu", "--workers", "0"]
     for args in (["masks"], *([*stage, "--steps", 2] for stage in (["dewa"], ["sup"], ["ssl", "--method", "ssl"], ["ssl", "--method", "dearli"]))):
-        assert dearli.main([str(a) for a in ["--stage", *args, *own]] + flags) == 0
+        assert dearli.main(fitting(["--stage", *args, *own], flags)) == 0
     metrics = json.loads((tmp_path / "runs" / "set-ssl-1_3" / "metrics.json").read_text())
     assert 0 <= metrics["student/decoder"]["all"]["pq"] <= 1
 
@@ -4869,8 +5198,8 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     for i in (0, 100):
         truth = dataset.train.truth(i)
         assert np.array_equal(np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:], truth.areas)
-    assert dearli.main(["--stage", "ssl", "--method", "ssl", "--dataset", "custom", "--data-root", str(REAL_DATA / "nuclei_panoptic"),
-                        "--runs", str(tmp_path), "--steps", "3", "--no-eval"] + flags) == 0
+    args = ["--stage", "ssl", "--method", "ssl", "--dataset", "custom", "--data-root", REAL_DATA / "nuclei_panoptic", "--runs", tmp_path, "--steps", 3, "--no-eval"]
+    assert dearli.main(fitting(args, flags)) == 0
 
 
 # ------------------------------------------------------------------------------------------------- mistakes at the door
@@ -5023,7 +5352,7 @@ def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch,
     assert [args[1] for args in listed] == ["import", "validate", "sup", "ssl", "ssl", "predict", "report"]
     smaller = TINY_FLAGS[:TINY_FLAGS.index("--crop")] + ["--workers", "0", "--device", "cpu", "--report-images", "1"]
     for args in listed:
-        assert dearli.main([*args, *smaller]) == 0, args
+        assert dearli.main(fitting(args, smaller)) == 0, args
     out = capsys.readouterr().out
     assert "6 labelled, 4 unlabelled and 2 validation images; left out: nothing" in out and "segments: bar 8, disc 8, ground 8" in out and "no problem found" in out
     assert len(list((tmp_path / "predictions" / "overlay").iterdir())) == 12 and (tmp_path / "runs" / "shapes-ssl-all" / "report.html").is_file()

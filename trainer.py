@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 import checkpoint
 import ranks
+from command_line import READS
 from config import Config, UserError
 from data import Batches, loader
-from optim import NotFinite, set_lr
+from optim import Broken, NotFinite, set_lr
 
 # What may change on --resume: how far to go, how fast, and how masks are made, which is another stage's business
 MAY_CHANGE = {"ssl_steps", "sup_steps", "dewa_steps", "workers", "checkpoint_every", "log_every", "eval_batch", "sam", "sam_weights",
@@ -83,9 +84,10 @@ class Run:
               step_fn: Callable, device: torch.device, title: str) -> None:
         """Run step_fn(batch, step) -> losses from where the run stands to the last step, and keep checkpoints.
 
-        models: by name (student, teacher).   step_fn may raise NotFinite and then leaves the models as they were: the step is skipped.
-        Raises: Stopped, after SIGTERM or Ctrl-C;  UserError if nothing can be written, MAX_SKIPPED steps in a row were not finite, or a
-            loader process died: the checkpoints that were there are intact.
+        models: by name (student, teacher), in training mode at every step, whatever was done with them in between (a teacher has its own mind).
+        step_fn may raise NotFinite and then leaves the models as they were: the step is skipped; or Broken, if it did not, which ends the run.
+        Raises: Stopped, after SIGTERM or Ctrl-C;  UserError if nothing can be written, MAX_SKIPPED steps in a row were not finite, a weight is
+            not, or a loader process died: the checkpoints that were there are intact.
         """
         start, seconds = self._restore(models, optimizer, len(batches))
         ranks.agree([t for model in models.values() for t in model.state_dict().values()])
@@ -114,10 +116,13 @@ class Run:
             for step, batch in zip(range(start, steps), loaded):
                 row = {"step": step, "lr": set_lr(optimizer, step, steps, self.cfg), "time": 0.0}
                 torch.manual_seed(self.cfg.seed * 1_000_003 + step)                # drop path of a trained backbone
+                for model in models.values():
+                    model.train()
                 try:
                     row |= step_fn(to_device(batch, device), step)
                     in_a_row = 0
                 except NotFinite as error:
+                    self._require_whole(models, step + 1, images_of(batch) if isinstance(error, Broken) else ())
                     row |= {"skipped": str(error), "images": [name for names in ranks.gather(images_of(batch)) for name in names]}
                     said = f"step {step}: {error}; images: {', '.join(row['images'])}"
                     tqdm.write(f"warning: skipped {said}")
@@ -156,14 +161,20 @@ class Run:
         checkpoint.write_atomic(self.log, "".join(kept).encode())
 
     def _save(self, log, progress: dict, models: dict, optimizer) -> None:
+        self._require_whole(models, progress["step"])
         weights = {name: {k: p.detach() for k, p in model.trained().items()} for name, model in models.items()}
-        broken = [f"{name}: {k}" for name, of in weights.items() for k, p in of.items() if not torch.isfinite(p).all()]
-        if broken:
-            raise UserError(f"{self.folder}: weights are not finite at step {progress['step']} ({', '.join(broken[:3])}); the checkpoint before is intact")
         if ranks.rank() > 0:
             return
         os.fsync(log.fileno())
         checkpoint.save(self.folder, progress["step"], {**progress, "config": self.config, "optimizer": optimizer.state_dict(), **weights})
+
+    def _require_whole(self, models: dict, step: int, images=()) -> None:
+        """Raise UserError if a weight is not finite, after so many steps: no further step can mend it."""
+        broken = [f"{name}: {k}" for name, model in models.items() for k, p in model.trained().items() if not torch.isfinite(p).all()]
+        if broken:
+            batch = f"; images: {', '.join(images)}" if images else ""
+            raise UserError(f"{self.folder}: weights are not finite at step {step} ({', '.join(broken[:3])}){batch}; the checkpoint before is intact; "
+                            f"begin again with a lower --lr")
 
     def _restore(self, models: dict, optimizer, steps: int) -> tuple[int, float]:
         """Fill models and optimiser from the checkpoint; returns (steps taken, seconds they took)."""
@@ -221,10 +232,10 @@ def read_log(path: Path) -> list[dict]:
 
 
 def differing(stored: dict, config: dict) -> list[str]:
-    """Keys that make a stored run another run than the one asked for; figures of the warm-up matter to the warm-up only."""
+    """Keys that make a stored run another run than the one asked for; numbers that its stage does not read make none."""
     older = {"taxonomy"} - stored.keys()           # runs did not always store it
-    return [key for key in config if key not in MAY_CHANGE | older and stored.get(key) != config[key]
-            and not (key.startswith("dewa_") and config["stage"] != "dewa")]
+    unread = {field.name for field in dataclasses.fields(Config)} - READS.get(config["stage"], READS["ssl"])       # a run of stage ssl is named after its method
+    return [key for key in config if key not in MAY_CHANGE | older | unread and stored.get(key) != config[key]]
 
 
 def summary(row: dict, device: torch.device) -> str:

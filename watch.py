@@ -23,7 +23,6 @@ from trainer import read_log
 def watcher(folder: Path, models: dict, dataset: DataSet, cfg: Config, device: torch.device, images: int, warm: bool = False):
     """A function of the step for `trainer.Run.watch`. images: of the validation set, the first so many; 0 measures nothing and draws nothing."""
     def watch(step: int) -> None:
-        modes = {name: model.training for name, model in models.items()}
         try:
             metrics = evaluate(models, dataset, cfg, device, images, title="")
             if ranks.rank() == 0:
@@ -36,8 +35,6 @@ def watcher(folder: Path, models: dict, dataset: DataSet, cfg: Config, device: t
             if ranks.count() > 1:      # the others are waiting for what this rank has not measured
                 raise
             tqdm.write(f"warning: step {step}: not measured ({error})")
-        for name, model in models.items():
-            model.train(modes[name])
     return watch if images else lambda step: None
 
 
