@@ -19,10 +19,11 @@ from string import Template
 import numpy as np
 
 import datasets
+import report
 import watch
 from checkpoint import write_atomic
 from config import PRESETS, Config, UserError
-from data import DataSet
+from data import WHITE, DataSet
 from evaluation import class_pixels, papers_reading
 from gallery import POSTERIORS, Card, spread
 from trainer import read_log
@@ -69,10 +70,7 @@ class Stored:
         return self.papers if self.papers in self.readings else next(iter(self.readings), None)
 
     def figure(self, reading: str | None, keys: tuple[str, ...]) -> float | None:
-        value = self.readings.get(reading)
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return report.figure(self.readings.get(reading), keys)
 
 
 def read(folder: Path, config: dict | None = None) -> Stored:
@@ -123,6 +121,7 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
         return []
     (name, flags), (preset, changed) = data_set(run.config), nearest_preset(run.config)
     changed.pop("teacher_posterior", None)         # the stage has its own
+    changed = {name: value for name, value in changed.items() if (name, value) != ("white", WHITE)}        # nothing was measured
     if (given := run.config.get("teacher_posterior", usual_posterior(stage))) != usual_posterior(stage):
         changed["teacher_posterior"] = given
     if "backbone" in changed:                      # its weights would follow it
