@@ -158,7 +158,8 @@ def settle(cfg: Config, dataset: DataSet) -> Config:
     cfg = dataclasses.replace(cfg, white=dataset.train.white)
     if cfg.alpha != "labeled":
         return cfg
-    share = len(dataset.labeled) / max(1, len(dataset.labeled) + len(dataset.unlabeled))
+    require_truth(dataset, measure=False)                          # no share without labelled images
+    share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
     return dataclasses.replace(cfg, alpha=round(alpha_of_share(share), 3))
 
 
