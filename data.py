@@ -42,10 +42,12 @@ MAX_LONG_SIDE = 4                      # long side of a training view, in crops 
 MAX_PIXELS = 89_000_000                # of an image or a map; Pillow warns from here on and refuses only twice as much
 # What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
-DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")      # those of them that can have 16 bits a channel
-WHITE = 65535                          # the grey value that 16 bits can hold; it becomes 255 where no other white point is known
+DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those of them that can have 16 bits a channel
+WHITE = 65535  # the grey value that 16 bits can hold; it becomes 255 where no other white point is known
 MEASURED = 1000                        # files, at most, from which a white point is measured
-LITTLE = 16                            # grey levels of 256: an image whose values differ by less uses less than 1/16 of its range
+LITTLE = (
+    16  # grey levels of 256: an image whose values differ by less uses less than 1/16 of its range
+)
 MAX_NAME = 255                         # bytes of a file name, characters of a path are at most 4 times as many
 MAX_ID = 1 << 24                       # segment ids have 24 bits: R + 256 G + 65536 B
 MAX_AREA = 1 << 31                     # pixels
@@ -358,7 +360,9 @@ class ImageFolder:
             print(f"{folder}: {passed.total()} files passed over, by their names no images: "
                   + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5)))
         if not len(self.names):
-            raise UserError(f"{folder}: no images in this folder; expected files that end in {', '.join(endings())}")
+            raise UserError(
+                f"{folder}: no images in this folder; expected files that end in {', '.join(endings())}"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -373,7 +377,9 @@ class ImageFolder:
         return open_image(self.path(i), white=self.white)
 
 
-def pictures(folder: Path, others: Callable[[str], object] | None = None, without: set[str] = frozenset()) -> list[str]:
+def pictures(
+    folder: Path, others: Callable[[str], object] | None = None, without: set[str] = frozenset()
+) -> list[str]:
     """The pictures of a folder and of the folders in it: paths below it, with slashes, sorted. What a picture is, for every stage.
 
     A picture is a file that ends as one of FORMATS does. Hidden files and folders (their names begin with a dot) and `__MACOSX`, which holds
@@ -385,7 +391,10 @@ def pictures(folder: Path, others: Callable[[str], object] | None = None, withou
     def walk(place: str, below: str, above: tuple[str, ...]) -> None:
         with os.scandir(place) as entries:
             for entry in entries:
-                name, hidden = below + entry.name, entry.name.startswith(".") or entry.name == "__MACOSX"
+                name, hidden = (
+                    below + entry.name,
+                    entry.name.startswith(".") or entry.name == "__MACOSX",
+                )
                 real = os.path.realpath(entry.path) if entry.is_dir() else ""
                 if real and not hidden and real not in above and real not in without:
                     walk(entry.path, f"{name}/", (*above, real))
@@ -396,13 +405,17 @@ def pictures(folder: Path, others: Callable[[str], object] | None = None, withou
     try:
         walk(str(folder), "", (os.path.realpath(folder),))
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be listed ({error.strerror})") from None
+        raise UserError(
+            f"{error.filename or folder}: cannot be listed ({error.strerror})"
+        ) from None
     return sorted(found)
 
 
 def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
     """The endings of pictures, in small letters, with their dots."""
-    return sorted(ending for ending, kind in Image.registered_extensions().items() if kind in formats)
+    return sorted(
+        ending for ending, kind in Image.registered_extensions().items() if kind in formats
+    )
 
 
 def segment_ids(path: Path) -> np.ndarray:
@@ -451,20 +464,30 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
     Raises: ValueError if it has 32 bits a channel or a sign, or its lower bits cannot be had.
     """
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError("values with a sign, or of 32 bits a channel, whose range only you know; expected 8 or 16 bits")
+        raise ValueError(
+            "values with a sign, or of 32 bits a channel, whose range only you know; expected 8 or 16 bits"
+        )
     if image.mode.startswith("I"):
         return np.asarray(image).clip(0, WHITE).astype(np.uint16)
-    stored = {tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in getattr(image, "tile", ()) if tile[3]}
+    stored = {
+        tile[3] if isinstance(tile[3], str) else str(tile[3][0])
+        for tile in getattr(image, "tile", ())
+        if tile[3]
+    }
     bits = image.tag_v2.get(258, ()) if image.format == "TIFF" else ()
     if not any(";16" in kind for kind in stored) and 16 not in bits:
         return None
     order, = stored if len(stored) == 1 else ("",)
     if order not in _EXCHANGED or not image.filename:
-        raise ValueError(f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be had; expected RGB or grey")
+        raise ValueError(
+            f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be had; expected RGB or grey"
+        )
     with Image.open(image.filename, formats=(image.format,)) as low:
         low.tile = [_stored_as(_EXCHANGED[order], tile) for tile in low.tile]
         low, high = np.asarray(low), np.asarray(image)
-    if order == "LA;16B":              # taken for four bytes a pixel: the upper and the lower one of grey, then those of alpha
+    if (
+        order == "LA;16B"
+    ):  # taken for four bytes a pixel: the upper and the lower one of grey, then those of alpha
         return low[..., 0].astype(np.uint16) << 8 | low[..., 1]
     return high[..., :3].astype(np.uint16) << 8 | low[..., :3]
 
@@ -472,12 +495,20 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
 def _stored_as(order: str, tile: tuple) -> tuple:
     """A tile of an image file (codec, part, place, how pixels are stored) with another order of the bytes of its pixels."""
     stored = order if isinstance(tile[3], str) else (order, *tile[3][1:])
-    return tile._replace(args=stored) if hasattr(tile, "_replace") else (*tile[:3], stored)        # a plain tuple up to Pillow 10
+    return (
+        tile._replace(args=stored) if hasattr(tile, "_replace") else (*tile[:3], stored)
+    )  # a plain tuple up to Pillow 10
 
 
 # How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the machine's own).
-_EXCHANGED = {"LA;16B": "RGBA", **{f"{kind};16{one}": f"{kind};16{other}" for kind in ("RGB", "RGBA")
-                                   for one, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}}
+_EXCHANGED = {
+    "LA;16B": "RGBA",
+    **{
+        f"{kind};16{one}": f"{kind};16{other}"
+        for kind in ("RGB", "RGBA")
+        for one, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+    },
+}
 
 
 def white_point(images) -> int:
@@ -641,26 +672,42 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
                                        f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
                    for part in ("train", "val")}
     taxonomy = read_taxonomy(annotations["train"])
-    known = {category: (name, thing) for category, name, thing in zip(taxonomy.ids, taxonomy.names, taxonomy.things)}
+    known = {
+        category: (name, thing)
+        for category, name, thing in zip(taxonomy.ids, taxonomy.names, taxonomy.things)
+    }
     other = read_taxonomy(annotations["val"])
     for category, name, thing in zip(other.ids, other.names, other.things):
         first, is_thing = known.get(category, (name, thing))
         where = f"in {annotations['train'].name}"
         if first != name:
-            complain(UserError(f"{annotations['val']}: category {category} is {brief(name)}, but {brief(first)} {where}", "category"))
+            complain(
+                UserError(
+                    f"{annotations['val']}: category {category} is {brief(name)}, but {brief(first)} {where}",
+                    "category",
+                )
+            )
         elif is_thing != thing:
-            complain(UserError(f"{annotations['val']}: category {category} ({brief(name)}) has isthing {int(thing)}, but {int(is_thing)} {where}", "category"))
+            complain(
+                UserError(
+                    f"{annotations['val']}: category {category} ({brief(name)}) has isthing {int(thing)}, but {int(is_thing)} {where}",
+                    "category",
+                )
+            )
     parts = {}
     for part, path in annotations.items():
         base, stem = path.parent.relative_to(root), path.stem.removesuffix(variant)
         images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
-        candidates, missing = [(base / stem).as_posix(), f"panoptic/{part}", f"panoptic_{part}", "panoptic"], None
+        candidates, missing = (
+            [(base / stem).as_posix(), f"panoptic/{part}", f"panoptic_{part}", "panoptic"],
+            None,
+        )
         try:
             maps = _first(root, candidates, "the folder of panoptic PNG files")
         except UserError as error:
             maps, missing = root / candidates[0], error
         parts[part] = PanopticFolder(path, images, maps, taxonomy, validation=part == "val", complain=complain)
-        if missing and parts[part].annotated:                      # images without annotation need no maps
+        if missing and parts[part].annotated:  # images without annotation need no maps
             raise missing
     labeled, unlabeled = read_split(root, split, parts["train"], seed, complain)
     return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
@@ -697,8 +744,14 @@ def read_taxonomy(annotations: Path) -> Taxonomy:
     return Taxonomy(*zip(*rows), palette=tuple(map(tuple, colours)) if sound else None)
 
 
-def read_split(root: Path, split: str, images: PanopticFolder, seed: int, complain: Callable[[UserError], None] = refuse,
-               official: Path | None = None) -> tuple[list[int], list[int]]:
+def read_split(
+    root: Path,
+    split: str,
+    images: PanopticFolder,
+    seed: int,
+    complain: Callable[[UserError], None] = refuse,
+    official: Path | None = None,
+) -> tuple[list[int], list[int]]:
     """Labelled and unlabelled indices: what --split means, for every data set in COCO panoptic format.
 
     split: in this order, whatever else has the same name: an official partition (a folder of `official`) or one of the data set's own
@@ -752,13 +805,19 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
         if path.is_file():
             return path
         if path.parent.is_dir():
-            raise UserError(f"{path}: no such file, though --split {split} names its folder; expected a list of image names")
+            raise UserError(
+                f"{path}: no such file, though --split {split} names its folder; expected a list of image names"
+            )
     if split == "all" or split.isdecimal():
         return None
     if not Path(split).is_file():
         folders = [*([official] if official else []), root / "splits"]
-        known = [path.parent.name for folder in folders for path in sorted(folder.glob("*/labeled.txt"))]
-        raise UserError(f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names")
+        known = [
+            path.parent.name for folder in folders for path in sorted(folder.glob("*/labeled.txt"))
+        ]
+        raise UserError(
+            f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names"
+        )
     return Path(split)
 
 
@@ -776,20 +835,37 @@ def require_images(images) -> None:
         raise UserError(f"{images.annotations}: its list of images is empty; expected at least one")
 
 
-def require_truth(dataset: DataSet, learn: bool = True, measure: bool = True, complain: Callable[[UserError], None] = refuse) -> None:
+def require_truth(
+    dataset: DataSet,
+    learn: bool = True,
+    measure: bool = True,
+    complain: Callable[[UserError], None] = refuse,
+) -> None:
     """Raise UserError before a run begins if no image has what it could learn from, or be measured on. Read from the index, no file is opened.
 
     Segments of crowd do not count: they are neither learned nor found.
     """
-    parts = [(dataset.train, dataset.labeled, "labelled", "learned", "annotate some")] if learn else []
+    parts = (
+        [(dataset.train, dataset.labeled, "labelled", "learned", "annotate some")] if learn else []
+    )
     if measure:
-        parts.append((dataset.val, range(len(dataset.val)), "validation", "measured", "annotate some, or train with --no-eval"))
+        parts.append(
+            (
+                dataset.val,
+                range(len(dataset.val)),
+                "validation",
+                "measured",
+                "annotate some, or train with --no-eval",
+            )
+        )
     for images, indices, what, done, do in parts:
         if isinstance(images, PanopticFolder) and not objects(images, indices).any():
             why = f"none of the {len(indices)} {what} images has a segment (crowd does not count)"
             if not len(indices):
                 why = f"no image is {what}" if images.annotated else "no image is annotated"
-            complain(UserError(f"{images.annotations}: {why}, so nothing can be {done}; {do}", "nothing"))
+            complain(
+                UserError(f"{images.annotations}: {why}, so nothing can be {done}; {do}", "nothing")
+            )
 
 
 def objects(images: PanopticFolder, indices) -> np.ndarray:
@@ -804,8 +880,10 @@ def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
     for images, what, counts in _counted(dataset, cfg):
         crowded = counts[counts > cfg.num_queries]
         if len(crowded):
-            lines.append(f"{len(crowded):,} of {len(counts):,} {what} images have more than {cfg.num_queries} segments (up to {crowded.max():,}): "
-                         f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be found; raise --num-queries")
+            lines.append(
+                f"{len(crowded):,} of {len(counts):,} {what} images have more than {cfg.num_queries} segments (up to {crowded.max():,}): "
+                f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be found; raise --num-queries"
+            )
     return lines
 
 
@@ -817,8 +895,10 @@ def limits(dataset: DataSet, cfg: Config) -> list[str]:
         repeated = [row for row in repeated_stuff(images) if row[0] in chosen]
         if repeated:
             i, k, count = repeated[0]
-            lines.append(f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have several segments of one stuff class, as "
-                         f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model gives one: join them, or call the class a thing")
+            lines.append(
+                f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have several segments of one stuff class, as "
+                f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model gives one: join them, or call the class a thing"
+            )
     return lines
 
 
@@ -827,15 +907,27 @@ def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, n
     parts = [(dataset.val, range(len(dataset.val)), "validation")]
     if cfg.labels == "panoptic":
         parts.insert(0, (dataset.train, dataset.labeled, "labelled"))
-    return [(images, what, objects(images, indices)) for images, indices, what in parts if isinstance(images, PanopticFolder)]
+    return [
+        (images, what, objects(images, indices))
+        for images, indices, what in parts
+        if isinstance(images, PanopticFolder)
+    ]
 
 
 def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
     """(image, class, number of segments) where one image has several of a stuff class, which COCO panoptic format does not know. Crowd does not count."""
-    owner, classes = np.repeat(np.arange(images.annotated), np.diff(images.starts)), images.segments[:, 1]
+    owner, classes = (
+        np.repeat(np.arange(images.annotated), np.diff(images.starts)),
+        images.segments[:, 1],
+    )
     stuff = ~np.array(images.taxonomy.things)[classes] & (images.segments[:, 3] == 0)
-    pairs, counts = np.unique(np.stack([owner[stuff], classes[stuff]], -1), axis=0, return_counts=True)
-    return [(*pair, count) for pair, count in zip(pairs[counts > 1].tolist(), counts[counts > 1].tolist())]
+    pairs, counts = np.unique(
+        np.stack([owner[stuff], classes[stuff]], -1), axis=0, return_counts=True
+    )
+    return [
+        (*pair, count)
+        for pair, count in zip(pairs[counts > 1].tolist(), counts[counts > 1].tolist())
+    ]
 
 
 def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:

@@ -37,15 +37,34 @@ from tqdm import tqdm
 import report
 from checkpoint import claim, release, write_atomic
 from config import BEFORE, Config, UserError
-from data import WHITE, Taxonomy, above_white, as_rgb, brief, endings, name_fault, open_image, pictures, uses_little
+from data import (
+    WHITE,
+    Taxonomy,
+    above_white,
+    as_rgb,
+    brief,
+    endings,
+    name_fault,
+    open_image,
+    pictures,
+    uses_little,
+)
 from datasets import encode
 from evaluation import posterior_alphas, posterior_of
 from model import Segmenter, panoptic_inference, semantic_inference
 from trainer import append
 
 KINDS = ("panoptic", "semantic", "overlay")
-NUMBERS = ("alpha", "clip_scale", "object_mask_threshold", "overlap_threshold", "test_size", "test_max", "white")    # of Config, that a prediction depends on
-CUT_OFF = 0.01                         # share of the values of a 16-bit picture above the run's white point from which it is said
+NUMBERS = (
+    "alpha",
+    "clip_scale",
+    "object_mask_threshold",
+    "overlap_threshold",
+    "test_size",
+    "test_max",
+    "white",
+)  # of Config, that a prediction depends on
+CUT_OFF = 0.01  # share of the values of a 16-bit picture above the run's white point from which it is said
 
 
 @dataclass
@@ -90,7 +109,10 @@ class Predictor:
         16 bits become 8 by the white point of the run."""
         if isinstance(image, (str, Path)):
             image = open_image(image, white=self.white)
-        image = as_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), self.white)
+        image = as_rgb(
+            image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)),
+            self.white,
+        )
         posterior, mask_logits, sizes = posterior_of(self.model, image, self.cfg, self.device, self.alpha)
         found = panoptic_inference(posterior, mask_logits, self.things, sizes, self.cfg.object_mask_threshold, self.cfg.overlap_threshold)
         return Prediction(image, *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))), self.taxonomy)
@@ -106,7 +128,12 @@ class Predictor:
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-        return {**self.about, "sha256": digest.hexdigest(), **{name: getattr(self.cfg, name) for name in NUMBERS}, "white": self.white}
+        return {
+            **self.about,
+            "sha256": digest.hexdigest(),
+            **{name: getattr(self.cfg, name) for name in NUMBERS},
+            "white": self.white,
+        }
 
 
 class Pictures:
@@ -140,7 +167,9 @@ class Pictures:
         images = [Path(name) for name in pictures(self.source, self.others.append, own)]
         self.others.sort()
         if not images:
-            raise UserError(f"{self.source}: no pictures in this folder; expected files that end in {', '.join(endings())}")
+            raise UserError(
+                f"{self.source}: no pictures in this folder; expected files that end in {', '.join(endings())}"
+            )
         # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
         bad = [path for path in images if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())]
         self.names = [path.as_posix() for path in images if path not in bad]
@@ -180,10 +209,15 @@ class Pictures:
         if self.others:
             listed = ", ".join([*map(brief, self.others[:5]), *["..."] * (len(self.others) > 5)])
             print(f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}")
-        for names, what in ((dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"), (cut_off, "of 16 bits that lose what is brighter")):
+        for names, what in (
+            (dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
+            (cut_off, "of 16 bits that lose what is brighter"),
+        ):
             listed = ", ".join([*map(brief, names[:5]), *["..."] * (len(names) > 5)])
             if names:
-                print(f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white {model.white}: {listed}")
+                print(
+                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white {model.white}: {listed}"
+                )
         print("".join(f"warning: {fault}\n" for fault in faults), end="")
         if faults:
             every = len(self.names) + len(self.faults)
