@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 from config import (
-    ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, require_learning, require_ranges,
+    ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, numbers_of, require_learning, require_ranges,
     require_semi_supervised)
 
 DATASETS = ("mini", "custom", *PAPERS_DATASETS)
@@ -48,15 +48,15 @@ def _reads() -> dict[str, frozenset[str]]:
     masks = {"sam", "sam_weights", "points_per_side", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh", "points_per_batch"}
     views = {"crop", "scale_min", "scale_max"}
     strong = {"jitter", "jitter_hue", "grayscale_prob", "blur_prob", "blur_radius"}
-    sizes = {"test_size", "test_max"}
+    sizes = {"test_size", "test_max", "white"}
     posterior = {"alpha", "clip_scale", "teacher_posterior"}
     inference = {"object_mask_threshold", "overlap_threshold", *sizes, *posterior}
     training = {*model, *views, "backbone_lr_multiplier", "lr", "weight_decay", "clip_norm", "poly_power", "mask_weight", "dice_weight", "num_points", "oversample",
                 "importance", "workers", "seed", "checkpoint_every", "log_every"}
     supervised = {*training, *inference, "class_weight", "no_object_weight", "labels", "labeled_batch", "eval_batch"}
     stages = {
-        "prepare": {"workers"}, "import": {"seed"}, "validate": {"workers", "seed"}, "mini-clip": {"seed"}, "mini-sam": {"seed"},
-        "masks": {*masks, "seed"},
+        "prepare": {"workers"}, "import": {"seed"}, "validate": {"workers", "seed", "num_queries", "white"}, "mini-clip": {"seed"}, "mini-sam": {"seed"},
+        "masks": {*masks, "white", "seed"},
         # sizes at evaluation are those of a run's images: a warm-up has them like its sisters, and keeps them
         "dewa": {*training, *sizes, "eval_batch", "dewa_steps", "dewa_batch", "dewa_crop", "dewa_keep_empty"},
         "sup": {*supervised, "sup_steps"},
@@ -88,8 +88,8 @@ FLAGS = (
     Flag("dataset", DATA, ", ".join(DATASETS), default="mini"),
     Flag("data-root", DATA, "folder of the data set (custom: COCO panoptic format)", default=""),
     Flag("variant", tuple(stage for stage in DATA if stage != "prepare"), "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
-    Flag("split", tuple(stage for stage in DATA if stage != "prepare"), "labelled images: a number, a name below DATA_ROOT/splits, or a file of image names "
-         "(mini: 16; custom: all; masks and dewa take all images)"),
+    Flag("split", tuple(stage for stage in DATA if stage != "prepare"), "labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all, or a "
+         "file of image names (mini: 16; custom: all; masks and dewa take all images)"),
     Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
     Flag("eval-on", ("validate", "sup", "ssl", "eval", "zeroshot", *TABLES), "mini: val to report, dev to tune", default="val"),
     Flag("preset", ("masks", *TRAIN, *STORED, "zeroshot", *TABLES), f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
@@ -218,6 +218,7 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     without(args.dataset != "mini", ("eval_on",), "only --dataset mini has images to tune on")
     without(args.dataset != "custom", ("variant",), "it counts with --dataset custom")
     without(args.dataset == "mini", ("data_root",), f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}")
+    without(args.dataset == "mini" and args.stage not in STORED and not args.images, ("white",), "images of --dataset mini have 8 bits")
     without(args.stage in TRAIN and not args.evaluate, ("groups",), "nothing is evaluated; it counts without --no-eval")
     return found
 
@@ -286,7 +287,7 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     """Preset -> what a run has stored (`stored`, of the stages that read one) -> flags."""
     values, cfg = given(args), PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
     if stored is not None:
-        cfg = dataclasses.replace(cfg, **{f.name: stored[f.name] for f in dataclasses.fields(Config) if f.name in stored})
+        cfg = dataclasses.replace(cfg, **numbers_of(stored))
     elif args.stage in ("sup", "ssl"):
         values.setdefault("teacher_posterior", "ensemble" if args.stage == "ssl" and args.method != "ssl" else "decoder")
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
@@ -344,7 +345,7 @@ def overview() -> str:
         *rows, "",
         "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
         "  --data-root DIR     the folder of any other data set",
-        "  --split N           labelled images: a number, the name of a partition, or a file of image names (16)",
+        "  --split N           labelled images: a number, the name of a partition, all, or a file of image names",
         "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
         "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5", "",
         "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",

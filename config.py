@@ -125,6 +125,8 @@ class Config:
     grayscale_prob: float = 0.2        # strong view
     blur_prob: float = 0.5             # strong view
     blur_radius: float = 2.0           # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
+    white: int = 0                     # grey value of a 16-bit image that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8 ... 16) that no 16-bit
+    #                                    training image exceeds (`data.white_point`)
     test_size: int = 640               # pixels, short side at evaluation
     test_max: int = 2560               # pixels, long side at evaluation
     workers: int = 4                   # loader processes
@@ -208,12 +210,21 @@ def changes(numbers: dict, preset: Config) -> dict:
 AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",
                 "labeled_batch", "unlabeled_batch", "dewa_batch", "crop", "test_size", "test_max", "eval_batch", "points_per_side", "points_per_batch", "checkpoint_every", "log_every"),
             0: ("backbone_lr_multiplier", "decoder_layers", "class_weight", "mask_weight", "dice_weight", "no_object_weight", "lambda_u", "burn_in", "burn_in_warm",
-                "lr", "weight_decay", "poly_power", "dewa_crop", "workers"),
+                "lr", "weight_decay", "poly_power", "dewa_crop", "white", "workers"),
             0.1: ("blur_radius",)}
 SHARES = ("importance", "ema_decay", "cutmix_prob", "grayscale_prob", "blur_prob", "jitter", "object_mask_threshold", "overlap_threshold", "pred_iou_thresh",
           "stability_thresh", "mask_nms_thresh")
 # A hue beyond half a circle comes round; seeds are multiplied by steps and slots, and torch takes 64 bits; larger scales overflow the softmax.
 BETWEEN = {"jitter_hue": (0, 0.5), "seed": (0, 2 ** 32 - 1), "clip_scale": (0, 10_000), "scale_min": (0.1, 20), "scale_max": (0.1, 20)}
+
+
+BEFORE = {"white": 65535}              # what versions did that did not know a number yet, and so did not store it
+
+
+def numbers_of(stored: dict) -> dict:
+    """The fields of Config in what a run has stored, as the version behaved that stored it; nothing of what is no run."""
+    known = {**BEFORE, **stored} if stored else {}
+    return {name: known[name] for name in (field.name for field in fields(Config)) if name in known}
 
 
 def require_ranges(cfg: Config) -> None:
@@ -241,6 +252,8 @@ def require_ranges(cfg: Config) -> None:
     for name in ("crop", "dewa_crop"):
         if getattr(cfg, name) % 32:
             wrong(name, "a multiple of 32, the coarsest stride: all maps must cover the same area")
+    if cfg.white and not 255 <= cfg.white <= 65535:
+        wrong("white", "0 (measured), or a grey value of 16 bits, 255 to 65535")
     if cfg.hidden % 32 or cfg.hidden % cfg.heads:
         wrong("hidden", f"a multiple of 32 (groups of the normalisation) and of --heads {cfg.heads}")
     if not cfg.clip_norm > 0:

@@ -8,6 +8,7 @@ Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.0152
 Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`: training images of one size only.
 """
 
+import collections
 import contextlib
 import functools
 import json
@@ -15,6 +16,7 @@ import os
 import random
 import re
 import signal
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,12 @@ MAX_LONG_SIDE = 4                      # long side of a training view, in crops 
 MAX_PIXELS = 89_000_000                # of an image or a map; Pillow warns from here on and refuses only twice as much
 # What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
+DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those of them that can have 16 bits a channel
+WHITE = 65535  # the grey value that 16 bits can hold; it becomes 255 where no other white point is known
+MEASURED = 1000                        # files, at most, from which a white point is measured
+LITTLE = (
+    16  # grey levels of 256: an image whose values differ by less uses less than 1/16 of its range
+)
 MAX_NAME = 255                         # bytes of a file name, characters of a path are at most 4 times as many
 MAX_ID = 1 << 24                       # segment ids have 24 bits: R + 256 G + 65536 B
 MAX_AREA = 1 << 31                     # pixels
@@ -138,6 +146,8 @@ class DataSet:
 class MiniImages:
     """Scenes of one collection of the miniature world, each drawn when it is first asked for and kept in memory for all stages of a process."""
 
+    white = WHITE                      # they have 8 bits
+
     def __init__(self, collection: str, count: int):
         self.collection, self.count = collection, count
 
@@ -170,10 +180,13 @@ class PanopticFolder:
         for class k, anything else is no class (ADE20K counts from 1, COCO-Objects from 0).
     hidden: segments may lie wholly below others, and stated areas count what is hidden (ADE20K's rule); else a segment without a pixel is a fault.
     complain: called with every fault that allows to read on; what is at fault is left out.
-    Images without annotation come after the `annotated` first ones; they serve as unlabelled images. A validation set has none of them.
+    Images without annotation come after the `annotated` first ones; they serve as unlabelled images. A validation set has none of them (`unused`).
     An image is turned as its EXIF block says, as detectron2 does; maps have none, and `_upright` turns them along where it must.
+    white: of the images, as in `open_image`; `see` settles it.
     Raises: UserError where a file or a key is missing, a file is a link out of the data root, or map, JSON and image disagree.
     """
+
+    white = WHITE
 
     def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None, semantic_first: int = 1,
                  validation: bool = False, hidden: bool = False, complain: Callable[[UserError], None] = refuse):
@@ -186,6 +199,7 @@ class PanopticFolder:
         def wrong(kind, text):
             complain(UserError(f"{annotations}: {text}", kind))
         files = _image_names(content["images"], wrong)
+        listed = {name for name in files.values() if name is not None}
         names, maps_of, counts, rows, self.refused, self.without_crowd = [], [], [], [], set(), 0
         for place, a in enumerate(content["annotations"]):
             try:
@@ -214,6 +228,7 @@ class PanopticFolder:
             counts.append(len(sound))
         self.annotated = len(names)
         names += [] if validation else [name for name in files.values() if name is not None]
+        self.unused = sorted(listed.difference(names))             # few or none
         self.names, self.files = np.array(names, str), np.array(maps_of, str)
         self.segments = np.array(rows, np.int64).reshape(-1, 4)    # id, class, area, crowd
         self.starts = np.cumsum([0, *counts])
@@ -224,8 +239,11 @@ class PanopticFolder:
     def name(self, i: int) -> str:
         return str(self.names[i])
 
+    def path(self, i: int) -> Path:
+        return self.file(self.images, self.name(i))
+
     def image(self, i: int) -> Image.Image:
-        return open_image(self.file(self.images, self.name(i)))
+        return open_image(self.path(i), white=self.white)
 
     def file(self, folder: Path, name: str) -> Path:
         """folder/name, which may be a link to another place in the data root, but not out of it."""
@@ -326,19 +344,26 @@ def _sound_segments(segments: list, index: dict[int, int], name: str, wrong: Cal
 
 
 class ImageFolder:
-    """All images of a folder and of those in it, without ground truth: for SAM and the warm-up (SA-1B, where masks lie beside them)."""
+    """All pictures of a folder, without ground truth: for SAM and the warm-up (SA-1B, where masks lie beside them)."""
+
+    white = WHITE
 
     def __init__(self, folder: Path):
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder}: no such folder of images")
         self.folder = Path(folder)
-        self.names = np.array(sorted(str(p.relative_to(folder)) for p in self.folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")), str)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images")
+        passed = collections.Counter()
+        def passed_over(name):
+            passed[os.path.splitext(name)[1].lower() or name] += 1
+        self.names = np.array(pictures(self.folder, passed_over), str)
+        passed.pop(".json", 0)         # masks beside the images
+        if passed:
+            print(f"{folder}: {passed.total()} files passed over, by their names no images: "
+                  + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5)))
         if not len(self.names):
-            raise UserError(f"{folder}: no images (*.jpg, *.png) in this folder")
-        bare = [n.rsplit(".", 1)[0] for n in self.names.tolist()]
-        twice = next((a for a, b in zip(sorted(bare), sorted(bare)[1:]) if a == b), None)
-        if twice:
-            raise UserError(f"{folder}: two images are called {twice}, but for the ending; their masks would share a file: rename one")
+            raise UserError(
+                f"{folder}: no images in this folder; expected files that end in {', '.join(endings())}"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -346,8 +371,52 @@ class ImageFolder:
     def name(self, i: int) -> str:
         return str(self.names[i])
 
+    def path(self, i: int) -> Path:
+        return self.folder / self.name(i)
+
     def image(self, i: int) -> Image.Image:
-        return open_image(self.folder / self.name(i))
+        return open_image(self.path(i), white=self.white)
+
+
+def pictures(
+    folder: Path, others: Callable[[str], object] | None = None, without: set[str] = frozenset()
+) -> list[str]:
+    """The pictures of a folder and of the folders in it: paths below it, with slashes, sorted. What a picture is, for every stage.
+
+    A picture is a file that ends as one of FORMATS does. Hidden files and folders (their names begin with a dot) and `__MACOSX`, which holds
+    macOS's shadows of the pictures beside it, are passed over. Links to folders are followed, but not to one that they lie in.
+    others: called with the files that are no pictures, and with the folders that are passed over, with a slash.   without: real paths of folders
+        that are left out.    Raises: UserError if a folder cannot be listed.
+    """
+    found, known = [], set(endings())
+    def walk(place: str, below: str, above: tuple[str, ...]) -> None:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                name, hidden = (
+                    below + entry.name,
+                    entry.name.startswith(".") or entry.name == "__MACOSX",
+                )
+                real = os.path.realpath(entry.path) if entry.is_dir() else ""
+                if real and not hidden and real not in above and real not in without:
+                    walk(entry.path, f"{name}/", (*above, real))
+                elif not real and not hidden and os.path.splitext(entry.name)[1].lower() in known:
+                    found.append(name)
+                elif others is not None and real not in without:
+                    others(f"{name}/" if real else name)
+    try:
+        walk(str(folder), "", (os.path.realpath(folder),))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be listed ({error.strerror})"
+        ) from None
+    return sorted(found)
+
+
+def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
+    """The endings of pictures, in small letters, with their dots."""
+    return sorted(
+        ending for ending, kind in Image.registered_extensions().items() if kind in formats
+    )
 
 
 def segment_ids(path: Path) -> np.ndarray:
@@ -357,30 +426,141 @@ def segment_ids(path: Path) -> np.ndarray:
     return (coded & 0xFFFFFF).reshape(image.height, image.width)
 
 
-def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
+def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Image.Image:
     """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it is stored (no palette is applied).
 
-    Of several frames the first; an alpha channel is dropped; 16 bits are divided by 256, whatever the image shows, so that two images stay
-    comparable (Pillow's own conversion would clip them). Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
+    Of several frames the first; an alpha channel is dropped. Of 16 bits a channel, 0 to `white` become 0 to 255, the same in every image of a
+    data set, so that images stay comparable (`white_point`); what is above is 255, too.
+    Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
     """
     with _opened(path) as image:
         if mode != "RGB":
             return image.convert(mode) if mode else image.copy()
         turn = _turn(image)
-        image = as_rgb(image)
+        image = as_rgb(image, white)
         return image if turn is None else image.transpose(turn)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has 32 bits a channel."""
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError("32 bits a channel, whose range only you know; expected 8 or 16")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
+    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has 32 bits a channel, or a sign."""
+    values = sixteen_bits(image) if white != WHITE or image.mode.startswith(("I", "F")) else None
+    if values is not None:
+        image = Image.fromarray(_scaled(white)[values])
     if image.mode != "RGB":
         return image.convert("RGB")
     image.load()        # before its file is closed; convert() would copy every pixel
     return image
+
+
+@functools.lru_cache(maxsize=4)
+def _scaled(white: int) -> np.ndarray:
+    """(65536,) uint8, what becomes of 16 bits. With the white point 2^k - 1 it is a shift: no value is rounded up."""
+    return (np.arange(WHITE + 1) * 256 // (white + 1)).clip(0, 255).astype(np.uint8)
+
+
+def sixteen_bits(image: Image.Image) -> np.ndarray | None:
+    """The stored values of an image of 16 bits a channel, (H, W) or (H, W, 3) uint16, without alpha; None if it has 8.
+
+    Of colour, Pillow keeps the upper 8 bits of 16 alone; here its file is decoded a second time, with the two bytes of each value exchanged.
+    Raises: ValueError if it has 32 bits a channel or a sign, or its lower bits cannot be had.
+    """
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError(
+            "values with a sign, or of 32 bits a channel, whose range only you know; expected 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):
+        return np.asarray(image).clip(0, WHITE).astype(np.uint16)
+    stored = {
+        tile[3] if isinstance(tile[3], str) else str(tile[3][0])
+        for tile in getattr(image, "tile", ())
+        if tile[3]
+    }
+    bits = image.tag_v2.get(258, ()) if image.format == "TIFF" else ()
+    if not any(";16" in kind for kind in stored) and 16 not in bits:
+        return None
+    order, = stored if len(stored) == 1 else ("",)
+    if order not in _EXCHANGED or not image.filename:
+        raise ValueError(
+            f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be had; expected RGB or grey"
+        )
+    with Image.open(image.filename, formats=(image.format,)) as low:
+        low.tile = [_stored_as(_EXCHANGED[order], tile) for tile in low.tile]
+        low, high = np.asarray(low), np.asarray(image)
+    if (
+        order == "LA;16B"
+    ):  # taken for four bytes a pixel: the upper and the lower one of grey, then those of alpha
+        return low[..., 0].astype(np.uint16) << 8 | low[..., 1]
+    return high[..., :3].astype(np.uint16) << 8 | low[..., :3]
+
+
+def _stored_as(order: str, tile: tuple) -> tuple:
+    """A tile of an image file (codec, part, place, how pixels are stored) with another order of the bytes of its pixels."""
+    stored = order if isinstance(tile[3], str) else (order, *tile[3][1:])
+    return (
+        tile._replace(args=stored) if hasattr(tile, "_replace") else (*tile[:3], stored)
+    )  # a plain tuple up to Pillow 10
+
+
+# How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the machine's own).
+_EXCHANGED = {
+    "LA;16B": "RGBA",
+    **{
+        f"{kind};16{one}": f"{kind};16{other}"
+        for kind in ("RGB", "RGBA")
+        for one, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+    },
+}
+
+
+def white_point(images) -> int:
+    """The white point of a set of images: the least of 2^k - 1, k = 8 ... 16, that no 16-bit image exceeds; WHITE if there is none.
+
+    A camera of 12 bits stores 0 to 4095 in 16. Only files that can have 16 bits are opened (by their endings, so no JPEG), MEASURED of them at most,
+    evenly spread, and only 16-bit ones are decoded. What cannot be read is passed over, and what of its bits cannot be known counts as all 16.
+    """
+    if isinstance(images, MiniImages):
+        return WHITE
+    deep = tuple(endings(DEEP_FORMATS))
+    able = [i for i in range(len(images)) if images.name(i).lower().endswith(deep)]
+    count, largest = min(len(able), MEASURED), -1
+    for k in range(count):
+        with contextlib.suppress(UserError):
+            largest = max(largest, _largest(images.path(able[k * len(able) // count])))
+        if largest > WHITE // 2:       # no need to look any further
+            break
+    return WHITE if largest < 0 else max(255, (1 << largest.bit_length()) - 1)
+
+
+def _largest(path: Path) -> int:
+    """The largest value of a 16-bit image; -1 of one of 8 bits."""
+    with _opened(path) as image:
+        try:
+            values = sixteen_bits(image)
+        except ValueError:
+            return WHITE
+        return -1 if values is None else int(values.max())
+
+
+def above_white(path: Path, white: int) -> float:
+    """The share of the values of a 16-bit image that are above the white point, and are cut off; 0 of one of 8 bits."""
+    if white == WHITE:
+        return 0.0
+    with _opened(path) as image:
+        values = sixteen_bits(image)
+        return 0.0 if values is None else float((values > white).mean())
+
+
+def see(white: int, *sets) -> None:
+    """Settle the white point of sets of images: the number given, or (0) the one of the first set, which are those of training."""
+    white = white or white_point(sets[0])
+    for images in sets:
+        images.white = white
+
+
+def uses_little(image: Image.Image) -> bool:
+    """An RGB image whose values lie within LITTLE grey levels: black, white, or a scan with few of its bits."""
+    lows, highs = zip(*image.getextrema())
+    return max(highs) - min(lows) < LITTLE
 
 
 def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
@@ -482,29 +662,54 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
 
     Args:
         root: holds panoptic_train.json and panoptic_val.json (or annotations/panoptic_*.json), the images and the maps.
-        split: a number of labelled images, a name below root/splits (with labeled.txt, and unlabeled.txt if not all the
-            rest), or a file that lists image names, one a line; empty, or `all` unless a list is called so: all images with annotation.
+        split: which images are labelled, see `read_split`.
         variant: ending of the JSON names, as in panoptic_train_4class.json.
         complain: called with every fault that allows to read on (`PanopticFolder`).
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data-root names a folder in COCO panoptic format")
     annotations = {part: _first(root, [f"panoptic_{part}{variant}.json", f"annotations/panoptic_{part}{variant}.json",
                                        f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
                    for part in ("train", "val")}
     taxonomy = read_taxonomy(annotations["train"])
-    names = dict(zip(taxonomy.ids, taxonomy.names))
+    known = {
+        category: (name, thing)
+        for category, name, thing in zip(taxonomy.ids, taxonomy.names, taxonomy.things)
+    }
     other = read_taxonomy(annotations["val"])
-    for category, name in zip(other.ids, other.names):
-        if names.get(category, name) != name:
-            complain(UserError(f"{annotations['val']}: category {category} is {brief(name)}, but {brief(names[category])} in {annotations['train'].name}", "category"))
+    for category, name, thing in zip(other.ids, other.names, other.things):
+        first, is_thing = known.get(category, (name, thing))
+        where = f"in {annotations['train'].name}"
+        if first != name:
+            complain(
+                UserError(
+                    f"{annotations['val']}: category {category} is {brief(name)}, but {brief(first)} {where}",
+                    "category",
+                )
+            )
+        elif is_thing != thing:
+            complain(
+                UserError(
+                    f"{annotations['val']}: category {category} ({brief(name)}) has isthing {int(thing)}, but {int(is_thing)} {where}",
+                    "category",
+                )
+            )
     parts = {}
     for part, path in annotations.items():
-        base, stem = path.parent, path.stem.removesuffix(variant)
+        base, stem = path.parent.relative_to(root), path.stem.removesuffix(variant)
         images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
-        maps = _first(root, [base / stem, f"panoptic/{part}", f"panoptic_{part}", "panoptic"], "the folder of panoptic PNG files")
+        candidates, missing = (
+            [(base / stem).as_posix(), f"panoptic/{part}", f"panoptic_{part}", "panoptic"],
+            None,
+        )
+        try:
+            maps = _first(root, candidates, "the folder of panoptic PNG files")
+        except UserError as error:
+            maps, missing = root / candidates[0], error
         parts[part] = PanopticFolder(path, images, maps, taxonomy, validation=part == "val", complain=complain)
+        if missing and parts[part].annotated:  # images without annotation need no maps
+            raise missing
     labeled, unlabeled = read_split(root, split, parts["train"], seed, complain)
     return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
 
@@ -540,24 +745,30 @@ def read_taxonomy(annotations: Path) -> Taxonomy:
     return Taxonomy(*zip(*rows), palette=tuple(map(tuple, colours)) if sound else None)
 
 
-def read_split(root: Path, split: str, images: PanopticFolder, seed: int, complain: Callable[[UserError], None] = refuse) -> tuple[list[int], list[int]]:
-    """Labelled and unlabelled indices; see `load_folder`. Raises: UserError if a list is empty, names an image twice or one that is not
-    there, if a labelled image has no annotation, or is unlabelled, too."""
-    everything = {images.name(i): i for i in range(len(images))}
-    if not split:
-        return list(range(images.annotated)), list(range(images.annotated, len(images)))
-    if split.isdecimal():
+def read_split(
+    root: Path,
+    split: str,
+    images: PanopticFolder,
+    seed: int,
+    complain: Callable[[UserError], None] = refuse,
+    official: Path | None = None,
+) -> tuple[list[int], list[int]]:
+    """Labelled and unlabelled indices: what --split means, for every data set in COCO panoptic format.
+
+    split: in this order, whatever else has the same name: an official partition (a folder of `official`) or one of the data set's own
+        (of root/splits), with labeled.txt, and unlabeled.txt if that is not all the rest; `all` (or empty), all images with annotation; a number
+        of them, drawn by `seed`; a file that lists image names, one a line (./3 is the file 3).
+    Raises: UserError if a list is empty, names an image twice or one that is not there, if a labelled image has no annotation, or is unlabelled, too.
+    """
+    path = split_list(root, split or "all", official)
+    if path is None and split.isdecimal():
         if not 0 < int(split) <= images.annotated:
             complain(UserError(f"--split {split}: expected 1 to {images.annotated} labelled images", "split"))
         order = np.random.default_rng(seed).permutation(images.annotated).tolist()
         return sorted(order[:int(split)]), sorted(order[int(split):]) + list(range(images.annotated, len(images)))
-    path = root / "splits" / split / "labeled.txt"
-    if split == "all" and not path.exists():
-        return read_split(root, "", images, seed, complain)
-    path = path if path.exists() else Path(split)
-    if not path.is_file():
-        known = sorted(p.parent.name for p in root.glob("splits/*/labeled.txt"))
-        raise UserError(f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names")
+    if path is None:
+        return list(range(images.annotated)), list(range(images.annotated, len(images)))
+    everything = {images.name(i): i for i in range(len(images))}
     def read(file):
         found: dict[int, None] = {}    # in the order of the list
         for line in _lines(file):
@@ -585,12 +796,139 @@ def read_split(root: Path, split: str, images: PanopticFolder, seed: int, compla
     return [i for i in labeled if i < images.annotated], unlabeled
 
 
+def split_list(root: Path, split: str, official: Path | None = None) -> Path | None:
+    """The list of labelled images that --split names, in the order of `read_split`; None for a number, and for all.
+
+    Raises: UserError if there is no such split, or its folder has no list.
+    """
+    for folder in (*([official] if official else []), root / "splits"):
+        path = folder / split / "labeled.txt"
+        if path.is_file():
+            return path
+        if path.parent.is_dir():
+            raise UserError(
+                f"{path}: no such file, though --split {split} names its folder; expected a list of image names"
+            )
+    if split == "all" or split.isdecimal():
+        return None
+    if not Path(split).is_file():
+        folders = [*([official] if official else []), root / "splits"]
+        known = [
+            path.parent.name for folder in folders for path in sorted(folder.glob("*/labeled.txt"))
+        ]
+        raise UserError(
+            f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names"
+        )
+    return Path(split)
+
+
 def _lines(path: Path) -> list[str]:
     """Lines of a text file that are not blank."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable text file ({error})") from None
+
+
+def require_images(images) -> None:
+    """Raise UserError if a set has no image at all: SAM has nothing to segment, and the warm-up nothing to learn from."""
+    if not len(images):
+        raise UserError(f"{images.annotations}: its list of images is empty; expected at least one")
+
+
+def require_truth(
+    dataset: DataSet,
+    learn: bool = True,
+    measure: bool = True,
+    complain: Callable[[UserError], None] = refuse,
+) -> None:
+    """Raise UserError before a run begins if no image has what it could learn from, or be measured on. Read from the index, no file is opened.
+
+    Segments of crowd do not count: they are neither learned nor found.
+    """
+    parts = (
+        [(dataset.train, dataset.labeled, "labelled", "learned", "annotate some")] if learn else []
+    )
+    if measure:
+        parts.append(
+            (
+                dataset.val,
+                range(len(dataset.val)),
+                "validation",
+                "measured",
+                "annotate some, or train with --no-eval",
+            )
+        )
+    for images, indices, what, done, do in parts:
+        if isinstance(images, PanopticFolder) and not objects(images, indices).any():
+            why = f"none of the {len(indices)} {what} images has a segment (crowd does not count)"
+            if not len(indices):
+                why = f"no image is {what}" if images.annotated else "no image is annotated"
+            complain(
+                UserError(f"{images.annotations}: {why}, so nothing can be {done}; {do}", "nothing")
+            )
+
+
+def objects(images: PanopticFolder, indices) -> np.ndarray:
+    """(n,) number of segments that are no crowd, of each of n annotated images, by the index."""
+    before = np.append(0, np.cumsum(images.segments[:, 3] == 0))[images.starts]
+    return np.diff(before)[np.asarray(indices, np.int64)]
+
+
+def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
+    """How many objects cannot be found because their image has more segments than the model has queries, by the index: a line each, or none."""
+    lines = []
+    for images, what, counts in _counted(dataset, cfg):
+        crowded = counts[counts > cfg.num_queries]
+        if len(crowded):
+            lines.append(
+                f"{len(crowded):,} of {len(counts):,} {what} images have more than {cfg.num_queries} segments (up to {crowded.max():,}): "
+                f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be found; raise --num-queries"
+            )
+    return lines
+
+
+def limits(dataset: DataSet, cfg: Config) -> list[str]:
+    """Why full PQ is out of reach, whatever is learned: `out_of_reach`, and several segments of one stuff class, of which a model gives one."""
+    lines = out_of_reach(dataset, cfg)
+    for images, what, counts in _counted(dataset, cfg):
+        chosen = set(dataset.labeled) if images is dataset.train else range(len(images))
+        repeated = [row for row in repeated_stuff(images) if row[0] in chosen]
+        if repeated:
+            i, k, count = repeated[0]
+            lines.append(
+                f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have several segments of one stuff class, as "
+                f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model gives one: join them, or call the class a thing"
+            )
+    return lines
+
+
+def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, np.ndarray]]:
+    """The sets whose index can be counted, and the segments of their images (semantic labels are one segment a class, and never many)."""
+    parts = [(dataset.val, range(len(dataset.val)), "validation")]
+    if cfg.labels == "panoptic":
+        parts.insert(0, (dataset.train, dataset.labeled, "labelled"))
+    return [
+        (images, what, objects(images, indices))
+        for images, indices, what in parts
+        if isinstance(images, PanopticFolder)
+    ]
+
+
+def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
+    """(image, class, number of segments) where one image has several of a stuff class, which COCO panoptic format does not know. Crowd does not count."""
+    owner, classes = (
+        np.repeat(np.arange(images.annotated), np.diff(images.starts)),
+        images.segments[:, 1],
+    )
+    stuff = ~np.array(images.taxonomy.things)[classes] & (images.segments[:, 3] == 0)
+    pairs, counts = np.unique(
+        np.stack([owner[stuff], classes[stuff]], -1), axis=0, return_counts=True
+    )
+    return [
+        (*pair, count)
+        for pair, count in zip(pairs[counts > 1].tolist(), counts[counts > 1].tolist())
+    ]
 
 
 def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:

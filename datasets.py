@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomic
 from config import PAPERS_SPLITS, UserError, refuse
-from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids
+from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids, split_list
 
 REPOSITORY = "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
 # Semantic class (0 to 149) of instance class 1 to 100; these are the things of ADE20K, the other 50 classes are stuff.
@@ -69,14 +69,14 @@ BACKGROUND = {"id": 0, "name": "background", "isthing": 0}             # COCO-Ob
 # ---------------------------------------------------------------------------------------------------------- loading
 
 def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[UserError], None] = refuse) -> DataSet:
-    """A prepared data set. split: one of the official partitions, a number of labelled images, or a file of image names; empty: all.
+    """A prepared data set. split: as in `data.read_split`.
 
     complain: as in `data.load_folder`.    Raises: UserError naming what is missing and the command that makes it.
     """
     base = locate(name, root)
-    known, folder = splits(name), base / "dearli" / DOWNLOAD[name]
-    if split and not split.isdecimal() and split not in known and not Path(split).is_file():
-        raise UserError(f"unknown split '{split}' of {name}; available: {', '.join(known)}, a number, or a file of image names")
+    official = base / "dearli" / DOWNLOAD[name]
+    if split not in splits(name):      # official lists may still have to be fetched
+        split_list(base, split or "all", official)
     if name == "ade20k":
         places = {part: (base / f"ade20k_panoptic_{part}.json", base / "images" / long, base / f"ade20k_panoptic_{part}", base / "annotations" / long)
                   for part, long in (("train", "training"), ("val", "validation"))}
@@ -98,9 +98,13 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
     taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids, stored.palette)
     parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val", hidden=name == "ade20k", complain=complain)
              for part, place in places.items()}
-    listed = folder / split / "labeled.txt"
-    labeled, unlabeled = read_split(base, str(listed) if split in known else split, parts["train"], seed, complain)
+    labeled, unlabeled = read_split(base, split, parts["train"], seed, complain, official)
     return DataSet(name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
+
+
+def default_split(name: str) -> str:
+    """What --split is where it is not given: all of one's own images, of the paper's data sets the smallest partition."""
+    return {"mini": "16", "custom": "all"}.get(name) or splits(name)[0]
 
 
 def splits(name: str) -> tuple[str, ...]:
@@ -192,7 +196,7 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
         categories = [{"id": k, "name": names[k + 1], "isthing": int(k in ADE_THINGS)} for k in range(150)]
         for part, out in (("training", "train"), ("validation", "val")):
             maps = base / f"ade20k_panoptic_{out}"
-            images = sorted((base / "images" / part).glob("*.jpg"))
+            images = sorted(path for path in (base / "images" / part).glob("*.jpg") if not path.name.startswith("."))
             if not images:
                 raise UserError(f"{base / 'images' / part}: no *.jpg files; the download is incomplete")
             tasks = [(str(p), str(base / "annotations" / part / f"{p.stem}.png"), str(base / "annotations_instance" / part / f"{p.stem}.png"),
@@ -216,7 +220,7 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
 
 def locate(name: str, root: Path) -> Path:
     """The folder of a data set: DATA_ROOT itself, or a folder of the usual name in it."""
-    root, folder = Path(root), FOLDERS[DOWNLOAD[name]]
+    root, folder = Path(root).expanduser(), FOLDERS[DOWNLOAD[name]]
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data-root names the folder with the downloads of {name}")
     return root / folder if (root / folder).is_dir() else root

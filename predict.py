@@ -1,10 +1,9 @@
 """A trained run applied to pictures: to one from Python, to a folder from the command line (`--stage predict`).
 
     import dearli
-    from data import open_image
 
     model = dearli.load("runs/mini-dearli-16")
-    result = model(open_image("picture.jpg"))                      # or a (H, W, 3) uint8 array
+    result = model("picture.jpg")                                  # or a PIL image, or an array (H, W, 3) or (H, W)
     print(result.segment_map.shape, result.names, result.scores)
     result.overlay().save("overlay.png")
 
@@ -37,15 +36,35 @@ from tqdm import tqdm
 
 import report
 from checkpoint import claim, release, write_atomic
-from config import Config, UserError
-from data import FORMATS, Taxonomy, as_rgb, brief, name_fault, open_image
+from config import BEFORE, Config, UserError
+from data import (
+    WHITE,
+    Taxonomy,
+    above_white,
+    as_rgb,
+    brief,
+    endings,
+    name_fault,
+    open_image,
+    pictures,
+    uses_little,
+)
 from datasets import encode
 from evaluation import posterior_alphas, posterior_of
 from model import Segmenter, panoptic_inference, semantic_inference
 from trainer import append
 
 KINDS = ("panoptic", "semantic", "overlay")
-NUMBERS = ("alpha", "clip_scale", "object_mask_threshold", "overlap_threshold", "test_size", "test_max")             # of Config, that a prediction depends on
+NUMBERS = (
+    "alpha",
+    "clip_scale",
+    "object_mask_threshold",
+    "overlap_threshold",
+    "test_size",
+    "test_max",
+    "white",
+)  # of Config, that a prediction depends on
+CUT_OFF = 0.01  # share of the values of a 16-bit picture above the run's white point from which it is said
 
 
 @dataclass
@@ -86,11 +105,22 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image) -> Prediction:
-        """image: PIL, of any size and mode, not turned (`data.open_image` does that); or an array (H, W) or (H, W, 3), uint8."""
-        image = as_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that); or an array: (H, W) uint8 or uint16, (H, W, 3) uint8.
+        16 bits become 8 by the white point of the run."""
+        if isinstance(image, (str, Path)):
+            image = open_image(image, white=self.white)
+        image = as_rgb(
+            image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)),
+            self.white,
+        )
         posterior, mask_logits, sizes = posterior_of(self.model, image, self.cfg, self.device, self.alpha)
         found = panoptic_inference(posterior, mask_logits, self.things, sizes, self.cfg.object_mask_threshold, self.cfg.overlap_threshold)
         return Prediction(image, *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))), self.taxonomy)
+
+    @property
+    def white(self) -> int:
+        """Of 16-bit pictures, see `data.open_image`; an official file stores none."""
+        return self.cfg.white or WHITE
 
     def info(self) -> dict:
         """What a prediction depends on, beside the image. sha256: of the weights and the classes."""
@@ -98,13 +128,18 @@ class Predictor:
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-        return {**self.about, "sha256": digest.hexdigest(), **{name: getattr(self.cfg, name) for name in NUMBERS}}
+        return {
+            **self.about,
+            "sha256": digest.hexdigest(),
+            **{name: getattr(self.cfg, name) for name in NUMBERS},
+            "white": self.white,
+        }
 
 
 class Pictures:
     """A picture, or those of a folder and of the folders in it, and where their predictions go.
 
-    Files whose endings are not those of images are passed over, and so are earlier predictions in the same folder; links to folders are not followed.
+    What a picture is, `data.pictures` says; earlier predictions in the same folder are passed over, too.
     Raises: UserError if there is no picture, or something is there already that neither force allows to replace nor resume to continue.
     """
 
@@ -128,15 +163,13 @@ class Pictures:
     def _list(self) -> None:
         if not self.source.is_dir():
             raise UserError(f"{self.source}: no such picture or folder of pictures")
-        endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-        own, files = {os.path.realpath(self.output / kind) for kind in KINDS}, []
-        for folder, folders, inside in os.walk(self.source):
-            folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in own]
-            files += [Path(os.path.relpath(os.path.join(folder, name), self.source)) for name in inside]
-        images = sorted(path for path in files if path.suffix.lower() in endings and not path.name.startswith("."))
-        self.others = sorted({path.as_posix() for path in files} - {path.as_posix() for path in images})
+        own = {os.path.realpath(self.output / kind) for kind in KINDS}
+        images = [Path(name) for name in pictures(self.source, self.others.append, own)]
+        self.others.sort()
         if not images:
-            raise UserError(f"{self.source}: no pictures in this folder; expected files that end in {', '.join(sorted(endings))}")
+            raise UserError(
+                f"{self.source}: no pictures in this folder; expected files that end in {', '.join(endings())}"
+            )
         # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
         bad = [path for path in images if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())]
         self.names = [path.as_posix() for path in images if path not in bad]
@@ -149,8 +182,10 @@ class Pictures:
     def fill(self, model: Predictor) -> int:
         """Predict what is not done. Returns the number of pictures that were.   Raises: UserError at the end if some could not be read."""
         todo, info, faults = [name for name in self.names if name not in self.rows], model.info(), [*self.faults]
-        differs = [f"{key}: {self.begun.get(key)!s:.12} there, {info[key]!s:.12} now" for key in info
-                   if self.begun and self.begun.get(key) != info[key] and key != "weights"]
+        begun = {**BEFORE, **self.begun}
+        differs = [f"{key}: {begun.get(key)!s:.12} there, {info[key]!s:.12} now" for key in info
+                   if self.begun and begun.get(key) != info[key] and key != "weights"]
+        dark, cut_off = [], []
         try:
             if differs:
                 raise UserError(f"{self.output}: cannot go on with what another model began ({', '.join(differs)}); choose another folder with --out, "
@@ -159,10 +194,12 @@ class Pictures:
             with open(self.log, "ab", buffering=0) as log:
                 for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
                     try:
-                        image = open_image(self.source / name)
+                        image = open_image(self.source / name, white=model.white)
+                        cut_off += [name] * (above_white(self.source / name, model.white) > CUT_OFF)
                     except UserError as error:
                         faults.append(error)
                         continue
+                    dark += [name] * uses_little(image)
                     self.rows[name] = self._write(name, model(image))
                     append(log, self.rows[name])
             columns = {key: [self.rows[name][key[:-1]] for name in sorted(self.rows)] for key in ("images", "annotations")}
@@ -172,6 +209,15 @@ class Pictures:
         if self.others:
             listed = ", ".join([*map(brief, self.others[:5]), *["..."] * (len(self.others) > 5)])
             print(f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}")
+        for names, what in (
+            (dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
+            (cut_off, "of 16 bits that lose what is brighter"),
+        ):
+            listed = ", ".join([*map(brief, names[:5]), *["..."] * (len(names) > 5)])
+            if names:
+                print(
+                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white {model.white}: {listed}"
+                )
         print("".join(f"warning: {fault}\n" for fault in faults), end="")
         if faults:
             every = len(self.names) + len(self.faults)

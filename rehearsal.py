@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 
 from config import Config, UserError, changes
-from data import Batches, DataSet
+from data import WHITE, Batches, DataSet
 from optim import NotFinite
 from trainer import memory_gb, to_device
 
@@ -27,6 +27,8 @@ class Rehearsal:
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
         self.folder, self.cfg, self.seconds = Path(folder), cfg, 0.0
         changed = changes(vars(cfg), preset)
+        if cfg.white == WHITE:         # nothing was measured
+            changed.pop("white", None)
         say("run", f"{folder} (nothing is written now)")
         say("config", f"{identity['stage']}; " + (f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "the preset's numbers"))
 

@@ -17,17 +17,23 @@ ROOM = 0.6                             # share of a name that must lie on its se
 FONT_SIZE, PIXELS_A_FONT_SIZE = (13, 48), 38       # in pixels; least and largest, and so much of the long side for each pixel of the font
 
 
+def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:
+    """A figure of one reading, as ("things", "pq"); None if it is not there, or is over nothing: `evaluation.evaluate` gives 0 then, as the COCO panoptic API."""
+    value, counted = metrics, None
+    for key in keys:
+        value, counted = (value.get(key), value.get("miou_classes" if key == "miou" else "n")) if isinstance(value, dict) else (None, None)
+    return None if counted == 0 else value
+
+
 def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
-    """A plain-text table of metrics in percent. rows: (title, metrics of one reading as `evaluation.evaluate` returns)."""
+    """A plain-text table of metrics in percent, n/a where there is nothing to measure. rows: (title, metrics of one reading as `evaluation.evaluate` returns)."""
     width = max(len(title) for title, _ in rows)
     lines = [" " * width + "".join(f"{name:>11}" for name, _ in columns)]
     for title, metrics in rows:
         cells = []
         for _, keys in columns:
-            value = metrics
-            for key in keys:
-                value = value[key]
-            cells.append(f"{100 * value:11.1f}")
+            value = figure(metrics, keys)
+            cells.append(f"{'n/a':>11}" if value is None else f"{100 * value:11.1f}")
         lines.append(f"{title:<{width}}" + "".join(cells))
     return "\n".join(lines)
 

@@ -36,8 +36,9 @@ import validate
 import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_of_share, text_embeddings
 from command_line import DATASETS, check, configure, given, parser, require_of_the_run, require_sense, steps_of
-from config import PAPERS_DATASETS, PRESETS, Config, UserError, ablations, choose, refuse, require_semi_supervised
-from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, load_folder, load_mini, mini_taxonomy, require_files
+from config import PAPERS_DATASETS, PRESETS, Config, UserError, ablations, choose, numbers_of, refuse, require_semi_supervised
+from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, limits, load_folder, load_mini, mini_taxonomy
+from data import require_files, require_images, require_truth, see
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
@@ -117,29 +118,38 @@ def load_data(job: Job, cfg: Config, complain=refuse) -> DataSet:
         raise UserError(f"--dataset {job.dataset} needs --data-root DIR: " + (
             "a folder in COCO panoptic format" if job.dataset == "custom" else "the folder with its downloads, see --stage prepare"))
     if job.dataset in PAPERS_DATASETS:
-        return datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
-    return load_folder(Path(job.data_root), job.split, cfg.seed, job.variant, complain)
+        dataset = datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
+    else:
+        dataset = load_folder(Path(job.data_root), job.split, cfg.seed, job.variant, complain)
+    see(cfg.white, dataset.train, dataset.val)
+    return dataset
 
 
 def load_images(job: Job, cfg: Config):
     """What SAM segments and the decoder is warmed up on: a folder of images, or the training images of the data set."""
     if job.images:
-        return ImageFolder(job.images)
+        images = ImageFolder(job.images)
+        see(cfg.white, images)
+        return images
     images = load_data(job, cfg).train
+    require_images(images)
     require_files(images, range(len(images)), "training", maps=False)
     return images
 
 
-def require_training_files(dataset: DataSet, cfg: Config) -> None:
+def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> None:
     """What a training run reads of labelled and validation images is there: asked before the first step, not after the last."""
+    require_truth(dataset, measure=evaluate)
     require_files(dataset.train, dataset.labeled, "labelled", classes=cfg.labels == "semantic")
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
 
 
 def settle(cfg: Config, dataset: DataSet) -> Config:
-    """`--alpha labeled` as a number."""
+    """What the data set decides, as numbers: `--white 0` and `--alpha labeled`."""
+    cfg = dataclasses.replace(cfg, white=dataset.train.white)
     if cfg.alpha != "labeled":
         return cfg
+    require_truth(dataset, measure=False)                          # no share without labelled images
     share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
     return dataclasses.replace(cfg, alpha=round(alpha_of_share(share), 3))
 
@@ -193,14 +203,14 @@ def stage_validate(job: Job, cfg: Config) -> dict:
     faults: list[UserError] = []
     try:
         dataset = load_data(job, cfg, faults.append)
-        result = validate.check(dataset, faults, cfg.workers, job.masks)
+        result = validate.check(dataset, faults, cfg.workers, job.masks, cfg)
     except UserError as error:                                     # so broken that it cannot be opened
         result, dataset = {"refused": str(error)}, None
     if job.json:
         checkpoint.write_atomic(job.json, json.dumps({"dataset": job.dataset, "data_root": job.data_root, "split": job.split, **result}, indent=1).encode())
     if dataset is None:
         raise UserError(result["refused"])
-    print(validate.report(result, f"{job.name}, {f'split {job.split}' if job.split else 'all annotated images labelled'}", job.data_root))
+    print(validate.report(result, f"{job.name}, split {job.split}", job.data_root))
     if validate.summary(result):
         raise UserError(f"{job.data_root or job.name}: {validate.summary(result)}, listed above{f' and in {job.json}' if job.json else ''}")
     return result
@@ -224,7 +234,7 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
     """Decoder warm-up, L_loc on all SAM masks."""
     cfg = dataclasses.replace(cfg, teacher_posterior="decoder")                                # there is no teacher
     images, folder = load_images(job, cfg), job.out or job.folder("dewa", cfg)
-    cfg = as_begun(job, cfg, folder, "dewa_steps")
+    cfg = as_begun(job, dataclasses.replace(cfg, white=images.white), folder, "dewa_steps")
     beside = job.images and dewa.mask_file(job.images, images.name(0)).exists()                # as in SA-1B
     masks = job.masks or (job.images if beside else job.runs / f"{job.name}-masks")
     if not masks.is_dir():
@@ -243,7 +253,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
     cfg = as_begun(job, settle(cfg, dataset), folder, "sup_steps")
-    require_training_files(dataset, cfg)
+    require_training_files(dataset, cfg, job.evaluate)
     run = begin(job, folder, cfg, identity(job, "sup", dataset.taxonomy), dataset)
     say_ablations(cfg, "sup")
     start = read_run(job.init) if job.init else {}
@@ -263,7 +273,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     cfg = as_begun(job, settle(cfg, dataset), folder, "ssl_steps")
     if not dataset.unlabeled:
         raise UserError(f"--split {job.split}: all images of {job.name} are labelled, none is left for the semi-supervised stage; choose fewer, or --stage sup")
-    require_training_files(dataset, cfg)
+    require_training_files(dataset, cfg, job.evaluate)
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
     init = job.init
     if job.method == "dearli" and init is None:
@@ -306,6 +316,7 @@ def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
 
 def begin(job: Job, folder: Path, cfg: Config, identity: dict, dataset: DataSet | None = None) -> "Run | rehearsal.Rehearsal":
     """The run in `folder`, or with --dry-run what stands in for it."""
+    print("".join(f"warning: {line}\n" for line in limits(dataset, cfg)) if dataset else "", end="")
     if job.dry_run:
         if dataset is not None:
             rehearsal.say_data(dataset, job.split)
@@ -326,6 +337,7 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     if others and folder == job.weights:
         raise UserError(f"{folder}: its results are of other numbers ({', '.join(others)}) and would be replaced; name a folder for the new ones with --out")
     checkpoint.require_writable(folder)
+    require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
     finish(dataclasses.replace(job, evaluate=True), cfg, dataset, load_models(job, cfg, dataset.taxonomy), folder)
     return folder
@@ -407,7 +419,10 @@ def others_readings(job: Job, cfg: Config, dataset: DataSet, others: list) -> li
             if not checkpoint.steps(run.folder) or not run.reading:
                 raise UserError(f"{run.folder}: no weights, or not evaluated")
             state = read_run(run.folder)
-            own = settle(dataclasses.replace(cfg, **{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state["config"]}), dataset)
+            own = dataclasses.replace(cfg, **numbers_of(state["config"]))
+            if own.white not in (0, dataset.val.white):
+                raise UserError(f"{run.folder}: sees 16-bit images by another white point")
+            own = settle(own, dataset)
             which, posterior = run.reading.split("/")
             theirs = dataclasses.replace(job, state=state, weights=run.folder)
             if taxonomy_of(theirs, own).names != dataset.taxonomy.names:
@@ -519,7 +534,7 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
             for reading in metrics:
                 metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
                 print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
-                      + ", ".join(f"{100 * group['pq']:.1f}" for group in metrics[reading]["groups"]))
+                      + ", ".join(f"{100 * group['pq']:.1f}" if group["n"] else "n/a" for group in metrics[reading]["groups"]))
         content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
         if ranks.rank() == 0:
             checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
@@ -734,6 +749,7 @@ def stage_zeroshot(job: Job, cfg: Config) -> Path:
     """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
     dataset, folder = load_data(job, cfg), job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg)
     checkpoint.require_writable(folder)
+    require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation")
     if foundation.is_timm(cfg.backbone):
         raise UserError(f"--stage zeroshot: backbone {cfg.backbone} has no text tower; expected an OpenCLIP ConvNeXt such as {', '.join(foundation.TAGS)}")
@@ -830,7 +846,7 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     numbers = given(args)
     keep |= {"steps": numbers.get(steps_of(args.stage)), "given": frozenset(numbers)}
-    return Job(**{**keep, "split": split or ("" if args.stage == "validate" and args.dataset != "mini" else "all" if args.dataset == "custom" else "16"), "variant": variant, "data_root": data_root, "state": state, "device": device,
+    return Job(**{**keep, "split": split or datasets.default_split(args.dataset), "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
 
 

@@ -77,7 +77,7 @@ import trainer
 import validate
 import watch
 from clip_ensemble import Vocabulary, alpha_at, alpha_of_share, geometric_ensemble, mask_pool
-from config import MINI, OFFICIAL, Config, UserError
+from config import MINI, OFFICIAL, Config, UserError, numbers_of, require_ranges
 from deformable import DeformableAttention, Pyramid, SparseSamples, grid_samples, pixel_centres, weighted_samples
 from evaluation import evaluate, flatten, frequency_groups, group_quality, zero_shot
 from losses import LossConfig, class_loss, mask_losses, point_generators, set_loss, uncertain_points
@@ -1002,6 +1002,357 @@ def test_images_without_annotation_are_unlabelled_images(tmp_path):
         data.load_folder(root, "4")
 
 
+def png_of_16_bits(path, values):
+    """A PNG of (H, W) or (H, W, channels) values, 16 bits each: grey, grey and alpha, RGB or RGBA."""
+    values = np.asarray(values)
+    values = values[..., None] if values.ndim == 2 else values
+    height, width, channels = values.shape
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff_of_16_bits(path, values, order="<", packed=False):
+    """A TIFF of (H, W, 3) values, 16 bits each, least or most significant byte first, as they are or deflated."""
+    height, width = values.shape[:2]
+    content, place = values.astype(f"{order}u2").tobytes(), 8 + 2 + 10 * 12 + 4
+    content = zlib.compress(content) if packed else content
+    short = {256: width, 257: height, 259: 8 if packed else 1, 262: 2, 277: 3, 278: height}
+    entries = [
+        (tag, struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)) for tag, value in short.items()
+    ]
+    entries += [
+        (258, struct.pack(f"{order}HHII", 258, 3, 3, place)),
+        (273, struct.pack(f"{order}HHII", 273, 4, 1, place + 6)),
+        (279, struct.pack(f"{order}HHII", 279, 4, 1, len(content))),
+        (339, struct.pack(f"{order}HHIHH", 339, 3, 1, 1, 0)),
+    ]
+    path.write_bytes(
+        {"<": b"II", ">": b"MM"}[order]
+        + struct.pack(f"{order}HIH", 42, 8, 10)
+        + b"".join(e for _, e in sorted(entries))
+        + struct.pack(f"{order}I3H", 0, 16, 16, 16)
+        + content
+    )
+
+
+def test_sixteen_bits_become_eight_by_a_white_point_in_every_kind_of_file(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (5, 7, 4)).astype(np.uint16)
+    values[0, 0] = 4095, 16, 15, 9
+    files = {
+        "grey.png": np.repeat(values[..., :1], 3, -1),
+        "grey-alpha.png": np.repeat(values[..., :1], 3, -1),
+        "rgba.png": values[..., :3],
+    }
+    png_of_16_bits(tmp_path / "grey.png", values[..., 0])
+    png_of_16_bits(tmp_path / "grey-alpha.png", values[..., :2])
+    png_of_16_bits(tmp_path / "rgba.png", values)
+    png_of_16_bits(tmp_path / "rgb.png", values[..., :3])
+    Image.fromarray(values[..., 0]).save(tmp_path / "grey.tif")
+    files |= {"rgb.png": values[..., :3], "grey.tif": files["grey.png"]}
+    for order, packed in (("<", False), ("<", True), (">", False), (">", True)):
+        name = f"{'little' if order == '<' else 'big'}{packed}.tif"
+        tiff_of_16_bits(tmp_path / name, values[..., :3], order, packed)
+        files[name] = values[..., :3]
+    for name, true in files.items():
+        # 4095 is 12 bits: a shift by 4. 65535: by 8, as ever. 1000: 500 becomes 500 * 256 / 1001 = 127.9, and what is above 1000 is cut off
+        assert np.array_equal(
+            np.asarray(data.open_image(tmp_path / name, white=4095)), true >> 4
+        ), name
+        assert np.array_equal(np.asarray(data.open_image(tmp_path / name)), true >> 8), name
+        cut = np.asarray(data.open_image(tmp_path / name, white=1000))
+        assert (
+            np.array_equal(cut, np.minimum(true.astype(int) * 256 // 1001, 255))
+            and cut[0, 0, 0] == 255
+        ), name
+        assert (
+            data.above_white(tmp_path / name, 4095)
+            == 0
+            < data.above_white(tmp_path / name, 4094)
+            < 0.2
+        ), name
+    signed = Image.fromarray(np.array([[-5, 4000]], np.int32))
+    signed.save(tmp_path / "signed.tif")
+    with pytest.raises(UserError, match="signed.tif: .*sign, or of 32 bits"):
+        data.open_image(tmp_path / "signed.tif", white=4095)
+
+
+def test_the_white_point_is_that_of_all_training_images_and_jpegs_are_not_opened(
+    tmp_path, monkeypatch
+):
+    for name, largest in {"a.png": 300, "b.png": 2500, "sub/c.PNG": 100}.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        png_of_16_bits(tmp_path / "set" / name, [[0, largest]])
+    Image.new("L", (4, 4), 255).save(tmp_path / "set" / "eight.png")  # says nothing of 16 bits
+    (tmp_path / "set" / "cut.png").write_bytes(
+        (tmp_path / "set" / "a.png").read_bytes()[:40]
+    )  # whoever needs it will say so
+    (tmp_path / "set" / "d.jpg").write_bytes(b"not opened")
+    opened, open_it = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda path, **more: opened.append(Path(path).name) or open_it(path, **more)
+    )
+    images = data.ImageFolder(tmp_path / "set")
+    assert data.white_point(images) == 4095 and "d.jpg" not in opened        # 2500 < 4096 = 2^12
+    data.see(0, images)
+    assert np.asarray(images.image(images.names.tolist().index("b.png")))[0, 1, 0] == 2500 >> 4
+    assert (
+        np.asarray(images.image(images.names.tolist().index("a.png")))[0, 1, 0] == 300 >> 4
+    )  # still darker than b.png
+    for largest, white in ((40, 255), (255, 255), (256, 511), (32767, 32767), (32768, 65535)):
+        png_of_16_bits(tmp_path / "one.png", [[0, largest]])
+        (tmp_path / str(largest)).mkdir()
+        (tmp_path / "one.png").rename(tmp_path / str(largest) / "one.png")
+        assert data.white_point(data.ImageFolder(tmp_path / str(largest))) == white
+    opened.clear()
+    shutil.rmtree(tmp_path / "set" / "sub")
+    for path in (tmp_path / "set").glob("*.png"):
+        path.unlink()
+    assert data.white_point(data.ImageFolder(tmp_path / "set")) == data.WHITE and not opened
+    many = [f"{i:04}.png" for i in range(3000)]
+    monkeypatch.setattr(data, "_largest", lambda path: opened.append(path.name) or 7)
+    images.names = np.array(many)
+    assert (
+        data.white_point(images) == 255
+        and len(opened) == data.MEASURED
+        and opened[:2] == ["0000.png", "0003.png"]
+        and opened[-1] == "2997.png"
+    )
+
+
+def test_a_run_stores_the_white_point_that_it_was_trained_with(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set", images=2)
+    size = Image.open(root / "images" / "train0.png").size
+    png_of_16_bits(root / "images" / "train1.png", np.full(size[::-1], 900))
+    flags = ("--split", "1", "--steps", 1, "--no-eval")
+    assert run_folder("sup", root, *flags) == 0
+    stored = json.loads((tmp_path / "set-sup-1" / "config.json").read_text())
+    assert stored["white"] == 1023                                           # 900 < 1024 = 2^10
+    png_of_16_bits(root / "images" / "train1.png", np.full(size[::-1], 9000))
+    assert (
+        run_folder("sup", root, *flags, "--resume") == 2
+        and "white: 1023 there, 16383 now" in capsys.readouterr().err
+    )
+    # versions before this number divided by 256; what is no run has no numbers
+    assert numbers_of({"alpha": 0.5}) == {"alpha": 0.5, "white": 65535} and numbers_of({}) == {}
+    old = {name: value for name, value in stored.items() if name != "white"}
+    assert trainer.differing(old, {**stored, "white": 65535}) == [] and trainer.differing(
+        old, stored
+    ) == ["white"]
+    for white, sound in (
+        (0, True),
+        (255, True),
+        (65535, True),
+        (254, False),
+        (65536, False),
+        (-1, False),
+    ):
+        with contextlib.nullcontext() if sound else pytest.raises(UserError, match="--white"):
+            require_ranges(dataclasses.replace(TINY, white=white))
+
+
+def test_a_list_goes_before_a_number_of_its_name_and_a_number_before_a_file(tmp_path, monkeypatch):
+    root = write_coco_folder(tmp_path / "set")
+    (root / "splits" / "3").mkdir()
+    (root / "splits" / "3" / "labeled.txt").write_text("train5.png\n")
+    assert (
+        data.load_folder(root, "3").labeled == [5] and len(data.load_folder(root, "2").labeled) == 2
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("2", "1_3", "list"):
+        (tmp_path / name).write_text("train1.png\n")
+    assert len(data.load_folder(root, "2").labeled) == 2 and data.load_folder(
+        root, "1_3"
+    ).labeled == [0, 3]
+    assert data.load_folder(root, "./2").labeled == data.load_folder(root, "list").labeled == [1]
+    for split in ("", "all"):
+        assert data.load_folder(root, split).labeled == [0, 1, 2, 3, 4, 5]
+    (root / "splits" / "all").mkdir()
+    (root / "splits" / "4").mkdir()  # a folder without a list is no number
+    for split in ("all", "", "4"):
+        with pytest.raises(
+            UserError, match=f"splits/{split or 'all'}/labeled.txt: no such file, though --split"
+        ):
+            data.load_folder(root, split)
+    (root / "splits" / "all" / "labeled.txt").write_text("train2.png\ntrain4.png\n")
+    for split in ("", "all"):
+        assert data.load_folder(root, split).labeled == [2, 4]
+
+
+def test_a_data_root_reads_the_same_maps_however_it_is_spelled(tmp_path, monkeypatch):
+    root = write_coco_folder(tmp_path / "set", images=2)
+    (root / "annotations").mkdir()
+    for part in ("train", "val"):
+        (root / f"panoptic_{part}.json").rename(root / "annotations" / f"panoptic_{part}.json")
+        shutil.copytree(root / "panoptic", root / "annotations" / f"panoptic_{part}")
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in (root, "set", "./set/", "set/../set", "link", "~/set"):
+        read = data.load_folder(spelling, "all").train
+        assert read.maps.resolve() == root / "annotations" / "panoptic_train" and len(
+            read.truth(1).labels
+        ), spelling
+    monkeypatch.chdir(root)
+    assert (
+        data.load_folder(".", "all").train.maps.resolve() == root / "annotations" / "panoptic_train"
+    )
+    shutil.rmtree(root / "panoptic")
+    assert len(data.load_folder(".", "all").val.truth(0).labels)
+
+
+def test_what_a_picture_is_is_one_rule(tmp_path):
+    folder = tmp_path / "pictures"
+    names = ["a.jpg", "a.png", "b.TIF", "c.webp", "d.bmp", "sub/e.jp2", "sub/deep/f.gif"]
+    hidden = ["._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "sub/.g.png", ".git/x/y.png"]
+    for name in (*names, *hidden, "notes.txt", "a.json", "sub/table.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "g.png").touch()
+    (folder / "linked").symlink_to(outside)
+    (folder / "sub" / "loop").symlink_to(folder)  # without end, if it were followed
+    (outside / "itself").symlink_to(outside)
+    others = []
+    assert data.pictures(folder, others.append) == sorted([*names, "linked/g.png"])
+    assert sorted(others) == sorted(
+        [
+            "._a.png",
+            ".ipynb_checkpoints/",
+            "__MACOSX/",
+            "sub/.g.png",
+            ".git/",
+            "notes.txt",
+            "a.json",
+            "sub/table.csv",
+            "sub/loop/",
+            "linked/itself/",
+        ]
+    )
+    assert (
+        data.ImageFolder(folder).names.tolist()
+        == predict.Pictures(folder, tmp_path / "out").names
+        == data.pictures(folder)
+    )
+    checkpoint.release(tmp_path / "out")
+
+
+def test_what_cannot_be_learned_or_measured_is_refused_before_the_first_step(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set", images=3)
+    whole = {
+        part: json.loads((root / f"panoptic_{part}.json").read_text()) for part in ("train", "val")
+    }
+
+    def refused(part, change, words):
+        for other in ("train", "val"):
+            content = json.loads(json.dumps(whole[other]))
+            (root / f"panoptic_{other}.json").write_text(
+                json.dumps(change(content) or content if other == part else content)
+            )
+        for stage in ("sup", "ssl --method ssl"):
+            capsys.readouterr()
+            assert run_folder(stage, root, "--split", "2" if "ssl" in stage else "all") == 2
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert re.search(words, error), error
+        _, errors, content = validated(root, code=2, capsys=capsys)
+        assert any(re.search(words, text) for text in content["problems"]["nothing"]["faults"])
+        assert not list(tmp_path.glob("*-sup-*")) and not list(tmp_path.glob("*-ssl-*"))
+    def all_crowd(content):
+        for s in (s for a in content["annotations"] for s in a["segments_info"]):
+            s["iscrowd"] = 1
+    def void(content):
+        for a in content["annotations"]:
+            a["segments_info"] = []
+
+    refused(
+        "val",
+        lambda c: {**c, "annotations": []},
+        "panoptic_val.json: no image is annotated, so nothing can be measured",
+    )
+    refused(
+        "val",
+        lambda c: {**c, "annotations": [], "images": []},
+        "panoptic_val.json: no image is annotated",
+    )
+    refused("val", all_crowd, "panoptic_val.json: none of the 2 validation images has a segment")
+    refused(
+        "train", all_crowd, r"panoptic_train.json: none of the \d labelled images has a segment"
+    )
+    content = json.loads(json.dumps(whole["train"]))
+    void(content)
+    (root / "panoptic_train.json").write_text(json.dumps(content))
+    (root / "panoptic_val.json").write_text(json.dumps(whole["val"]))
+    with pytest.raises(UserError, match="none of the 3 labelled images has a segment"):
+        data.require_truth(data.load_folder(root, "all"))
+    (root / "panoptic_train.json").write_text(json.dumps({**whole["train"], "annotations": []}))
+    shutil.rmtree(root / "panoptic")  # nobody needs maps then
+    (root / "panoptic_val.json").write_text(json.dumps({**whole["val"], "annotations": []}))
+    for stage in ("sup", "ssl --method ssl"):
+        capsys.readouterr()
+        assert run_folder(stage, root, "--alpha", "labeled") == 2
+        assert (
+            "panoptic_train.json: no image is annotated, so nothing can be learned"
+            in capsys.readouterr().err
+        )
+    (root / "panoptic_train.json").write_text(
+        json.dumps({**whole["train"], "annotations": [], "images": []})
+    )
+    for stage in ("masks", "dewa"):
+        assert run_folder(stage, root) == 2
+        assert "its list of images is empty" in capsys.readouterr().err
+
+
+def test_objects_out_of_reach_are_counted_from_the_index(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set", images=3)
+    dataset = data.load_folder(root, "2")
+    counts = [
+        sum(not s["iscrowd"] for s in a["segments_info"])
+        for a in json.loads((root / "panoptic_train.json").read_text())["annotations"]
+    ]
+    val = [
+        sum(not s["iscrowd"] for s in a["segments_info"])
+        for a in json.loads((root / "panoptic_val.json").read_text())["annotations"]
+    ]
+    counts = [counts[i] for i in dataset.labeled]
+    assert (
+        data.objects(dataset.train, dataset.labeled).tolist() == counts
+        and data.objects(dataset.val, [1, 0]).tolist() == val[::-1]
+    )
+    cfg = dataclasses.replace(TINY, num_queries=2)
+    def line(counts, what):
+        over = [c for c in counts if c > 2]
+        return (
+            f"{len(over)} of {len(counts)} {what} images have more than 2 segments (up to {max(over)}): "
+            f"{sum(over) - 2 * len(over)} of {sum(counts)} objects cannot be found; raise --num-queries"
+        )
+
+    expected = [line(counts, "labelled"), line(val, "validation")]
+    assert (
+        data.out_of_reach(dataset, cfg) == expected
+        and data.out_of_reach(dataset, dataclasses.replace(cfg, num_queries=max(counts + val)))
+        == []
+    )
+    out, _, content = validated(root, "--split", "2", "--num-queries", "2", code=0, capsys=capsys)
+    assert content["notices"][:2] == expected and all(f"note: {text}" in out for text in expected)
+    assert run_folder("sup", root, "--split", "2", "--num-queries", "2", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert all(f"warning: {text}\n" in out for text in expected)
+
+
 def test_an_error_in_a_loader_process_is_one_line(tmp_path):
     root = write_coco_folder(tmp_path / "set", images=2)
     dataset = data.load_folder(root, "1")
@@ -1424,6 +1775,113 @@ def test_fault_19_truncated_empty_or_non_image_files_are_named(content, tmp_path
         path.write_bytes(whole)
     (root / "splits" / "1_3" / "labeled.txt").write_bytes(b"\xff\xfe\x00")
     one_refusal(root, "labeled.txt: not a readable text file", "1_3")
+
+
+def test_validate_says_what_is_dark_cut_off_unlisted_or_stuff_twice(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set", images=3)
+    out, _, content = validated(root, code=0, capsys=capsys)
+    assert not any("range" in line or "picture" in line for line in content["notices"])
+    size = Image.open(root / "images" / "train0.png").size
+    deep = np.zeros(size[::-1], np.uint16)
+    deep[:, ::2] = 4000  # 12 bits; the white point is 4095
+    png_of_16_bits(root / "images" / "train0.png", deep)
+    png_of_16_bits(
+        root / "images" / "val0.png", np.where(deep, 200, 0)
+    )  # 200 of 4095 becomes 12: next to nothing
+    png_of_16_bits(
+        root / "images" / "val1.png", np.where(deep, 9000, 0)
+    )  # cut off in half of its pixels
+    Image.new("RGB", size, (9, 9, 15)).save(root / "images" / "train1.png")
+    Image.new("RGB", size).save(root / "images" / "new.png")
+    Image.new("RGB", size).save(root / "images" / ".hidden.png")
+    out, _, content = validated(root, code=0, capsys=capsys)
+    assert (
+        "note: 2 of 5 images that use less than 1/16 of their range, 0 to 255, and show next to nothing: train1.png (9 to 15), val0.png (0 to 12)"
+        in out
+    )
+    assert (
+        "--white (here 4095)" in out
+        and "note: 1 of 5 images of 16 bits that lose what is brighter than --white 4095: val1.png (50%)"
+        in out
+    )
+    assert (
+        "note: 1 picture in images that no JSON lists, which are not used: new.png; list them"
+        in out
+    )
+    out, _, content = validated(
+        root, "--white", "65535", code=0, capsys=capsys
+    )  # what /256 would do: 4000 becomes 15
+    assert "3 of 5 images that use less than 1/16" in out and "train0.png (0 to 15)" in out
+    def split_stuff(content):
+        ids = [c["id"] for c in content["categories"]]
+        things = {c["id"] for c in content["categories"] if c["isthing"]}
+        segments = content["annotations"][1]["segments_info"]
+        stuff = next(i for i in ids if i not in things)
+        segments[0]["category_id"] = segments[2]["category_id"] = segments[1]["category_id"] = (
+            stuff  # the second one is crowd
+        )
+
+    rewrite(root / "panoptic_train.json", split_stuff)
+    whole = [
+        s["category_id"]
+        for s in json.loads((root / "panoptic_train.json").read_text())["annotations"][1][
+            "segments_info"
+        ]
+    ]
+    dataset = data.load_folder(root, "all")
+    stuff = dataset.taxonomy.things.index(False)
+    count = whole.count(dataset.taxonomy.ids[stuff]) - 1
+    assert (
+        data.repeated_stuff(dataset.train) == [(1, stuff, count)]
+        and data.repeated_stuff(dataset.val) == []
+    )
+    out, _, content = validated(root, code=2, capsys=capsys)
+    assert content["problems"]["stuff twice"]["faults"] == [
+        f"train1.png: {count} segments of {dataset.taxonomy.short_names[stuff]}"
+    ]
+    assert any(
+        "1 of 3 labelled images have several segments of one stuff class" in line
+        for line in data.limits(dataset, TINY)
+    )
+
+
+def test_validate_looks_at_the_images_that_training_takes(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set")
+    for lists, count in (([], 6), (["train1.png", "train2.png"], 2)):
+        if lists:
+            (root / "splits" / "all").mkdir()
+            (root / "splits" / "all" / "labeled.txt").write_text("\n".join(lists))
+        _, _, content = validated(root, code=0, capsys=capsys)
+        assert content["counts"]["labelled"]["images"] == count and content["split"] == "all"
+        assert run_folder("sup", root, "--dry-run") == 0
+        assert f"{count} labelled" in capsys.readouterr().out
+
+
+def test_a_category_0_is_a_class_like_any_other(tmp_path):
+    root = write_coco_folder(tmp_path / "set", images=2)
+    for part in ("train", "val"):
+        def shift(content):
+            first = content["categories"][0]["id"]
+            for c in content["categories"]:
+                c["id"] -= first
+            for s in (s for a in content["annotations"] for s in a["segments_info"]):
+                s["category_id"] -= first
+        rewrite(root / f"panoptic_{part}.json", shift)
+    dataset = data.load_folder(root, "all")
+    assert dataset.taxonomy.ids[0] == 0 and np.array_equal(
+        dataset.train.truth(1).labels, microcosm.scene("train", 1, 64).labels
+    )
+    said = predict.Prediction(
+        Image.new("RGB", (2, 2)),
+        np.ones((2, 2), np.int32),
+        np.array([0]),
+        np.array([1.0]),
+        np.zeros((2, 2), int),
+        dataset.taxonomy,
+    )
+    assert (
+        said.segments_info()[0]["category_id"] == 0 and dataset.taxonomy.categories()[0]["id"] == 0
+    )
 
 
 def test_fault_20_every_kind_of_image_becomes_8_bit_rgb_and_stays_aligned(tmp_path):
@@ -2493,6 +2951,24 @@ def run(*args):
     return dearli.main(fitting(args))
 
 
+def run_folder(stage, root, *flags):
+    """A stage on a folder in COCO panoptic format, beside it; --split is not given unless it is among the flags."""
+    split = TINY_FLAGS.index("--split")
+    usual = TINY_FLAGS[:split] + TINY_FLAGS[split + 2:]
+    arguments = [
+        "--stage",
+        *stage.split(),
+        "--dataset",
+        "custom",
+        "--data-root",
+        root,
+        "--runs",
+        root.parent,
+        *flags,
+    ]
+    return dearli.main([*usual, *map(str, arguments)])
+
+
 # ------------------------------------------------------- the state of a run: what it must survive, each by the fault itself
 
 def fork(main, output):
@@ -3000,6 +3476,36 @@ def test_colours_of_classes_are_far_apart_for_every_eye_and_do_not_depend_on_the
     assert len({colours.shade(colours.OKABE_ITO[0], n) for n in range(40)}) == 40 and colours.shade((10, 20, 30), 0) == (10, 20, 30)
 
 
+def test_figures_over_nothing_are_not_printed_as_0():
+    quality = PanopticQuality(2)
+    quality.add(np.array([[1, 1]]), np.array([0]), np.array([[1, 1]]), np.array([0]))
+    metrics = {**quality.result([True, False]), "miou": 0.0, "miou_classes": 0}
+    assert [report.figure(metrics, keys) for _, keys in report.COLUMNS] == [
+        1.0,
+        1.0,
+        None,
+        1.0,
+        1.0,
+        None,
+    ]
+    assert report.table([("a run", metrics)]).splitlines()[1].split() == [
+        "a",
+        "run",
+        "100.0",
+        "100.0",
+        "n/a",
+        "100.0",
+        "100.0",
+        "n/a",
+    ]
+    assert (
+        report.figure({**metrics, "miou_classes": 1}, ("miou",)) == 0.0
+        and report.figure({}, ("things", "pq")) is None
+    )
+    del metrics["miou_classes"]  # as older versions stored it
+    assert report.figure(metrics, ("miou",)) == 0.0
+
+
 def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_image(tmp_path):
     image, segment_map, labels = square()
     taxonomy = data.Taxonomy(("cat", "grass"), (True, False), (1, 2))
@@ -3168,6 +3674,46 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     monkeypatch.undo()
     assert predict_stage(small_run, "--input", pictures / "b.png", "--out", out, "--force") == 0
     assert [image["id"] for image in json.loads((out / "panoptic.json").read_text())["images"]] == ["b.png"] and Image.open(out / "overlay/b.png.png").size == (640, 640)
+
+
+def test_a_run_sees_16_bit_pictures_by_its_own_white_point(small_run, tmp_path, capsys):
+    eight = np.asarray(Image.open(small_run / "pictures" / "a.png").convert("L"))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "plain").mkdir()
+    Image.fromarray(eight).save(tmp_path / "plain" / "a.png")
+    png_of_16_bits(
+        tmp_path / "deep" / "a.png", eight.astype(np.uint16) << 4
+    )  # the same in 12 of 16 bits
+
+    def maps(name, *flags):
+        assert (
+            predict_stage(
+                small_run, "--input", tmp_path / name, "--out", tmp_path / "out", "--force", *flags
+            )
+            == 0
+        )
+        return (tmp_path / "out" / "panoptic" / "a.png.png").read_bytes(), capsys.readouterr().out
+
+    assert (
+        maps("deep", "--white", "4095")[0] == maps("plain")[0]
+        and "warning" not in maps("deep", "--white", "4095")[1]
+    )
+    dark = maps("deep")  # the run was trained on 8 bits: divided by 256
+    assert (
+        "warning: " in dark[1]
+        and "1 pictures that show next to nothing" in dark[1]
+        and "--white 65535: 'a.png'" in dark[1]
+    )
+    assert (
+        "1 pictures of 16 bits that lose what is brighter, by the run's --white 255"
+        in maps("deep", "--white", "255")[1]
+    )
+    model = dearli.load(small_run / "run", device="cpu", white=4095)
+    assert np.array_equal(
+        model(tmp_path / "deep" / "a.png").segment_map,
+        model(str(tmp_path / "plain" / "a.png")).segment_map,
+    )
+    assert np.array_equal(model(eight.astype(np.uint16) << 4).segment_map, model(eight).segment_map)
 
 
 def test_predictions_that_were_killed_are_continued_and_equal_those_that_were_not(small_run, tmp_path, capsys):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import checkpoint
 import ranks
 from command_line import READS
-from config import Config, UserError
+from config import BEFORE, Config, UserError
 from data import Batches, loader
 from optim import Broken, NotFinite, set_lr
 
@@ -233,7 +233,7 @@ def read_log(path: Path) -> list[dict]:
 
 def differing(stored: dict, config: dict) -> list[str]:
     """Keys that make a stored run another run than the one asked for; numbers that its stage does not read make none."""
-    older = {"taxonomy"} - stored.keys()           # runs did not always store it
+    older, stored = {"taxonomy"} - stored.keys(), {**BEFORE, **stored}             # runs did not always store everything
     unread = {field.name for field in dataclasses.fields(Config)} - READS.get(config["stage"], READS["ssl"])       # a run of stage ssl is named after its method
     return [key for key in config if key not in MAY_CHANGE | older | unread and stored.get(key) != config[key]]
 
