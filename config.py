@@ -201,10 +201,11 @@ def alpha_at(alpha: float | str, progress: float) -> float:
 
 
 def changes(numbers: dict, preset: Config) -> dict:
-    """Fields of a configuration, as a run stores it, that are not those of a preset: {name: value}."""
+    """Fields of a configuration, as a run stores it, that are not those of a preset: {name: value}. A burn-in is compared in steps."""
     settled = replace(preset, ssl_steps=numbers.get("ssl_steps", preset.ssl_steps)).settled()
+    usual = {**vars(preset), "burn_in": settled.burn_in, "burn_in_warm": settled.burn_in_warm}
     return {f.name: numbers[f.name] for f in fields(Config)
-            if f.name in numbers and numbers[f.name] not in (getattr(preset, f.name), getattr(settled, f.name))}
+            if f.name in numbers and numbers[f.name] not in (usual[f.name], getattr(preset, f.name))}
 
 
 AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",

@@ -302,11 +302,14 @@ def as_begun(job: Job, cfg: Config, folder: Path, steps: str) -> Config:
     """With --resume, the length and the burn-in that the run was begun with, unless they are named. steps: the field of its length."""
     stored = {}
     if job.resume:
-        with contextlib.suppress(UserError):                       # no run there yet, or one whose checkpoint will say what it is
-            stored = html_report.read(folder).config
+        with contextlib.suppress(OSError, ValueError):             # no run there yet, or one whose checkpoint will say what it is
+            stored = json.loads((folder / "config.json").read_text())
+    whole = {name: stored[name] for name in (steps, "ssl_steps", "burn_in", "burn_in_warm") if isinstance(stored, dict) and type(stored.get(name)) in (int, float)}
+    begun = dataclasses.replace(cfg, **{name: whole[name] for name in {"ssl_steps"} & whole.keys()}).settled()
     asked = job.given | ({steps} if job.steps is not None else set())
-    kept = {steps, "burn_in", "burn_in_warm"} - asked              # the burn-in would move if the run were made longer
-    return dataclasses.replace(cfg, **{name: stored[name] for name in kept if type(stored.get(name)) in (int, float)}).settled()
+    # the burn-in would move if the run were made longer; named again as a share, it is what that share was
+    kept = {name for name in {steps, "burn_in", "burn_in_warm"} & whole.keys() if name not in asked or name != steps and getattr(begun, name) == whole[name]}
+    return dataclasses.replace(cfg, **{name: whole[name] for name in kept}).settled()
 
 
 def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:

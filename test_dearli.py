@@ -3932,7 +3932,7 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
         args = stages.parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
         job, cfg = stages.resolve(args)
         stored = json.loads((folder / "config.json").read_text())
-        assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(cfg) and job.out == folder
+        assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(cfg.settled()) and job.out == folder
         assert stages.identity(job, job.method, data.mini_taxonomy()) | {"taxonomy": 0} == {k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")} | {"taxonomy": 0}
 
 
@@ -4306,8 +4306,9 @@ def test_a_burn_in_is_a_share_of_the_steps_that_does_not_move_when_a_run_is_made
     assert dearli.main([*map(str, again), "--steps", "8"]) == 0    # the burn-in is not half of 8
     assert json.loads((tmp_path / "run" / "config.json").read_text())["burn_in"] == 2
     assert ["unlabeled/mask" in row for row in log_of(tmp_path / "run")] == [False, False] + [True] * 6
+    assert dearli.main([*map(str, again), "--steps", "9", "--burn-in", "0.25"]) == 0                # 2 of 8 steps
     capsys.readouterr()
-    assert dearli.main([*map(str, again), "--steps", "8", "--burn-in", "3"]) == 2 and "burn_in: 2 there, 3 now" in capsys.readouterr().err
+    assert dearli.main([*map(str, again), "--steps", "9", "--burn-in", "3"]) == 2 and "burn_in: 2 there, 3 now" in capsys.readouterr().err
 
 
 def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
