@@ -59,8 +59,8 @@ FLAGS = (
     Flag("dataset", ALL, ", ".join(DATASETS), default="mini"),
     Flag("data-root", ALL, "folder of the data set (custom: COCO panoptic format)", default=""),
     Flag("variant", ALL, "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
-    Flag("split", ALL, "labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all, or a file of image names (mini: 16; custom: all; "
-         "others: the smallest partition)"),
+    Flag("split", ALL, "labelled images: a name below DATA_ROOT/splits, a number, all, or a file "
+         "of names, the first that there is (mini: 16; custom: all; else the smallest partition)"),
     Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
     Flag("eval-on", ALL, "mini: val to report, dev to tune", default="val"),
     Flag("preset", ALL, f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
@@ -158,7 +158,7 @@ def overview() -> str:
         *rows, "",
         "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
         "  --data-root DIR     the folder of any other data set",
-        "  --split N           labelled images: a number, the name of a partition, all, or a file of image names",
+        "  --split N           labelled images: a number, a partition, all, or a file of names",
         "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
         "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5", "",
         "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",

@@ -102,8 +102,9 @@ class Config:
     grayscale_prob: float = 0.2        # strong view
     blur_prob: float = 0.5             # strong view
     blur_radius: float = 2.0           # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
-    white: int = 0                     # grey value of a 16-bit image that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8 ... 16) that no 16-bit
-    #                                    training image exceeds (`data.white_point`)
+    white: int = 0                     # grey value of a 16-bit image that becomes 255; 0 = measured:
+    #                                    the least of 2^k - 1 (k = 8 ... 16) that no 16-bit training
+    # image exceeds
     test_size: int = 640               # pixels, short side at evaluation
     test_max: int = 2560               # pixels, long side at evaluation
     workers: int = 4                   # loader processes
@@ -161,15 +162,18 @@ PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL, "ade20k": OFFIC
 AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",
                 "labeled_batch", "unlabeled_batch", "dewa_batch", "crop", "test_size", "test_max", "eval_batch", "points_per_side", "points_per_batch", "checkpoint_every", "log_every"),
             0: ("backbone_lr_multiplier", "decoder_layers", "class_weight", "mask_weight", "dice_weight", "no_object_weight", "lambda_u", "burn_in", "burn_in_warm", "clip_scale",
-                "object_mask_threshold", "overlap_threshold", "lr", "weight_decay", "poly_power", "dewa_crop", "white", "jitter", "jitter_hue", "blur_radius", "workers", "seed")}
+                "object_mask_threshold", "overlap_threshold", "lr", "weight_decay", "poly_power", "dewa_crop", "jitter", "jitter_hue", "blur_radius", "workers", "seed",
+                "white")}
 SHARES = ("importance", "ema_decay", "cutmix_prob", "grayscale_prob", "blur_prob")
 
 
-BEFORE = {"white": 65535}              # what versions did that did not know a number yet, and so did not store it
+BEFORE = {"white": 65535}              # what versions did that did not know a number, nor store it
 
 
 def numbers_of(stored: dict) -> dict:
-    """The fields of Config in what a run has stored, as the version behaved that stored it; nothing of what is no run."""
+    """The fields of Config in what a run has stored, as the version behaved that stored it; nothing
+    of what is no run.
+    """
     known = {**BEFORE, **stored} if stored else {}
     return {name: known[name] for name in (field.name for field in fields(Config)) if name in known}
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from checkpoint import write_atomic
 from config import UserError, refuse
-from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids, split_list
+from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids
+from data import split_list
 
 REPOSITORY = "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
 # Semantic class (0 to 149) of instance class 1 to 100; these are the things of ADE20K, the other 50 classes are stuff.
@@ -107,7 +108,9 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
 
 
 def default_split(name: str) -> str:
-    """What --split is where it is not given: all of one's own images, of the paper's data sets the smallest partition."""
+    """What --split is where it is not given: all of one's own images, of the paper's data sets the
+    smallest partition.
+    """
     return {"mini": "16", "custom": "all"}.get(name) or splits(name)[0]
 
 
@@ -200,7 +203,7 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
         categories = [{"id": k, "name": names[k + 1], "isthing": int(k in ADE_THINGS)} for k in range(150)]
         for part, out in (("training", "train"), ("validation", "val")):
             maps = base / f"ade20k_panoptic_{out}"
-            images = sorted(path for path in (base / "images" / part).glob("*.jpg") if not path.name.startswith("."))
+            images = sorted((base / "images" / part).glob("[!.]*.jpg"))
             if not images:
                 raise UserError(f"{base / 'images' / part}: no *.jpg files; the download is incomplete")
             tasks = [(str(p), str(base / "annotations" / part / f"{p.stem}.png"), str(base / "annotations_instance" / part / f"{p.stem}.png"),

@@ -47,9 +47,11 @@ import validate
 import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_at, alpha_of_share, text_embeddings
 from command_line import ALL, DATASETS, FORMATS, METHODS, SOURCES, help_page, parser, require_known
-from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, choose, numbers_of, refuse, require_ranges
-from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, limits, load_folder, load_mini, mini_taxonomy
-from data import require_files, require_images, require_truth, see
+from config import PRESETS, SUP_STEPS_A_SPLIT, Config, UserError, choose, numbers_of, refuse
+from config import require_ranges
+from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy
+from data import limits, load_folder, load_mini, mini_taxonomy, require_files, require_images
+from data import require_truth, see
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
@@ -158,7 +160,7 @@ def settle(cfg: Config, dataset: DataSet) -> Config:
     cfg = dataclasses.replace(cfg, white=dataset.train.white)
     if cfg.alpha != "labeled":
         return cfg
-    require_truth(dataset, measure=False)                          # no share without labelled images
+    require_truth(dataset, measure=False)      # no share without labelled images
     share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
     return dataclasses.replace(cfg, alpha=round(alpha_of_share(share), 3))
 
@@ -530,7 +532,8 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
             for reading in metrics:
                 metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
                 print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
-                      + ", ".join(f"{100 * group['pq']:.1f}" if group["n"] else "n/a" for group in metrics[reading]["groups"]))
+                      + ", ".join(f"{100 * group['pq']:.1f}" if group["n"] else "n/a"
+                                  for group in metrics[reading]["groups"]))
         content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
         if ranks.rank() == 0:
             checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
@@ -846,7 +849,8 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         raise UserError(f"device '{args.device}': {str(error).splitlines()[0]}") from None
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     keep["steps"] = next((given[name] for name in ("ssl_steps", "sup_steps", "dewa_steps") if name in given), None)
-    return Job(**{**keep, "split": split or datasets.default_split(args.dataset), "variant": variant, "data_root": data_root, "state": state, "device": device,
+    split = split or datasets.default_split(args.dataset)
+    return Job(**{**keep, "split": split, "variant": variant, "data_root": data_root, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
 
 

@@ -26,7 +26,9 @@ class Rehearsal:
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
         self.folder, self.cfg, self.seconds = Path(folder), cfg, 0.0
-        changed = {name: value for name, value in vars(cfg).items() if value != getattr(preset, name) and (name, value) != ("white", WHITE)}
+        changed = {name: value for name, value in vars(cfg).items() if value != getattr(preset, name)}
+        if cfg.white == WHITE:         # nothing was measured
+            changed.pop("white", None)
         say("run", f"{folder} (nothing is written now)")
         say("config", f"{identity['stage']}; " + (f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "the preset's numbers"))
 

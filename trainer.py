@@ -222,7 +222,8 @@ def read_log(path: Path) -> list[dict]:
 
 def differing(stored: dict, config: dict) -> list[str]:
     """Keys that make a stored run another run than the one asked for; figures of the warm-up matter to the warm-up only."""
-    older, stored = {"taxonomy"} - stored.keys(), {**BEFORE, **stored}             # runs did not always store everything
+    older = {"taxonomy"} - stored.keys()           # runs did not always store it
+    stored = {**BEFORE, **stored}
     return [key for key in config if key not in MAY_CHANGE | older and stored.get(key) != config[key]
             and not (key.startswith("dewa_") and config["stage"] != "dewa")]
 
