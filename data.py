@@ -44,7 +44,7 @@ MAX_PIXELS = 89_000_000                # of an image or a map; Pillow warns from
 # What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those of them that can have 16 bits a channel
-WHITE = 65535  # the grey value that 16 bits can hold; it becomes 255 where no other white point is known
+WHITE = 65535                          # of 16 bits; becomes 255 where no other white point is known
 MEASURED = 1000                        # files, at most, from which a white point is measured
 LITTLE = (
     16  # grey levels of 256: an image whose values differ by less uses less than 1/16 of its range
@@ -180,7 +180,8 @@ class PanopticFolder:
         for class k, anything else is no class (ADE20K counts from 1, COCO-Objects from 0).
     hidden: segments may lie wholly below others, and stated areas count what is hidden (ADE20K's rule); else a segment without a pixel is a fault.
     complain: called with every fault that allows to read on; what is at fault is left out.
-    Images without annotation come after the `annotated` first ones; they serve as unlabelled images. A validation set has none of them (`unused`).
+    Images without annotation come after the `annotated` first ones; they serve as unlabelled
+    images. A validation set has none of them (`unused`).
     An image is turned as its EXIF block says, as detectron2 does; maps have none, and `_upright` turns them along where it must.
     white: of the images, as in `open_image`; `see` settles it.
     Raises: UserError where a file or a key is missing, a file is a link out of the data root, or map, JSON and image disagree.
@@ -344,7 +345,9 @@ def _sound_segments(segments: list, index: dict[int, int], name: str, wrong: Cal
 
 
 class ImageFolder:
-    """All pictures of a folder, without ground truth: for SAM and the warm-up (SA-1B, where masks lie beside them)."""
+    """All pictures of a folder, without ground truth: for SAM and the warm-up (SA-1B, where masks
+    lie beside them).
+    """
 
     white = WHITE
 
@@ -362,7 +365,8 @@ class ImageFolder:
                   + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5)))
         if not len(self.names):
             raise UserError(
-                f"{folder}: no images in this folder; expected files that end in {', '.join(endings())}"
+                f"{folder}: no images in this folder; expected files that end in "
+                f"{', '.join(endings())}"
             )
 
     def __len__(self) -> int:
@@ -381,12 +385,18 @@ class ImageFolder:
 def pictures(
     folder: Path, others: Callable[[str], object] | None = None, without: set[str] = frozenset()
 ) -> list[str]:
-    """The pictures of a folder and of the folders in it: paths below it, with slashes, sorted. What a picture is, for every stage.
+    """The pictures of a folder and of the folders in it: paths below it, with slashes, sorted.
 
-    A picture is a file that ends as one of FORMATS does. Hidden files and folders (their names begin with a dot) and `__MACOSX`, which holds
-    macOS's shadows of the pictures beside it, are passed over. Links to folders are followed, but not to one that they lie in.
-    others: called with the files that are no pictures, and with the folders that are passed over, with a slash.   without: real paths of folders
-        that are left out.    Raises: UserError if a folder cannot be listed.
+    This is what a picture is, for every stage: a file that ends as one of FORMATS does. Hidden
+    files and folders (their names begin with a dot) and `__MACOSX`, which holds macOS's shadows of
+    the pictures beside it, are passed over. Links to folders are followed, but not to one that
+    they lie in.
+
+    Args:
+        others: called with the files that are no pictures, and with the folders that are passed
+            over, with a slash.
+        without: real paths of folders that are left out.
+    Raises: UserError if a folder cannot be listed.
     """
     found, known = [], set(endings())
     def walk(place: str, below: str, above: tuple[str, ...]) -> None:
@@ -429,8 +439,9 @@ def segment_ids(path: Path) -> np.ndarray:
 def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Image.Image:
     """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it is stored (no palette is applied).
 
-    Of several frames the first; an alpha channel is dropped. Of 16 bits a channel, 0 to `white` become 0 to 255, the same in every image of a
-    data set, so that images stay comparable (`white_point`); what is above is 255, too.
+    Of several frames the first; an alpha channel is dropped. Of 16 bits a channel, 0 to `white`
+    become 0 to 255, the same in every image of a data set, so that images stay comparable
+    (`white_point`); what is above is 255, too.
     Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
     """
     with _opened(path) as image:
@@ -442,7 +453,9 @@ def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Imag
 
 
 def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
-    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has 32 bits a channel, or a sign."""
+    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has
+    32 bits a channel, or a sign.
+    """
     values = sixteen_bits(image) if white != WHITE or image.mode.startswith(("I", "F")) else None
     if values is not None:
         image = Image.fromarray(_scaled(white)[values])
@@ -454,19 +467,24 @@ def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
 
 @functools.lru_cache(maxsize=4)
 def _scaled(white: int) -> np.ndarray:
-    """(65536,) uint8, what becomes of 16 bits. With the white point 2^k - 1 it is a shift: no value is rounded up."""
+    """(65536,) uint8, what becomes of 16 bits. With the white point 2^k - 1 it is a shift: no value
+    is rounded up.
+    """
     return (np.arange(WHITE + 1) * 256 // (white + 1)).clip(0, 255).astype(np.uint8)
 
 
 def sixteen_bits(image: Image.Image) -> np.ndarray | None:
-    """The stored values of an image of 16 bits a channel, (H, W) or (H, W, 3) uint16, without alpha; None if it has 8.
+    """The stored values of an image of 16 bits a channel, (H, W) or (H, W, 3) uint16, without
+    alpha; None if it has 8.
 
-    Of colour, Pillow keeps the upper 8 bits of 16 alone; here its file is decoded a second time, with the two bytes of each value exchanged.
+    Of colour, Pillow keeps the upper 8 bits of 16 alone; here its file is decoded a second time,
+    with the two bytes of each value exchanged.
     Raises: ValueError if it has 32 bits a channel or a sign, or its lower bits cannot be had.
     """
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise ValueError(
-            "values with a sign, or of 32 bits a channel, whose range only you know; expected 8 or 16 bits"
+            "values with a sign, or of 32 bits a channel, whose range only you know; expected 8 or "
+            "16 bits"
         )
     if image.mode.startswith("I"):
         return np.asarray(image).clip(0, WHITE).astype(np.uint16)
@@ -481,7 +499,8 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
     order, = stored if len(stored) == 1 else ("",)
     if order not in _EXCHANGED or not image.filename:
         raise ValueError(
-            f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be had; expected RGB or grey"
+            f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be "
+            f"had; expected RGB or grey"
         )
     with Image.open(image.filename, formats=(image.format,)) as low:
         low.tile = [_stored_as(_EXCHANGED[order], tile) for tile in low.tile]
@@ -494,14 +513,17 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
 
 
 def _stored_as(order: str, tile: tuple) -> tuple:
-    """A tile of an image file (codec, part, place, how pixels are stored) with another order of the bytes of its pixels."""
+    """A tile of an image file (codec, part, place, how pixels are stored) with another order of the
+    bytes of its pixels.
+    """
     stored = order if isinstance(tile[3], str) else (order, *tile[3][1:])
     return (
         tile._replace(args=stored) if hasattr(tile, "_replace") else (*tile[:3], stored)
     )  # a plain tuple up to Pillow 10
 
 
-# How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the machine's own).
+# How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the
+# machine's own).
 _EXCHANGED = {
     "LA;16B": "RGBA",
     **{
@@ -513,10 +535,12 @@ _EXCHANGED = {
 
 
 def white_point(images) -> int:
-    """The white point of a set of images: the least of 2^k - 1, k = 8 ... 16, that no 16-bit image exceeds; WHITE if there is none.
+    """The white point of a set of images: the least of 2^k - 1, k = 8 ... 16, that no 16-bit image
+    exceeds; WHITE if there is none.
 
-    A camera of 12 bits stores 0 to 4095 in 16. Only files that can have 16 bits are opened (by their endings, so no JPEG), MEASURED of them at most,
-    evenly spread, and only 16-bit ones are decoded. What cannot be read is passed over, and what of its bits cannot be known counts as all 16.
+    A camera of 12 bits stores 0 to 4095 in 16. Only files that can have 16 bits are opened (by
+    their endings, so no JPEG), MEASURED of them at most, evenly spread, and only 16-bit ones are
+    decoded. What cannot be read is passed over, and what of its bits cannot be known counts as 16.
     """
     if isinstance(images, MiniImages):
         return WHITE
@@ -542,7 +566,9 @@ def _largest(path: Path) -> int:
 
 
 def above_white(path: Path, white: int) -> float:
-    """The share of the values of a 16-bit image that are above the white point, and are cut off; 0 of one of 8 bits."""
+    """The share of the values of a 16-bit image that are above the white point, and are cut off; 0
+    of one of 8 bits.
+    """
     if white == WHITE:
         return 0.0
     with _opened(path) as image:
@@ -551,14 +577,18 @@ def above_white(path: Path, white: int) -> float:
 
 
 def see(white: int, *sets) -> None:
-    """Settle the white point of sets of images: the number given, or (0) the one of the first set, which are those of training."""
+    """Settle the white point of sets of images: the number given, or (0) the one of the first set,
+    which are those of training.
+    """
     white = white or white_point(sets[0])
     for images in sets:
         images.white = white
 
 
 def uses_little(image: Image.Image) -> bool:
-    """An RGB image whose values lie within LITTLE grey levels: black, white, or a scan with few of its bits."""
+    """An RGB image whose values lie within LITTLE grey levels: black, white, or a scan with few of
+    its bits.
+    """
     lows, highs = zip(*image.getextrema())
     return max(highs) - min(lows) < LITTLE
 
@@ -684,14 +714,16 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
         if first != name:
             complain(
                 UserError(
-                    f"{annotations['val']}: category {category} is {brief(name)}, but {brief(first)} {where}",
+                    f"{annotations['val']}: category {category} is {brief(name)}, "
+                    f"but {brief(first)} {where}",
                     "category",
                 )
             )
         elif is_thing != thing:
             complain(
                 UserError(
-                    f"{annotations['val']}: category {category} ({brief(name)}) has isthing {int(thing)}, but {int(is_thing)} {where}",
+                    f"{annotations['val']}: category {category} ({brief(name)}) has isthing "
+                    f"{int(thing)}, but {int(is_thing)} {where}",
                     "category",
                 )
             )
@@ -753,12 +785,15 @@ def read_split(
     complain: Callable[[UserError], None] = refuse,
     official: Path | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Labelled and unlabelled indices: what --split means, for every data set in COCO panoptic format.
+    """Labelled and unlabelled indices: what --split means, for every data set in COCO panoptic
+    format.
 
-    split: in this order, whatever else has the same name: an official partition (a folder of `official`) or one of the data set's own
-        (of root/splits), with labeled.txt, and unlabeled.txt if that is not all the rest; `all` (or empty), all images with annotation; a number
-        of them, drawn by `seed`; a file that lists image names, one a line (./3 is the file 3).
-    Raises: UserError if a list is empty, names an image twice or one that is not there, if a labelled image has no annotation, or is unlabelled, too.
+    split: in this order, whatever else has the same name: an official partition (a folder of
+        `official`) or one of the data set's own (of root/splits), with labeled.txt, and
+        unlabeled.txt if that is not all the rest; `all` (or empty), all images with annotation; a
+        number of them, drawn by `seed`; a file of image names, one a line (./3 is the file 3).
+    Raises: UserError if a list is empty, names an image twice or one that is not there, if a
+    labelled image has no annotation, or is unlabelled, too.
     """
     path = split_list(root, split or "all", official)
     if path is None and split.isdecimal():
@@ -797,7 +832,8 @@ def read_split(
 
 
 def split_list(root: Path, split: str, official: Path | None = None) -> Path | None:
-    """The list of labelled images that --split names, in the order of `read_split`; None for a number, and for all.
+    """The list of labelled images that --split names, in the order of `read_split`; None for a
+    number, and for all.
 
     Raises: UserError if there is no such split, or its folder has no list.
     """
@@ -807,7 +843,8 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
             return path
         if path.parent.is_dir():
             raise UserError(
-                f"{path}: no such file, though --split {split} names its folder; expected a list of image names"
+                f"{path}: no such file, though --split {split} names its folder; expected a list "
+                f"of image names"
             )
     if split == "all" or split.isdecimal():
         return None
@@ -817,7 +854,8 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
             path.parent.name for folder in folders for path in sorted(folder.glob("*/labeled.txt"))
         ]
         raise UserError(
-            f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a number, or a file of image names"
+            f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a "
+            f"number, or a file of image names"
         )
     return Path(split)
 
@@ -831,7 +869,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def require_images(images) -> None:
-    """Raise UserError if a set has no image at all: SAM has nothing to segment, and the warm-up nothing to learn from."""
+    """Raise UserError if a set has no image at all: SAM has nothing to segment, and the warm-up
+    nothing to learn from.
+    """
     if not len(images):
         raise UserError(f"{images.annotations}: its list of images is empty; expected at least one")
 
@@ -842,7 +882,8 @@ def require_truth(
     measure: bool = True,
     complain: Callable[[UserError], None] = refuse,
 ) -> None:
-    """Raise UserError before a run begins if no image has what it could learn from, or be measured on. Read from the index, no file is opened.
+    """Raise UserError before a run begins if no image has what it could learn from, or be measured
+    on. Read from the index, no file is opened.
 
     Segments of crowd do not count: they are neither learned nor found.
     """
@@ -876,20 +917,26 @@ def objects(images: PanopticFolder, indices) -> np.ndarray:
 
 
 def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
-    """How many objects cannot be found because their image has more segments than the model has queries, by the index: a line each, or none."""
+    """How many objects cannot be found because their image has more segments than the model has
+    queries, by the index: a line each, or none.
+    """
     lines = []
     for images, what, counts in _counted(dataset, cfg):
         crowded = counts[counts > cfg.num_queries]
         if len(crowded):
             lines.append(
-                f"{len(crowded):,} of {len(counts):,} {what} images have more than {cfg.num_queries} segments (up to {crowded.max():,}): "
-                f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be found; raise --num-queries"
+                f"{len(crowded):,} of {len(counts):,} {what} images have more than "
+                f"{cfg.num_queries} segments (up to {crowded.max():,}): "
+                f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be "
+                f"found; raise --num-queries"
             )
     return lines
 
 
 def limits(dataset: DataSet, cfg: Config) -> list[str]:
-    """Why full PQ is out of reach, whatever is learned: `out_of_reach`, and several segments of one stuff class, of which a model gives one."""
+    """Why full PQ is out of reach, whatever is learned: `out_of_reach`, and several segments of one
+    stuff class, of which a model gives one.
+    """
     lines = out_of_reach(dataset, cfg)
     for images, what, counts in _counted(dataset, cfg):
         chosen = set(dataset.labeled) if images is dataset.train else range(len(images))
@@ -897,14 +944,18 @@ def limits(dataset: DataSet, cfg: Config) -> list[str]:
         if repeated:
             i, k, count = repeated[0]
             lines.append(
-                f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have several segments of one stuff class, as "
-                f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model gives one: join them, or call the class a thing"
+                f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have "
+                f"several segments of one stuff class, as "
+                f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model "
+                f"gives one: join them, or call the class a thing"
             )
     return lines
 
 
 def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, np.ndarray]]:
-    """The sets whose index can be counted, and the segments of their images (semantic labels are one segment a class, and never many)."""
+    """The sets whose index can be counted, and the segments of their images (semantic labels are
+    one segment a class, and never many).
+    """
     parts = [(dataset.val, range(len(dataset.val)), "validation")]
     if cfg.labels == "panoptic":
         parts.insert(0, (dataset.train, dataset.labeled, "labelled"))
@@ -916,7 +967,9 @@ def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, n
 
 
 def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
-    """(image, class, number of segments) where one image has several of a stuff class, which COCO panoptic format does not know. Crowd does not count."""
+    """(image, class, number of segments) where one image has several of a stuff class, which COCO
+    panoptic format does not know. Crowd does not count.
+    """
     owner, classes = (
         np.repeat(np.arange(images.annotated), np.diff(images.starts)),
         images.segments[:, 1],

@@ -33,8 +33,10 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     """PQ, SQ, RQ and mIoU on the validation images, by every posterior of the configuration.
 
     Args: models: by name; those that share a backbone share its pass.   limit: the first so many images.   title: of the progress bar; empty: none.
-    Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou", "miou_classes", "confusion"}, ...}, values 0 to 1;
-        n, miou_classes: classes in the mean, and where there is none the 0 is no figure (`report.figure`);
+    Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou",
+    "miou_classes", "confusion"}, ...}, values 0 to 1;
+        n, miou_classes: classes in the mean, and where there is none the 0 is no figure
+        (`report.figure`);
         confusion: pixels, a row of text for every true class: so many taken for the first class, the second, ...
     """
     taxonomy, images = dataset.taxonomy, dataset.val
@@ -81,7 +83,8 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
         for name, row in score["per_class"].items():
             row["semantic_iou"] = ious["per_class"][name]["iou"]
         confusion = [" ".join(map(str, row)) for row in miou[reading].confusion.tolist()]          # text: JSON with indent gives every number a line
-        result["/".join(reading)] = {**score, "miou": ious["miou"], "miou_classes": ious["n"], "confusion": confusion}
+        result["/".join(reading)] = {**score, "miou": ious["miou"], "miou_classes": ious["n"],
+                                     "confusion": confusion}
     return result
 
 

@@ -320,14 +320,16 @@ def classes(run: Stored, dataset: DataSet | None) -> str:
         tag = {name: f'<i class="swatch" style="background:rgb{c}"></i>' for name, c in zip(dataset.taxonomy.short_names, dataset.taxonomy.colours)}
         kind = {name: "thing" if t else "stuff" for name, t in zip(dataset.taxonomy.short_names, dataset.taxonomy.things)}
     # Without a true pixel of a class, its IoU of 0 is over nothing.
-    unseen = {name for name, counts in zip(result["per_class"], result.get("confusion", ()))
-              if not result["per_class"][name].get("semantic_iou") and not any(map(int, counts.split()))}
+    confusion = result.get("confusion", ())
+    unseen = {name for (name, row), counts in zip(result["per_class"].items(), confusion)
+              if not row.get("semantic_iou") and not any(map(int, counts.split()))}
     rows = []
     for name in names:
         row = result["per_class"][name]
         occurs = sum(row.get(k, 0) for k in ("tp", "fp", "fn")) > 0
         rows.append(f'<th scope="row">{f"{tag[name]}{esc(name)} <em>{kind[name]}</em>" if shares else esc(name)}</th>' + cell(shares.get(name), f"{100 * shares[name]:.2f}" if shares else None)
-                    + "".join(cell(row.get(k) if occurs else None, bar=k == "pq") for k in ("pq", "sq", "rq")) + cell(row.get("semantic_iou") if occurs and name not in unseen else None)
+                    + "".join(cell(row.get(k) if occurs else None, bar=k == "pq") for k in ("pq", "sq", "rq"))
+                    + cell(row.get("semantic_iou") if occurs and name not in unseen else None)
                     + "".join(cell(row.get(k), str(row.get(k, "–"))) for k in ("tp", "fp", "fn")))
     return section("perclass", "Classes", table("classes", columns, rows),
                    lead=f"{lead} TP, FP and FN are segments; IoU is that of semantic segmentation. A click on a heading sorts.")

@@ -3,7 +3,7 @@
     import dearli
 
     model = dearli.load("runs/mini-dearli-16")
-    result = model("picture.jpg")                                  # or a PIL image, or an array (H, W, 3) or (H, W)
+    result = model("picture.jpg")              # or a PIL image, or an array (H, W, 3) or (H, W)
     print(result.segment_map.shape, result.names, result.scores)
     result.overlay().save("overlay.png")
 
@@ -64,7 +64,7 @@ NUMBERS = (
     "test_max",
     "white",
 )  # of Config, that a prediction depends on
-CUT_OFF = 0.01  # share of the values of a 16-bit picture above the run's white point from which it is said
+CUT_OFF = 0.01                         # share of 16-bit values above the white point, said from here on
 
 
 @dataclass
@@ -105,7 +105,8 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image) -> Prediction:
-        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that); or an array: (H, W) uint8 or uint16, (H, W, 3) uint8.
+        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that); or
+        an array: (H, W) uint8 or uint16, (H, W, 3) uint8.
         16 bits become 8 by the white point of the run."""
         if isinstance(image, (str, Path)):
             image = open_image(image, white=self.white)
@@ -139,7 +140,8 @@ class Predictor:
 class Pictures:
     """A picture, or those of a folder and of the folders in it, and where their predictions go.
 
-    What a picture is, `data.pictures` says; earlier predictions in the same folder are passed over, too.
+    What a picture is, `data.pictures` says; earlier predictions in the same folder are passed over,
+    too.
     Raises: UserError if there is no picture, or something is there already that neither force allows to replace nor resume to continue.
     """
 
@@ -168,7 +170,8 @@ class Pictures:
         self.others.sort()
         if not images:
             raise UserError(
-                f"{self.source}: no pictures in this folder; expected files that end in {', '.join(endings())}"
+                f"{self.source}: no pictures in this folder; expected files that end in "
+                f"{', '.join(endings())}"
             )
         # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
         bad = [path for path in images if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())]
@@ -216,7 +219,8 @@ class Pictures:
             listed = ", ".join([*map(brief, names[:5]), *["..."] * (len(names) > 5)])
             if names:
                 print(
-                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white {model.white}: {listed}"
+                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white "
+                    f"{model.white}: {listed}"
                 )
         print("".join(f"warning: {fault}\n" for fault in faults), end="")
         if faults:

@@ -18,15 +18,21 @@ FONT_SIZE, PIXELS_A_FONT_SIZE = (13, 48), 38       # in pixels; least and larges
 
 
 def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:
-    """A figure of one reading, as ("things", "pq"); None if it is not there, or is over nothing: `evaluation.evaluate` gives 0 then, as the COCO panoptic API."""
+    """A figure of one reading, as ("things", "pq"); None if it is not there, or is over nothing:
+    `evaluation.evaluate` gives 0 then, as the COCO panoptic API.
+    """
     value, counted = metrics, None
     for key in keys:
-        value, counted = (value.get(key), value.get("miou_classes" if key == "miou" else "n")) if isinstance(value, dict) else (None, None)
+        if not isinstance(value, dict):
+            return None
+        value, counted = value.get(key), value.get("miou_classes" if key == "miou" else "n")
     return None if counted == 0 else value
 
 
 def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
-    """A plain-text table of metrics in percent, n/a where there is nothing to measure. rows: (title, metrics of one reading as `evaluation.evaluate` returns)."""
+    """A plain-text table of metrics in percent, n/a where there is nothing to measure. rows:
+    (title, metrics of one reading as `evaluation.evaluate` returns).
+    """
     width = max(len(title) for title, _ in rows)
     lines = [" " * width + "".join(f"{name:>11}" for name, _ in columns)]
     for title, metrics in rows:

@@ -1003,7 +1003,8 @@ def test_images_without_annotation_are_unlabelled_images(tmp_path):
 
 
 def png_of_16_bits(path, values):
-    """A PNG of (H, W) or (H, W, channels) values, 16 bits each: grey, grey and alpha, RGB or RGBA."""
+    """A PNG of (H, W) or (H, W, channels) values, 16 bits each: grey, grey and alpha, RGB or RGBA.
+    """
     values = np.asarray(values)
     values = values[..., None] if values.ndim == 2 else values
     height, width, channels = values.shape
@@ -1026,7 +1027,9 @@ def png_of_16_bits(path, values):
 
 
 def tiff_of_16_bits(path, values, order="<", packed=False):
-    """A TIFF of (H, W, 3) values, 16 bits each, least or most significant byte first, as they are or deflated."""
+    """A TIFF of (H, W, 3) values, 16 bits each, least or most significant byte first, as they are
+    or deflated.
+    """
     height, width = values.shape[:2]
     content, place = values.astype(f"{order}u2").tobytes(), 8 + 2 + 10 * 12 + 4
     content = zlib.compress(content) if packed else content
@@ -1068,7 +1071,8 @@ def test_sixteen_bits_become_eight_by_a_white_point_in_every_kind_of_file(tmp_pa
         tiff_of_16_bits(tmp_path / name, values[..., :3], order, packed)
         files[name] = values[..., :3]
     for name, true in files.items():
-        # 4095 is 12 bits: a shift by 4. 65535: by 8, as ever. 1000: 500 becomes 500 * 256 / 1001 = 127.9, and what is above 1000 is cut off
+        # 4095 is 12 bits: a shift by 4. 65535: by 8, as ever. 1000: 500 becomes 500 * 256 / 1001 =
+        # 127.9, and what is above 1000 is cut off
         assert np.array_equal(
             np.asarray(data.open_image(tmp_path / name, white=4095)), true >> 4
         ), name
@@ -1336,8 +1340,10 @@ def test_objects_out_of_reach_are_counted_from_the_index(tmp_path, capsys):
     def line(counts, what):
         over = [c for c in counts if c > 2]
         return (
-            f"{len(over)} of {len(counts)} {what} images have more than 2 segments (up to {max(over)}): "
-            f"{sum(over) - 2 * len(over)} of {sum(counts)} objects cannot be found; raise --num-queries"
+            f"{len(over)} of {len(counts)} {what} images have more than 2 segments (up to "
+            f"{max(over)}): "
+            f"{sum(over) - 2 * len(over)} of {sum(counts)} objects cannot be found; raise "
+            f"--num-queries"
         )
 
     expected = [line(counts, "labelled"), line(val, "validation")]
@@ -1796,12 +1802,14 @@ def test_validate_says_what_is_dark_cut_off_unlisted_or_stuff_twice(tmp_path, ca
     Image.new("RGB", size).save(root / "images" / ".hidden.png")
     out, _, content = validated(root, code=0, capsys=capsys)
     assert (
-        "note: 2 of 5 images that use less than 1/16 of their range, 0 to 255, and show next to nothing: train1.png (9 to 15), val0.png (0 to 12)"
+        "note: 2 of 5 images that use less than 1/16 of their range, 0 to 255, and show next to "
+        "nothing: train1.png (9 to 15), val0.png (0 to 12)"
         in out
     )
     assert (
         "--white (here 4095)" in out
-        and "note: 1 of 5 images of 16 bits that lose what is brighter than --white 4095: val1.png (50%)"
+        and "note: 1 of 5 images of 16 bits that lose what is brighter than --white 4095: "
+        "val1.png (50%)"
         in out
     )
     assert (
@@ -2952,7 +2960,9 @@ def run(*args):
 
 
 def run_folder(stage, root, *flags):
-    """A stage on a folder in COCO panoptic format, beside it; --split is not given unless it is among the flags."""
+    """A stage on a folder in COCO panoptic format, beside it; --split is not given unless it is
+    among the flags.
+    """
     split = TINY_FLAGS.index("--split")
     usual = TINY_FLAGS[:split] + TINY_FLAGS[split + 2:]
     arguments = [

@@ -96,7 +96,9 @@ class _Reading(torch.utils.data.Dataset):
     def __getitem__(
         self, k: int
     ) -> tuple[np.ndarray, int, list[tuple[str, str]], list[tuple[str, str]]]:
-        """Labels and pixels of its segments (N, 2) int64; pixels of its map; faults: (kind, text); what is odd about its brightness: likewise."""
+        """Labels and pixels of its segments (N, 2) int64; pixels of its map; faults: (kind, text);
+        what is odd about its brightness: likewise.
+        """
         train = k < len(self.parts[0])
         images, i = (self.parts[0], k) if train else (self.parts[1], k - len(self.parts[0]))
         found: list[UserError] = []
@@ -202,16 +204,19 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
         unseen = [c["name"] for c in classes if not c[key]]
         if unseen:
             lines.append(
-                f"{_number(len(unseen), 'class')} of {len(classes)} that no {part} image shows: {', '.join(unseen)}"
+                f"{_number(len(unseen), 'class')} of {len(classes)} that no {part} image shows: "
+                f"{', '.join(unseen)}"
             )
     if odd["little"]:
         lines.append(
-            f"{len(odd['little'])} of {_number(count, 'image')} that use less than 1/16 of their range, 0 to 255, and show next to nothing: {_some(odd['little'])}"
+            f"{len(odd['little'])} of {_number(count, 'image')} that use less than 1/16 of their "
+            f"range, 0 to 255, and show next to nothing: {_some(odd['little'])}"
             f"; 16-bit images become 0 to 255 by --white (here {dataset.train.white})"
         )
     if odd["cut off"]:
         lines.append(
-            f"{len(odd['cut off'])} of {_number(count, 'image')} of 16 bits that lose what is brighter than --white {dataset.train.white}: {_some(odd['cut off'])}"
+            f"{len(odd['cut off'])} of {_number(count, 'image')} of 16 bits that lose what is "
+            f"brighter than --white {dataset.train.white}: {_some(odd['cut off'])}"
         )
     lines += _unlisted(dataset)
     for images in (i for i in (dataset.train, dataset.val) if isinstance(i, PanopticFolder) and i.without_crowd):
@@ -220,13 +225,16 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
         both = sorted(set(dataset.train.names.tolist()) & set(dataset.val.names.tolist()))
         if both:
             lines.append(
-                f"{_number(len(both), 'image')} in both the training and the validation set: {_some(both)}"
+                f"{_number(len(both), 'image')} in both the training and the validation set: "
+                f"{_some(both)}"
             )
     return lines
 
 
 def _unlisted(dataset: DataSet) -> list[str]:
-    """Pictures that lie there and are not used: in no JSON, or in that of the validation set without annotation."""
+    """Pictures that lie there and are not used: in no JSON, or in that of the validation set
+    without annotation.
+    """
     sets = [images for images in (dataset.train, dataset.val) if isinstance(images, PanopticFolder)]
     known = {
         images.images / name for images in sets for name in (*images.names.tolist(), *images.unused)
@@ -237,12 +245,14 @@ def _unlisted(dataset: DataSet) -> list[str]:
         known |= {folder / name for name in found}
         if found:
             lines.append(
-                f"{_number(len(found), 'picture')} in {folder} that no JSON lists, which are not used: {_some(found)}; list them as images without "
+                f"{_number(len(found), 'picture')} in {folder} that no JSON lists, which are not "
+                f"used: {_some(found)}; list them as images without "
                 f"annotation to use them as unlabelled ones"
             )
     if sets and sets[-1].unused:
         lines.append(
-            f"{_number(len(sets[-1].unused), 'image')} of {sets[-1].annotations} without annotation, which are not used: {_some(sets[-1].unused)}"
+            f"{_number(len(sets[-1].unused), 'image')} of {sets[-1].annotations} without "
+            f"annotation, which are not used: {_some(sets[-1].unused)}"
         )
     return lines
 

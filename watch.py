@@ -27,7 +27,9 @@ def watcher(folder: Path, models: dict, dataset: DataSet, cfg: Config, device: t
         try:
             metrics = evaluate(models, dataset, cfg, device, images, title="")
             if ranks.rank() == 0:
-                row = {"step": step, "images": min(images, len(dataset.val)), **{reading: report.figure(of, ("all", "pq")) for reading, of in metrics.items()}}
+                figures = {reading: report.figure(of, ("all", "pq"))
+                           for reading, of in metrics.items()}
+                row = {"step": step, "images": min(images, len(dataset.val)), **figures}
                 kept = [old for old in read(folder) if old["step"] < step]
                 write_atomic(file(folder), "".join(json.dumps(r) + "\n" for r in (*kept, row)).encode())
                 if "teacher" in models and images:
