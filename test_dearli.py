@@ -58,6 +58,7 @@ import data
 import datasets
 import dearli
 import dewa
+import evaluation
 import foundation
 import html_report
 import importer
@@ -2884,6 +2885,25 @@ def test_semantic_inference_by_rows_is_that_of_the_whole(image, output, monkeypa
     for values in (1, 4 * output[1] * 7, 10 ** 9):                           # one row, seven rows, all rows at once
         monkeypatch.setattr(m2f, "CPU_CHUNK", values)
         assert torch.equal(semantic_inference(posterior, logits, sizes), whole)
+
+
+def test_large_images_are_evaluated_in_parts_with_the_figures_of_the_whole(small_mini, monkeypatch):
+    # 100 queries: 1.6 GB at 2000 x 2000, for every model
+    large = evaluation.shared_masks(torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000)))
+    assert large is None
+    assert evaluation.shared_masks(torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))).shape == (5, 30, 20)
+    cfg = dataclasses.replace(TINY, object_mask_threshold=0.0, overlap_threshold=0.0)
+    dataset = data.load_mini("4", "val")
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
+    models = {"student": student, "teacher": student.teacher()}
+    whole = evaluate(models, dataset, cfg, torch.device("cpu"), title="")
+    def made_whole(*args):
+        raise AssertionError("masks of all queries at once")
+    monkeypatch.setattr(evaluation, "SHARED_MASKS", 0)
+    monkeypatch.setattr(evaluation, "resize_masks", made_whole)
+    monkeypatch.setattr(m2f, "CPU_CHUNK", 2 * 128 * 128)           # two of six queries at a time
+    assert evaluate(models, dataset, cfg, torch.device("cpu"), title="") == whole
+    assert any(reading["confusion"] != whole["student/decoder"]["confusion"] for reading in whole.values())
 
 
 @pytest.fixture(scope="session")
