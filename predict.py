@@ -1,10 +1,9 @@
 """A trained run applied to pictures: to one from Python, to a folder from the command line (`--stage predict`).
 
     import dearli
-    from data import open_image
 
     model = dearli.load("runs/mini-dearli-16")
-    result = model(open_image("picture.jpg"))                      # or a (H, W, 3) uint8 array
+    result = model("picture.jpg")                                  # or a PIL image, or a (H, W, 3) uint8 array
     print(result.segment_map.shape, result.names, result.scores)
     result.overlay().save("overlay.png")
 
@@ -86,8 +85,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image) -> Prediction:
-        """image: PIL, of any size and mode, not turned (`data.open_image` does that); or an array (H, W) or (H, W, 3), uint8."""
-        image = as_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that); or what `from_array` takes."""
+        if isinstance(image, (str, os.PathLike)):
+            image = open_image(Path(image))
+        image = as_rgb(image if isinstance(image, Image.Image) else from_array(image))
         posterior, mask_logits, sizes = posterior_of(self.model, image, self.cfg, self.device, self.alpha)
         found = panoptic_inference(posterior, mask_logits, self.things, sizes, self.cfg.object_mask_threshold, self.cfg.overlap_threshold)
         return Prediction(image, *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))), self.taxonomy)
@@ -99,6 +100,37 @@ class Predictor:
             digest.update(name.encode())
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
         return {**self.about, "sha256": digest.hexdigest(), **{name: getattr(self.cfg, name) for name in NUMBERS}}
+
+
+def from_array(values) -> Image.Image:
+    """An array or a tensor as PIL, by its values and not by a guess.
+
+    values: uint8, (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), 0 to 255; or uint16 (H, W).
+    Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at 255.
+    """
+    expected = "expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, uint8, 0 to 255"
+    if isinstance(values, (list, tuple)):
+        raise TypeError(f"a {type(values).__name__}: {expected}; of several images, call it for each")
+    try:
+        x = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    except (TypeError, ValueError):
+        x = np.asarray(None)
+    if x.dtype.kind not in "buif":
+        raise TypeError(f"{type(values).__name__}: {expected}")
+    found = f"an array {x.shape} of {x.dtype}"
+    if x.ndim == 4:
+        raise TypeError(f"{found}: {expected}; of a batch, call it for each image")
+    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4):
+        raise TypeError(f"{found}: {expected}; channels come last: x.transpose(1, 2, 0), of a tensor x.permute(1, 2, 0)")
+    if x.ndim not in (2, 3) or not x.size or x.ndim == 3 and x.shape[2] not in (1, 3, 4):
+        raise TypeError(f"{found}: {expected}")
+    if x.dtype.kind == "f":
+        raise TypeError(f"{found}: {expected}; of values from 0 to 1: (255 * x).round().astype(np.uint8), from 0 to 255: x.round().astype(np.uint8)")
+    if x.ndim == 3 and x.shape[2] == 1:
+        x = x[..., 0]
+    if x.dtype != np.uint8 and not (x.ndim == 2 and x.dtype in (np.uint16, bool)):
+        raise TypeError(f"{found}: {expected}; of values from 0 to 255: x.astype(np.uint8)")
+    return Image.fromarray(np.ascontiguousarray(x))
 
 
 class Pictures:
