@@ -7,14 +7,17 @@ hand, is refused as well (`idle`). `--help` is one screen; `--stage NAME --help`
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import re
+import sys
 import textwrap
 from pathlib import Path
 
 from config import (
     ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, numbers_of, require_learning, require_ranges,
     require_semi_supervised)
+from downloads import default_root, require
 
 DATASETS = ("mini", "custom", *PAPERS_DATASETS)
 METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
@@ -37,6 +40,7 @@ STAGES = {
 }
 ALL = tuple(name for group in STAGES.values() for name in group)
 TRAIN, TABLES, STORED = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha"), ("eval", "predict", "export", "report")      # STORED: read a run
+OPENS = ("prepare", "validate", "masks", *TRAIN, "zeroshot", *TABLES)    # open a data set that the command line names
 DATA = ("prepare", "validate", "masks", *TRAIN, *STORED, "zeroshot", *TABLES)                  # read a data set, or fall back on one
 PICTURED = ("sup", "ssl", "eval", "report", *TABLES)                                           # end with a report that has pictures
 
@@ -73,6 +77,53 @@ READS = _reads()
 # Of a run that is stored: what its weights are part of, and what they were trained on
 OF_THE_RUN = ("backbone", "train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers",
               "decoder_ffn", "no_object_weight", "seed")
+# What other programs call it, or what there is on purpose none of: a hint, where the nearest name would mislead.
+HINTS = {
+    "batch-size": "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, --eval-batch at evaluation",
+    "epochs": "training is counted in optimiser steps: --steps N",
+    "iters": "it is --steps N, optimiser steps",
+    "learning-rate": "it is --lr",
+    "warmup": "there is none; for the decoder's warm-up see --stage dewa, for steps without pseudo-labels --burn-in",
+    "momentum": "the optimiser is AdamW; the teacher's average is --ema-decay",
+    "optimizer": "it is AdamW; see --lr, --weight-decay and --clip-norm",
+    "scheduler": "it is a polynomial one: --poly-power",
+    "gpu": "it is --device cuda, or cuda:N for one of several",
+    "gpus": "one process a GPU: torchrun --nproc_per_node=N dearli.py ...; one of several is --device cuda:N",
+    "cpu": "it is --device cpu",
+    "num-workers": "it is --workers N, loader processes",
+    "ema": "it is --ema-decay",
+    "resume-from": "it is --resume, which goes on with the run in --out or in its usual folder; --init FOLDER starts another one from it",
+    "checkpoint": "it is --weights of a run that is applied, --init of one to start from",
+    "pretrain": "it is --pretrained, of the backbone, or --init, a run or file to start from",
+    "load-from": "it is --init FOLDER, a run or file to start from",
+    "config": "there is no file of settings: --preset NAME and flags; --print-config shows all numbers",
+    "data": "it is --data-root DIR, with --dataset NAME",
+    "output-dir": "it is --out DIR, or --runs DIR for the folder above it",
+    "model": "it is --weights of a run that is applied, --backbone of one that is trained",
+    "image-size": "it is --crop in training and --test-size at evaluation",
+    "num-classes": "the data set says how many there are",
+    "amp": "it is --precision bf16",
+    "save": "it is --out DIR, where the result goes",
+    "verbose": "every stage says what it does; --log-every N, steps between lines",
+    "tensorboard": "it is --log tensorboard",
+    "wandb": "it is --log tensorboard, or the lines of log.jsonl in the run's folder",
+    "threads": "it is the variable OMP_NUM_THREADS",
+}
+OTHER_NAMES = {
+    "bs": "batch-size", "batch": "batch-size", "train-batch-size": "batch-size", "b": "batch-size", "epoch": "epochs", "num-epochs": "epochs",
+    "max-epochs": "epochs", "iterations": "iters", "max-iters": "iters", "max-iter": "iters", "num-iters": "iters", "max-steps": "iters",
+    "num-steps": "iters", "lr-rate": "learning-rate", "base-lr": "learning-rate", "lrate": "learning-rate", "warmup-steps": "warmup",
+    "warmup-iters": "warmup", "warm-up": "warmup", "optim": "optimizer", "lr-scheduler": "scheduler", "gpu-id": "gpu", "gpu-ids": "gpu",
+    "cuda": "gpu", "num-gpus": "gpus", "devices": "gpus", "worker": "num-workers", "j": "num-workers", "n-workers": "num-workers",
+    "ema-rate": "ema", "ema-momentum": "ema", "resume-path": "resume-from", "continue": "resume-from", "ckpt": "checkpoint",
+    "load": "load-from", "cfg": "config", "config-file": "config", "data-dir": "data", "data-path": "data", "dataset-path": "data",
+    "root": "data", "dataroot": "data", "output-folder": "output-dir", "outdir": "output-dir", "out-dir": "output-dir",
+    "work-dir": "output-dir", "save-dir": "output-dir", "save-path": "output-dir", "exp": "output-dir", "name": "output-dir",
+    "project": "output-dir", "arch": "model", "img-size": "image-size", "imgsz": "image-size", "size": "image-size",
+    "resolution": "image-size", "classes": "num-classes", "fp16": "amp", "half": "amp", "mixed-precision": "amp", "v": "verbose",
+    "debug": "verbose", "num-threads": "threads", "model-path": "model",
+}
+TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")            # of torch's, those that one can train on
 WIDTH = 110                            # characters of a help page
 
 
@@ -86,11 +137,11 @@ class Flag:
 
 FLAGS = (
     Flag("dataset", DATA, ", ".join(DATASETS), default="mini"),
-    Flag("data-root", DATA, "folder of the data set (custom: COCO panoptic format)", default=""),
+    Flag("data-root", DATA, "folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in COCO panoptic format)", default=""),
     Flag("variant", tuple(stage for stage in DATA if stage != "prepare"), "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
     Flag("split", tuple(stage for stage in DATA if stage != "prepare"), "labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all, or a "
          "file of image names (mini: 16; custom: all; masks and dewa take all images)"),
-    Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()), default="dearli"),
+    Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()) + " (dearli; custom with a linear classifier: ssl)"),
     Flag("eval-on", ("validate", "sup", "ssl", "eval", "zeroshot", *TABLES), "mini: val to report, dev to tune", default="val"),
     Flag("preset", ("masks", *TRAIN, *STORED, "zeroshot", *TABLES), f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
     Flag("runs", ALL, "where run folders go and are looked for (runs)", type=Path, default=Path("runs")),
@@ -151,9 +202,19 @@ class Parser(argparse.ArgumentParser):
         parsed.flags = frozenset(vars(self.bare.parse_known_args(args)[0])) if self.bare else frozenset()
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown flag '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}; --help lists the stages, --stage NAME --help the flags of one"
+            raise UserError(f"unknown flag '{unknown[0]}'{hint(unknown[0], flags)}; --help lists the stages, --stage NAME --help the flags of one"
                             if unknown[0].startswith("-") else f"'{unknown[0]}': expected a flag such as --stage; --help lists them")
         return parsed
+
+
+def hint(unknown: str, flags: list[str]) -> str:
+    """To append to an error about a flag that there is not: what does its work here, or the nearest name; empty if there is neither."""
+    asked = unknown.split("=")[0]
+    name = asked.lstrip("-").lower().replace("_", "-")
+    if f"--{name}" in flags:
+        return f" (did you mean --{name}?)"
+    found = HINTS.get(OTHER_NAMES.get(name, name))
+    return f" ({found})" if found else nearest(asked, flags)
 
 
 def parser() -> Parser:
@@ -167,6 +228,7 @@ def parser() -> Parser:
 def _parser() -> Parser:
     p = Parser(prog="dearli.py", add_help=False, allow_abbrev=False)
     p.add_argument("-h", "--help", action="store_true")
+    p.add_argument("--version", action="store_true")
     p.add_argument("--stage", default="demo")
     for flag in FLAGS:
         p.add_argument(*(["--out", "--output"] if flag.name == "out" else [f"--{flag.name}"]), **flag.more)
@@ -258,16 +320,91 @@ def require_split(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for all that can be known to be wrong before anything is read or imported: within a moment, not after libraries."""
     args.dataset = ALIASES.get(args.dataset, args.dataset)
-    choose("stage", args.stage, ALL), choose("data set", args.dataset, DATASETS), choose("method", args.method, METHODS)
+    choose("stage", args.stage, ALL), choose("data set", args.dataset, DATASETS)
+    if args.stage == "ssl":
+        args.method = choose("method", args.method or usual_method(args), METHODS)
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
     require_known(args)
     choose("palette", args.palette, PALETTES), choose("log", args.log or LOGS[0], LOGS)
+    if args.dataset in PAPERS_DATASETS and not args.data_root and args.stage in OPENS and not args.images:
+        args.data_root = str(default_root(args.dataset))
     if args.steps is not None and args.steps != given(args)[steps_of(args.stage)]:
         raise UserError(f"--steps {args.steps}: --{steps_of(args.stage).replace('_', '-')} says {given(args)[steps_of(args.stage)]}; expected one of them")
     if args.stage not in STORED:
         cfg = configure(args)
         require_sense(args, cfg)
         require_split(args)
+
+
+def usual_method(args: argparse.Namespace) -> str:
+    """The --method of a command line without it. On a folder of one's own, a classifier without words is trained without CLIP, too."""
+    preset = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
+    linear = (args.classifier or preset.classifier) == "linear"
+    return "ssl" if args.dataset == "custom" and linear and not args.teacher_posterior else "dearli"
+
+
+def require_there(args: argparse.Namespace) -> None:
+    """Raise UserError for a file or folder that a stage is given and that is not there, and for other things that the disk knows at once.
+
+    What is in the files is for the stage to say. After `check`; apart from it, because a command line can be understood where its files are not.
+    """
+    stage = args.stage
+    if stage == "prepare":
+        choose("data set to prepare", args.dataset, PAPERS_DATASETS)
+    if args.device is not None and not re.fullmatch(rf"({'|'.join(TORCH_DEVICES)})(:\d+)?", args.device):
+        raise UserError(f"device '{args.device}': expected cpu, cuda, cuda:N or mps")
+    if stage in OPENS and args.dataset == "custom" and not args.data_root and not args.images:
+        raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
+    if stage in OPENS and args.dataset == "custom" and args.data_root and not Path(args.data_root).is_dir():
+        raise UserError(f"{args.data_root}: no such folder; --data-root names a folder in COCO panoptic format")
+    if stage in OPENS and args.dataset in PAPERS_DATASETS and not args.images:
+        known = PAPERS_SPLITS[args.dataset]
+        if args.split and not args.split.isdecimal() and args.split not in known and not Path(args.split).is_file():
+            raise UserError(f"unknown split '{args.split}' of {args.dataset}; available: {', '.join(known)}, a number, or a file of image names")
+        require(args.dataset, Path(args.data_root), prepared=stage != "prepare")
+    weights = args.weights or (args.out if stage == "report" else None)
+    if stage in STORED and weights is None:
+        raise UserError("this stage needs --weights runs/NAME, or a checkpoint of the official code")
+    for flag, path in (("weights", weights), ("init", args.init), *(("compare", path) for path in args.compare)):
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: no such run or file (--{flag}){_runs(path, args.runs)}")
+    if stage == "predict" and not args.input.exists():
+        raise UserError(f"{args.input}: no such picture or folder of pictures")
+    if stage == "import" and not args.input.is_dir():
+        raise UserError(f"{args.input}: no such folder of annotated images")
+    if args.images is not None and not args.images.is_dir():
+        raise UserError(f"{args.images}: no such folder of images")
+    if args.assets is not None and not args.assets.is_dir():
+        raise UserError(f"{args.assets}: no such folder; --assets names a copy of the official repository")
+    if stage == "zeroshot" and args.masks is not None and str(args.masks) not in ("gt", "sam") and not args.masks.is_dir():
+        raise UserError(f"{args.masks}: no such folder of masks; expected one, or gt or sam")
+    if stage == "export" and args.out is not None and args.out.exists():
+        raise UserError(f"{args.out}: exists already; name another file with --out")
+    for flag, folder in (("out", None if stage in ("export", "mini-clip", "mini-sam") else args.out), ("runs", args.runs)):
+        above = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
+        if above is not None and not above.is_dir():
+            raise UserError(f"{folder}: cannot be written, {above} is a file; expected a folder for results; choose another with --{flag}")
+    if args.log == "tensorboard" and "torch.utils.tensorboard" not in sys.modules and importlib.util.find_spec("tensorboard") is None:
+        raise ModuleNotFoundError(name="tensorboard")
+
+
+def _runs(path: Path, runs: Path) -> str:
+    """The runs that there are, to append to an error about one that there is not."""
+    names = sorted(str(folder) for folder in runs.glob("*") if any(folder.glob("step_*.pt")))
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"; there are {listed}{nearest(str(path), names)}" if names else f"; no run is in {runs}"
+
+
+def stopped(args: argparse.Namespace | None) -> str:
+    """What Ctrl-C ends with, where the stage has not said it itself: how to go on."""
+    stage = args.stage if args else ""
+    if any(stage in flag.stages for flag in FLAGS if flag.name == "resume"):
+        return "stopped; go on with --resume"
+    if stage in ("prepare", "masks"):
+        return "stopped; the same command goes on where it was"
+    if stage == "import":
+        return "stopped; the same command begins again"
+    return "stopped; nothing is kept of it, the same command begins again" if stage else "stopped"
 
 
 def given(args: argparse.Namespace) -> dict:
@@ -344,13 +481,14 @@ def overview() -> str:
         "  python dearli.py [--stage STAGE] [flags]            without any flag: the demo", "",
         *rows, "",
         "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
-        "  --data-root DIR     the folder of any other data set",
+        "  --data-root DIR     the folder of any other data set (datasets/NAME)",
         "  --split N           labelled images: a number, the name of a partition, all, or a file of image names",
         "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
         "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5", "",
         "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",
         "  python dearli.py --stage ssl --print-config         the numbers of a run",
-        "  python dearli.py --stage ssl --dry-run              its time and memory, before it begins"])
+        "  python dearli.py --stage ssl --dry-run              its time and memory, before it begins",
+        "  python dearli.py --version                          of this program, Python and torch"])
 
 
 def stage_page(stage: str, preset: Config) -> str:

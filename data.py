@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 import ranks
 from colours import palette
@@ -1020,7 +1019,8 @@ def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = Fa
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
     sample = resize_part(sample, size, (x, y, x + cw, y + ch))
-    image, layers = TF.pil_to_tensor(sample.image).contiguous(), sample.layers
+    image = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1).contiguous()
+    layers = sample.layers
     if colour:
         image = ssd_colour(image, rng)
     if rng.random() < 0.5:
@@ -1073,6 +1073,8 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur. (3, h, w) uint8."""
+    from torchvision.transforms.v2 import functional as TF         # takes two seconds to import: only who needs it waits
+
     factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
     steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (shift_hsv, hue)]
     rng.shuffle(steps)
@@ -1269,6 +1271,7 @@ class SemiSupervisedBatches(Batches):
         super().__init__(cfg, steps)
         self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
         self.burn_in = cfg.burn_in_steps(warm)
+        import torchvision.transforms.v2.functional  # noqa: F401  of `strong_view`: here once, not in every loader process
 
     @property
     def parts(self) -> list[int]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from checkpoint import write_atomic
 from config import PAPERS_SPLITS, UserError, refuse
 from data import DataSet, PanopticFolder, Taxonomy, image_header, open_image, read_json, read_split, read_taxonomy, segment_ids, split_list
+from downloads import DOWNLOAD, FOLDERS, ORIGINALS, PROMPTS, locate, parts, require  # noqa: F401
 
 REPOSITORY = "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
 # Semantic class (0 to 149) of instance class 1 to 100; these are the things of ADE20K, the other 50 classes are stuff.
@@ -30,19 +31,6 @@ ADE_THINGS = (7, 8, 10, 12, 14, 15, 18, 19, 20, 22, 23, 24, 27, 30, 31, 32, 33, 
               98, 102, 103, 104, 107, 108, 110, 111, 112, 115, 116, 118, 119, 120, 121, 123, 124, 125, 126, 127, 129, 130, 132, 133, 134,
               135, 136, 137, 138, 139, 142, 143, 144, 146, 147, 148, 149)
 COCO_LAST_THING = 90                   # category ids above are stuff
-DOWNLOAD = {"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"}                     # what each of them is made from
-PROMPTS = {"ade20k": "ade20k_150_prompts.txt", "coco": "coco_panoptic_prompts.txt", "coco-objects": "coco_objects_prompts.txt"}
-ADE_ZIP, ADE_INSTANCES = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
-COCO_ZIPS = "http://images.cocodataset.org/zips"
-COCO_PANOPTIC = "http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip"
-# What has to be downloaded: path below the folder of the data set, and where it comes from.
-ORIGINALS = {
-    "ade20k": {**{f"{kind}/{part}": source for kind, source in (("images", ADE_ZIP), ("annotations", ADE_ZIP), ("annotations_instance", ADE_INSTANCES))
-                  for part in ("training", "validation")}},
-    "coco": {"train2017": f"{COCO_ZIPS}/train2017.zip", "val2017": f"{COCO_ZIPS}/val2017.zip",
-             **{f"annotations/panoptic_{part}2017.json": COCO_PANOPTIC for part in ("train", "val")},
-             **{f"panoptic_{part}2017": f"{COCO_PANOPTIC}, the zip in it" for part in ("train", "val")}}}
-FOLDERS = {"ade20k": "ADEChallengeData2016", "coco": "coco"}         # usual name of the folder; DATA_ROOT may be it, or hold it
 SHA256 = {                             # of the official lists
     "prompts/ade20k_150_prompts.txt": "3204c154e2c524ce2575f873838893fc25d68c5c4f7973f2d4ee76d7e24bb781",
     "prompts/coco_objects_prompts.txt": "6b2c2528a1db62b2a0b979d823847ed5eb5b902982dd2af1c35c1df118a882cb",
@@ -73,33 +61,20 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
 
     complain: as in `data.load_folder`.    Raises: UserError naming what is missing and the command that makes it.
     """
-    base = locate(name, root)
-    official = base / "dearli" / DOWNLOAD[name]
+    base = require(name, root)
+    official, prompts, places = base / "dearli" / DOWNLOAD[name], base / "dearli" / PROMPTS[name], parts(name, base)
     if split not in splits(name):      # official lists may still have to be fetched
         split_list(base, split or "all", official)
-    if name == "ade20k":
-        places = {part: (base / f"ade20k_panoptic_{part}.json", base / "images" / long, base / f"ade20k_panoptic_{part}", base / "annotations" / long)
-                  for part, long in (("train", "training"), ("val", "validation"))}
-        shift = 1                                                  # prompts and class maps count ADE's classes from 1, the panoptic JSON from 0
-    else:
-        end = "_objects" if name == "coco-objects" else ""
-        masks = base / "masks" if name == "coco-objects" and (base / "masks").is_dir() else None       # the 81-class maps of UniMatch
-        places = {part: (base / "annotations" / f"panoptic_{part}2017{end}.json", base / f"{part}2017", base / f"panoptic_{part}2017{end}", masks)
-                  for part in ("train", "val")}
-        shift = 0
-    prompts = base / "dearli" / PROMPTS[name]
-    for path in (prompts, *(p for place in places.values() for p in place[:3])):
-        if not path.exists():
-            raise UserError(f"{path}: missing; make it with `python dearli.py --stage prepare --dataset {name} --data-root {root}`")
+    shift = 1 if name == "ade20k" else 0       # prompts and class maps count ADE's classes from 1, the panoptic JSON from 0
     names, stored = read_names(prompts), read_taxonomy(places["train"][0])
     unnamed = [category for category in stored.ids if category + shift not in names]
     if unnamed:
         raise UserError(f"{prompts}: no names for category {unnamed[0]}")
     taxonomy = Taxonomy(tuple(names[category + shift] for category in stored.ids), stored.things, stored.ids, stored.palette)
-    parts = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val", hidden=name == "ade20k", complain=complain)
-             for part, place in places.items()}
-    labeled, unlabeled = read_split(base, split, parts["train"], seed, complain, official)
-    return DataSet(name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
+    images = {part: PanopticFolder(*place[:3], taxonomy, place[3], semantic_first=shift, validation=part == "val", hidden=name == "ade20k", complain=complain)
+              for part, place in places.items()}
+    labeled, unlabeled = read_split(base, split, images["train"], seed, complain, official)
+    return DataSet(name, taxonomy, images["train"], images["val"], labeled, unlabeled)
 
 
 def default_split(name: str) -> str:
@@ -184,12 +159,7 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
 
     Raises: UserError listing every download that is missing and its address, or a list that cannot be had or is not the official one.
     """
-    base = locate(name, root)
-    kind = DOWNLOAD[name]
-    missing = {path: source for path, source in ORIGINALS[kind].items() if not (base / path).exists()}
-    if missing:
-        listed = "; ".join(f"{path} (from {source})" for path, source in missing.items())
-        raise UserError(f"{base}: {len(missing)} of {len(ORIGINALS[kind])} parts of {kind} are missing: {listed}")
+    base = require(name, root, prepared=False)
     fetch_lists(name, base, assets)
     if name == "ade20k":
         names = read_names(base / "dearli" / PROMPTS[name])
@@ -216,14 +186,6 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
         if not (base / "masks").is_dir():
             print(f"{base / 'masks'}: not there, so mIoU will be measured on the converted panoptic maps; officially it is on UniMatch's 81-class maps")
     return base
-
-
-def locate(name: str, root: Path) -> Path:
-    """The folder of a data set: DATA_ROOT itself, or a folder of the usual name in it."""
-    root, folder = Path(root).expanduser(), FOLDERS[DOWNLOAD[name]]
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --data-root names the folder with the downloads of {name}")
-    return root / folder if (root / folder).is_dir() else root
 
 
 def fetch_lists(name: str, base: Path, assets: Path | None) -> None:

@@ -18,35 +18,69 @@ The stages themselves are in `stages.py`, which is imported when the command lin
 import os
 import sys
 
-from command_line import check, help_page, parser
+if sys.version_info < (3, 10):
+    sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]} ({sys.executable})")
+
+import importlib.metadata
+
+from command_line import check, help_page, parser, require_there, stopped
 from config import UserError
 
+__version__ = "0.1.0"
 PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard",
             "pycocotools": "pycocotools>=2.0.7"}
+
+REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")         # of every stage
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; returns the exit code: 0, 2 after an error that the user can mend, 128 + signal after a stop."""
     args = None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                         # a class name that a console cannot show stops no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
         if args.help:
             print(help_page(args))
             return 0
+        if args.version:
+            print(version())
+            return 0
+        said = args.method
         check(args)
+        if not args.print_config:
+            require_there(args)
+        if args.stage == "ssl" and said is None and args.method != "dearli" and rank() == "":
+            print(f"--method {args.method}: the default for --dataset {args.dataset} with a linear classifier; others are named with --method")
         import stages
         return stages.run(args)
     except UserError as error:
         print(f"{rank()}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; go on with --resume", file=sys.stderr)
+        print(stopped(args), file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
+        if error.name in REQUIRED:
+            print(f"error: {error.name} is not installed for {sys.executable}; activate the environment that the README makes (source .venv/bin/activate), "
+                  f"or make it: python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt", file=sys.stderr)
+            return 2
         if error.name not in PACKAGES:
             raise
-        print(f"error: {error.name} is not installed, and --stage {args.stage} needs it; python3 -m pip install '{PACKAGES[error.name]}'", file=sys.stderr)
+        print(f"error: {error.name} is not installed, and --stage {args.stage} needs it; python -m pip install '{PACKAGES[error.name]}'", file=sys.stderr)
         return 2
+
+
+def version() -> str:
+    """This program, Python and the libraries that decide on results; none of them is imported."""
+    found = [f"dearli {__version__}", f"python {sys.version.split()[0]}"]
+    for package in ("torch", "torchvision"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return ", ".join(found)
 
 
 def rank() -> str:

@@ -16,6 +16,10 @@ from data import IGNORE, DataSet, Sample, resize
 from model import Segmenter, panoptic_inference, resize_masks, semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 
+# Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a
+# larger image are made anew by every reading, a part at a time: they would fill the memory.
+SHARED_MASKS = 2 ** 27
+
 
 def posterior_alphas(cfg: Config) -> dict[str, float]:
     """The posteriors to evaluate and their alpha: the decoder's, and where CLIP has a say the ensemble's."""
@@ -62,14 +66,17 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
         for slot, i in enumerate(group):
             truth, view = images.truth(i), views[slot]
             sizes = (padded_size(*batch.shape[-2:]), view.size[::-1], truth.segment_map.shape)
-            masks = {name: resize_masks(m[slot], *sizes).sigmoid() for name, m in logits.items()}
-            for reading, posterior in results.items():
-                given = posterior[slot], logits[reading[0]][slot]
-                segment_map, labels, _ = panoptic_inference(*given, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold,
-                                                            masks[reading[0]])
-                pq[reading].add(segment_map.cpu().numpy(), labels.cpu().numpy(), truth.segment_map, truth.labels, truth.areas, truth.crowd)
-                semantic = semantic_inference(*given, sizes, masks[reading[0]])
-                miou[reading].add(semantic.cpu().numpy(), truth.semantic(), IGNORE)
+            for name, mask_logits in logits.items():
+                masks = shared_masks(mask_logits[slot], sizes)
+                for posterior in posteriors:
+                    given = results[name, posterior][slot], mask_logits[slot]
+                    segment_map, labels, _ = panoptic_inference(
+                        *given, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold, masks)
+                    pq[name, posterior].add(segment_map.cpu().numpy(), labels.cpu().numpy(),
+                                            truth.segment_map, truth.labels, truth.areas, truth.crowd)
+                    semantic = semantic_inference(*given, sizes, masks)
+                    miou[name, posterior].add(semantic.cpu().numpy(), truth.semantic(), IGNORE)
+                del masks              # before those of the next model are made
         bar.update(len(group))
     bar.close()
     for other in (scores for k, scores in enumerate(ranks.gather((pq, miou))) if k != ranks.rank()):
@@ -86,6 +93,16 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
         result["/".join(reading)] = {**score, "miou": ious["miou"], "miou_classes": ious["n"],
                                      "confusion": confusion}
     return result
+
+
+def shared_masks(mask_logits: torch.Tensor, sizes) -> torch.Tensor | None:
+    """(Q, H, W) probabilities at the output size, or None if there are more than SHARED_MASKS.
+
+    mask_logits: (Q, h, w);  sizes: as in `model.resize_masks`.
+    """
+    if len(mask_logits) * max(height * width for height, width in sizes) > SHARED_MASKS:
+        return None
+    return resize_masks(mask_logits, *sizes).sigmoid_()
 
 
 @torch.no_grad()

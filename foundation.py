@@ -122,21 +122,21 @@ def _hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
 
 def load_sam(cfg: Config, precision: torch.dtype = torch.float32) -> Callable[[torch.device], object]:
     """device -> what draws masks: SAM, with the model and thresholds of the configuration, or stable regions."""
-    from segment_anything import sam_model_registry
-
-    from sam_masks import MaskGenerator
     if cfg.sam == "regions":
         import regions
         return lambda device: regions.StableRegions()
+    if cfg.sam != "mini" and cfg.sam not in SAM_FILES:
+        raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, regions, {', '.join(SAM_FILES)}")
+    from segment_anything import sam_model_registry
+
+    from sam_masks import MaskGenerator
     if cfg.sam == "mini":
         import mini_sam
         sam = mini_sam.load(cfg.sam_weights or mini_sam.WEIGHTS)
-    elif cfg.sam in SAM_FILES:
+    else:
         name, digest = SAM_FILES[cfg.sam]
         file = Path(cfg.sam_weights) if cfg.sam_weights else fetch(CACHE / name, f"{SAM_ADDRESS}/{name}", digest, "or name it with --sam-weights FILE")
         sam = checkpoint.load_foundation(sam_model_registry[cfg.sam](), file, f"expected the {cfg.sam} checkpoint of Segment Anything, {name}")
-    else:
-        raise UserError(f"unknown SAM '{cfg.sam}'; available: mini, regions, {', '.join(SAM_FILES)}")
     return lambda device: MaskGenerator(sam.eval().to(device), cfg, precision)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from config import CostWeights
@@ -102,6 +101,8 @@ def match(costs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     Returns: for each (query_idx, segment_idx), both (min(Q, N),) int64 on the CPU, sorted by query; empty when N = 0.
     A cost that is not finite comes from outputs that are not: any assignment will do, for the loss, which sees them too, stops the step.
     """
+    from scipy.optimize import linear_sum_assignment               # slow to import, and only training matches
+
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().nan_to_num()
     matrices = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([cost.numel() for cost in costs]), costs)]
     return [tuple(map(torch.as_tensor, linear_sum_assignment(matrix))) for matrix in matrices]

@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -39,6 +40,7 @@ from command_line import DATASETS, check, configure, given, parser, require_of_t
 from config import PAPERS_DATASETS, PRESETS, Config, UserError, ablations, choose, numbers_of, refuse, require_semi_supervised
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, limits, load_folder, load_mini, mini_taxonomy
 from data import require_files, require_images, require_truth, see
+from downloads import default_root
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
 from mean_teacher import train_step
 from model import Segmenter
@@ -115,8 +117,7 @@ def load_data(job: Job, cfg: Config, complain=refuse) -> DataSet:
     if job.dataset == "mini":
         return load_mini(job.split, job.eval_on)
     if not job.data_root:
-        raise UserError(f"--dataset {job.dataset} needs --data-root DIR: " + (
-            "a folder in COCO panoptic format" if job.dataset == "custom" else "the folder with its downloads, see --stage prepare"))
+        raise UserError(f"--dataset {job.dataset} needs --data-root DIR: a folder in COCO panoptic format")
     if job.dataset in PAPERS_DATASETS:
         dataset = datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
     else:
@@ -181,8 +182,6 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
 def stage_prepare(job: Job, cfg: Config) -> Path:
     """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
     choose("data set to prepare", job.dataset, PAPERS_DATASETS)
-    if not job.data_root:
-        raise UserError(f"--stage prepare needs --data-root DIR: the folder with the downloads of {job.dataset}")
     folder = datasets.prepare(job.dataset, Path(job.data_root), job.assets, cfg.workers)
     dataset = datasets.load(job.dataset, Path(job.data_root), "1")
     print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
@@ -832,6 +831,8 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
             args.dataset = stored["dataset"] if stored["dataset"] in DATASETS else "custom"
     if state is not None:
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
+    if not data_root and args.dataset in PAPERS_DATASETS:          # of an official file, which does not say
+        data_root = str(default_root(args.dataset))
     args.split = split
     cfg = configure(args, None if state is None else stored)
     require_sense(args, cfg)
@@ -844,13 +845,30 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         device = torch.device(ranks.local_device(device))
         torch.empty(0, device=device)
         ranks.start(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}': {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError):    # torch's own words are a wall of text
+        raise UserError(f"device '{device}': not available here; available: {', '.join(devices())}") from None
+    if args.precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
+        print("warning: --precision bf16: this CPU has no instructions for it and takes several times as long as with fp32")
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     numbers = given(args)
     keep |= {"steps": numbers.get(steps_of(args.stage)), "given": frozenset(numbers)}
-    return Job(**{**keep, "split": split or datasets.default_split(args.dataset), "variant": variant, "data_root": data_root, "state": state, "device": device,
+    return Job(**{**keep, "split": split or datasets.default_split(args.dataset), "variant": variant, "data_root": data_root, "method": args.method or Job.method, "state": state, "device": device,
                   "precision": PRECISIONS[args.precision]}), cfg
+
+
+def devices() -> list[str]:
+    """As --device names them."""
+    found = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bf16 itself, as Linux says; elsewhere nobody says, and it is taken to."""
+    try:
+        flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.M)
+    except OSError:
+        return True
+    return not flags or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[0].split())
 
 
 def run(args: argparse.Namespace) -> int:
