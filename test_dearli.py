@@ -2141,13 +2141,119 @@ class FakeSam:
 def test_masks_on_disk_have_the_official_keys_and_an_interrupted_call_goes_on(small_mini, tmp_path):
     images, sam = data.load_mini("4").train, FakeSam()
     assert dewa.generate_masks(images, sam, tmp_path) == 12 and sam.calls == 12
-    content = json.loads((tmp_path / "train_00003.json").read_text())
-    assert content["image"] == {"image_id": "train_00003", "file_name": "train_00003.png", "height": 128, "width": 128}
+    content = json.loads((tmp_path / "train_00003.png.json").read_text())
+    pixels = hashlib.sha256(np.asarray(images.image(3)).tobytes()).hexdigest()
+    assert content["image"] == {"image_id": "train_00003", "file_name": "train_00003.png", "height": 128, "width": 128, "sha256": pixels}
     assert set(content["annotations"][0]) == {"id", "segmentation", "area", "predicted_iou", "stability_score", "crop_box", "point_coords"}
-    (tmp_path / "train_00003.json").unlink()
+    (tmp_path / "train_00003.png.json").unlink()
     assert dewa.generate_masks(images, sam, tmp_path) == 1 and sam.calls == 13
     masks = dewa.read_masks(tmp_path, "train_00003.png", (128, 128))
     assert masks.shape == (128, 128, 2) and masks[..., 0].sum() == 40 * 128
+
+
+def two_stems(folder, count=2):
+    """Images a0.jpg, a0.png, ... of noise, the two of a stem different ones."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for k in range(count):
+        for ending in ("jpg", "png"):
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f"a{k}.{ending}")
+
+
+class ImagesOf:
+    """The images of a folder, as `data.ImageFolder` has them."""
+
+    def __init__(self, folder):
+        self.folder, self.names = folder, sorted(path.name for path in folder.iterdir())
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i]
+
+    def image(self, i):
+        return data.open_image(self.folder / self.names[i])
+
+    def digest(self, i):
+        return hashlib.sha256((self.folder / self.names[i]).read_bytes()).hexdigest()
+
+
+class Answers(FakeSam):
+    """A generator that says what it is, and whose masks say of which image they are: as many pixels as the sum of its first row."""
+
+    def __init__(self, points):
+        self.about = {"kind": "fake", "points_per_side": points, "weights": "0" * 64}
+
+    def generate(self, image):
+        found = super().generate(image)
+        found[0]["segmentation"] = (np.arange(image[..., 0].size) < int(image[0].sum()) % 1000).reshape(image.shape[:2])
+        return found
+
+
+def test_two_images_of_one_stem_have_masks_of_their_own(tmp_path):
+    two_stems(tmp_path / "images")
+    images = ImagesOf(tmp_path / "images")
+    assert dewa.generate_masks(images, Answers(4), tmp_path / "masks") == 4
+    assert sorted(path.name for path in (tmp_path / "masks").glob("*.json")) == ["a0.jpg.json", "a0.png.json", "a1.jpg.json", "a1.png.json"]
+    for i in range(4):
+        masks = dewa.read_masks(tmp_path / "masks", images.name(i), (30, 40), images.digest(i))
+        assert masks[..., 0].sum() == int(np.asarray(images.image(i))[0].sum()) % 1000
+
+
+def test_older_files_of_masks_count_for_the_image_that_they_name_and_no_other(tmp_path, capsys):
+    two_stems(tmp_path / "images", 3)
+    images, masks = ImagesOf(tmp_path / "images"), tmp_path / "masks"
+    dewa.generate_masks(images, Answers(4), masks)
+    for name, stated in (("a0.jpg", "a0.jpg"), ("a1.png", None)):                          # of an older version; of nobody knows which
+        content = json.loads((masks / f"{name}.json").read_text())
+        del content["generator"], content["image"]["sha256"]
+        content["image"] |= {"file_name": stated} if stated else {}
+        content["image"].pop("file_name") if stated is None else None
+        (masks / f"{name[:2]}.json").write_text(json.dumps(content))
+        (masks / f"{name}.json").unlink()
+    assert dewa.missing_masks(masks, images) == [images.names.index("a1.png")]
+    (masks / "a0.png.json").unlink()
+    assert dewa.read_masks(masks, "a0.jpg", (30, 40), images.digest(0)).shape == (30, 40, 2)
+    with pytest.raises(UserError, match="a0.json: states that it is of 'a0.jpg', not of a0.png"):
+        dewa.read_masks(masks, "a0.png", (30, 40))
+    capsys.readouterr()
+    assert dewa.generate_masks(images, Answers(4), masks) == 2 and (masks / "a1.png.json").exists() and (masks / "a0.png.json").exists()
+    assert "1 files do not say of which image they are and what made them; taken as they are" in capsys.readouterr().out
+
+
+def test_masks_of_other_images_or_settings_are_refused_and_kept(tmp_path):
+    for k, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((30, 40, 3), 9 + k, np.uint8)).save(tmp_path / name / "0000.png")
+    first, second, masks = ImagesOf(tmp_path / "first"), ImagesOf(tmp_path / "second"), tmp_path / "masks"
+    dewa.generate_masks(first, Answers(4), masks)
+    kept = (masks / "0000.png.json").read_bytes()
+    with pytest.raises(UserError, match="masks: 1 of 1 files .*0000.png.json is of another image of that name than the one at hand.*--out"):
+        dewa.generate_masks(second, Answers(4), masks)
+    with pytest.raises(UserError, match=r"0000.png.json was made with other settings \(points_per_side: 4 there, 8 now\).*--out"):
+        dewa.generate_masks(first, Answers(8), masks)
+    for read in (lambda: dewa.read_masks(masks, "0000.png", (30, 40), second.digest(0)), lambda: dewa.made_of(masks, second)):
+        with pytest.raises(UserError, match="masks of another image of that name than the 0000.png at hand"):
+            read()
+    assert (masks / "0000.png.json").read_bytes() == kept and dewa.generate_masks(first, Answers(4), masks) == 0
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")                                   # the same data under another path is the same
+    assert dewa.generate_masks(ImagesOf(tmp_path / "moved"), Answers(4), masks) == 0
+    assert dewa.made_of(masks, first)["generator"] == Answers(4).about
+
+
+def test_what_masks_are_made_of_counts_every_setting_that_they_depend_on():
+    import mini_sam
+    sam = mini_sam.build().eval()
+    about = MaskGenerator(sam, MINI).about
+    assert MaskGenerator(sam, dataclasses.replace(MINI, points_per_batch=1)).about == about == json.loads(json.dumps(about))
+    for name, value in (("points_per_side", 4), ("pred_iou_thresh", 0.1), ("stability_thresh", 0.1), ("mask_nms_thresh", 0.1)):
+        other = MaskGenerator(sam, dataclasses.replace(MINI, **{name: value})).about
+        assert {key for key in about if other[key] != about[key]} == {name}
+    assert MaskGenerator(sam, MINI, torch.bfloat16).about["precision"] == "bfloat16" and about["precision"] == "float32"
+    with torch.no_grad():
+        next(sam.parameters()).add_(1)
+    assert MaskGenerator(sam, MINI).about["weights"] != about["weights"]
 
 
 def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(small_mini, tmp_path):
@@ -2162,8 +2268,8 @@ def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(sma
             assert torch.equal(left.masks, every.masks[every.masks.any(2).any(1)]) and len(left.labels) == len(left.masks)
             emptied += len(every) - len(left)
     assert emptied > 0
-    (tmp_path / "train_00000.json").write_text('{"image": {"height": 1')
-    with pytest.raises(UserError, match="train_00000.json"):
+    (tmp_path / "train_00000.png.json").write_text('{"image": {"height": 1')
+    with pytest.raises(UserError, match="train_00000.png.json"):
         dewa.read_masks(tmp_path, "train_00000.png", (128, 128))
 
 
@@ -2641,8 +2747,8 @@ def test_fault_35_masks_that_were_cut_short_are_made_again_and_strays_removed(sm
             return super().generate(image)
     process = fork(lambda: dewa.generate_masks(images, Killed(), tmp_path), tmp_path / "said.txt")
     assert ended(process) == -signal.SIGKILL and len(list(tmp_path.glob("*.json"))) == 5
-    (tmp_path / ".train_00005.json.1234.tmp").write_text("{")
-    half = tmp_path / "train_00002.json"
+    (tmp_path / ".train_00005.png.json.1234.tmp").write_text("{")
+    half = tmp_path / "train_00002.png.json"
     content = half.read_text()
     for cut in (0, 1, len(content) // 2, content.index("]]}") + 3, len(content) - 1):        # also where an annotation ends
         half.write_text(content[:cut])
