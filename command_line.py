@@ -37,9 +37,9 @@ TRAIN, TABLES, STORED = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha"), ("e
 # Sections of Config that a stage reads, for its help page; the first words of the comment above each section.
 SECTIONS = {
     "masks": ("SAM", "a run"), "predict": ("panoptic inference", "recognition", "data"), "zeroshot": ("backbone", "recognition", "data", "SAM", "a run"),
-    "eval": ("panoptic inference", "recognition", "data"), "dewa": ("backbone", "Mask2Former", "set loss", "optimisation", "data", "a run"),
+    "eval": ("panoptic inference", "recognition", "data"), "dewa": ("backbone", "Mask2Former", "set loss", "optimisation", "data", "SAM", "a run"),
     "sup": ("backbone", "Mask2Former", "set loss", "panoptic inference", "recognition", "optimisation", "data", "a run"),
-    "ssl": ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "a run"),
+    "ssl": ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "SAM", "a run"),
     **{name: ("backbone", "Mask2Former", "set loss", "Mean Teacher", "recognition", "panoptic inference", "optimisation", "data", "SAM", "a run") for name in TABLES},
 }
 WIDTH = 110                            # characters of a help page
@@ -86,6 +86,8 @@ FLAGS = (
     Flag("format", ("export",), ", ".join(FORMATS), default="official"),
     Flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
     Flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
+    Flag("no-make", ("dewa", "ssl"), "do not make first what an earlier stage has not made (masks, DeWa weights): end in an error", dest="make",
+         action="store_false"),
     Flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
           "nothing is written", action="store_true"),
     Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),

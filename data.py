@@ -164,11 +164,11 @@ class DataSet:
         self.train.follow(order)
         self.val.follow(order)
 
-    def truth_fingerprint(self) -> str:
-        """Of what training is told: which images are labelled and which unlabelled, and the ground truth of the labelled ones."""
+    def truth_fingerprint(self, unlabeled: bool = True) -> str:
+        """Of what training is told: which images are labelled, their ground truth, and which images are unlabelled (if they are looked at)."""
         names, train = self.taxonomy.short_names, self.train
         parts = [f"labelled {train.name(i)} {train.segments_text(i, names)}" for i in self.labeled]
-        parts += [f"unlabelled {train.name(i)}" for i in self.unlabeled]
+        parts += [f"unlabelled {train.name(i)}" for i in self.unlabeled if unlabeled]
         return identity.of_text(*sorted(parts), *(train.truth_digest(i) for i in identity.sample(sorted(self.labeled, key=train.name))))
 
 

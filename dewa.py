@@ -82,20 +82,25 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
         claim(folder)
     ranks.wait()                                   # what a killed writer left is removed before anybody writes
     for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0):
-        image = np.asarray(images.image(i))
-        found = generator.generate(image)
-        height, width = image.shape[:2]
-        content = {"image": {"image_id": Path(images.name(i)).stem, "file_name": images.name(i), "height": height, "width": width, "sha256": images.digest(i)},
-                   "generator": about,
-                   "annotations": [{"id": k, "segmentation": encode_rle(m["segmentation"]), "area": int(m["area"]),
-                                    "predicted_iou": float(m["predicted_iou"]), "stability_score": float(m["stability_score"]),
-                                    "crop_box": [float(v) for v in m["crop_box"]],
-                                    "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
-                                   for k, m in enumerate(found, 1)]}
-        write_atomic(Path(folder) / f"{images.name(i)}.json", json.dumps(content).encode())
+        segment(images, i, generator, folder)
     ranks.wait()                                   # for the last of them
     release(folder)
     return done
+
+
+def segment(images, i: int, generator, folder: Path) -> None:
+    """Write the file of the masks of one image; arguments as in `generate_masks`."""
+    image = np.asarray(images.image(i))
+    found = generator.generate(image)
+    height, width = image.shape[:2]
+    content = {"image": {"image_id": Path(images.name(i)).stem, "file_name": images.name(i), "height": height, "width": width, "sha256": images.digest(i)},
+               "generator": getattr(generator, "about", None),
+               "annotations": [{"id": k, "segmentation": encode_rle(m["segmentation"]), "area": int(m["area"]),
+                                "predicted_iou": float(m["predicted_iou"]), "stability_score": float(m["stability_score"]),
+                                "crop_box": [float(v) for v in m["crop_box"]],
+                                "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
+                               for k, m in enumerate(found, 1)]}
+    write_atomic(Path(folder) / f"{images.name(i)}.json", json.dumps(content).encode())
 
 
 def mask_file(folder: Path, name: str) -> Path:
@@ -150,17 +155,19 @@ def _of_either(path: Path, content: dict, images: int) -> bool:
     return images > 1 and content["image"].get("file_name") is None
 
 
-def made_of(folder: Path, images) -> dict:
+def made_of(folder: Path, images, indices=None) -> dict:
     """What the masks of a folder are: {"folder", "generator", "digest"}, from up to 64 of its files, evenly spread by name (`identity.sample`).
 
-    generator: its settings; None if the files do not say.   digest: changes if masks are of other images, of another generator, or (where they
+    indices: of the images whose masks are meant; None: all.   generator: its settings; None if the files do not say.   digest: changes if masks are of other images, of another generator, or (where they
     do not say) others.   Raises: UserError if the files are of several generators, or of other images than those of their names.
     """
-    order = sorted(range(len(images)), key=images.name)
+    order = sorted(range(len(images)) if indices is None else indices, key=images.name)
     made_by, parts = [], [images.name(i) for i in order]
     for i in identity.sample(order):
         name = images.name(i)
         path = _place(folder, name)
+        if not path.exists():
+            continue                               # whoever reads it will say so
         try:
             content = _content(path, name)
         except BROKEN as error:

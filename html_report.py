@@ -131,13 +131,14 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     for key, value in changed.items():
         flag = f"--{key.replace('_', '-')}"
         flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, value]
-    start = re.match(r"(.*?): \d+ of \d+ tensors taken", str(run.config.get("init", "")))
+    init = run.config.get("init")
+    start = init.get("source") if isinstance(init, dict) else (re.findall(r"^(.*?): \d+ of \d+ tensors taken", str(init)) or [None])[0]     # older runs
     line = lambda *words: shlex.join(["python", "dearli.py", *map(str, words)])
     if stage == "dewa":
         return [line("--stage", "masks", *flags), line("--stage", "dewa", *flags, "--out", run.folder)]
-    if start and depth and (Path(start[1]) / "config.json").exists():
-        before = commands(read(Path(start[1])), depth - 1)
-    flags += ["--init", start[1]] if start else []
+    if start and depth and (Path(start) / "config.json").exists():
+        before = commands(read(Path(start)), depth - 1)
+    flags += ["--init", start] if start else []
     flags += ["--eval-on", "dev"] if run.metrics.get("evaluated_on") == "dev" else []
     return before + [line("--stage", *(["sup"] if stage == "sup" else ["ssl", "--method", stage]), *flags, "--out", run.folder)]
 

@@ -60,6 +60,7 @@ import dearli
 import dewa
 import foundation
 import html_report
+import identity
 import importer
 import matcher
 import mean_teacher
@@ -2638,7 +2639,9 @@ def test_fault_10_what_was_taken_from_dewa_is_said_and_kept(small_mini, tmp_path
     runs = ["--runs", tmp_path, "--classifier", "linear"]
     assert run("--stage", "dewa", *runs, "--steps", 1) == 0
     assert run("--stage", "ssl", "--method", "dearli", "--no-eval", *runs, "--steps", 1) == 0
-    kept = json.loads((tmp_path / "mini-dearli-4" / "config.json").read_text())["init"]
+    init = json.loads((tmp_path / "mini-dearli-4" / "config.json").read_text())["init"]
+    kept = init["taken"]
+    assert init["source"] == str(tmp_path / "mini-dewa") and init["sha256"] == identity.of_tensors(checkpoint.newest(tmp_path / "mini-dewa")["student"])
     assert kept in capsys.readouterr().out and kept.startswith(f"{tmp_path / 'mini-dewa'}: ")
     assert "tensors taken; not taken: " in kept and "classify.weight: expected (21, 32), found (2, 32)" in kept
 
@@ -4131,10 +4134,10 @@ def test_two_images_can_be_learned_by_heart(small_mini):
 
 def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
     runs = ["--runs", tmp_path]
-    assert run("--stage", "ssl", *runs) == 2                                                   # DEARLi without DeWa weights
+    assert run("--stage", "ssl", "--no-make", *runs) == 2                                      # DEARLi without DeWa weights
     message = capsys.readouterr().err
     assert "--stage dewa" in message and "--method dear" in message and message.count("\n") == 1
-    assert run("--stage", "dewa", *runs) == 2 and "--stage masks" in capsys.readouterr().err
+    assert run("--stage", "dewa", "--no-make", *runs) == 2 and "--stage masks" in capsys.readouterr().err
     assert run("--stage", "masks", *runs, "--points-per-side", 4) == 0
     assert len(list((tmp_path / "mini-masks").glob("*.json"))) == 12
     assert run("--stage", "dewa", *runs, "--steps", 2) == 0
