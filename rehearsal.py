@@ -25,7 +25,7 @@ class Rehearsal:
     """Has the face of `trainer.Run`. cfg: as there;  preset: what the configuration is compared with."""
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
-        self.folder, self.cfg, self.seconds = Path(folder), cfg, 0.0
+        self.folder, self.cfg, self.config, self.seconds = Path(folder), cfg, dict(identity), 0.0
         changed = {name: value for name, value in vars(cfg).items() if value != getattr(preset, name)}
         say("run", f"{folder} (nothing is written now)")
         say("config", f"{identity['stage']}; " + (f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "the preset's numbers"))

@@ -250,6 +250,7 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
         say_maker(job, cfg, about["masks"])
         run = begin(job, folder, cfg, {"stage": "dewa", "dataset": job.name, **about}, before=before)
         model = build(job, cfg, dewa.TAXONOMY)
+        run.config["foundation"] = require_foundation(before.config, model, folder)
         optimizer = build_optimizer(model, cfg)
         step = lambda batch, t: dewa.dewa_step(model, optimizer, batch, cfg, t, job.precision)
         batches = dewa.DewaBatches(images, masks, cfg, cfg.dewa_steps)
@@ -330,6 +331,7 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     about = {"data": dataset.train.fingerprint(dataset.labeled), "truth": dataset.truth_fingerprint(unlabeled=False), "init": init}
     run = begin(job, folder, cfg, {**identity(job, "sup", dataset.taxonomy), **about}, dataset, before)
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
+    run.config["foundation"] = require_foundation(before.config, student, folder)
     start_from(start, init, student, dataset)
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
@@ -356,6 +358,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     about = {"data": dataset.train.fingerprint(), "truth": dataset.truth_fingerprint(), "init": init}
     run = begin(job, folder, cfg, {**identity(job, job.method, dataset.taxonomy), **about}, dataset, before)
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
+    run.config["foundation"] = require_foundation(before.config, student, folder)
     start_from(start, init, student, dataset)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
@@ -605,13 +608,38 @@ def load_models(job: Job, cfg: Config, taxonomy: Taxonomy) -> dict[str, Segmente
     names = [name for name in ("student", "teacher") if name in job.state]
     if not names:
         raise UserError(f"{job.weights}: no checkpoint (step_*.pt) in this folder")
-    student = build(job, cfg, taxonomy, job.state.get("clip"))
+    student = build(job, cfg, taxonomy, clip_of(job))
+    require_foundation(job.state.get("config", {}), student, job.weights)
     require_classes(job.state, len(taxonomy), job.weights)
     order = class_order(job.state, taxonomy, job.name, job.weights)
     models = {name: student if name == "student" else student.teacher() for name in names}
     for name, model in models.items():
         take(job.state, name, model, f"{job.weights} ({name})", order=order)
     return models
+
+
+def clip_of(job: Job) -> dict | None:
+    """The CLIP that --weights bring along: an official file its own; a run that began with such a file, which stores no frozen CLIP, that of the file."""
+    init = job.state.get("config", {}).get("init")
+    if "clip" in job.state or not (isinstance(init, dict) and init.get("clip")):
+        return job.state.get("clip")
+    try:
+        return read_run(Path(str(init.get("source")))).get("clip")
+    except UserError as error:
+        raise UserError(f"{job.weights}: began with {init.get('source')}, and needs the CLIP that is in it: {error}") from None
+
+
+def require_foundation(config: dict, model: Segmenter, source) -> str:
+    """SHA-256 of what of a model is not trained, its CLIP's image tower as a rule, which no checkpoint stores.   config: of a run, which says which it had.
+
+    Raises: UserError if that was another.
+    """
+    trained = model.trained()
+    digest = of_tensors({name: value for name, value in model.backbone.state_dict().items() if f"backbone.{name}" not in trained})
+    if config.get("foundation") not in (None, digest):
+        raise UserError(f"{source}: was trained on a backbone of other weights (SHA-256 {str(config['foundation'])[:12]}... there, {digest[:12]}... now): name the file "
+                        f"that it had with --pretrained, or choose another folder with --out")
+    return digest
 
 
 def identity(job: Job, stage: str, taxonomy: Taxonomy) -> dict:
@@ -974,7 +1002,7 @@ def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
         raise UserError(f"--stage export: a file holds a whole CLIP, and backbone {cfg.backbone} has none; its runs are used as they are (--weights, --init)")
     warm_up = state["config"]["stage"] == "dewa"
     taxonomy = dewa.TAXONOMY if warm_up else taxonomy_of(job, cfg)
-    clip = foundation.load_clip(cfg)[0].state_dict()
+    clip = foundation.load_clip(cfg, clip_of(job))[0].state_dict()
     trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
     kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
     return official.Weights(kind, {n: t for n, t in state["student"].items() if n.startswith("head.")}, {**clip, **trained},
