@@ -71,7 +71,7 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
     others = [text for of_rank in ranks.gather(other) for text in of_rank]
     if others:
         raise UserError(f"{folder}: {len(others)} of {len(images)} files of masks are of something else: {others[0]}; choose another folder "
-                        f"with --out and name it with --masks, or delete this one", "masks")
+                        f"(--runs, or --out here and --masks where they are used), or delete this one", "masks")
     silent = sum(ranks.gather(silent))
     if silent and ranks.rank() == 0:
         print(f"{folder}: {silent} files do not say of which image they are and what made them; taken as they are")

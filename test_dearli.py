@@ -2298,9 +2298,9 @@ def test_masks_of_other_images_or_settings_are_refused_and_kept(tmp_path):
     first, second, masks = ImagesOf(tmp_path / "first"), ImagesOf(tmp_path / "second"), tmp_path / "masks"
     dewa.generate_masks(first, Answers(4), masks)
     kept = (masks / "0000.png.json").read_bytes()
-    with pytest.raises(UserError, match="masks: 1 of 1 files .*0000.png.json is of another image of that name than the one at hand.*--out"):
+    with pytest.raises(UserError, match="masks: 1 of 1 files .*0000.png.json is of another image of that name than the one at hand; choose another folder"):
         dewa.generate_masks(second, Answers(4), masks)
-    with pytest.raises(UserError, match=r"0000.png.json was made with other settings \(points_per_side: 4 there, 8 now\).*--out"):
+    with pytest.raises(UserError, match=r"0000.png.json was made with other settings \(points_per_side: 4 there, 8 now\); choose another folder"):
         dewa.generate_masks(first, Answers(8), masks)
     for read in (lambda: dewa.read_masks(masks, "0000.png", (30, 40), second.digest(0)), lambda: dewa.made_of(masks, second)):
         with pytest.raises(UserError, match="masks of another image of that name than the 0000.png at hand"):
@@ -3295,6 +3295,18 @@ def test_predictions_that_were_killed_are_continued_and_equal_those_that_were_no
     capsys.readouterr()
     assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume", "--which", "teacher") == 2
     assert "cannot go on with what another model began (which: student there, teacher now" in capsys.readouterr().err and relative(out) == relative(tmp_path / "whole")
+
+
+def test_fault_43_a_picture_that_has_become_another_is_predicted_anew(small_run, tmp_path, capsys):
+    pictures, out = shutil.copytree(small_run / "pictures", tmp_path / "pictures"), tmp_path / "out"
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+    rows = {row["id"]: row for row in json.loads((out / "panoptic.json").read_text())["images"]}
+    assert rows["a.png"]["sha256"] == hashlib.sha256((pictures / "a.png").read_bytes()).hexdigest()
+    shutil.copy(pictures / "b.png", pictures / "a.png")
+    capsys.readouterr()
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
+    assert "3 pictures, 1 of them made now" in capsys.readouterr().out
+    assert (out / "panoptic" / "a.png.png").read_bytes() == (out / "panoptic" / "b.png.png").read_bytes()
 
 
 def test_pictures_of_any_size_and_mode_are_predicted_as_they_are_shown(small_run, tmp_path):
