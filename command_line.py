@@ -86,8 +86,8 @@ FLAGS = (
     Flag("format", ("export",), ", ".join(FORMATS), default="official"),
     Flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
     Flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
-    Flag("no-make", ("dewa", "ssl"), "do not make first what an earlier stage has not made (masks, DeWa weights): end in an error", dest="make",
-         action="store_false"),
+    Flag("no-make", ("dewa", "ssl"), "do not make first what an earlier stage has not made (masks, "
+         "DeWa weights): end in an error", dest="make", action="store_false"),
     Flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
           "nothing is written", action="store_true"),
     Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),

@@ -83,20 +83,34 @@ class Taxonomy:
         return {"names": [*self.names], "things": [*self.things], "ids": [*self.ids], "palette": self.palette and [[*c] for c in self.palette]}
 
     def order_in(self, other: "Taxonomy", here: str, there: str) -> np.ndarray:
-        """(K,) the place in `other` of each class of this taxonomy: joined by first name, never by place.
+        """(K,) the place in `other` of each class of this taxonomy: joined by first name, never by
+        place.
 
-        here, there: what has them, for messages.   Raises: UserError if the sets of names differ, or a class is a thing in one and stuff in the other.
+        here, there: what has them, for messages.   Raises: UserError if the sets of names differ,
+        or a class is a thing in one and stuff in the other.
         """
         own, theirs = self.short_names, other.short_names
-        only = [(f"only in {what}: {identity.listed([name for name in a if name not in b])}") for what, a, b in ((there, theirs, own), (here, own, theirs))
-                if set(a) - set(b)]
+        only = [
+            (f"only in {what}: {identity.listed([name for name in a if name not in b])}")
+            for what, a, b in ((there, theirs, own), (here, own, theirs))
+            if set(a) - set(b)
+        ]
         if only:
-            raise UserError(f"{here}: its classes are not those of {there}; {'; '.join(only)}; choose the data set that belongs to it")
+            raise UserError(
+                f"{here}: its classes are not those of {there}; {'; '.join(only)}; choose the data "
+                f"set that belongs to it"
+            )
         order = np.array([theirs.index(name) for name in own])
-        differs = [name for name, thing, k in zip(own, self.things, order) if thing != other.things[k]]
+        differs = [
+            name for name, thing, k in zip(own, self.things, order) if thing != other.things[k]
+        ]
         if differs:
-            raise UserError(f"{here}: {identity.listed(differs)}: {'things' if self.things[own.index(differs[0])] else 'stuff'} here, but not in {there}; "
-                            f"expected the same isthing")
+            raise UserError(
+                f"{here}: {identity.listed(differs)}: "
+                f"{'things' if self.things[own.index(differs[0])] else 'stuff'} here, but not in "
+                f"{there}; "
+                f"expected the same isthing"
+            )
         return order
 
     def categories(self) -> list[dict]:
@@ -152,24 +166,35 @@ class DataSet:
     unlabeled: list[int]
 
     def follow(self, taxonomy: Taxonomy, source) -> None:
-        """Take the order and the names of the classes of a run, by name; ids and colours stay those of the data set.
+        """Take the order and the names of the classes of a run, by name; ids and colours stay
+        those of the data set.
 
-        source: the run, for messages.   Raises: UserError if it has other classes (`Taxonomy.order_in`).
+        source: the run, for messages.   Raises: UserError if it has other classes
+        (`Taxonomy.order_in`).
         """
         order = self.taxonomy.order_in(taxonomy, self.name, str(source))
-        place = np.argsort(order)                                  # of class k of the run in the data set
+        place = np.argsort(order)  # of class k of the run in the data set
         mine = self.taxonomy
         colours = mine.palette and tuple(mine.palette[k] for k in place)
-        self.taxonomy = Taxonomy(taxonomy.names, taxonomy.things, tuple(mine.ids[k] for k in place), colours or taxonomy.palette)
+        self.taxonomy = Taxonomy(
+            taxonomy.names,
+            taxonomy.things,
+            tuple(mine.ids[k] for k in place),
+            colours or taxonomy.palette,
+        )
         self.train.follow(order)
         self.val.follow(order)
 
     def truth_fingerprint(self, unlabeled: bool = True) -> str:
-        """Of what training is told: which images are labelled, their ground truth, and which images are unlabelled (if they are looked at)."""
+        """Of what training is told: which images are labelled, their ground truth, and which
+        images are unlabelled (if they are looked at)."""
         names, train = self.taxonomy.short_names, self.train
         parts = [f"labelled {train.name(i)} {train.segments_text(i, names)}" for i in self.labeled]
         parts += [f"unlabelled {train.name(i)}" for i in self.unlabeled if unlabeled]
-        return identity.of_text(*sorted(parts), *(train.truth_digest(i) for i in identity.sample(sorted(self.labeled, key=train.name))))
+        return identity.of_text(
+            *sorted(parts),
+            *(train.truth_digest(i) for i in identity.sample(sorted(self.labeled, key=train.name))),
+        )
 
 
 class MiniImages:
@@ -235,7 +260,12 @@ class PanopticFolder:
     def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None, semantic_first: int = 1,
                  validation: bool = False, hidden: bool = False, complain: Callable[[UserError], None] = refuse):
         self.annotations, self.images, self.maps, self.taxonomy = annotations, images, maps, taxonomy
-        self.semantic, self.semantic_first, self.hidden, self.order = semantic, semantic_first, hidden, None
+        self.semantic, self.semantic_first, self.hidden, self.order = (
+            semantic,
+            semantic_first,
+            hidden,
+            None,
+        )
         inside = (os.path.commonpath([annotations, images, maps]), images, maps, *([semantic] if semantic else []))      # a folder itself may be a link
         self.inside = tuple(os.path.join(os.path.realpath(folder), "") for folder in inside)
         content = read_json(annotations)
@@ -294,12 +324,13 @@ class PanopticFolder:
         return file_digest(self.file(self.images, self.name(i)))
 
     def fingerprint(self, indices=None) -> str:
-        """Of all training images, or of some (`identity.of_files`); the folder that they are in does not matter."""
+        """Of all training images, or of some (`identity.of_files`); the folder that they are in
+        does not matter."""
         return _fingerprint(self, self.images, range(len(self)) if indices is None else indices)
 
     def segments_text(self, i: int, names: list[str]) -> str:
         """The segments of an image, as a line: id, class, crowd."""
-        rows = sorted(self.segments[self.starts[i]:self.starts[i + 1]].tolist())
+        rows = sorted(self.segments[self.starts[i] : self.starts[i + 1]].tolist())
         return " ".join(f"{number} {names[k]} {crowd}" for number, k, _, crowd in rows)
 
     def truth_digest(self, i: int) -> str:
@@ -344,7 +375,11 @@ class PanopticFolder:
             raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}", "unreadable")
         classes = self._upright(stored, i, path).astype(np.int32) - self.semantic_first
         classes[(classes < 0) | (classes >= len(self.taxonomy))] = IGNORE
-        return classes if self.order is None else np.append(self.order, IGNORE)[classes].astype(np.int32)
+        return (
+            classes
+            if self.order is None
+            else np.append(self.order, IGNORE)[classes].astype(np.int32)
+        )
 
     def _upright(self, stored: np.ndarray, i: int, path: Path) -> np.ndarray:
         """A map (H, W) as image i is shown. Raises UserError if it has another size.
@@ -599,31 +634,51 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
                                        f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
                    for part in ("train", "val")}
     taxonomy = read_taxonomy(annotations["train"])
-    by_part = {"train": taxonomy, "val": _by_name(taxonomy, annotations["train"], annotations["val"], complain)}
+    by_part = {
+        "train": taxonomy,
+        "val": _by_name(taxonomy, annotations["train"], annotations["val"], complain),
+    }
     parts = {}
     for part, path in annotations.items():
         base, stem = path.parent, path.stem.removesuffix(variant)
         images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
         maps = _first(root, [base / stem, f"panoptic/{part}", f"panoptic_{part}", "panoptic"], "the folder of panoptic PNG files")
-        parts[part] = PanopticFolder(path, images, maps, by_part[part], validation=part == "val", complain=complain)
+        parts[part] = PanopticFolder(
+            path, images, maps, by_part[part], validation=part == "val", complain=complain
+        )
     labeled, unlabeled = read_split(root, split, parts["train"], seed, complain)
     return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
 
 
-def _by_name(taxonomy: Taxonomy, train: Path, val: Path, complain: Callable[[UserError], None]) -> Taxonomy:
-    """The training JSON's classes with the ids that the validation JSON gives to these names; a class that it lacks has an id that nothing has."""
+def _by_name(
+    taxonomy: Taxonomy, train: Path, val: Path, complain: Callable[[UserError], None]
+) -> Taxonomy:
+    """The training JSON's classes with the ids that the validation JSON gives to these names; a
+    class that it lacks has an id that nothing has."""
     other = read_taxonomy(val)
     names, theirs = taxonomy.short_names, dict(zip(other.short_names, zip(other.ids, other.things)))
     known = dict(zip(taxonomy.ids, names))
     ids = [theirs[name][0] if name in theirs else -1 - k for k, name in enumerate(names)]
     for category, name in zip(other.ids, other.short_names):
         if name not in names and category in known:
-            complain(UserError(f"{val}: category {category} is {brief(name)}, but {brief(known[category])} in {train.name}", "category"))
+            complain(
+                UserError(
+                    f"{val}: category {category} is {brief(name)}, but {brief(known[category])} "
+                    f"in {train.name}",
+                    "category",
+                )
+            )
             k = taxonomy.ids.index(category)
             ids[k] = category if ids[k] < 0 else ids[k]
     for name, thing in zip(names, taxonomy.things):
         if name in theirs and theirs[name][1] != thing:
-            complain(UserError(f"{val}: {brief(name)} is {'stuff' if thing else 'a thing'}, but {'a thing' if thing else 'stuff'} in {train.name}", "category"))
+            complain(
+                UserError(
+                    f"{val}: {brief(name)} is {'stuff' if thing else 'a thing'}, but "
+                    f"{'a thing' if thing else 'stuff'} in {train.name}",
+                    "category",
+                )
+            )
     return Taxonomy(taxonomy.names, taxonomy.things, tuple(ids), taxonomy.palette)
 
 

@@ -138,11 +138,14 @@ def load_sam(cfg: Config, precision: torch.dtype = torch.float32) -> Callable[[t
 
 
 def mask_settings(cfg: Config) -> dict:
-    """What `load_sam(cfg)` will say of its masks (`about`), as far as it is known without weights."""
+    """What `load_sam(cfg)` will say of its masks (`about`), as far as it is known without
+    weights."""
     if cfg.sam == "regions":
         import regions
+
         return regions.StableRegions.about
     from sam_masks import settings
+
     return settings(cfg)
 
 

@@ -92,7 +92,7 @@ def _unlabelled(dataset: DataSet, i: int, teacher: Reading, things: torch.Tensor
     if masks and dewa.mask_file(masks, name).exists():
         try:
             found = dewa.read_masks(masks, name, image.size[::-1], dataset.train.digest(i))
-        except UserError as error:                                                  # of another image: the others can be shown
+        except UserError as error:  # of another image: the others can be shown
             print(f"warning: no picture of masks: {error}")
     if found is not None:
         n, order = found.shape[-1], np.argsort(-found.sum((0, 1)), kind="stable")

@@ -132,7 +132,11 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
         flag = f"--{key.replace('_', '-')}"
         flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, value]
     init = run.config.get("init")
-    start = init.get("source") if isinstance(init, dict) else (re.findall(r"^(.*?): \d+ of \d+ tensors taken", str(init)) or [None])[0]     # older runs
+    start = (
+        init.get("source")
+        if isinstance(init, dict)
+        else (re.findall(r"^(.*?): \d+ of \d+ tensors taken", str(init)) or [None])[0]
+    )  # older runs
     line = lambda *words: shlex.join(["python", "dearli.py", *map(str, words)])
     if stage == "dewa":
         return [line("--stage", "masks", *flags), line("--stage", "dewa", *flags, "--out", run.folder)]

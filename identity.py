@@ -1,7 +1,10 @@
-"""What a stored thing was made of: digests of images, weights and settings, and how two of them differ.
+"""What a stored thing was made of: digests of images, weights and settings, and how two of them
+differ.
 
-Masks, warm-ups, caches and runs are found again by a name. They are used again only if they were made of the same: compared here, by
-content and never by path, so that the same data under another path is the same and other data under the same path is not.
+Masks, warm-ups, caches and runs are found again by a name. They are used again only if they were
+made of the same: compared here, by
+content and never by path, so that the same data under another path is the same and other data
+under the same path is not.
 """
 
 import hashlib
@@ -10,8 +13,8 @@ from typing import Callable, Sequence
 
 import torch
 
-SAMPLED = 64                           # files, at most, whose contents a fingerprint reads
-SHOWN = 5                              # names that a message lists
+SAMPLED = 64  # files, at most, whose contents a fingerprint reads
+SHOWN = 5  # names that a message lists
 
 
 def of_bytes(*parts: bytes) -> str:
@@ -28,7 +31,8 @@ def of_text(*parts: str) -> str:
 
 
 def of_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of weights: their names, shapes and values; their order and their device do not matter."""
+    """SHA-256 of weights: their names, shapes and values; their order and their device do not
+    matter."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -38,7 +42,8 @@ def of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def of_files(names: Sequence[str], size: Callable[[int], int], digest: Callable[[int], str]) -> str:
-    """Fingerprint of many files, without reading them all: every name and size, and the contents of SAMPLED of them, evenly spread by name.
+    """Fingerprint of many files, without reading them all: every name and size, and the contents
+    of SAMPLED of them, evenly spread by name.
 
     size(i): bytes of file i.   digest(i): SHA-256 of its content.
     """
@@ -62,8 +67,11 @@ def bytes_of(path: Path) -> int:
 
 def differences(there: dict, now: dict) -> str:
     """What two settings disagree in, e.g. `points_per_side: 4 there, 8 now`; empty if nothing."""
-    return ", ".join(f"{key}: {there.get(key, 'nothing')!s:.12} there, {now.get(key, 'nothing')!s:.12} now"
-                     for key in dict.fromkeys([*now, *there]) if there.get(key) != now.get(key))
+    return ", ".join(
+        f"{key}: {there.get(key, 'nothing')!s:.12} there, {now.get(key, 'nothing')!s:.12} now"
+        for key in dict.fromkeys([*now, *there])
+        if there.get(key) != now.get(key)
+    )
 
 
 def listed(names: Sequence[str]) -> str:

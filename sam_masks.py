@@ -37,12 +37,16 @@ class MaskGenerator:
 
     def __init__(self, sam: Sam, cfg: Config, precision: torch.dtype = torch.float32):
         self.sam, self.cfg, self.precision = sam, cfg, precision
-        self.grid = build_point_grid(cfg.points_per_side)                                           # (N, 2) in [0, 1]
+        self.grid = build_point_grid(cfg.points_per_side)  # (N, 2) in [0, 1]
 
     @functools.cached_property
     def about(self) -> dict:
         """All that a mask depends on, beside the image. weights: SHA-256 of SAM's."""
-        return {**settings(self.cfg), "precision": str(self.precision).removeprefix("torch."), "weights": identity.of_tensors(self.sam.state_dict())}
+        return {
+            **settings(self.cfg),
+            "precision": str(self.precision).removeprefix("torch."),
+            "weights": identity.of_tensors(self.sam.state_dict()),
+        }
 
     @torch.inference_mode()
     def generate(self, image: np.ndarray) -> list[dict]:
@@ -77,8 +81,14 @@ class MaskGenerator:
 
 def settings(cfg: Config) -> dict:
     """The numbers that masks depend on; how many points are asked at once is none of them."""
-    return {"kind": "sam", "sam": cfg.sam, "points_per_side": cfg.points_per_side, "pred_iou_thresh": cfg.pred_iou_thresh,
-            "stability_thresh": cfg.stability_thresh, "mask_nms_thresh": cfg.mask_nms_thresh}
+    return {
+        "kind": "sam",
+        "sam": cfg.sam,
+        "points_per_side": cfg.points_per_side,
+        "pred_iou_thresh": cfg.pred_iou_thresh,
+        "stability_thresh": cfg.stability_thresh,
+        "mask_nms_thresh": cfg.mask_nms_thresh,
+    }
 
 
 def boxes(logits: Tensor) -> Tensor:

@@ -35,9 +35,31 @@ from optim import NotFinite, set_lr
 MAY_CHANGE = {"ssl_steps", "sup_steps", "dewa_steps", "workers", "checkpoint_every", "log_every", "eval_batch", "sam", "sam_weights",
               "points_per_side", "points_per_batch", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh"}
 # What the warm-up does not read: another value of it makes no other warm-up
-NOT_IN_WARM_UP = {"lambda_u", "ema_decay", "burn_in", "burn_in_warm", "cutmix_prob", "alpha", "teacher_posterior", "labels", "clip_scale", "class_weight",
-                  "object_mask_threshold", "overlap_threshold", "labeled_batch", "unlabeled_batch", "test_size", "test_max"}
-LATER = {"taxonomy", "data", "truth", "init", "masks"}          # what runs did not always store of their identity
+NOT_IN_WARM_UP = {
+    "lambda_u",
+    "ema_decay",
+    "burn_in",
+    "burn_in_warm",
+    "cutmix_prob",
+    "alpha",
+    "teacher_posterior",
+    "labels",
+    "clip_scale",
+    "class_weight",
+    "object_mask_threshold",
+    "overlap_threshold",
+    "labeled_batch",
+    "unlabeled_batch",
+    "test_size",
+    "test_max",
+}
+LATER = {
+    "taxonomy",
+    "data",
+    "truth",
+    "init",
+    "masks",
+}  # what runs did not always store of their identity
 MAX_SKIPPED = 5                        # steps in a row whose loss or gradient is not finite, before the run stops
 
 
@@ -57,13 +79,16 @@ class Run:
     is stored; all ranks read it.
 
     notes: what config.json shall say beside the configuration.
-    state: the newest checkpoint, where it has been read already (by who holds the folder, `checkpoint.claim`).
+    state: the newest checkpoint, where it has been read already (by who holds the folder,
+    `checkpoint.claim`).
     watch: called with the step after every checkpoint, by all ranks.   curves: a SummaryWriter of TensorBoard, which gets what log.jsonl gets.
     Raises: UserError if the folder cannot be written, another process writes there, it holds a run already and resume is off, or the
         configuration differs.
     """
 
-    def __init__(self, folder: Path, cfg: Config, identity: dict, resume: bool, state: dict | None = None):
+    def __init__(
+        self, folder: Path, cfg: Config, identity: dict, resume: bool, state: dict | None = None
+    ):
         self.folder, self.cfg, self.notes, self.watch, self.curves = Path(folder), cfg, {}, lambda step: None, None
         if ranks.rank() == 0:
             checkpoint.claim(self.folder)
@@ -86,7 +111,10 @@ class Run:
             raise UserError(f"{self.folder}: cannot be resumed with another configuration ({listed}); choose another folder with --out")
         unknown = [key for key in self.config if key in LATER - stored.keys()]
         if unknown:
-            print(f"warning: {self.folder}: an older run that does not store what it was made of ({', '.join(unknown)}): not compared, taken as it is now")
+            print(
+                f"warning: {self.folder}: an older run that does not store what it was made of "
+                f"({', '.join(unknown)}): not compared, taken as it is now"
+            )
 
     def train(self, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, batches: Batches,
               step_fn: Callable, device: torch.device, title: str) -> None:
@@ -232,23 +260,39 @@ def read_log(path: Path) -> list[dict]:
 def differing(stored: dict, config: dict) -> list[str]:
     """Keys that make a stored run another run than the one asked for; figures of the warm-up matter to the warm-up only."""
     idle = MAY_CHANGE | (LATER - stored.keys())
-    idle |= NOT_IN_WARM_UP if config["stage"] == "dewa" else {key for key in config if key.startswith("dewa_")}
+    idle |= (
+        NOT_IN_WARM_UP
+        if config["stage"] == "dewa"
+        else {key for key in config if key.startswith("dewa_")}
+    )
     if stored.get("data") is not None and stored["data"] == config.get("data"):
-        idle |= {"dataset", "data_root"}                           # the same images under another path are the same
-    return [key for key in config if key not in idle and _essence(key, stored.get(key)) != _essence(key, config[key])]
+        idle |= {"dataset", "data_root"}  # the same images under another path are the same
+    return [
+        key
+        for key in config
+        if key not in idle and _essence(key, stored.get(key)) != _essence(key, config[key])
+    ]
 
 
 def _essence(key: str, value):
     """What of a value makes a run that run: not the path of a thing, nor the colours of classes."""
-    parts = {"init": ("sha256",), "masks": ("generator", "digest"), "taxonomy": ("names", "things")}.get(key)
+    parts = {
+        "init": ("sha256",),
+        "masks": ("generator", "digest"),
+        "taxonomy": ("names", "things"),
+    }.get(key)
     return {part: value.get(part) for part in parts} if parts and isinstance(value, dict) else value
 
 
 def _differs(key: str, there, now) -> str:
     """A line's part about a key of `differing`."""
     if key == "masks" and isinstance(there, dict) and isinstance(now, dict):
-        return f"masks: {differences(there.get('generator') or {}, now['generator'] or {}) or 'others than those'} of {there.get('folder')}"
-    what = {"data": "data: other training images", "truth": "truth: other ground truth, or other labelled or unlabelled images"}.get(key)
+        differs = differences(there.get("generator") or {}, now["generator"] or {})
+        return f"masks: {differs or 'others'} (it began with those of {there.get('folder')})"
+    what = {
+        "data": "data: other training images",
+        "truth": "truth: other ground truth, or other labelled or unlabelled images",
+    }.get(key)
     return f"{what} than it began with" if what else f"{key}: {there!s:.60} there, {now!s:.60} now"
 
 
