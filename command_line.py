@@ -74,6 +74,18 @@ def _reads() -> dict[str, frozenset[str]]:
 
 
 READS = _reads()
+# What an earlier stage reads that a stage makes up for: masks before the warm-up, both before DEARLi
+MAKES = {
+    "dewa": READS["masks"] - READS["dewa"],
+    "ssl": (READS["masks"] | READS["dewa"]) - READS["ssl"],
+}
+
+
+def reads(stage: str) -> frozenset[str]:
+    """Fields of Config that a stage reads, or one that it makes up for."""
+    return READS[stage] | MAKES.get(stage, frozenset())
+
+
 # Of a run that is stored: what its weights are part of, and what they were trained on
 OF_THE_RUN = ("backbone", "train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers",
               "decoder_ffn", "no_object_weight", "seed")
@@ -175,6 +187,8 @@ FLAGS = (
     Flag("format", ("export",), ", ".join(FORMATS), default="official"),
     Flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
     Flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
+    Flag("no-make", ("dewa", "ssl"), "do not make first what an earlier stage has not made (masks, "
+         "DeWa weights): end in an error", dest="make", action="store_false"),
     Flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
           "nothing is written", action="store_true"),
     Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
@@ -251,7 +265,7 @@ def number_or_text(text: str) -> float | str:
 def require_known(args: argparse.Namespace) -> None:
     """Raise UserError for a flag that the stage does not know, or a number that it does not read."""
     known = {flag.dest: (flag.name, flag.stages) for flag in FLAGS}
-    known |= {f.name: (f.name.replace("_", "-"), tuple(stage for stage in ALL if f.name in READS[stage])) for f in dataclasses.fields(Config)}
+    known |= {f.name: (f.name.replace("_", "-"), tuple(stage for stage in ALL if f.name in reads(stage))) for f in dataclasses.fields(Config)}
     for dest, (name, stages) in known.items():
         if dest in args.flags and args.stage not in stages:
             raise UserError(f"--{name}: only --stage {', '.join(stages[:-1])}{' and ' if stages[1:] else ''}{stages[-1]} "
@@ -281,6 +295,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     without(args.dataset != "custom", ("variant",), "it counts with --dataset custom")
     without(args.dataset == "mini", ("data_root",), f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}")
     without(args.dataset == "mini" and args.stage not in STORED and not args.images, ("white",), "images of --dataset mini have 8 bits")
+    made = args.stage == "ssl" and (args.method != "dearli" or args.init is not None)
+    without(made, (*MAKES["ssl"], "masks", "make"), "no masks and no warm-up are made here; it counts with --method dearli and without --init")
     without(args.stage in TRAIN and not args.evaluate, ("groups",), "nothing is evaluated; it counts without --no-eval")
     return found
 
@@ -497,7 +513,7 @@ def stage_page(stage: str, preset: Config) -> str:
     own = [(f"--{flag.name}", flag.help, flag.more.get("default")) for flag in FLAGS if stage in flag.stages]
     parts = [f"python dearli.py --stage {stage} [flags]", f"  {line}", "", *[row for name, text, default in own for row in _row(name, text, default)]]
     for title, fields in numbers().items():
-        rows = [row for name, text in fields if name in READS[stage] for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))]
+        rows = [row for name, text in fields if name in reads(stage) for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))]
         parts += ["", title, *rows] if rows else []
     return "\n".join(parts)
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+import identity
 import ranks
 from colours import palette
 from config import Config, UserError, refuse
@@ -89,6 +90,37 @@ class Taxonomy:
         """As plain lists: a run stores its classes, so that it can be used where the data set is not."""
         return {"names": [*self.names], "things": [*self.things], "ids": [*self.ids], "palette": self.palette and [[*c] for c in self.palette]}
 
+    def order_in(self, other: "Taxonomy", here: str, there: str) -> np.ndarray:
+        """(K,) the place in `other` of each class of this taxonomy: joined by first name, never by
+        place.
+
+        here, there: what has them, for messages.   Raises: UserError if the sets of names differ,
+        or a class is a thing in one and stuff in the other.
+        """
+        own, theirs = self.short_names, other.short_names
+        only = [
+            (f"only in {what}: {identity.listed([name for name in a if name not in b])}")
+            for what, a, b in ((there, theirs, own), (here, own, theirs))
+            if set(a) - set(b)
+        ]
+        if only:
+            raise UserError(
+                f"{here}: its classes are not those of {there}; {'; '.join(only)}; choose the data "
+                f"set that belongs to it"
+            )
+        order = np.array([theirs.index(name) for name in own])
+        differs = [
+            name for name, thing, k in zip(own, self.things, order) if thing != other.things[k]
+        ]
+        if differs:
+            raise UserError(
+                f"{here}: {identity.listed(differs)}: "
+                f"{'things' if self.things[own.index(differs[0])] else 'stuff'} here, but not in "
+                f"{there}; "
+                f"expected the same isthing"
+            )
+        return order
+
     def categories(self) -> list[dict]:
         """As in COCO panoptic format, the inverse of `read_taxonomy`."""
         return [{"id": i, "name": name, "isthing": int(thing), "color": [*colour]}
@@ -141,6 +173,37 @@ class DataSet:
     labeled: list[int]
     unlabeled: list[int]
 
+    def follow(self, taxonomy: Taxonomy, source) -> None:
+        """Take the order and the names of the classes of a run, by name; ids and colours stay
+        those of the data set.
+
+        source: the run, for messages.   Raises: UserError if it has other classes
+        (`Taxonomy.order_in`).
+        """
+        order = self.taxonomy.order_in(taxonomy, self.name, str(source))
+        place = np.argsort(order)  # of class k of the run in the data set
+        mine = self.taxonomy
+        colours = mine.palette and tuple(mine.palette[k] for k in place)
+        self.taxonomy = Taxonomy(
+            taxonomy.names,
+            taxonomy.things,
+            tuple(mine.ids[k] for k in place),
+            colours or taxonomy.palette,
+        )
+        self.train.follow(order)
+        self.val.follow(order)
+
+    def truth_fingerprint(self, unlabeled: bool = True) -> str:
+        """Of what training is told: which images are labelled, their ground truth, and which
+        images are unlabelled (if they are looked at)."""
+        names, train = self.taxonomy.short_names, self.train
+        parts = [f"labelled {train.name(i)} {train.segments_text(i, names)}" for i in self.labeled]
+        parts += [f"unlabelled {train.name(i)}" for i in self.unlabeled if unlabeled]
+        return identity.of_text(
+            *sorted(parts),
+            *(train.truth_digest(i) for i in identity.sample(sorted(self.labeled, key=train.name))),
+        )
+
 
 class MiniImages:
     """Scenes of one collection of the miniature world, each drawn when it is first asked for and kept in memory for all stages of a process."""
@@ -148,7 +211,7 @@ class MiniImages:
     white = WHITE                      # they have 8 bits
 
     def __init__(self, collection: str, count: int):
-        self.collection, self.count = collection, count
+        self.collection, self.count, self.order = collection, count, None
 
     def __len__(self) -> int:
         return self.count
@@ -162,7 +225,27 @@ class MiniImages:
     def truth(self, i: int) -> Truth:
         s = _scene(self.collection, i)
         areas = np.bincount(s.segment_map.ravel(), minlength=len(s.labels) + 1)[1:]
-        return Truth(s.segment_map, s.labels, areas, np.zeros(len(s.labels), bool))
+        labels = s.labels if self.order is None else self.order[s.labels]
+        return Truth(s.segment_map, labels, areas, np.zeros(len(s.labels), bool))
+
+    def follow(self, order: np.ndarray) -> None:
+        """Class k becomes class order[k]."""
+        self.order = order
+
+    def digest(self, i: int) -> str:
+        """SHA-256 of the pixels: there is no file."""
+        return identity.of_bytes(_scene(self.collection, i).image.tobytes())
+
+    def fingerprint(self, indices=None) -> str:
+        """Of a collection and a number of images: these scenes are what their names say."""
+        indices = range(self.count) if indices is None else indices
+        return identity.of_text("mini", self.collection, *map(str, sorted(indices)))
+
+    def segments_text(self, i: int, names: list[str]) -> str:
+        return ""
+
+    def truth_digest(self, i: int) -> str:
+        return ""
 
 
 @functools.lru_cache(maxsize=None)
@@ -191,11 +274,16 @@ class PanopticFolder:
     def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None, semantic_first: int = 1,
                  validation: bool = False, hidden: bool = False, complain: Callable[[UserError], None] = refuse):
         self.annotations, self.images, self.maps, self.taxonomy = annotations, images, maps, taxonomy
-        self.semantic, self.semantic_first, self.hidden = semantic, semantic_first, hidden
+        self.semantic, self.semantic_first, self.hidden, self.order = (
+            semantic,
+            semantic_first,
+            hidden,
+            None,
+        )
         inside = (os.path.commonpath([annotations, images, maps]), images, maps, *([semantic] if semantic else []))      # a folder itself may be a link
         self.inside = tuple(os.path.join(os.path.realpath(folder), "") for folder in inside)
         content = read_json(annotations)
-        index = {category: k for k, category in enumerate(taxonomy.ids)}
+        index = {category: k for k, category in enumerate(taxonomy.ids) if category >= 0}
         def wrong(kind, text):
             complain(UserError(f"{annotations}: {text}", kind))
         files = _image_names(content["images"], wrong)
@@ -245,6 +333,29 @@ class PanopticFolder:
     def image(self, i: int) -> Image.Image:
         return open_image(self.path(i), white=self.white)
 
+    def follow(self, order: np.ndarray) -> None:
+        """Class k becomes class order[k]."""
+        self.segments[:, 1] = order[self.segments[:, 1]]
+        self.order = order
+
+    def digest(self, i: int) -> str:
+        """As `image_digest`."""
+        return image_digest(self.path(i), self.white)
+
+    def fingerprint(self, indices=None) -> str:
+        """Of all training images, or of some (`identity.of_files`); the folder that they are in
+        does not matter."""
+        return _fingerprint(self, self.images, range(len(self)) if indices is None else indices)
+
+    def segments_text(self, i: int, names: list[str]) -> str:
+        """The segments of an image, as a line: id, class, crowd."""
+        rows = sorted(self.segments[self.starts[i] : self.starts[i + 1]].tolist())
+        return " ".join(f"{number} {names[k]} {crowd}" for number, k, _, crowd in rows)
+
+    def truth_digest(self, i: int) -> str:
+        """SHA-256 of the file of its panoptic map."""
+        return file_digest(self.file(self.maps, str(self.files[i])))
+
     def file(self, folder: Path, name: str) -> Path:
         """folder/name, which may be a link to another place in the data root, but not out of it."""
         path = folder / name
@@ -283,7 +394,11 @@ class PanopticFolder:
             raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}", "unreadable")
         classes = self._upright(stored, i, path).astype(np.int32) - self.semantic_first
         classes[(classes < 0) | (classes >= len(self.taxonomy))] = IGNORE
-        return classes
+        return (
+            classes
+            if self.order is None
+            else np.append(self.order, IGNORE)[classes].astype(np.int32)
+        )
 
     def _upright(self, stored: np.ndarray, i: int, path: Path) -> np.ndarray:
         """A map (H, W) as image i is shown. Raises UserError if it has another size.
@@ -426,6 +541,39 @@ def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
     return sorted(
         ending for ending, kind in Image.registered_extensions().items() if kind in formats
     )
+
+    def digest(self, i: int) -> str:
+        """As `image_digest`."""
+        return image_digest(self.path(i), self.white)
+
+    def fingerprint(self, indices=None) -> str:
+        """As `PanopticFolder.fingerprint`."""
+        return _fingerprint(self, self.folder, range(len(self)) if indices is None else indices)
+
+
+def _fingerprint(images, folder: Path, indices) -> str:
+    """What is not there counts as such; whoever needs it will say so."""
+    names = [images.name(i) for i in indices]
+    def digest(k: int) -> str:
+        return images.digest(indices[k]) if identity.bytes_of(folder / names[k]) >= 0 else "absent"
+    return identity.of_files(names, lambda k: identity.bytes_of(folder / names[k]), digest)
+
+
+def image_digest(path: Path, white: int) -> str:
+    """SHA-256 of the file of an image, and of its white point where one is known: with another one
+    it is another image."""
+    digest = file_digest(path)
+    return digest if white == WHITE else identity.of_text(digest, f"white {white}")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file. Raises: UserError if it cannot be read."""
+    try:
+        return identity.of_bytes(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "absent") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "unreadable") from None
 
 
 def segment_ids(path: Path) -> np.ndarray:
@@ -702,30 +850,10 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
                                        f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
                    for part in ("train", "val")}
     taxonomy = read_taxonomy(annotations["train"])
-    known = {
-        category: (name, thing)
-        for category, name, thing in zip(taxonomy.ids, taxonomy.names, taxonomy.things)
+    by_part = {
+        "train": taxonomy,
+        "val": _by_name(taxonomy, annotations["train"], annotations["val"], complain),
     }
-    other = read_taxonomy(annotations["val"])
-    for category, name, thing in zip(other.ids, other.names, other.things):
-        first, is_thing = known.get(category, (name, thing))
-        where = f"in {annotations['train'].name}"
-        if first != name:
-            complain(
-                UserError(
-                    f"{annotations['val']}: category {category} is {brief(name)}, "
-                    f"but {brief(first)} {where}",
-                    "category",
-                )
-            )
-        elif is_thing != thing:
-            complain(
-                UserError(
-                    f"{annotations['val']}: category {category} ({brief(name)}) has isthing "
-                    f"{int(thing)}, but {int(is_thing)} {where}",
-                    "category",
-                )
-            )
     parts = {}
     for part, path in annotations.items():
         base, stem = path.parent.relative_to(root), path.stem.removesuffix(variant)
@@ -738,11 +866,45 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
             maps = _first(root, candidates, "the folder of panoptic PNG files")
         except UserError as error:
             maps, missing = root / candidates[0], error
-        parts[part] = PanopticFolder(path, images, maps, taxonomy, validation=part == "val", complain=complain)
+        parts[part] = PanopticFolder(
+            path, images, maps, by_part[part], validation=part == "val", complain=complain
+        )
         if missing and parts[part].annotated:  # images without annotation need no maps
             raise missing
     labeled, unlabeled = read_split(root, split, parts["train"], seed, complain)
     return DataSet(root.name, taxonomy, parts["train"], parts["val"], labeled, unlabeled)
+
+
+def _by_name(
+    taxonomy: Taxonomy, train: Path, val: Path, complain: Callable[[UserError], None]
+) -> Taxonomy:
+    """The training JSON's classes with the ids that the validation JSON gives to these names; a
+    class that it lacks has an id that nothing has."""
+    other = read_taxonomy(val)
+    names, theirs = taxonomy.short_names, dict(zip(other.short_names, zip(other.ids, other.things)))
+    known = dict(zip(taxonomy.ids, names))
+    ids = [theirs[name][0] if name in theirs else -1 - k for k, name in enumerate(names)]
+    for category, name in zip(other.ids, other.short_names):
+        if name not in names and category in known:
+            complain(
+                UserError(
+                    f"{val}: category {category} is {brief(name)}, but {brief(known[category])} "
+                    f"in {train.name}",
+                    "category",
+                )
+            )
+            k = taxonomy.ids.index(category)
+            ids[k] = category if ids[k] < 0 else ids[k]
+    for name, thing in zip(names, taxonomy.things):
+        if name in theirs and theirs[name][1] != thing:
+            complain(
+                UserError(
+                    f"{val}: {brief(name)} is {'stuff' if thing else 'a thing'}, but "
+                    f"{'a thing' if thing else 'stuff'} in {train.name}",
+                    "category",
+                )
+            )
+    return Taxonomy(taxonomy.names, taxonomy.things, tuple(ids), taxonomy.palette)
 
 
 def _first(root: Path, candidates, what: str) -> Path:

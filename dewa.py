@@ -8,6 +8,7 @@ Try, after the demo: `python dearli.py --stage sup --steps 100 --init runs/mini-
 """
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import identity
 import ranks
 from checkpoint import claim, release, write_atomic
 from config import Config, UserError
 from data import Batches, Labeled, Sample, Taxonomy, brief, pad, pad_image, weak_view
+from identity import differences
 from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter
 from optim import descend, require_finite
 
 MAX_DIGITS = 7                         # groups of 5 bits a run length after the first: more than any image has pixels, far less than 64 bits hold
+BROKEN = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+    OSError,
+)  # what reading a file that is not one of masks raises
 TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))            # one class, three names (official)
 
 
@@ -34,12 +46,55 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
     """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was;
     a file that was cut short is made again.
 
+    A file says of which image it is and what made it. Hours of masks are not replaced in silence:
+    where one is there of another image of
+    this name, or by other settings, nothing is made. Files without such a word (SA-1B, older
+    versions of ours) are taken as they are.
+
     Args:
-        images: has len, name(i) and image(i) (`data.MiniImages`, `data.PanopticFolder`).
-        generator: a `sam_masks.MaskGenerator`, or what has its `generate`.    folder: of the JSON files.
+        images: has len, name(i), image(i) and digest(i) (`data.MiniImages`, `data.PanopticFolder`,
+        `data.ImageFolder`).
+        generator: a `sam_masks.MaskGenerator`, or what has its `generate`, and `about`, what
+            its masks depend on, where it can say.    folder: of the JSON files.
+        redo: replace whatever is there.
     Returns: the number of images segmented now, by all ranks: each takes its share.
+    Raises: UserError if masks are there of something else: then no file is written.
     """
-    todo = [i for i in range(ranks.rank(), len(images), ranks.count()) if redo or not is_whole(mask_file(folder, images.name(i)))]
+    about = getattr(generator, "about", None)
+    mine = range(ranks.rank(), len(images), ranks.count())
+    todo, silent, other = [*mine] if redo else [], 0, []
+    stems = _stems(folder, images)
+    for i in () if redo else mine:
+        path = _place(folder, images.name(i))
+        try:
+            content = _content(path, images.name(i))
+            if _of_either(path, content, stems[path]):
+                raise FileNotFoundError
+        except (UserError, *BROKEN):
+            todo.append(i)  # none, or a part of one: copied by halves, written by another tool
+            continue
+        digest, made_by = content["image"].get("sha256"), content.get("generator")
+        silent += digest is None or made_by is None and about is not None
+        if digest not in (None, images.digest(i)):
+            other.append(f"{path.name} is of another image of that name than the one at hand")
+        elif about is not None and made_by not in (None, about):
+            other.append(
+                f"{path.name} was made with other settings ({differences(made_by, about)})"
+            )
+    others = [text for of_rank in ranks.gather(other) for text in of_rank]
+    if others:
+        raise UserError(
+            f"{folder}: {len(others)} of {len(images)} files of masks are of something else: "
+            f"{others[0]}; choose another folder "
+            f"(--runs, or --out here and --masks where they are used), or delete this one",
+            "masks",
+        )
+    silent = sum(ranks.gather(silent))
+    if silent and ranks.rank() == 0:
+        print(
+            f"{folder}: {silent} files do not say of which image they are and what made them; "
+            f"taken as they are"
+        )
     done = sum(ranks.gather(len(todo)))
     if not done:
         return 0
@@ -47,41 +102,178 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
         claim(folder)
     ranks.wait()                                   # what a killed writer left is removed before anybody writes
     for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0):
-        image = np.asarray(images.image(i))
-        found = generator.generate(image)
-        height, width = image.shape[:2]
-        content = {"image": {"image_id": Path(images.name(i)).stem, "file_name": images.name(i), "height": height, "width": width},
-                   "annotations": [{"id": k, "segmentation": encode_rle(m["segmentation"]), "area": int(m["area"]),
-                                    "predicted_iou": float(m["predicted_iou"]), "stability_score": float(m["stability_score"]),
-                                    "crop_box": [float(v) for v in m["crop_box"]],
-                                    "point_coords": [[float(v) for v in p] for p in m["point_coords"]]}
-                                   for k, m in enumerate(found, 1)]}
-        write_atomic(mask_file(folder, images.name(i)), json.dumps(content).encode())
+        segment(images, i, generator, folder)
     ranks.wait()                                   # for the last of them
     release(folder)
     return done
 
 
-def is_whole(path: Path) -> bool:
-    """There is a file of masks, and not a part of one (copied by halves, or from a tool that does not write whole files)."""
-    try:
-        return "annotations" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+def segment(images, i: int, generator, folder: Path) -> None:
+    """Write the file of the masks of one image; arguments as in `generate_masks`."""
+    image = np.asarray(images.image(i))
+    found = generator.generate(image)
+    height, width = image.shape[:2]
+    content = {
+        "image": {
+            "image_id": Path(images.name(i)).stem,
+            "file_name": images.name(i),
+            "height": height,
+            "width": width,
+            "sha256": images.digest(i),
+        },
+        "generator": getattr(generator, "about", None),
+        "annotations": [
+            {
+                "id": k,
+                "segmentation": encode_rle(m["segmentation"]),
+                "area": int(m["area"]),
+                "predicted_iou": float(m["predicted_iou"]),
+                "stability_score": float(m["stability_score"]),
+                "crop_box": [float(v) for v in m["crop_box"]],
+                "point_coords": [[float(v) for v in p] for p in m["point_coords"]],
+            }
+            for k, m in enumerate(found, 1)
+        ],
+    }
+    write_atomic(Path(folder) / f"{images.name(i)}.json", json.dumps(content).encode())
 
 
 def mask_file(folder: Path, name: str) -> Path:
-    return Path(folder) / Path(name).with_suffix(".json")
+    """The file of the masks of an image: NAME.json with its whole name, so that a.jpg and a.png do
+    not meet. Where that is not there, the older
+    STEM.json (of SA-1B, too), if it states that it is of this image."""
+    path = _place(folder, name)
+    try:
+        return _content(path, name) and path
+    except (UserError, *BROKEN):
+        return Path(folder) / f"{name}.json"
 
 
-def read_masks(folder: Path, name: str, expected: tuple[int, int]) -> np.ndarray:
+def _place(folder: Path, name: str) -> Path:
+    """NAME.json, or where there is only STEM.json that one, whatever it is of."""
+    path, older = Path(folder) / f"{name}.json", Path(folder) / Path(name).with_suffix(".json")
+    return older if older.exists() and not path.exists() else path
+
+
+def _content(path: Path, name: str) -> dict:
+    """What a file of `_place` holds. Raises: UserError if it is of an image of another name;
+    FileNotFoundError; what BROKEN lists."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    stated, _ = content["image"].get("file_name"), content["annotations"]
+    if stated is not None and Path(str(stated)).name != Path(name).name:
+        raise UserError(
+            f"{path}: states that it is of {brief(stated)}, not of {name}; make masks of it with "
+            f"--stage masks, or mend its file_name",
+            "masks",
+        )
+    return content
+
+
+def missing_masks(folder: Path, images) -> list[int]:
+    """Images without a file of masks, by the names in the folder alone. Only where images share a
+    stem, files are opened."""
+    folder, stems = Path(folder), _stems(folder, images)
+    there = set(folder.rglob("*.json")) if folder.is_dir() else set()
+
+    def has(name: str) -> bool:
+        path = folder / f"{name}.json"
+        if path not in there:
+            path = folder / Path(name).with_suffix(".json")
+        if path not in there or stems[path] < 2:
+            return path in there
+        try:
+            return not _of_either(path, _content(path, name), stems[path])
+        except (UserError, *BROKEN):
+            return False
+
+    return [i for i in range(len(images)) if not has(images.name(i))]
+
+
+def _stems(folder: Path, images) -> Counter:
+    """How many images each STEM.json could be of."""
+    return Counter(
+        Path(folder) / Path(images.name(i)).with_suffix(".json") for i in range(len(images))
+    )
+
+
+def _of_either(path: Path, content: dict, images: int) -> bool:
+    """Several images could be meant, and the file does not say which."""
+    return images > 1 and content["image"].get("file_name") is None
+
+
+def made_of(folder: Path, images, indices=None) -> dict:
+    """What the masks of a folder are: {"folder", "generator", "digest"}, from up to 64 of its
+    files, evenly spread by name (`identity.sample`).
+
+    indices: of the images whose masks are meant; None: all.   generator: its settings; None if the
+    files do not say.   digest: changes if masks are of other images, of another generator, or
+    (where they
+    do not say) others.   Raises: UserError if the files are of several generators, or of other
+    images than those of their names.
+    """
+    order = sorted(range(len(images)) if indices is None else indices, key=images.name)
+    made_by, parts = [], [images.name(i) for i in order]
+    for i in identity.sample(order):
+        name = images.name(i)
+        path = _place(folder, name)
+        if not path.exists():
+            continue  # whoever reads it will say so
+        try:
+            content = _content(path, name)
+        except BROKEN as error:
+            raise _unreadable(path, error) from None
+        digest, generator = content["image"].get("sha256"), content.get("generator")
+        if digest not in (None, images.digest(i)):
+            raise _of_another_image(path, name)
+        if made_by and made_by[0] != generator:
+            raise UserError(
+                f"{folder}: holds masks of several makers "
+                f"({differences(made_by[0] or {}, generator or {})}); expected one: make them "
+                f"anew in another folder with --stage masks --out",
+                "masks",
+            )
+        made_by.append(generator)
+        known = digest is not None and generator is not None
+        parts.append(digest if known else identity.of_bytes(path.read_bytes()))
+    generator = made_by[0] if made_by else None
+    return {
+        "folder": str(folder),
+        "generator": generator,
+        "digest": identity.of_text(*parts, json.dumps(generator, sort_keys=True)),
+    }
+
+
+def _of_another_image(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path}: masks of another image of that name than the {name} at hand; name the folder of "
+        f"its own masks with --masks, or make "
+        f"them in another folder with --stage masks --out",
+        "masks",
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: not a file of SAM masks ({type(error).__name__}: {brief(str(error))}); delete "
+        f"it and run --stage masks again",
+        "masks",
+    )
+
+
+def read_masks(
+    folder: Path, name: str, expected: tuple[int, int], digest: str | None = None
+) -> np.ndarray:
     """(H, W, N) bool: the masks of an image of `expected` size (H, W), which no mask exceeds in memory whatever its file states.
 
-    Raises: UserError if there is no file, not such a file, or one of masks of another size.
+    digest: SHA-256 of the image, with which a file that states one has to agree.
+    Raises: UserError if there is no file, not such a file, or one of masks of another size or of
+    another image.
     """
-    path = mask_file(folder, name)
+    path = _place(folder, name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _content(path, name)
+        if digest is not None and content["image"].get("sha256") not in (None, digest):
+            raise _of_another_image(path, name)
         sizes = {(content["image"]["height"], content["image"]["width"]), *(tuple(a["segmentation"]["size"]) for a in content["annotations"])}
         if sizes != {tuple(expected)}:
             raise UserError(f"{path}: masks are {brief(sorted(sizes - {tuple(expected)}, key=repr)[0])}, the image {name} is {tuple(expected)} (height, width); "
@@ -89,8 +281,8 @@ def read_masks(folder: Path, name: str, expected: tuple[int, int]) -> np.ndarray
         masks = [decode_rle(a["segmentation"]) for a in content["annotations"]]
     except FileNotFoundError:
         raise UserError(f"{path}: no SAM masks for image {name}; make them with --stage masks", "masks") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: not a file of SAM masks ({type(error).__name__}: {brief(str(error))}); delete it and run --stage masks again", "masks") from None
+    except BROKEN as error:
+        raise _unreadable(path, error) from None
     return np.stack(masks, -1) if masks else np.zeros((*expected, 0), bool)
 
 
@@ -157,7 +349,7 @@ class DewaBatches(Batches):
             i = self.pick(self.indices, step, slot, self.cfg.dewa_batch)
             name = self.images.name(i)
             image = self.images.image(i)
-            masks = read_masks(self.folder, name, image.size[::-1])
+            masks = read_masks(self.folder, name, image.size[::-1], self.images.digest(i))
             image, (masks,) = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
             masks = torch.from_numpy(np.ascontiguousarray(pad(masks, self.cfg.crop, 0).transpose(2, 0, 1)))
             if not self.cfg.dewa_keep_empty:

@@ -140,6 +140,18 @@ def load_sam(cfg: Config, precision: torch.dtype = torch.float32) -> Callable[[t
     return lambda device: MaskGenerator(sam.eval().to(device), cfg, precision)
 
 
+def mask_settings(cfg: Config) -> dict:
+    """What `load_sam(cfg)` will say of its masks (`about`), as far as it is known without
+    weights."""
+    if cfg.sam == "regions":
+        import regions
+
+        return regions.StableRegions.about
+    from sam_masks import settings
+
+    return settings(cfg)
+
+
 def fetch(path: Path, address: str, digest: str, otherwise: str) -> Path:
     """A file of the cache, downloaded if it is not there; what is there and what arrives must have the SHA-256 `digest`.
 

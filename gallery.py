@@ -15,7 +15,7 @@ import dewa
 import report
 from checkpoint import write_atomic
 from clip_ensemble import alpha_at
-from config import Config
+from config import Config, UserError
 from data import DataSet, Sample, Taxonomy, resize_part
 from evaluation import posterior_alphas, predict
 from panoptic_eval import PanopticQuality
@@ -88,8 +88,13 @@ def gallery(models: dict, dataset: DataSet, cfg: Config, device, reading: str, c
 def _unlabelled(dataset: DataSet, i: int, teacher: Reading, things: torch.Tensor, device, masks: Path | None) -> Card:
     image, name = dataset.train.image(i), dataset.train.name(i)
     cells = [("image", webp(image)), (teacher.title, webp(image, *teacher.answer(image, things, device), dataset.taxonomy))]
+    found = None
     if masks and dewa.mask_file(masks, name).exists():
-        found = dewa.read_masks(masks, name, image.size[::-1])
+        try:
+            found = dewa.read_masks(masks, name, image.size[::-1], dataset.train.digest(i))
+        except UserError as error:  # of another image: the others can be shown
+            print(f"warning: no picture of masks: {error}")
+    if found is not None:
         n, order = found.shape[-1], np.argsort(-found.sum((0, 1)), kind="stable")
         flat = np.zeros(found.shape[:2], np.int32)
         for place, k in enumerate(order, 1):                                        # small ones on top

@@ -124,14 +124,16 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if "backbone" in changed:                      # its weights would follow it
         changed["pretrained"] = run.config["pretrained"]
     flags += [] if preset == name else ["--preset", preset]
-    start = re.match(r"(.*?): \d+ of \d+ tensors taken", str(run.config.get("init", "")))
+    init = run.config.get("init")
+    older = re.match(r"(.*?): \d+ of \d+ tensors taken", str(init))
+    start = init.get("source") if isinstance(init, dict) else older and older[1]
     line = lambda *words: shlex.join(["python", "dearli.py", *map(str, words)])
     if stage == "dewa":
         words = [["--stage", name, *flags] for name in ("masks", "dewa")]
         return [line(*words[0], *_numbers(words[0], run.config, changed)), line(*words[1], *_numbers(words[1], run.config, changed), "--out", run.folder)]
-    if start and depth and (Path(start[1]) / "config.json").exists():
-        before = commands(read(Path(start[1])), depth - 1)
-    flags += ["--init", start[1]] if start else []
+    if start and depth and (Path(start) / "config.json").exists():
+        before = commands(read(Path(start)), depth - 1)
+    flags += ["--init", start] if start else []
     flags += ["--eval-on", "dev"] if run.metrics.get("evaluated_on") == "dev" else []
     words = ["--stage", *(["sup"] if stage == "sup" else ["ssl", "--method", stage]), *flags]
     return before + [line(*words, *_numbers(words, run.config, changed), "--out", run.folder)]

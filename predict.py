@@ -13,7 +13,10 @@ For a picture PATH/a.jpg of the folder, OUTPUT/ holds (the whole name stays, so 
     semantic/PATH/a.jpg.png   class + 1, the place among `categories` of the JSON; 8 bits, or 16 where there are more than 255 classes. By semantic
                               inference, which knows no void: 0 does not occur, and a class need not be that of the panoptic map
     overlay/PATH/a.jpg.png    for the eye, see `report.overlay`
-    panoptic.json             COCO panoptic format: ids of images are their names PATH/a.jpg, every segment has a score, `info` says what predicted
+    panoptic.json             COCO panoptic format: ids of images are their names PATH/a.jpg, every
+                              segment has a score, `info` says what predicted;
+                              sha256 of a picture: of its file, so that --resume predicts one anew
+                              that has become another
 
     panoptic.jsonl            the same, a line a picture; a line is written after the files of its picture, so a kill loses one picture at most
 
@@ -44,6 +47,7 @@ from data import (
     as_rgb,
     brief,
     endings,
+    file_digest,
     name_fault,
     open_image,
     pictures,
@@ -182,7 +186,11 @@ class Pictures:
         claim(self.output)
         resume = resume and self.log.exists()
         self.begun, rows = _read(self.log) if resume else ({}, {})
-        self.rows = {name: row for name, row in rows.items() if all(path.exists() for path in self.targets(name))}
+        self.rows = {
+            name: row
+            for name, row in rows.items()
+            if all(path.exists() for path in self.targets(name)) and not self._changed(name, row)
+        }
         wanted = [] if resume or force else [self.log, self.json, *(path for name in self.names for path in self.targets(name))]
         there = next((path for path in wanted if path.exists()), None)
         if there:
@@ -205,6 +213,17 @@ class Pictures:
         self.names = [path.as_posix() for path in images if path not in bad]
         self.faults = [f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its predictions, or has control characters; rename it"
                        for path in bad]
+
+    def _changed(self, name: str, row: dict) -> bool:
+        """The picture of this name is another one by now. Older rows do not say of which they
+        are."""
+        return name in self.names and row["image"].get("sha256") not in (None, self._digest(name))
+
+    def _digest(self, name: str) -> str | None:
+        try:
+            return file_digest(self.source / name)
+        except UserError:  # whoever reads it will say so
+            return None
 
     def targets(self, name: str) -> list[Path]:
         return [self.output / kind / f"{name}.png" for kind in KINDS]
@@ -264,8 +283,20 @@ class Pictures:
             image.save(buffer, "PNG")
             write_atomic(path, buffer.getbuffer())
         height, width = result.segment_map.shape
-        return {"image": {"id": name, "file_name": name, "width": width, "height": height},
-                "annotation": {"image_id": name, "file_name": f"{name}.png", "segments_info": result.segments_info()}}
+        return {
+            "image": {
+                "id": name,
+                "file_name": name,
+                "width": width,
+                "height": height,
+                "sha256": self._digest(name),
+            },
+            "annotation": {
+                "image_id": name,
+                "file_name": f"{name}.png",
+                "segments_info": result.segments_info(),
+            },
+        }
 
 
 def _read(log: Path) -> tuple[dict, dict]:

@@ -23,6 +23,17 @@ FILLED = 0.25          # of the image: smaller regions lose their holes
 class StableRegions:
     """Has the interface of `sam_masks.MaskGenerator`."""
 
+    about = {
+        "kind": "regions",
+        "levels": LEVELS,
+        "step": STEP,
+        "stable": STABLE,
+        "min_area": MIN_AREA,
+        "max_share": MAX_SHARE,
+        "same": SAME,
+        "filled": FILLED,
+    }
+
     def generate(self, image: np.ndarray) -> list[dict]:
         """Image (H, W, 3) uint8 RGB -> records with segmentation (H, W) bool, area, predicted_iou and stability_score (the
         stability, 0 to 1), crop_box and point_coords, the most stable first; no two alike."""

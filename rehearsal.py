@@ -25,7 +25,7 @@ class Rehearsal:
     """Has the face of `trainer.Run`. cfg: as there;  preset: what the configuration is compared with."""
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
-        self.folder, self.cfg, self.seconds = Path(folder), cfg, 0.0
+        self.folder, self.cfg, self.config, self.seconds = Path(folder), cfg, dict(identity), 0.0
         changed = changes(vars(cfg), preset)
         if cfg.white == WHITE:         # nothing was measured
             changed.pop("white", None)

@@ -8,6 +8,7 @@ Axes: N points, T tokens a point, M masks, S = G G cells of the embedding, C cha
 Try: `python dearli.py --stage masks --points-per-side 4 --out runs/try-grid` asks at 16 points an image instead of 144, for --stage dewa --masks.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -19,6 +20,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+import identity
 from config import Config
 from matcher import in_parts
 from model import resize_masks
@@ -36,6 +38,15 @@ class MaskGenerator:
     def __init__(self, sam: Sam, cfg: Config, precision: torch.dtype = torch.float32):
         self.sam, self.cfg, self.precision = sam.eval(), cfg, precision
         self.grid = build_point_grid(cfg.points_per_side)                                           # (N, 2) in [0, 1]
+
+    @functools.cached_property
+    def about(self) -> dict:
+        """All that a mask depends on, beside the image. weights: SHA-256 of SAM's."""
+        return {
+            **settings(self.cfg),
+            "precision": str(self.precision).removeprefix("torch."),
+            "weights": identity.of_tensors(self.sam.state_dict()),
+        }
 
     @torch.inference_mode()
     def generate(self, image: np.ndarray) -> list[dict]:
@@ -66,6 +77,18 @@ class MaskGenerator:
             records.append({"segmentation": mask, "area": int(mask.sum()), "bbox": [x, y, right - x, below - y], "predicted_iou": quality,
                             "stability_score": score, "crop_box": [0, 0, size[1], size[0]], "point_coords": [points[at].tolist()]})
         return records
+
+
+def settings(cfg: Config) -> dict:
+    """The numbers that masks depend on; how many points are asked at once is none of them."""
+    return {
+        "kind": "sam",
+        "sam": cfg.sam,
+        "points_per_side": cfg.points_per_side,
+        "pred_iou_thresh": cfg.pred_iou_thresh,
+        "stability_thresh": cfg.stability_thresh,
+        "mask_nms_thresh": cfg.mask_nms_thresh,
+    }
 
 
 def boxes(logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -42,12 +43,36 @@ from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Ta
 from data import require_files, require_images, require_truth, see
 from downloads import default_root
 from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
+from identity import differences, of_tensors
 from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
 from predict import Pictures, Predictor
 from trainer import MAY_CHANGE, Run, Stopped, differing
 
+# What a decoder has to have in common with the one whose weights it takes
+DECODER = (
+    "backbone",
+    "pretrained",
+    "train_backbone",
+    "classifier",
+    "num_queries",
+    "hidden",
+    "heads",
+    "encoder_layers",
+    "encoder_ffn",
+    "encoder_points",
+    "decoder_layers",
+    "decoder_ffn",
+)
+MAKES_MASKS = (
+    "sam",
+    "sam_weights",
+    "points_per_side",
+    "pred_iou_thresh",
+    "stability_thresh",
+    "mask_nms_thresh",
+)
 SHARED = ("masks", "dewa", "sup", "ssl", "eval")                 # stages that several ranks can work on
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,7 +115,7 @@ class Job:
     assets: Path | None = None
     format: str = "official"
     resume: bool = False
-    steps: int | None = None
+    make: bool = True  # first what an earlier stage has not made
     given: frozenset[str] = frozenset()                          # fields of Config that the command line names
     evaluate: bool = True
     later: bool = False                # train only: the same call without it evaluates
@@ -112,8 +137,28 @@ class Job:
 
 # ------------------------------------------------------------------------------------------- data and model
 
-def load_data(job: Job, cfg: Config, complain=refuse) -> DataSet:
-    """complain: called with every fault that allows to read on."""
+def load_data(
+    job: Job, cfg: Config, complain=refuse, config: dict | None = None, source=None
+) -> DataSet:
+    """complain: called with every fault that allows to read on.
+
+    config: of a run, whose order and names of classes the data set then takes; source: where it is
+    from.   Raises: UserError if it has other classes.
+    """
+    dataset = _load_data(job, cfg, complain)
+    classes = classes_of(config or {}, source)
+    if classes is not None:
+        dataset.follow(classes, source)
+    return dataset
+
+
+def classes_of(config: dict, source) -> Taxonomy | None:
+    """The classes that a run stores; the warm-up has none, and older runs do not store them."""
+    stored = config.get("taxonomy")
+    return None if stored is None else Taxonomy.from_config(stored, source)
+
+
+def _load_data(job: Job, cfg: Config, complain) -> DataSet:
     if job.dataset == "mini":
         return load_mini(job.split, job.eval_on)
     if not job.data_root:
@@ -169,8 +214,18 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
     if cfg.backbone == "mini" or cfg.pretrained == "random" or clip_weights is not None:
         embeddings = embed()
     else:
-        stat = Path(cfg.pretrained).stat() if Path(cfg.pretrained).is_file() else None
-        key = [cfg.backbone, cfg.pretrained, stat and [stat.st_size, stat.st_mtime_ns], TEMPLATES, names]
+        tower = {
+            name: value
+            for name, value in clip.state_dict().items()
+            if not name.startswith("visual.")
+        }
+        key = [
+            "text",
+            cfg.backbone,
+            of_tensors(tower),
+            TEMPLATES,
+            names,
+        ]  # what is in a file, not what it is called
         embeddings = checkpoint.cached(foundation.CACHE, key, embed)
     vocabulary = Vocabulary(embeddings, [len(s) for s in taxonomy.synonyms])
     torch.manual_seed(cfg.seed)
@@ -233,31 +288,132 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
     """Decoder warm-up, L_loc on all SAM masks."""
     cfg = dataclasses.replace(cfg, teacher_posterior="decoder")                                # there is no teacher
     images, folder = load_images(job, cfg), job.out or job.folder("dewa", cfg)
-    cfg = as_begun(job, dataclasses.replace(cfg, white=images.white), folder, "dewa_steps")
-    beside = job.images and dewa.mask_file(job.images, images.name(0)).exists()                # as in SA-1B
-    masks = job.masks or (job.images if beside else job.runs / f"{job.name}-masks")
-    if not masks.is_dir():
-        raise UserError(f"{masks}: no SAM masks; make them with --stage masks, or name their folder with --masks DIR")
-    run = begin(job, folder, cfg, {"stage": "dewa", "dataset": job.name})
-    model = build(job, cfg, dewa.TAXONOMY)
-    optimizer = build_optimizer(model, cfg)
-    step = lambda batch, t: dewa.dewa_step(model, optimizer, batch, cfg, t, job.precision)
-    run.train({"student": model}, optimizer, dewa.DewaBatches(images, masks, cfg, cfg.dewa_steps), step, job.device, "DeWa")
+    before = begun(job, folder)
+    cfg = as_begun(job, dataclasses.replace(cfg, white=images.white), before, "dewa_steps")
+    with masks_for(job, cfg, images) as (masks, those):
+        about = {"data": images.fingerprint(), "masks": dewa.made_of(masks, images, those)}
+        say_maker(job, cfg, about["masks"])
+        run = begin(
+            job, folder, cfg, {"stage": "dewa", "dataset": job.name, **about}, before=before
+        )
+        model = build(job, cfg, dewa.TAXONOMY)
+        run.config["foundation"] = require_foundation(before.config, model, folder)
+        optimizer = build_optimizer(model, cfg)
+        step = lambda batch, t: dewa.dewa_step(model, optimizer, batch, cfg, t, job.precision)
+        batches = dewa.DewaBatches(images, masks, cfg, cfg.dewa_steps)
+        batches.indices = those
+        run.train({"student": model}, optimizer, batches, step, job.device, "DeWa")
     if not job.dry_run and ranks.rank() == 0:
         write_report(job, cfg, folder, None, None)
     return folder
 
 
+@contextlib.contextmanager
+def masks_for(job: Job, cfg: Config, images):
+    """SAM's masks of all images: the folder, and the images that it holds masks of. Those that are
+    missing are made first, with the numbers of this run.
+
+    They are in --masks, or beside the images (as in SA-1B), which are somebody's own and not added
+    to; or in RUNS/DATASET-masks.
+    With --dry-run a few are made, in a folder that does not stay, and it is said how long all of
+    them would take.
+    Raises: UserError if masks are missing and may not be made.
+    """
+    beside = job.images and dewa.mask_file(job.images, images.name(0)).exists()
+    folder = job.masks or (job.images if beside else job.runs / f"{job.name}-masks")
+    missing = dewa.missing_masks(folder, images)
+    ranks.wait()  # all have looked before one of them writes
+    what = (
+        "no SAM masks"
+        if len(missing) == len(images)
+        else f"no SAM masks of {len(missing)} of {len(images)} images ({images.name(missing[0])})"
+        if missing
+        else ""
+    )
+    own = job.masks or beside
+    if missing and (len(missing) == len(images) if own else not job.make):
+        raise UserError(
+            f"{folder}: {what}; make them with --stage "
+            f"masks{' --out ' + str(folder) if job.masks else ''}, or name their folder with "
+            f"--masks DIR"
+        )
+    if missing and own:
+        print(f"warning: {folder}: {what}; a step that takes such an image will end the run")
+        yield folder, range(len(images))
+        return
+    if missing and job.dry_run:
+        rehearsal.say("first", f"{folder}: {what}; they would be made first (--no-make forbids it)")
+        generator = foundation.load_sam(cfg, job.precision)(job.device)
+        with tempfile.TemporaryDirectory() as scratch:
+            rehearsal.say_repeated(
+                "masks",
+                len(missing),
+                lambda k: dewa.segment(images, missing[k], generator, Path(scratch)),
+                1,
+            )
+            yield Path(scratch), missing[:2]  # those that were tried
+        return
+    if missing:
+        print(f"{folder}: {what}; they are made first (--no-make forbids it)")
+        stage_masks(dataclasses.replace(job, out=None), cfg)
+    yield folder, range(len(images))
+
+
+def say_maker(job: Job, cfg: Config, made: dict | None) -> None:
+    """Masks that are there count, whatever made them, unless the command line asks for others.
+    made: of `dewa.made_of`.
+
+    Raises: UserError if they were made with another value of a flag that is given.
+    """
+    if made is None:
+        return
+    there, folder = made["generator"], made["folder"]
+    if there is None:
+        print(f"{folder}: these masks do not say what made them; taken as they are")
+        return
+    now = dict(foundation.mask_settings(cfg))
+    if "sam_weights" in job.given and now["kind"] == "sam":
+        now["weights"] = foundation.load_sam(cfg)(torch.device("cpu")).about["weights"]
+    differs = [key for key in now if there.get(key) != now[key]]
+    asked = {"kind", "sam"} if "sam" in job.given else set()
+    asked |= {"weights"} if "sam_weights" in job.given else set()
+    wrong = [key for key in differs if key in asked or key in job.given]
+    said = differences(
+        *({key: of[key] for key in wrong or differs if key in of} for of in (there, now))
+    )
+    if wrong:
+        raise UserError(
+            f"{folder}: masks made with other settings ({said}); without these flags they are "
+            f"taken as they are; for others name another folder "
+            f"with --masks, made by --stage masks --out, or delete this one"
+        )
+    if differs:
+        print(
+            f"{folder}: masks made with other settings than the preset's ({said}); taken as they "
+            f"are"
+        )
+
+
 def stage_sup(job: Job, cfg: Config) -> Path:
     """The supervised baseline: labelled images only."""
-    dataset, folder = load_data(job, cfg), job.out or job.folder(f"sup-{job.split}", cfg)
-    cfg = as_begun(job, settle(cfg, dataset), folder, "sup_steps")
+    folder = job.out or job.folder(f"sup-{job.split}", cfg)
+    before = begun(job, folder)
+    dataset = load_data(job, cfg, config=before.config, source=folder)
+    cfg = as_begun(job, settle(cfg, dataset), before, "sup_steps")
     require_training_files(dataset, cfg, job.evaluate)
-    run = begin(job, folder, cfg, identity(job, "sup", dataset.taxonomy), dataset)
+    start, init = beginning(job, folder, before, job.init)
+    about = {
+        "data": dataset.train.fingerprint(dataset.labeled),
+        "truth": dataset.truth_fingerprint(unlabeled=False),
+        "init": init,
+    }
+    run = begin(
+        job, folder, cfg, {**identity(job, "sup", dataset.taxonomy), **about}, dataset, before
+    )
     say_ablations(cfg, "sup")
-    start = read_run(job.init) if job.init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
-    run.notes = start_from(start, job.init, student)
+    run.config["foundation"] = require_foundation(before.config, student, folder)
+    start_from(start, init, student, dataset)
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
     run.watch = watch.watcher(folder, {"student": student}, dataset, cfg, job.device, job.watch if job.evaluate else 0)
@@ -268,25 +424,33 @@ def stage_sup(job: Job, cfg: Config) -> Path:
 
 def stage_ssl(job: Job, cfg: Config) -> Path:
     """The semi-supervised stage: ssl, dear or dearli."""
-    dataset, folder = load_data(job, cfg), job.out or job.folder(f"{job.method}-{job.split}", cfg)
-    cfg = as_begun(job, settle(cfg, dataset), folder, "ssl_steps")
+    folder = job.out or job.folder(f"{job.method}-{job.split}", cfg)
+    before = begun(job, folder)
+    dataset = load_data(job, cfg, config=before.config, source=folder)
+    cfg = as_begun(job, settle(cfg, dataset), before, "ssl_steps")
     if not dataset.unlabeled:
         raise UserError(f"--split {job.split}: all images of {job.name} are labelled, none is left for the semi-supervised stage; choose fewer, or --stage sup")
     require_training_files(dataset, cfg, job.evaluate)
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
-    init = job.init
-    if job.method == "dearli" and init is None:
-        init = job.folder("dewa", cfg)
-        if not checkpoint.steps(init):
-            raise UserError(f"{init}: no DeWa weights for --method dearli; make them with `python dearli.py --stage dewa --dataset "
-                            f"{job.dataset}` (same --seed and --data-root), or go without: --method dear")
-    warm = init is not None
+    source = job.init
+    if job.method == "dearli" and source is None and not before.knows_init:
+        source = warm_up(job, cfg, dataset)
+    start, init = beginning(job, folder, before, source)
+    # of a --dry-run there may be no DeWa weights yet: its steps are those of a run that has them
+    warm = init is not None or job.method == "dearli"
     require_semi_supervised(cfg, warm)
-    run = begin(job, folder, cfg, identity(job, job.method, dataset.taxonomy), dataset)
+    about = {
+        "data": dataset.train.fingerprint(),
+        "truth": dataset.truth_fingerprint(),
+        "init": init,
+    }
+    run = begin(
+        job, folder, cfg, {**identity(job, job.method, dataset.taxonomy), **about}, dataset, before
+    )
     say_ablations(cfg, "ssl", warm)
-    start = read_run(init) if init else {}
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
-    run.notes = start_from(start, init, student)
+    run.config["foundation"] = require_foundation(before.config, student, folder)
+    start_from(start, init, student, dataset)
     teacher = student.teacher()
     optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
     models = {"student": student, "teacher": teacher}
@@ -297,13 +461,108 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     return folder
 
 
-def as_begun(job: Job, cfg: Config, folder: Path, steps: str) -> Config:
+def warm_up(job: Job, cfg: Config, dataset: DataSet) -> Path | None:
+    """The DeWa run of --method dearli without --init: the one of this name, if it is of these
+    images, of this decoder and finished; else it is made or goes on.
+
+    Returns: its folder; None with --dry-run, if there is none that is finished.   Raises:
+    UserError if it is of something else, or may not be made.
+    """
+    folder = job.folder("dewa", cfg)
+    state = read_run(folder) if checkpoint.steps(folder) else None
+    taken, steps = (state.get("step"), state.get("steps")) if state else (0, cfg.dewa_steps)
+    if state:
+        config, fields = (
+            state["config"],
+            [*DECODER, *sorted(name for name in job.given if name.startswith("dewa_"))],
+        )
+        differs = differences(
+            *({key: of.get(key) for key in fields if key in config} for of in (config, vars(cfg)))
+        )
+        if config.get("data") is None:
+            print(f"warning: {folder}: an older DeWa run, which does not say of which images it is")
+        elif config["data"] != dataset.train.fingerprint():
+            other = f"other training images, those of a data set called {config.get('dataset')}"
+            differs = f"{other}; {differs}" if differs else other
+        if differs:
+            raise UserError(
+                f"{folder}: a DeWa run of something else ({differs}); name the one to start from "
+                f"with --init, choose other folders with --runs, "
+                f"or delete it, and it is made anew"
+            )
+        say_maker(job, cfg, config.get("masks"))
+        if steps is None or taken >= steps:
+            return folder
+    what = f"DeWa stopped at step {taken} of {steps}" if state else "no DeWa weights"
+    if not job.make:
+        raise UserError(
+            f"{folder}: {what} for --method dearli; make them with `python dearli.py --stage dewa "
+            f"--dataset {job.dataset}` (same --seed and "
+            f"--data-root{'; --resume goes on' if state else ''}), or go without: --method dear"
+        )
+    if job.dry_run:
+        rehearsal.say(
+            "first", f"{folder}: {what}; the warm-up would come first (--no-make forbids it)"
+        )
+    else:
+        print(f"{folder}: {what}; the warm-up comes first (--no-make forbids it)")
+    ranks.wait()  # all have looked before one of them writes
+    stage_dewa(
+        dataclasses.replace(
+            job,
+            resume=True,
+            out=None,
+            init=None,
+            steps=cfg.dewa_steps if "dewa_steps" in job.given else None,
+        ),
+        cfg,
+    )
+    return None if job.dry_run else folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What is in the folder of a run that goes on. state: its newest checkpoint;  config: what it
+    stores of itself;  note: what an older run says of its --init."""
+
+    state: dict | None = None
+    config: dict = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def knows_init(self) -> bool:
+        """What the run began with is on record (an older run's is in the weights of its
+        checkpoint, at least)."""
+        return self.state is not None or isinstance(self.config.get("init"), dict)
+
+
+def begun(job: Job, folder: Path) -> Begun:
+    """With --resume: what is there. The folder is held from here on, as by `trainer.Run`."""
+    if not job.resume:
+        return Begun()
+    said = {}
+    with contextlib.suppress(
+        UserError
+    ):  # no run there yet, or one whose checkpoint will say what it is
+        said = html_report.read(folder).config
+    if not checkpoint.steps(folder):
+        return Begun(None, said)
+    if not job.dry_run:
+        if ranks.rank() == 0:
+            checkpoint.claim(folder)
+        ranks.wait()
+    state = checkpoint.newest(folder)
+    config = state.get("config")
+    note = said.get("init")
+    return Begun(
+        state, config if isinstance(config, dict) else {}, note if isinstance(note, str) else ""
+    )
+
+
+def as_begun(job: Job, cfg: Config, before: Begun, steps: str) -> Config:
     """With --resume, the length and the burn-in that the run was begun with, unless they are named. steps: the field of its length."""
-    stored = {}
-    if job.resume:
-        with contextlib.suppress(OSError, ValueError):             # no run there yet, or one whose checkpoint will say what it is
-            stored = json.loads((folder / "config.json").read_text())
-    whole = {name: stored[name] for name in (steps, "ssl_steps", "burn_in", "burn_in_warm") if isinstance(stored, dict) and type(stored.get(name)) in (int, float)}
+    stored = before.config
+    whole = {name: stored[name] for name in (steps, "ssl_steps", "burn_in", "burn_in_warm") if type(stored.get(name)) in (int, float)}
     begun = dataclasses.replace(cfg, **{name: whole[name] for name in {"ssl_steps"} & whole.keys()}).settled()
     asked = job.given | ({steps} if job.steps is not None else set())
     # the burn-in would move if the run were made longer; named again as a share, it is what that share was
@@ -316,14 +575,78 @@ def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
         print(f"warning: {line}")
 
 
-def begin(job: Job, folder: Path, cfg: Config, identity: dict, dataset: DataSet | None = None) -> "Run | rehearsal.Rehearsal":
+def beginning(
+    job: Job, folder: Path, before: Begun, source: Path | None
+) -> tuple[dict, dict | None]:
+    """What a run starts from, which is part of what it is: on --resume it is that of the run, with
+    --init or without.
+
+    source: --init, or the DeWa run; None: nothing.
+    Returns: what there is to take (as `read_run`; of a run that goes on, whose weights are in its
+    checkpoint, only a CLIP that its start brought along);
+        and {"source", "sha256": of the weights, "clip": whether it brought one}, None for nothing.
+    Raises: UserError if the run began with something else, or what it needs is not there any more.
+    """
+    stored = before.config.get("init")
+    stored = stored if isinstance(stored, dict) else None
+    known = before.state is not None and "init" in before.config
+    if known and stored is None and source is not None:
+        raise UserError(
+            f"{folder}: began without --init, and cannot be resumed with {source}; leave --init "
+            f"out, or choose another folder with --out"
+        )
+    if known and source is None and not (stored or {}).get("clip"):
+        return {}, stored
+    if source is None and stored is not None:
+        source = Path(str(stored.get("source")))
+        if not source.exists():
+            raise UserError(
+                f"{source}: not there any more; {folder} began with it and needs "
+                f"{'its CLIP' if known else 'its weights'}: name it with --init"
+            )
+    if source is None:
+        return {}, {
+            "source": before.note.rsplit(": ", 1)[0],
+            "sha256": None,
+            "clip": False,
+            "taken": before.note,
+        } if before.note else None
+    state = read_run(source)
+    if "student" not in state:
+        raise UserError(f"{source}: holds no student")
+    init = {
+        "source": str(source),
+        "sha256": of_tensors(
+            {**{f"clip.{name}": t for name, t in state.get("clip", {}).items()}, **state["student"]}
+        ),
+        "clip": "clip" in state,
+    }
+    if stored is not None and stored.get("sha256") not in (None, init["sha256"]):
+        raise UserError(
+            f"{folder}: began with other weights than those of {source} now (with "
+            f"{stored.get('source')}, SHA-256 {str(stored['sha256'])[:12]}... there, "
+            f"{init['sha256'][:12]}... now); leave --init out, or choose another folder with --out"
+        )
+    if before.state is not None:
+        return {key: state[key] for key in ("clip",) if key in state}, stored or init
+    return state, init
+
+
+def begin(
+    job: Job,
+    folder: Path,
+    cfg: Config,
+    identity: dict,
+    dataset: DataSet | None = None,
+    before: Begun = Begun(),
+) -> "Run | rehearsal.Rehearsal":
     """The run in `folder`, or with --dry-run what stands in for it."""
     print("".join(f"warning: {line}\n" for line in limits(dataset, cfg)) if dataset else "", end="")
     if job.dry_run:
         if dataset is not None:
             rehearsal.say_data(dataset, job.split)
         return rehearsal.Rehearsal(folder, cfg, identity, PRESETS[job.preset or job.dataset])
-    run = Run(folder, cfg, identity, job.resume)
+    run = Run(folder, cfg, identity, job.resume, before.state)
     if job.log and ranks.rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
         run.curves = SummaryWriter(folder)
@@ -332,12 +655,17 @@ def begin(job: Job, folder: Path, cfg: Config, identity: dict, dataset: DataSet 
 
 def stage_eval(job: Job, cfg: Config) -> Path:
     """PQ and mIoU of a run, or of an official file: student and teacher, decoder alone and ensembled."""
-    dataset, folder = load_data(job, cfg), results_folder(job)
-    cfg = settle(cfg, dataset)
     stored = job.state.get("config", {})
+    dataset, folder = load_data(job, cfg, config=stored, source=job.weights), results_folder(job)
+    cfg = settle(cfg, dataset)
     others = [f"{name} {stored[name]} there, {value} now" for name, value in vars(cfg).items() if stored.get(name, value) != value and name not in MAY_CHANGE]
     if others and folder == job.weights:
         raise UserError(f"{folder}: its results are of other numbers ({', '.join(others)}) and would be replaced; name a folder for the new ones with --out")
+    if checkpoint.steps(folder) and folder.resolve() != job.weights.resolve():
+        raise UserError(
+            f"{folder}: holds another run, whose results would be replaced by those of "
+            f"{job.weights}; choose another folder with --out"
+        )
     checkpoint.require_writable(folder)
     require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
@@ -397,7 +725,7 @@ def stage_report(job: Job, cfg: Config) -> Path:
     job = dataclasses.replace(job, eval_on=run.metrics.get("evaluated_on", "val"))
     dataset, cards, missing = None, {}, "the warm-up knows no class" if warm_up else "" if run.reading else "the run was not evaluated"
     try:
-        dataset = load_data(job, cfg)
+        dataset = load_data(job, cfg, config=job.state["config"], source=job.weights)
         dataset.taxonomy = repainted(job, dataset.taxonomy)
         if not missing and job.report_images:
             cfg = settle(cfg, dataset)
@@ -410,7 +738,22 @@ def stage_report(job: Job, cfg: Config) -> Path:
 
 
 def draw_cards(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], run: html_report.Stored, others=()) -> dict:
-    return gallery.gallery(models, dataset, cfg, job.device, run.reading, job.report_images, job.masks or job.runs / f"{job.name}-masks", run.folder, others)
+    stage, data = run.config.get("stage"), run.config.get("data")
+    own = data in (
+        None,
+        dataset.train.fingerprint(dataset.labeled if stage == "sup" else None),
+    )  # its pseudo-labels were drawn on the run's own images
+    return gallery.gallery(
+        models,
+        dataset,
+        cfg,
+        job.device,
+        run.reading,
+        job.report_images,
+        job.masks or job.runs / f"{job.name}-masks",
+        run.folder if own else None,
+        others,
+    )
 
 
 def others_readings(job: Job, cfg: Config, dataset: DataSet, others: list) -> list[gallery.Reading]:
@@ -427,8 +770,6 @@ def others_readings(job: Job, cfg: Config, dataset: DataSet, others: list) -> li
             own = settle(own, dataset)
             which, posterior = run.reading.split("/")
             theirs = dataclasses.replace(job, state=state, weights=run.folder)
-            if taxonomy_of(theirs, own).names != dataset.taxonomy.names:
-                raise UserError(f"{run.folder}: of other classes")
             readings.append(gallery.Reading(html_report.esc(run.name), load_models(theirs, own, dataset.taxonomy)[which], own, posterior_alphas(own)[posterior]))
         except (UserError, KeyError) as error:
             print(f"warning: no pictures of a run beside this one: {error}")
@@ -450,12 +791,52 @@ def load_models(job: Job, cfg: Config, taxonomy: Taxonomy) -> dict[str, Segmente
     names = [name for name in ("student", "teacher") if name in job.state]
     if not names:
         raise UserError(f"{job.weights}: no checkpoint (step_*.pt) in this folder")
-    student = build(job, cfg, taxonomy, job.state.get("clip"))
+    student = build(job, cfg, taxonomy, clip_of(job))
+    require_foundation(job.state.get("config", {}), student, job.weights)
     require_classes(job.state, len(taxonomy), job.weights)
+    order = class_order(job.state, taxonomy, job.name, job.weights)
     models = {name: student if name == "student" else student.teacher() for name in names}
     for name, model in models.items():
-        take(job.state, name, model, f"{job.weights} ({name})")
+        take(job.state, name, model, f"{job.weights} ({name})", order=order)
     return models
+
+
+def clip_of(job: Job) -> dict | None:
+    """The CLIP that --weights bring along: an official file its own; a run that began with such a
+    file, which stores no frozen CLIP, that of the file."""
+    init = job.state.get("config", {}).get("init")
+    if "clip" in job.state or not (isinstance(init, dict) and init.get("clip")):
+        return job.state.get("clip")
+    try:
+        return read_run(Path(str(init.get("source")))).get("clip")
+    except UserError as error:
+        raise UserError(
+            f"{job.weights}: began with {init.get('source')}, and needs the CLIP that is in it: "
+            f"{error}"
+        ) from None
+
+
+def require_foundation(config: dict, model: Segmenter, source) -> str:
+    """SHA-256 of what of a model is not trained, its CLIP's image tower as a rule, which no
+    checkpoint stores.   config: of a run, which says which it had.
+
+    Raises: UserError if that was another.
+    """
+    trained = model.trained()
+    digest = of_tensors(
+        {
+            name: value
+            for name, value in model.backbone.state_dict().items()
+            if f"backbone.{name}" not in trained
+        }
+    )
+    if config.get("foundation") not in (None, digest):
+        raise UserError(
+            f"{source}: was trained on a backbone of other weights (SHA-256 "
+            f"{str(config['foundation'])[:12]}... there, {digest[:12]}... now): name the file "
+            f"that it had with --pretrained, or choose another folder with --out"
+        )
+    return digest
 
 
 def identity(job: Job, stage: str, taxonomy: Taxonomy) -> dict:
@@ -463,22 +844,93 @@ def identity(job: Job, stage: str, taxonomy: Taxonomy) -> dict:
     return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split, "taxonomy": taxonomy.to_config()}
 
 
-def start_from(state: dict, source: Path | None, student: Segmenter) -> dict[str, str]:
-    """Start from another run or file (DeWa), if there is one: what was taken, for config.json. A linear class head of another number of
-    classes stays random."""
-    if not state:
-        return {}
-    taken = take(state, "student", student, str(source), may_differ=("decoder.classify.weight", "decoder.classify.bias"))
-    print(taken)
-    return {"init": taken}
+def start_from(state: dict, init: dict | None, student: Segmenter, dataset: DataSet) -> None:
+    """Start from another run or file, if there is something to take (`beginning`), and note in
+    `init` what was taken. Classes are joined by name; a
+    linear class head stays random after DeWa, which knows no classes."""
+    if "student" not in state:
+        return
+    source, config = init["source"], state.get("config", {})
+    if config.get("stage") == "dewa":
+        if config.get("data") not in (None, dataset.train.fingerprint()):
+            print(
+                f"{source}: was warmed up on other images than the training images of this run "
+                f"({config.get('dataset')})"
+            )
+    elif "weights" not in state or state["weights"].kind != "dewa":
+        require_classes(state, len(dataset.taxonomy), source)
+    order = class_order(state, dataset.taxonomy, dataset.name, source)
+    init["taken"] = take(
+        state,
+        "student",
+        student,
+        str(source),
+        may_differ=("decoder.classify.weight", "decoder.classify.bias"),
+        order=order,
+    )
+    print(init["taken"])
 
 
-def take(state: dict, which: str, model: Segmenter, source: str, may_differ: tuple[str, ...] = ()) -> str:
-    """Weights of the student or the teacher of `read_run`; a backbone that came with its whole CLIP is in the model already (`build`)."""
+def class_order(state: dict, taxonomy: Taxonomy, here: str, source) -> np.ndarray | None:
+    """The place of every class of `taxonomy` among those that the weights were trained on; None if
+    these do not say, or know no classes.
+
+    Raises: UserError if they are other classes, or (of older runs) another number of them.
+    """
+    config = state.get("config", {})
+    if (
+        "weights" in state or config.get("stage") == "dewa"
+    ):  # official files say how many: `require_classes`
+        return None
+    stored = classes_of(config, source)
+    if stored is not None:
+        return taxonomy.order_in(stored, here, str(source))
+    heads = [
+        t
+        for which in ("student", "teacher")
+        for name, t in state.get(which, {}).items()
+        if name.endswith("decoder.classify.weight")
+    ]
+    if heads and len(heads[0]) != len(taxonomy) + 1:
+        raise UserError(
+            f"{source}: trained on {len(heads[0]) - 1} classes, {here} has {len(taxonomy)}; choose "
+            f"the data set it belongs to"
+        )
+    print(
+        f"warning: {source}: an older run, which does not store the names of its classes; make "
+        f"sure that they are those of {here}, in that order"
+    )
+    return None
+
+
+def take(
+    state: dict,
+    which: str,
+    model: Segmenter,
+    source: str,
+    may_differ: tuple[str, ...] = (),
+    order: np.ndarray | None = None,
+) -> str:
+    """Weights of the student or the teacher of `read_run`; a backbone that came with its whole
+    CLIP is in the model already (`build`).
+    order: of `class_order`; the rows of a linear class head follow it, no-object stays the last
+    one."""
     if which not in state:
         raise UserError(f"{source}: holds no {which}")
     into = {name: p for name, p in model.trained().items() if "clip" not in state or name.startswith("head.")}
-    return checkpoint.load_weights(into, state[which], source, may_differ)
+    weights = dict(state[which])
+    for name in (
+        [
+            name
+            for name in weights
+            if name.endswith(("decoder.classify.weight", "decoder.classify.bias"))
+        ]
+        if order is not None
+        else ()
+    ):
+        if len(weights[name]) == len(order) + 1:  # else it says itself that it does not fit
+            weights[name] = weights[name][[*order.tolist(), len(order)]]
+    return checkpoint.load_weights(into, weights, source, may_differ)
 
 
 def read_run(folder: Path | None) -> dict:
@@ -590,16 +1042,36 @@ def require_rungs(cfg: Config, rungs: tuple["Rung", ...]) -> None:
 def run_rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
     """Train one rung unless its metrics are there already; returns them, or with job.later None. Every rung takes sup_steps optimiser steps in all."""
     folder = job.folder(f"{rung.run}-{job.split}", cfg)
-    wanted = rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
-    kind, job = rung.kind, dataclasses.replace(job, resume=True, steps=cfg.ssl_steps, given=frozenset(vars(cfg)), out=None)
+    kind, wanted = rung.kind, rung_config(dataclasses.replace(cfg, **dict(rung.changes)), rung.kind)
+    # a table is of the numbers that it says: masks and a warm-up of others are refused, as if all
+    # flags were given
+    job = dataclasses.replace(
+        job, resume=True, steps=cfg.ssl_steps, out=None, given=frozenset(vars(cfg))
+    )
     if (folder / "metrics.json").exists():
-        dataset = load_data(job, cfg)
-        stored, expected = json.loads((folder / "config.json").read_text()), {**identity(job, kind, dataset.taxonomy), **dataclasses.asdict(settle(wanted, dataset))}
-        if not differing(stored, expected) and all(stored[k] == expected[k] for k in ("sup_steps", "ssl_steps", "dewa_steps")):
-            return json.loads((folder / "metrics.json").read_text())
-    if kind == "dearli":
-        stage_masks(job, cfg)
-        stage_dewa(job, cfg)
+        dataset, metrics = load_data(job, cfg), json.loads((folder / "metrics.json").read_text())
+        labeled = dataset.labeled if kind == "sup" else None
+        about = {
+            "data": dataset.train.fingerprint(labeled),
+            "truth": dataset.truth_fingerprint(unlabeled=kind != "sup"),
+        }
+        if kind == "dearli":
+            about["init"] = beginning(job, folder, Begun(), warm_up(job, wanted, dataset))[1]
+        stored, expected = (
+            json.loads((folder / "config.json").read_text()),
+            {
+                **identity(job, kind, dataset.taxonomy),
+                **about,
+                **dataclasses.asdict(settle(wanted, dataset)),
+            },
+        )
+        if (
+            about.keys() <= stored.keys()
+            and not differing(stored, expected)
+            and all(stored[k] == expected[k] for k in ("sup_steps", "ssl_steps", "dewa_steps"))
+            and metrics.get("evaluated_on") == (job.eval_on if job.dataset == "mini" else "val")
+        ):
+            return metrics
     if kind == "sup":
         stage_sup(dataclasses.replace(job, out=folder), wanted)
     else:
@@ -762,7 +1234,11 @@ def stage_zeroshot(job: Job, cfg: Config) -> Path:
         if str(masks) == "sam":
             masks = job.runs / f"{job.name}-masks-{job.eval_on}"
             dewa.generate_masks(dataset.val, foundation.load_sam(cfg)(job.device), masks)
-        partition = lambda i: flatten(dewa.read_masks(masks, dataset.val.name(i), dataset.val.image(i).size[::-1]))
+        partition = lambda i: flatten(
+            dewa.read_masks(
+                masks, dataset.val.name(i), dataset.val.image(i).size[::-1], dataset.val.digest(i)
+            )
+        )
     metrics = zero_shot(build(job, cfg, dataset.taxonomy), dataset, cfg, job.device, partition)
     checkpoint.write_atomic(folder / "metrics.json", json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode())
     print(report.table([("zero-shot", metrics)], report.COLUMNS[:-1]))
@@ -790,7 +1266,7 @@ def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
         raise UserError(f"--stage export: a file holds a whole CLIP, and backbone {cfg.backbone} has none; its runs are used as they are (--weights, --init)")
     warm_up = state["config"]["stage"] == "dewa"
     taxonomy = dewa.TAXONOMY if warm_up else taxonomy_of(job, cfg)
-    clip = foundation.load_clip(cfg)[0].state_dict()
+    clip = foundation.load_clip(cfg, clip_of(job))[0].state_dict()
     trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
     kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
     return official.Weights(kind, {n: t for n, t in state["student"].items() if n.startswith("head.")}, {**clip, **trained},

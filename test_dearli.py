@@ -62,6 +62,7 @@ import dewa
 import evaluation
 import foundation
 import html_report
+import identity
 import importer
 import matcher
 import mean_teacher
@@ -972,6 +973,108 @@ def write_coco_folder(root, images=6, side=64):
     (root / "splits" / "1_3").mkdir(parents=True)
     (root / "splits" / "1_3" / "labeled.txt").write_text("train0.png train0.png\ntrain3.png train3.png\n")
     return root
+
+
+def reversed_categories(root, target, names=None):
+    """A copy of a data set that lists its categories the other way round, or calls some
+    otherwise."""
+    shutil.copytree(root, target)
+    for part in ("train", "val"):
+        path = target / f"panoptic_{part}.json"
+        content = json.loads(path.read_text())
+        content["categories"].reverse()
+        for category in content["categories"]:
+            category["name"] = (names or {}).get(category["name"], category["name"])
+        path.write_text(json.dumps(content))
+    return target
+
+
+def test_classes_are_joined_by_name_and_never_by_place(tmp_path):
+    abc = data.Taxonomy(("a, alpha", "b", "c"), (True, False, True), (1, 2, 3))
+    cba = data.Taxonomy(("c", "b", "a"), (True, False, True), (7, 8, 9))
+    assert abc.order_in(cba, "here", "there").tolist() == [
+        2,
+        1,
+        0,
+    ]  # synonyms are no part of what a class is called
+    for other, words in (
+        (data.Taxonomy(("a", "b", "d"), abc.things, abc.ids), "only in there: d; only in here: c"),
+        (
+            data.Taxonomy(("a", "b"), (True, False), (1, 2)),
+            "here: its classes are not those of there; only in here: c",
+        ),
+        (
+            dataclasses.replace(cba, things=(True, True, True)),
+            "here: b: stuff here, but not in there",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            abc.order_in(other, "here", "there")
+    dataset = data.load_folder(write_coco_folder(tmp_path / "set"), "3")
+    other = data.load_folder(reversed_categories(tmp_path / "set", tmp_path / "reversed"), "3")
+    assert (
+        other.taxonomy.names == dataset.taxonomy.names[::-1]
+        and other.taxonomy.ids == dataset.taxonomy.ids[::-1]
+    )
+    other.follow(dataset.taxonomy, "run")
+    assert (
+        other.taxonomy == dataset.taxonomy
+        and other.truth_fingerprint() == dataset.truth_fingerprint()
+    )
+    for part in ("train", "val"):
+        for i in range(2):
+            one, two = (getattr(d, part).truth(i) for d in (dataset, other))
+            assert np.array_equal(one.labels, two.labels) and np.array_equal(
+                one.semantic(), two.semantic()
+            )
+    mini = data.load_mini("4")
+    before = mini.val.truth(0).labels
+    mini.follow(
+        data.Taxonomy(mini.taxonomy.names[::-1], mini.taxonomy.things[::-1], mini.taxonomy.ids),
+        "run",
+    )
+    assert (19 - before).tolist() == mini.val.truth(0).labels.tolist()
+
+
+def test_a_validation_json_may_count_its_categories_otherwise(tmp_path):
+    root = write_coco_folder(tmp_path / "set")
+    expected = data.load_folder(root, "3").val.truth(0).labels.tolist()
+    content = json.loads((root / "panoptic_val.json").read_text())
+    for rows in (content["categories"], *(a["segments_info"] for a in content["annotations"])):
+        for row in rows:
+            key = "category_id" if "category_id" in row else "id"
+            row[key] = 1000 - row[key]  # 7, 17, ... 197 become 993, 983, ... 803
+    (root / "panoptic_val.json").write_text(json.dumps(content))
+    assert data.load_folder(root, "3").val.truth(0).labels.tolist() == expected
+    content["categories"][0]["isthing"] = 0
+    (root / "panoptic_val.json").write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match="panoptic_val.json: .* is stuff, but a thing in panoptic_train.json"
+    ):
+        data.load_folder(root, "3")
+
+
+def test_the_rows_of_a_linear_class_head_follow_the_names():
+    cfg = dataclasses.replace(TINY, classifier="linear")
+    job, names = stages.Job(), [("a", "b", "c"), ("c", "a", "b")]
+    one, two = (stages.build(job, cfg, data.Taxonomy(n, (True,) * 3, (1, 2, 3))) for n in names)
+    state = {
+        "student": {name: p.detach().clone() for name, p in one.trained().items()},
+        "config": {"taxonomy": data.Taxonomy(names[0], (True,) * 3, (1, 2, 3)).to_config()},
+    }
+    order = stages.class_order(
+        state, data.Taxonomy(names[1], (True,) * 3, (1, 2, 3)), "here", "run"
+    )
+    assert order.tolist() == [2, 0, 1]
+    stages.take(state, "student", two, "run", order=order)
+    for kind in ("weight", "bias"):  # c, a, b and no-object
+        assert torch.equal(
+            two.trained()[f"head.decoder.classify.{kind}"],
+            state["student"][f"head.decoder.classify.{kind}"][[2, 0, 1, 3]],
+        )
+    older = {**state, "config": {}}
+    with pytest.raises(UserError, match="run: trained on 3 classes, here has 2"):
+        stages.class_order(older, data.Taxonomy(("a", "b"), (True,) * 2, (1, 2)), "here", "run")
 
 
 def test_a_coco_panoptic_folder_is_read_as_it_was_written(tmp_path):
@@ -2790,13 +2893,183 @@ class FakeSam:
 def test_masks_on_disk_have_the_official_keys_and_an_interrupted_call_goes_on(small_mini, tmp_path):
     images, sam = data.load_mini("4").train, FakeSam()
     assert dewa.generate_masks(images, sam, tmp_path) == 12 and sam.calls == 12
-    content = json.loads((tmp_path / "train_00003.json").read_text())
-    assert content["image"] == {"image_id": "train_00003", "file_name": "train_00003.png", "height": 128, "width": 128}
+    content = json.loads((tmp_path / "train_00003.png.json").read_text())
+    pixels = hashlib.sha256(np.asarray(images.image(3)).tobytes()).hexdigest()
+    assert content["image"] == {
+        "image_id": "train_00003",
+        "file_name": "train_00003.png",
+        "height": 128,
+        "width": 128,
+        "sha256": pixels,
+    }
     assert set(content["annotations"][0]) == {"id", "segmentation", "area", "predicted_iou", "stability_score", "crop_box", "point_coords"}
-    (tmp_path / "train_00003.json").unlink()
+    (tmp_path / "train_00003.png.json").unlink()
     assert dewa.generate_masks(images, sam, tmp_path) == 1 and sam.calls == 13
     masks = dewa.read_masks(tmp_path, "train_00003.png", (128, 128))
     assert masks.shape == (128, 128, 2) and masks[..., 0].sum() == 40 * 128
+
+
+def two_stems(folder, count=2):
+    """Images a0.jpg, a0.png, ... of noise, the two of a stem different ones."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for k in range(count):
+        for ending in ("jpg", "png"):
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(
+                folder / f"a{k}.{ending}"
+            )
+
+
+class ImagesOf:
+    """The images of a folder, as `data.ImageFolder` has them."""
+
+    def __init__(self, folder):
+        self.folder, self.names = folder, sorted(path.name for path in folder.iterdir())
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i]
+
+    def image(self, i):
+        return data.open_image(self.folder / self.names[i])
+
+    def digest(self, i):
+        return hashlib.sha256((self.folder / self.names[i]).read_bytes()).hexdigest()
+
+
+class Answers(FakeSam):
+    """A generator that says what it is, and whose masks say of which image they are: as many
+    pixels as the sum of its first row."""
+
+    def __init__(self, points):
+        self.about = {"kind": "fake", "points_per_side": points, "weights": "0" * 64}
+
+    def generate(self, image):
+        found = super().generate(image)
+        found[0]["segmentation"] = (
+            np.arange(image[..., 0].size) < int(image[0].sum()) % 1000
+        ).reshape(image.shape[:2])
+        return found
+
+
+def test_two_images_of_one_stem_have_masks_of_their_own(tmp_path):
+    two_stems(tmp_path / "images")
+    images = ImagesOf(tmp_path / "images")
+    assert dewa.generate_masks(images, Answers(4), tmp_path / "masks") == 4
+    assert sorted(path.name for path in (tmp_path / "masks").glob("*.json")) == [
+        "a0.jpg.json",
+        "a0.png.json",
+        "a1.jpg.json",
+        "a1.png.json",
+    ]
+    for i in range(4):
+        masks = dewa.read_masks(tmp_path / "masks", images.name(i), (30, 40), images.digest(i))
+        assert masks[..., 0].sum() == int(np.asarray(images.image(i))[0].sum()) % 1000
+
+
+def test_older_files_of_masks_count_for_the_image_that_they_name_and_no_other(tmp_path, capsys):
+    two_stems(tmp_path / "images", 3)
+    images, masks = ImagesOf(tmp_path / "images"), tmp_path / "masks"
+    dewa.generate_masks(images, Answers(4), masks)
+    for name, stated in (
+        ("a0.jpg", "a0.jpg"),
+        ("a1.png", None),
+    ):  # of an older version; of nobody knows which
+        content = json.loads((masks / f"{name}.json").read_text())
+        del content["generator"], content["image"]["sha256"]
+        content["image"] |= {"file_name": stated} if stated else {}
+        content["image"].pop("file_name") if stated is None else None
+        (masks / f"{name[:2]}.json").write_text(json.dumps(content))
+        (masks / f"{name}.json").unlink()
+    assert dewa.missing_masks(masks, images) == [images.names.index("a1.png")]
+    (masks / "a0.png.json").unlink()
+    assert dewa.read_masks(masks, "a0.jpg", (30, 40), images.digest(0)).shape == (30, 40, 2)
+    with pytest.raises(UserError, match="a0.json: states that it is of 'a0.jpg', not of a0.png"):
+        dewa.read_masks(masks, "a0.png", (30, 40))
+    capsys.readouterr()
+    assert (
+        dewa.generate_masks(images, Answers(4), masks) == 2
+        and (masks / "a1.png.json").exists()
+        and (masks / "a0.png.json").exists()
+    )
+    assert (
+        "1 files do not say of which image they are and what made them; taken as they are"
+        in capsys.readouterr().out
+    )
+
+
+def test_masks_of_other_images_or_settings_are_refused_and_kept(tmp_path):
+    for k, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((30, 40, 3), 9 + k, np.uint8)).save(tmp_path / name / "0000.png")
+    first, second, masks = (
+        ImagesOf(tmp_path / "first"),
+        ImagesOf(tmp_path / "second"),
+        tmp_path / "masks",
+    )
+    dewa.generate_masks(first, Answers(4), masks)
+    kept = (masks / "0000.png.json").read_bytes()
+    with pytest.raises(
+        UserError,
+        match=(
+            "masks: 1 of 1 files .*0000.png.json is of another image of that name than the one "
+            "at hand; choose another folder"
+        ),
+    ):
+        dewa.generate_masks(second, Answers(4), masks)
+    with pytest.raises(
+        UserError,
+        match=(
+            r"0000.png.json was made with other settings \(points_per_side: 4 there, 8 now\); "
+            r"choose another folder"
+        ),
+    ):
+        dewa.generate_masks(first, Answers(8), masks)
+    for read in (
+        lambda: dewa.read_masks(masks, "0000.png", (30, 40), second.digest(0)),
+        lambda: dewa.made_of(masks, second),
+    ):
+        with pytest.raises(
+            UserError, match="masks of another image of that name than the 0000.png at hand"
+        ):
+            read()
+    assert (masks / "0000.png.json").read_bytes() == kept and dewa.generate_masks(
+        first, Answers(4), masks
+    ) == 0
+    shutil.copytree(
+        tmp_path / "first", tmp_path / "moved"
+    )  # the same data under another path is the same
+    assert dewa.generate_masks(ImagesOf(tmp_path / "moved"), Answers(4), masks) == 0
+    assert dewa.made_of(masks, first)["generator"] == Answers(4).about
+
+
+def test_what_masks_are_made_of_counts_every_setting_that_they_depend_on():
+    import mini_sam
+
+    sam = mini_sam.build().eval()
+    about = MaskGenerator(sam, MINI).about
+    assert (
+        MaskGenerator(sam, dataclasses.replace(MINI, points_per_batch=1)).about
+        == about
+        == json.loads(json.dumps(about))
+    )
+    for name, value in (
+        ("points_per_side", 4),
+        ("pred_iou_thresh", 0.1),
+        ("stability_thresh", 0.1),
+        ("mask_nms_thresh", 0.1),
+    ):
+        other = MaskGenerator(sam, dataclasses.replace(MINI, **{name: value})).about
+        assert {key for key in about if other[key] != about[key]} == {name}
+    assert (
+        MaskGenerator(sam, MINI, torch.bfloat16).about["precision"] == "bfloat16"
+        and about["precision"] == "float32"
+    )
+    with torch.no_grad():
+        next(sam.parameters()).add_(1)
+    assert MaskGenerator(sam, MINI).about["weights"] != about["weights"]
 
 
 def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(small_mini, tmp_path):
@@ -2811,8 +3084,8 @@ def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(sma
             assert torch.equal(left.masks, every.masks[every.masks.any(2).any(1)]) and len(left.labels) == len(left.masks)
             emptied += len(every) - len(left)
     assert emptied > 0
-    (tmp_path / "train_00000.json").write_text('{"image": {"height": 1')
-    with pytest.raises(UserError, match="train_00000.json"):
+    (tmp_path / "train_00000.png.json").write_text('{"image": {"height": 1')
+    with pytest.raises(UserError, match="train_00000.png.json"):
         dewa.read_masks(tmp_path, "train_00000.png", (128, 128))
 
 
@@ -3213,9 +3486,189 @@ def test_fault_10_what_was_taken_from_dewa_is_said_and_kept(small_mini, tmp_path
     runs = ["--runs", tmp_path, "--classifier", "linear"]
     assert run("--stage", "dewa", *runs, "--steps", 1) == 0
     assert run("--stage", "ssl", "--method", "dearli", "--no-eval", *runs, "--steps", 1) == 0
-    kept = json.loads((tmp_path / "mini-dearli-4" / "config.json").read_text())["init"]
+    init = json.loads((tmp_path / "mini-dearli-4" / "config.json").read_text())["init"]
+    kept = init["taken"]
+    assert init["source"] == str(tmp_path / "mini-dewa") and init["sha256"] == identity.of_tensors(
+        checkpoint.newest(tmp_path / "mini-dewa")["student"]
+    )
     assert kept in capsys.readouterr().out and kept.startswith(f"{tmp_path / 'mini-dewa'}: ")
     assert "tensors taken; not taken: " in kept and "classify.weight: expected (21, 32), found (2, 32)" in kept
+
+
+def back_to(folder, step):
+    """Drop the checkpoints after a step, as if a run had been stopped there."""
+    for path in checkpoint.steps(folder):
+        if path.stem > f"step_{step:07d}":
+            path.unlink()
+
+
+def test_fault_45_what_a_run_began_with_is_taken_from_it_on_resume_and_nothing_else_is(
+    small_mini, tmp_path, capsys
+):
+    for name, seed in (("start", 0), ("other", 1)):
+        assert (
+            run(
+                "--stage",
+                "sup",
+                "--no-eval",
+                "--steps",
+                1,
+                "--seed",
+                seed,
+                "--out",
+                tmp_path / name,
+            )
+            == 0
+        )
+    ssl = [*SSL, "--steps", 4, "--checkpoint-every", 2, "--out", tmp_path / "run"]
+    assert run(*ssl, "--init", tmp_path / "start") == 0
+    ended, config = (
+        checkpoint.newest(tmp_path / "run"),
+        (tmp_path / "run" / "config.json").read_bytes(),
+    )
+    # burn-in is of 1 step for a run that starts from weights, of 2 for one that does not: without
+    # them step 2 would be another
+    assert len(log_of(tmp_path / "run")) == 4 and "unlabeled/mask" in log_of(tmp_path / "run")[1]
+    shutil.rmtree(tmp_path / "start")  # its weights are in the checkpoint
+    for flags in ([], ["--init", tmp_path / "moved"]):
+        back_to(tmp_path / "run", 2)
+        if flags:  # the same weights under another path
+            assert (
+                run("--stage", "sup", "--no-eval", "--steps", 1, "--out", tmp_path / "moved") == 0
+            )
+        assert run(*ssl, "--resume", *flags) == 0
+        assert (
+            same(checkpoint.newest(tmp_path / "run"), ended)
+            and (tmp_path / "run" / "config.json").read_bytes() == config
+        )
+    capsys.readouterr()
+    assert run(*ssl, "--resume", "--init", tmp_path / "other") == 2
+    assert "run: began with other weights than those of" in capsys.readouterr().err
+    assert (
+        run(
+            "--stage",
+            "sup",
+            "--no-eval",
+            "--seed",
+            1,
+            "--out",
+            tmp_path / "other",
+            "--resume",
+            "--init",
+            tmp_path / "moved",
+        )
+        == 2
+    )
+    assert "other: began without --init, and cannot be resumed with" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_goes_on_and_what_it_does_not_store_is_said(
+    small_mini, tmp_path, capsys
+):
+    assert run(*SSL, "--steps", 4, "--checkpoint-every", 2, "--out", tmp_path / "run") == 0
+    ended = checkpoint.newest(tmp_path / "run")
+    back_to(tmp_path / "run", 2)
+    state = checkpoint.newest(tmp_path / "run")
+    for key in ("data", "truth", "init", "foundation"):
+        del state["config"][key]
+    checkpoint.save(tmp_path / "run", 2, state)
+    capsys.readouterr()
+    assert (
+        run(*SSL, "--steps", 4, "--checkpoint-every", 2, "--out", tmp_path / "run", "--resume") == 0
+    )
+    assert (
+        "an older run that does not store what it was made of (data, truth, init): not compared"
+        in capsys.readouterr().out
+    )
+    assert same(checkpoint.newest(tmp_path / "run"), ended)
+
+
+def test_fault_49_the_same_data_elsewhere_is_the_same_and_other_data_in_its_place_is_not(
+    tmp_path, capsys
+):
+    root = write_coco_folder(tmp_path / "set")
+    flags = TINY_FLAGS[: TINY_FLAGS.index("--split")] + [
+        "--split",
+        "2",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out",
+        tmp_path / "run",
+        "--no-eval",
+        "--watch",
+        "0",
+    ]
+    sup = lambda *args: dearli.main(
+        [str(a) for a in ["--stage", "sup", "--dataset", "custom", "--steps", 1, *flags, *args]]
+    )
+    assert sup("--data-root", root) == 0
+    moved = root.rename(tmp_path / "moved")
+    assert (
+        sup("--data-root", moved, "--resume") == 0
+        and "finished at step 1, nothing to do" in capsys.readouterr().out
+    )
+    dataset = data.load_folder(moved, "2")
+    name = dataset.train.name(dataset.labeled[0])
+    kept = (moved / "images" / name).read_bytes()
+    (moved / "images" / name).write_bytes(
+        (moved / "images" / dataset.train.name(dataset.labeled[1])).read_bytes()
+    )
+    assert (
+        sup("--data-root", moved, "--resume") == 2
+        and "data: other training images than it began with" in capsys.readouterr().err
+    )
+    (moved / "images" / name).write_bytes(kept)
+    content = json.loads((moved / "panoptic_train.json").read_text())
+    segment = next(a for a in content["annotations"] if a["file_name"] == name)["segments_info"][0]
+    segment["category_id"] = next(
+        c["id"] for c in content["categories"] if c["id"] != segment["category_id"]
+    )
+    (moved / "panoptic_train.json").write_text(json.dumps(content))
+    assert (
+        sup("--data-root", moved, "--resume") == 2
+        and "truth: other ground truth" in capsys.readouterr().err
+    )
+
+
+def test_fault_43_a_warm_up_goes_on_with_its_masks_wherever_they_are_and_with_no_others(
+    small_mini, tmp_path, capsys
+):
+    images = data.load_mini("4").train
+    for points in (4, 8):
+        dewa.generate_masks(images, Answers(points), tmp_path / f"masks{points}")
+    warm = ["--stage", "dewa", "--steps", 1, "--out", tmp_path / "dewa", "--masks"]
+    assert run(*warm, tmp_path / "masks4") == 0
+    stored = checkpoint.newest(tmp_path / "dewa")["config"]
+    assert (
+        stored["masks"]["generator"] == Answers(4).about and stored["data"] == images.fingerprint()
+    )
+    (tmp_path / "masks4").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert (
+        run(*warm, tmp_path / "moved", "--resume") == 0
+        and "nothing to do" in capsys.readouterr().out
+    )
+    assert run(*warm, tmp_path / "masks8", "--resume") == 2
+    assert "masks: points_per_side: 4 there, 8 now (it began with those of" in capsys.readouterr().err
+    # looked up by name, it is taken only if it is of these images
+    shutil.copytree(tmp_path / "dewa", tmp_path / "runs" / "mini-dewa")
+    state = checkpoint.newest(tmp_path / "dewa")
+    state["config"]["data"] = "0" * 64
+    checkpoint.save(tmp_path / "runs" / "mini-dewa", 1, state)
+    ssl = ["--stage", "ssl", "--no-eval", "--steps", 1, "--runs", tmp_path / "runs"]
+    assert run(*ssl) == 2
+    message = capsys.readouterr().err
+    assert (
+        "mini-dewa: a DeWa run of something else (other training images" in message
+        and message.count("\n") == 1
+    )
+    assert run(*ssl, "--init", tmp_path / "runs" / "mini-dewa") == 0  # somebody's word
+    assert (
+        "was warmed up on other images than the training images of this run"
+        in capsys.readouterr().out
+    )
 
 
 def test_fault_11_a_checkpoint_that_would_execute_code_is_refused(small_mini, tmp_path, capsys):
@@ -3342,8 +3795,8 @@ def test_fault_35_masks_that_were_cut_short_are_made_again_and_strays_removed(sm
             return super().generate(image)
     process = fork(lambda: dewa.generate_masks(images, Killed(), tmp_path), tmp_path / "said.txt")
     assert ended(process) == -signal.SIGKILL and len(list(tmp_path.glob("*.json"))) == 5
-    (tmp_path / ".train_00005.json.1234.tmp").write_text("{")
-    half = tmp_path / "train_00002.json"
+    (tmp_path / ".train_00005.png.json.1234.tmp").write_text("{")
+    half = tmp_path / "train_00002.png.json"
     content = half.read_text()
     for cut in (0, 1, len(content) // 2, content.index("]]}") + 3, len(content) - 1):        # also where an annotation ends
         half.write_text(content[:cut])
@@ -3882,6 +4335,20 @@ def test_predictions_that_were_killed_are_continued_and_equal_those_that_were_no
     capsys.readouterr()
     assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume", "--which", "teacher") == 2
     assert "cannot go on with what another model began (which: student there, teacher now" in capsys.readouterr().err and relative(out) == relative(tmp_path / "whole")
+
+
+def test_fault_43_a_picture_that_has_become_another_is_predicted_anew(small_run, tmp_path, capsys):
+    pictures, out = shutil.copytree(small_run / "pictures", tmp_path / "pictures"), tmp_path / "out"
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+    rows = {row["id"]: row for row in json.loads((out / "panoptic.json").read_text())["images"]}
+    assert rows["a.png"]["sha256"] == hashlib.sha256((pictures / "a.png").read_bytes()).hexdigest()
+    shutil.copy(pictures / "b.png", pictures / "a.png")
+    capsys.readouterr()
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
+    assert "3 pictures, 1 of them made now" in capsys.readouterr().out
+    assert (out / "panoptic" / "a.png.png").read_bytes() == (
+        out / "panoptic" / "b.png.png"
+    ).read_bytes()
 
 
 def test_pictures_of_any_size_and_mode_are_predicted_as_they_are_shown(small_run, tmp_path):
@@ -5842,10 +6309,13 @@ def test_two_images_can_be_learned_by_heart(small_mini):
 
 def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
     runs = ["--runs", tmp_path]
-    assert run("--stage", "ssl", *runs) == 2                                                   # DEARLi without DeWa weights
+    assert run("--stage", "ssl", "--no-make", *runs) == 2  # DEARLi without DeWa weights
     message = capsys.readouterr().err
     assert "--stage dewa" in message and "--method dear" in message and message.count("\n") == 1
-    assert run("--stage", "dewa", *runs) == 2 and "--stage masks" in capsys.readouterr().err
+    assert (
+        run("--stage", "dewa", "--no-make", *runs) == 2
+        and "--stage masks" in capsys.readouterr().err
+    )
     assert run("--stage", "masks", *runs, "--points-per-side", 4) == 0
     assert len(list((tmp_path / "mini-masks").glob("*.json"))) == 12
     assert run("--stage", "dewa", *runs, "--steps", 2) == 0
@@ -5858,6 +6328,96 @@ def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
     (tmp_path / "mini-dearli-4" / "metrics.json").unlink()
     assert dearli.main(["--stage", "eval", "--dataset", "mini", "--weights", str(tmp_path / "mini-dearli-4"), "--device", "cpu"]) == 0
     assert json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text()) == metrics    # every flag is remembered
+
+
+def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
+    small_mini, tmp_path, capsys
+):
+    ssl = [
+        "--stage",
+        "ssl",
+        "--runs",
+        tmp_path,
+        "--steps",
+        2,
+        "--dewa-steps",
+        4,
+        "--checkpoint-every",
+        2,
+        "--points-per-side",
+        2,
+        "--no-eval",
+    ]
+    assert run(*ssl, "--dry-run") == 0 and not list(tmp_path.rglob("*.json"))
+    said = capsys.readouterr().out
+    assert (
+        "mini-dewa: no DeWa weights; the warm-up would come first" in said
+        and "mini-masks: no SAM masks; they would be made first" in said
+    )
+    assert (
+        re.search(r"^masks +about \d+ seconds: 12 images", said, re.M)
+        and said.count("\ntime ") == 2
+    )
+    assert run(*ssl) == 0
+    said = capsys.readouterr().out
+    assert (
+        "mini-dewa: no DeWa weights; the warm-up comes first" in said
+        and "mini-masks: masks of 12 images, 12 of them made now" in said
+    )
+    warm = checkpoint.newest(tmp_path / "mini-dewa")
+    assert warm["step"] == 4 and checkpoint.newest(tmp_path / "mini-dearli-4")["config"]["init"][
+        "sha256"
+    ] == identity.of_tensors(warm["student"])
+    # what was stopped on the way goes on: a warm-up at its second step, masks at their eleventh
+    # image
+    back_to(tmp_path / "mini-dewa", 2)
+    (tmp_path / "mini-masks" / "train_00011.png.json").unlink()
+    assert (
+        run(*ssl, "--no-make", "--out", tmp_path / "not") == 2
+        and "mini-dewa: DeWa stopped at step 2 of 4" in capsys.readouterr().err
+    )
+    assert run(*ssl, "--out", tmp_path / "again") == 0
+    said = capsys.readouterr().out
+    assert (
+        "mini-dewa: DeWa stopped at step 2 of 4; the warm-up comes first" in said
+        and "masks of 12 images, 1 of them made now" in said
+    )
+    assert same(checkpoint.newest(tmp_path / "mini-dewa"), warm)
+    # by numbers that are asked for and are not those of what is there: refused; by numbers of the
+    # preset: said
+    for flags, words in (
+        (
+            ["--points-per-side", 3],
+            "masks made with other settings (points_per_side: 2 there, 3 now)",
+        ),
+        (["--dewa-steps", 5], "dewa_steps: 4 there, 5 now"),
+        (["--hidden", 64], "hidden: 32 there, 64 now"),
+    ):
+        assert (
+            dearli.main([str(a) for a in [*ssl, *TINY_FLAGS, *flags, "--out", tmp_path / "not"]])
+            == 2
+        )
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
+    assert (
+        run(
+            "--stage",
+            "ssl",
+            "--runs",
+            tmp_path,
+            "--steps",
+            1,
+            "--no-eval",
+            "--out",
+            tmp_path / "preset",
+        )
+        == 0
+    )
+    assert (
+        "masks made with other settings than the preset's (points_per_side: 2 there, 12 now); "
+        "taken as they are"
+        in capsys.readouterr().out
+    )
 
 
 def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, tmp_path):

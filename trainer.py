@@ -29,11 +29,13 @@ import ranks
 from command_line import READS
 from config import BEFORE, Config, UserError
 from data import Batches, loader
+from identity import differences
 from optim import Broken, NotFinite, set_lr
 
 # What may change on --resume: how far to go, how fast, and how masks are made, which is another stage's business
 MAY_CHANGE = {"ssl_steps", "sup_steps", "dewa_steps", "workers", "checkpoint_every", "log_every", "eval_batch", "sam", "sam_weights",
               "points_per_side", "points_per_batch", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh"}
+LATER = {"taxonomy", "data", "truth", "init", "masks"}     # what runs did not always store of their identity
 MAX_SKIPPED = 5                        # steps in a row whose loss or gradient is not finite, before the run stops
 
 
@@ -52,19 +54,23 @@ class Run:
     """A run folder, of which this process (of several: rank 0) is the one writer from here to the end of `train`. Only what is trained
     is stored; all ranks read it.
 
-    notes: what config.json shall say beside the configuration (which weights the run began with).
+    notes: what config.json shall say beside the configuration.
+    state: the newest checkpoint, where it has been read already (by who holds the folder,
+    `checkpoint.claim`).
     watch: called with the step after every checkpoint, by all ranks.   curves: a SummaryWriter of TensorBoard, which gets what log.jsonl gets.
     Raises: UserError if the folder cannot be written, another process writes there, it holds a run already and resume is off, or the
         configuration differs.
     """
 
-    def __init__(self, folder: Path, cfg: Config, identity: dict, resume: bool):
+    def __init__(
+        self, folder: Path, cfg: Config, identity: dict, resume: bool, state: dict | None = None
+    ):
         self.folder, self.cfg, self.notes, self.watch, self.curves = Path(folder), cfg, {}, lambda step: None, None
         if ranks.rank() == 0:
             checkpoint.claim(self.folder)
         ranks.wait()
         self.config = {**identity, **dataclasses.asdict(cfg)}
-        self.state = checkpoint.newest(self.folder) if resume else None
+        self.state = (state or checkpoint.newest(self.folder)) if resume else None
         if not resume and checkpoint.steps(self.folder):
             raise UserError(f"{self.folder}: holds a run already; go on with --resume, or choose another folder with --out")
         if self.state:
@@ -77,8 +83,14 @@ class Run:
         stored = state["config"]
         differs = differing(stored, self.config)
         if differs:
-            listed = ", ".join(f"{k}: {stored.get(k)!s:.60} there, {self.config[k]!s:.60} now" for k in differs)
+            listed = ", ".join(_differs(k, stored.get(k), self.config[k]) for k in differs)
             raise UserError(f"{self.folder}: cannot be resumed with another configuration ({listed}); choose another folder with --out")
+        unknown = [key for key in self.config if key in LATER - stored.keys()]
+        if unknown:
+            print(
+                f"warning: {self.folder}: an older run that does not store what it was made of "
+                f"({', '.join(unknown)}): not compared, taken as it is now"
+            )
 
     def train(self, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, batches: Batches,
               step_fn: Callable, device: torch.device, title: str) -> None:
@@ -233,9 +245,39 @@ def read_log(path: Path) -> list[dict]:
 
 def differing(stored: dict, config: dict) -> list[str]:
     """Keys that make a stored run another run than the one asked for; numbers that its stage does not read make none."""
-    older, stored = {"taxonomy"} - stored.keys(), {**BEFORE, **stored}             # runs did not always store everything
-    unread = {field.name for field in dataclasses.fields(Config)} - READS.get(config["stage"], READS["ssl"])       # a run of stage ssl is named after its method
-    return [key for key in config if key not in MAY_CHANGE | older | unread and stored.get(key) != config[key]]
+    # a run of stage ssl is named after its method; runs did not always store everything
+    read = READS.get(config["stage"], READS["ssl"])
+    idle = MAY_CHANGE | (LATER - stored.keys()) | ({f.name for f in dataclasses.fields(Config)} - read)
+    stored = {**BEFORE, **stored}
+    if stored.get("data") is not None and stored["data"] == config.get("data"):
+        idle |= {"dataset", "data_root"}  # the same images under another path are the same
+    return [
+        key
+        for key in config
+        if key not in idle and _essence(key, stored.get(key)) != _essence(key, config[key])
+    ]
+
+
+def _essence(key: str, value):
+    """What of a value makes a run that run: not the path of a thing, nor the colours of classes."""
+    parts = {
+        "init": ("sha256",),
+        "masks": ("generator", "digest"),
+        "taxonomy": ("names", "things"),
+    }.get(key)
+    return {part: value.get(part) for part in parts} if parts and isinstance(value, dict) else value
+
+
+def _differs(key: str, there, now) -> str:
+    """A line's part about a key of `differing`."""
+    if key == "masks" and isinstance(there, dict) and isinstance(now, dict):
+        differs = differences(there.get("generator") or {}, now["generator"] or {})
+        return f"masks: {differs or 'others'} (it began with those of {there.get('folder')})"
+    what = {
+        "data": "data: other training images",
+        "truth": "truth: other ground truth, or other labelled or unlabelled images",
+    }.get(key)
+    return f"{what} than it began with" if what else f"{key}: {there!s:.60} there, {now!s:.60} now"
 
 
 def summary(row: dict, device: torch.device) -> str:

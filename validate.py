@@ -125,7 +125,11 @@ class _Reading(torch.utils.data.Dataset):
             if images.semantic is not None and (not train or i in self.labeled):
                 attempt(lambda: images.class_map(i))
         if train and self.masks is not None and image is not None:
-            attempt(lambda: dewa.read_masks(self.masks, images.name(i), image.size[::-1]))
+            attempt(
+                lambda: dewa.read_masks(
+                    self.masks, images.name(i), image.size[::-1], images.digest(i)
+                )
+            )
         segments, size = np.zeros((0, 2), np.int64), 0
         if truth is not None:
             pixels = np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:]
