@@ -296,7 +296,7 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     without(args.dataset == "mini", ("data_root",), f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}")
     without(args.dataset == "mini" and args.stage not in STORED and not args.images, ("white",), "images of --dataset mini have 8 bits")
     made = args.stage == "ssl" and (args.method != "dearli" or args.init is not None)
-    without(made, (*MAKES["ssl"], "masks", "make"), "no masks and no warm-up are made here; it counts with --method dearli and without --init")
+    without(made, (*MAKES["ssl"], "make"), "no masks and no warm-up are made here; it counts with --method dearli and without --init")
     without(args.stage in TRAIN and not args.evaluate, ("groups",), "nothing is evaluated; it counts without --no-eval")
     return found
 
