@@ -59,7 +59,7 @@ def _reads() -> dict[str, frozenset[str]]:
                 "importance", "workers", "seed", "checkpoint_every", "log_every"}
     supervised = {*training, *inference, "class_weight", "no_object_weight", "labels", "labeled_batch", "eval_batch"}
     stages = {
-        "prepare": {"workers"}, "import": {"seed"}, "validate": {"workers", "seed", "num_queries", "white"}, "mini-clip": {"seed"}, "mini-sam": {"seed"},
+        "prepare": {"workers"}, "import": {"seed"}, "validate": {"workers", "seed", "num_queries", "labels", "white"}, "mini-clip": {"seed"}, "mini-sam": {"seed"},
         "masks": {*masks, "white", "seed"},
         # sizes at evaluation are those of a run's images: a warm-up has them like its sisters, and keeps them
         "dewa": {*training, *sizes, "eval_batch", "dewa_steps", "dewa_batch", "dewa_crop", "dewa_keep_empty"},

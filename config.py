@@ -125,8 +125,8 @@ class Config:
     grayscale_prob: float = 0.2        # strong view
     blur_prob: float = 0.5             # strong view
     blur_radius: float = 2.0           # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
-    white: int = 0                     # grey value of a 16-bit image that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8 ... 16) that no 16-bit
-    #                                    training image exceeds (`data.white_point`)
+    white: int = 0                     # 16-bit grey value that becomes 255; 0 = measured: the least of
+    #                                    2^k - 1 (k = 8 ... 16) that no 16-bit training image exceeds
     test_size: int = 640               # pixels, short side at evaluation
     test_max: int = 2560               # pixels, long side at evaluation
     workers: int = 4                   # loader processes
