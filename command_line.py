@@ -255,6 +255,8 @@ def require_there(args: argparse.Namespace) -> None:
     for flag, path in (("weights", weights), ("init", args.init), *(("compare", path) for path in args.compare)):
         if path is not None and not path.exists():
             raise UserError(f"{path}: no such run or file (--{flag}){_runs(path, args.runs)}")
+    if stage in ("eval", "predict", "export") and weights.is_dir() and not any(weights.glob("step_*.pt")):
+        raise UserError(f"{weights}: no checkpoint (step_*.pt) in this folder{_runs(weights, args.runs)}")
     if stage == "predict" and not args.input.exists():
         raise UserError(f"{args.input}: no such picture or folder of pictures")
     if stage == "import" and not args.input.is_dir():

@@ -3570,8 +3570,8 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     out = capsys.readouterr().out
     assert re.search(r"^steps +1 to 2: ", out, re.M) and re.search(r"^steps +3 to 900: ", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
     parts = [(int(n) - int(m) + 1) * (float(a) + float(b)) for m, n, a, b in re.findall(r"^steps +(\d+) to (\d+): ([\d.e-]+) s each; making a batch takes ([\d.e-]+) s more", out, re.M)]
-    said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
-    assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
+    said = re.search(r"^time +about (\d+) (seconds|minutes|hours)", out, re.M)
+    assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60, "hours": 3600}[said[2]], rel=0.3)      # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
     student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(["--stage", "sup", *map(str, TINY_FLAGS)]))[1], data.mini_taxonomy())
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
