@@ -65,8 +65,10 @@ def load(name: str, root: Path, split: str, seed: int = 0, complain: Callable[[U
     if split and not split.isdecimal() and split not in known and not Path(split).is_file():
         raise UserError(f"unknown split '{split}' of {name}; available: {', '.join(known)}, a number, or a file of image names")
     base = require(name, root)
-    folder, prompts, places = base / "dearli" / DOWNLOAD[name], base / "dearli" / PROMPTS[name], parts(name, base)
-    shift = 1 if name == "ade20k" else 0       # prompts and class maps count ADE's classes from 1, the panoptic JSON from 0
+    folder, prompts = base / "dearli" / DOWNLOAD[name], base / "dearli" / PROMPTS[name]
+    places = parts(name, base)
+    # prompts and class maps count ADE's classes from 1, the panoptic JSON from 0
+    shift = 1 if name == "ade20k" else 0
     names, stored = read_names(prompts), read_taxonomy(places["train"][0])
     unnamed = [category for category in stored.ids if category + shift not in names]
     if unnamed:
