@@ -91,24 +91,29 @@ OF_THE_RUN = ("backbone", "train_backbone", "classifier", "num_queries", "hidden
               "decoder_ffn", "no_object_weight", "seed")
 # What other programs call it, or what there is on purpose none of: a hint, where the nearest name would mislead.
 HINTS = {
-    "batch-size": "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, --eval-batch at evaluation",
+    "batch-size": "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, "
+                  "--eval-batch at evaluation",
     "epochs": "training is counted in optimiser steps: --steps N",
     "iters": "it is --steps N, optimiser steps",
     "learning-rate": "it is --lr",
-    "warmup": "there is none; for the decoder's warm-up see --stage dewa, for steps without pseudo-labels --burn-in",
+    "warmup": "there is none; for the decoder's warm-up see --stage dewa, for steps without "
+              "pseudo-labels --burn-in",
     "momentum": "the optimiser is AdamW; the teacher's average is --ema-decay",
     "optimizer": "it is AdamW; see --lr, --weight-decay and --clip-norm",
     "scheduler": "it is a polynomial one: --poly-power",
     "gpu": "it is --device cuda, or cuda:N for one of several",
-    "gpus": "one process a GPU: torchrun --nproc_per_node=N dearli.py ...; one of several is --device cuda:N",
+    "gpus": "one process a GPU: torchrun --nproc_per_node=N dearli.py ...; one of several is "
+            "--device cuda:N",
     "cpu": "it is --device cpu",
     "num-workers": "it is --workers N, loader processes",
     "ema": "it is --ema-decay",
-    "resume-from": "it is --resume, which goes on with the run in --out or in its usual folder; --init FOLDER starts another one from it",
+    "resume-from": "it is --resume, which goes on with the run in --out or in its usual folder; "
+                   "--init FOLDER starts another one from it",
     "checkpoint": "it is --weights of a run that is applied, --init of one to start from",
     "pretrain": "it is --pretrained, of the backbone, or --init, a run or file to start from",
     "load-from": "it is --init FOLDER, a run or file to start from",
-    "config": "there is no file of settings: --preset NAME and flags; --print-config shows all numbers",
+    "config": "there is no file of settings: --preset NAME and flags; --print-config shows all "
+              "numbers",
     "data": "it is --data-root DIR, with --dataset NAME",
     "output-dir": "it is --out DIR, or --runs DIR for the folder above it",
     "model": "it is --weights of a run that is applied, --backbone of one that is trained",
@@ -121,21 +126,33 @@ HINTS = {
     "wandb": "it is --log tensorboard, or the lines of log.jsonl in the run's folder",
     "threads": "it is the variable OMP_NUM_THREADS",
 }
-OTHER_NAMES = {
-    "bs": "batch-size", "batch": "batch-size", "train-batch-size": "batch-size", "b": "batch-size", "epoch": "epochs", "num-epochs": "epochs",
-    "max-epochs": "epochs", "iterations": "iters", "max-iters": "iters", "max-iter": "iters", "num-iters": "iters", "max-steps": "iters",
-    "num-steps": "iters", "lr-rate": "learning-rate", "base-lr": "learning-rate", "lrate": "learning-rate", "warmup-steps": "warmup",
-    "warmup-iters": "warmup", "warm-up": "warmup", "optim": "optimizer", "lr-scheduler": "scheduler", "gpu-id": "gpu", "gpu-ids": "gpu",
-    "cuda": "gpu", "num-gpus": "gpus", "devices": "gpus", "worker": "num-workers", "j": "num-workers", "n-workers": "num-workers",
-    "ema-rate": "ema", "ema-momentum": "ema", "resume-path": "resume-from", "continue": "resume-from", "ckpt": "checkpoint",
-    "load": "load-from", "cfg": "config", "config-file": "config", "data-dir": "data", "data-path": "data", "dataset-path": "data",
-    "root": "data", "dataroot": "data", "output-folder": "output-dir", "outdir": "output-dir", "out-dir": "output-dir",
-    "work-dir": "output-dir", "save-dir": "output-dir", "save-path": "output-dir", "exp": "output-dir", "name": "output-dir",
-    "project": "output-dir", "arch": "model", "img-size": "image-size", "imgsz": "image-size", "size": "image-size",
-    "resolution": "image-size", "classes": "num-classes", "fp16": "amp", "half": "amp", "mixed-precision": "amp", "v": "verbose",
-    "debug": "verbose", "num-threads": "threads", "model-path": "model",
-}
-TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")            # of torch's, those that one can train on
+OTHER_NAMES = {other: name for name, others in {
+    "batch-size": "bs b batch train-batch-size",
+    "epochs": "epoch num-epochs max-epochs",
+    "iters": "iterations num-iters max-iter max-iters num-steps max-steps",
+    "learning-rate": "lr-rate base-lr lrate",
+    "warmup": "warm-up warmup-steps warmup-iters",
+    "optimizer": "optim",
+    "scheduler": "lr-scheduler",
+    "gpu": "cuda gpu-id gpu-ids",
+    "gpus": "num-gpus devices",
+    "num-workers": "j worker n-workers",
+    "ema": "ema-rate ema-momentum",
+    "resume-from": "resume-path continue",
+    "checkpoint": "ckpt",
+    "load-from": "load",
+    "config": "cfg config-file",
+    "data": "data-dir data-path dataset-path dataroot root",
+    "output-dir": "outdir out-dir output-folder work-dir save-dir save-path exp name project",
+    "model": "arch model-path",
+    "image-size": "img-size imgsz size resolution",
+    "num-classes": "classes",
+    "amp": "fp16 half mixed-precision",
+    "verbose": "v debug",
+    "threads": "num-threads",
+}.items() for other in others.split()}
+# Of torch's devices, those that one can train on.
+TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
 WIDTH = 110                            # characters of a help page
 
 
@@ -222,7 +239,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def hint(unknown: str, flags: list[str]) -> str:
-    """To append to an error about a flag that there is not: what does its work here, or the nearest name; empty if there is neither."""
+    """To append to an error about a flag that there is not: what does its work here, or the nearest
+    name; empty if there is neither."""
     asked = unknown.split("=")[0]
     name = asked.lstrip("-").lower().replace("_", "-")
     if f"--{name}" in flags:
@@ -342,7 +360,8 @@ def check(args: argparse.Namespace) -> None:
     choose("precision", args.precision, PRECISIONS), choose("format", args.format, FORMATS)
     require_known(args)
     choose("palette", args.palette, PALETTES), choose("log", args.log or LOGS[0], LOGS)
-    if args.dataset in PAPERS_DATASETS and not args.data_root and args.stage in OPENS and not args.images:
+    opens = args.stage in OPENS and not args.images
+    if opens and args.dataset in PAPERS_DATASETS and not args.data_root:
         args.data_root = str(default_root(args.dataset))
     if args.steps is not None and args.steps != given(args)[steps_of(args.stage)]:
         raise UserError(f"--steps {args.steps}: --{steps_of(args.stage).replace('_', '-')} says {given(args)[steps_of(args.stage)]}; expected one of them")
@@ -353,37 +372,71 @@ def check(args: argparse.Namespace) -> None:
 
 
 def usual_method(args: argparse.Namespace) -> str:
-    """The --method of a command line without it. On a folder of one's own, a classifier without words is trained without CLIP, too."""
+    """The --method of a command line without it. On a folder of one's own, a classifier without
+    words is trained without CLIP, too."""
     preset = PRESETS[choose("preset", args.preset or args.dataset, PRESETS)]
     linear = (args.classifier or preset.classifier) == "linear"
     return "ssl" if args.dataset == "custom" and linear and not args.teacher_posterior else "dearli"
 
 
 def require_there(args: argparse.Namespace) -> None:
-    """Raise UserError for a file or folder that a stage is given and that is not there, and for other things that the disk knows at once.
+    """Raise UserError for a file or folder that a stage is given and that is not there, and for
+    other things that the machine knows at once.
 
-    What is in the files is for the stage to say. After `check`; apart from it, because a command line can be understood where its files are not.
+    What is in the files is for the stage to say. After `check`, and apart from it: a command line
+    can be understood where its files are not.
     """
     stage = args.stage
     if stage == "prepare":
         choose("data set to prepare", args.dataset, PAPERS_DATASETS)
-    if args.device is not None and not re.fullmatch(rf"({'|'.join(TORCH_DEVICES)})(:\d+)?", args.device):
+    if args.device is not None and not re.fullmatch(
+        rf"({'|'.join(TORCH_DEVICES)})(:\d+)?", args.device
+    ):
         raise UserError(f"device '{args.device}': expected cpu, cuda, cuda:N or mps")
     if stage in OPENS and args.dataset == "custom" and not args.data_root and not args.images:
         raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
-    if stage in OPENS and args.dataset == "custom" and args.data_root and not Path(args.data_root).is_dir():
-        raise UserError(f"{args.data_root}: no such folder; --data-root names a folder in COCO panoptic format")
+    if (
+        stage in OPENS
+        and args.dataset == "custom"
+        and args.data_root
+        and not Path(args.data_root).is_dir()
+    ):
+        raise UserError(
+            f"{args.data_root}: no such folder; --data-root names a folder in COCO panoptic format"
+        )
     if stage in OPENS and args.dataset in PAPERS_DATASETS and not args.images:
         known = PAPERS_SPLITS[args.dataset]
-        if args.split and not args.split.isdecimal() and args.split not in known and not Path(args.split).is_file():
-            raise UserError(f"unknown split '{args.split}' of {args.dataset}; available: {', '.join(known)}, a number, or a file of image names")
+        if (
+            args.split
+            and not args.split.isdecimal()
+            and args.split not in known
+            and not Path(args.split).is_file()
+        ):
+            raise UserError(
+                f"unknown split '{args.split}' of {args.dataset}; available: {', '.join(known)}, "
+                "a number, or a file of image names"
+            )
         require(args.dataset, Path(args.data_root), prepared=stage != "prepare")
     weights = args.weights or (args.out if stage == "report" else None)
     if stage in STORED and weights is None:
-        raise UserError("this stage needs --weights runs/NAME, or a checkpoint of the official code")
-    for flag, path in (("weights", weights), ("init", args.init), *(("compare", path) for path in args.compare)):
+        raise UserError(
+            "this stage needs --weights runs/NAME, or a checkpoint of the official code"
+        )
+    for flag, path in (
+        ("weights", weights),
+        ("init", args.init),
+        *(("compare", path) for path in args.compare),
+    ):
         if path is not None and not path.exists():
             raise UserError(f"{path}: no such run or file (--{flag}){_runs(path, args.runs)}")
+    if (
+        stage in ("eval", "predict", "export")
+        and weights.is_dir()
+        and not any(weights.glob("step_*.pt"))
+    ):
+        raise UserError(
+            f"{weights}: no checkpoint (step_*.pt) in this folder{_runs(weights, args.runs)}"
+        )
     if stage == "predict" and not args.input.exists():
         raise UserError(f"{args.input}: no such picture or folder of pictures")
     if stage == "import" and not args.input.is_dir():
@@ -391,16 +444,37 @@ def require_there(args: argparse.Namespace) -> None:
     if args.images is not None and not args.images.is_dir():
         raise UserError(f"{args.images}: no such folder of images")
     if args.assets is not None and not args.assets.is_dir():
-        raise UserError(f"{args.assets}: no such folder; --assets names a copy of the official repository")
-    if stage == "zeroshot" and args.masks is not None and str(args.masks) not in ("gt", "sam") and not args.masks.is_dir():
+        raise UserError(
+            f"{args.assets}: no such folder; --assets names a copy of the official repository"
+        )
+    if (
+        stage == "zeroshot"
+        and args.masks is not None
+        and str(args.masks) not in ("gt", "sam")
+        and not args.masks.is_dir()
+    ):
         raise UserError(f"{args.masks}: no such folder of masks; expected one, or gt or sam")
     if stage == "export" and args.out is not None and args.out.exists():
         raise UserError(f"{args.out}: exists already; name another file with --out")
-    for flag, folder in (("out", None if stage in ("export", "mini-clip", "mini-sam") else args.out), ("runs", args.runs)):
-        above = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
+    for flag, folder in (
+        ("out", None if stage in ("export", "mini-clip", "mini-sam") else args.out),
+        ("runs", args.runs),
+    ):
+        above = (
+            next((path for path in (folder, *folder.parents) if path.exists()), None)
+            if folder
+            else None
+        )
         if above is not None and not above.is_dir():
-            raise UserError(f"{folder}: cannot be written, {above} is a file; expected a folder for results; choose another with --{flag}")
-    if args.log == "tensorboard" and "torch.utils.tensorboard" not in sys.modules and importlib.util.find_spec("tensorboard") is None:
+            raise UserError(
+                f"{folder}: cannot be written, {above} is a file; expected a folder for results; "
+                f"choose another with --{flag}"
+            )
+    if (
+        args.log == "tensorboard"
+        and "torch.utils.tensorboard" not in sys.modules
+        and importlib.util.find_spec("tensorboard") is None
+    ):
         raise ModuleNotFoundError(name="tensorboard")
 
 

@@ -1235,7 +1235,8 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur. (3, h, w) uint8."""
-    from torchvision.transforms.v2 import functional as TF         # takes two seconds to import: only who needs it waits
+    # takes two seconds to import: only who needs it waits
+    from torchvision.transforms.v2 import functional as TF
 
     factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
     steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (shift_hsv, hue)]
@@ -1433,7 +1434,8 @@ class SemiSupervisedBatches(Batches):
         super().__init__(cfg, steps)
         self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
         self.burn_in = cfg.burn_in_steps(warm)
-        import torchvision.transforms.v2.functional  # noqa: F401  of `strong_view`: here once, not in every loader process
+        # of `strong_view`: here once, not in every loader process
+        import torchvision.transforms.v2.functional  # noqa: F401
 
     @property
     def parts(self) -> list[int]:

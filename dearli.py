@@ -19,7 +19,8 @@ import os
 import sys
 
 if sys.version_info < (3, 10):
-    sys.exit(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]} ({sys.executable})")
+    here = f"{sys.version.split()[0]} ({sys.executable})"
+    sys.exit(f"error: Python 3.10 or newer is needed, this is {here}")
 
 import importlib.metadata
 
@@ -30,14 +31,15 @@ __version__ = "0.1.0"
 PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard",
             "pycocotools": "pycocotools>=2.0.7"}
 
-REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")         # of every stage
+# Of every stage.
+REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; returns the exit code: 0, 2 after an error that the user can mend, 128 + signal after a stop."""
     args = None
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                         # a class name that a console cannot show stops no run
+        if hasattr(stream, "reconfigure"):     # a name that a console cannot show stops no run
             stream.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
@@ -52,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.print_config:
             require_there(args)
         if args.stage == "ssl" and said is None and args.method != "dearli" and rank() == "":
-            print(f"--method {args.method}: the default for --dataset {args.dataset} with a linear classifier; others are named with --method")
+            print(f"--method {args.method}: the default for --dataset {args.dataset} with a linear "
+                  "classifier; others are named with --method")
         import stages
         return stages.run(args)
     except UserError as error:
@@ -63,8 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         if error.name in REQUIRED:
-            print(f"error: {error.name} is not installed for {sys.executable}; activate the environment that the README makes (source .venv/bin/activate), "
-                  f"or make it: python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt", file=sys.stderr)
+            print(f"error: {error.name} is not installed for {sys.executable}; activate the "
+                  "environment that the README makes (source .venv/bin/activate), or make it: "
+                  "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt",
+                  file=sys.stderr)
             return 2
         if error.name not in PACKAGES:
             raise

@@ -109,7 +109,8 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image) -> Prediction:
-        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that); or what `from_array` takes.
+        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that);
+        or what `from_array` takes.
         16 bits become 8 by the white point of the run."""
         if isinstance(image, (str, os.PathLike)):
             image = open_image(Path(image), white=self.white)
@@ -143,9 +144,12 @@ def from_array(values) -> Image.Image:
     values: uint8, (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), 0 to 255; or uint16 (H, W).
     Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at 255.
     """
-    expected = "expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, uint8, 0 to 255"
+    expected = ("expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, "
+                "uint8, 0 to 255")
     if isinstance(values, (list, tuple)):
-        raise TypeError(f"a {type(values).__name__}: {expected}; of several images, call it for each")
+        raise TypeError(
+            f"a {type(values).__name__}: {expected}; of several images, call it for each"
+        )
     try:
         x = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
     except (TypeError, ValueError):
@@ -156,11 +160,17 @@ def from_array(values) -> Image.Image:
     if x.ndim == 4:
         raise TypeError(f"{found}: {expected}; of a batch, call it for each image")
     if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4):
-        raise TypeError(f"{found}: {expected}; channels come last: x.transpose(1, 2, 0), of a tensor x.permute(1, 2, 0)")
+        raise TypeError(
+            f"{found}: {expected}; channels come last: x.transpose(1, 2, 0), of a tensor "
+            "x.permute(1, 2, 0)"
+        )
     if x.ndim not in (2, 3) or not x.size or x.ndim == 3 and x.shape[2] not in (1, 3, 4):
         raise TypeError(f"{found}: {expected}")
     if x.dtype.kind == "f":
-        raise TypeError(f"{found}: {expected}; of values from 0 to 1: (255 * x).round().astype(np.uint8), from 0 to 255: x.round().astype(np.uint8)")
+        raise TypeError(
+            f"{found}: {expected}; of values from 0 to 1: (255 * x).round().astype(np.uint8), "
+            "from 0 to 255: x.round().astype(np.uint8)"
+        )
     if x.ndim == 3 and x.shape[2] == 1:
         x = x[..., 0]
     if x.dtype != np.uint8 and not (x.ndim == 2 and x.dtype in (np.uint16, bool)):

@@ -18,12 +18,15 @@ SIDES = (640, 2560)                    # pixels; the long side of an overlay lie
 PAINT = 0.55                           # share of the colour of a segment, the rest is the image
 ROOM = 0.6                             # share of a name that must lie on its segment
 FONT_SIZE, PIXELS_A_FONT_SIZE = (13, 48), 38       # in pixels; least and largest, and so much of the long side for each pixel of the font
-# Files of usual systems for class names that Pillow's own font has no letters for; the first that has them all is taken.
-FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc",
-         "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "FreeSans.ttf",
-         "NotoSansArabic-Regular.ttf", "NotoNaskhArabic-Regular.ttf", "NotoSansDevanagari-Regular.ttf", "Lohit-Devanagari.ttf",
-         "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf",                       # macOS
-         "msyh.ttc", "msgothic.ttc", "malgun.ttf", "arial.ttf", "Nirmala.ttf", "Nirmala.ttc")                       # Windows
+# Files of usual systems (Linux, macOS, Windows) for class names that Pillow's own font has no
+# letters for; the first that has them all is taken.
+FONTS = (
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf",
+    "wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf",
+    "NotoSans-Regular.ttf", "DejaVuSans.ttf", "FreeSans.ttf", "NotoSansArabic-Regular.ttf",
+    "NotoNaskhArabic-Regular.ttf", "NotoSansDevanagari-Regular.ttf", "Lohit-Devanagari.ttf",
+    "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf",
+    "msyh.ttc", "msgothic.ttc", "malgun.ttf", "arial.ttf", "Nirmala.ttf", "Nirmala.ttc")
 
 
 def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:
@@ -95,26 +98,38 @@ def _edges(drawn: np.ndarray, width: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=64)
 def written(names: tuple[str, ...], ids: tuple[int, ...]) -> tuple[str, ...]:
-    """What pictures call classes: their names, or `#` and the category id of one that no font here can write.
+    """What pictures call classes: names, or `#` and the category id of one that no font writes.
 
     Which is which is said once, in one line.
     """
-    names = tuple(unicodedata.normalize("NFC", name) for name in names)        # a letter and its accent as one
-    shown = tuple(name if font_of(name) is not None else f"#{number}" for name, number in zip(names, ids))
+    # a letter and its accent as one character, where there is one
+    names = tuple(unicodedata.normalize("NFC", name) for name in names)
+    shown = tuple(
+        name if font_of(name) is not None else f"#{number}" for name, number in zip(names, ids)
+    )
     changed = [f"{new} {old}" for old, new in zip(names, shown) if new != old]
     if changed:
-        tqdm.write(f"warning: no font here writes every class name; pictures show category ids instead: {', '.join(changed)}; "
-                   "a font such as Noto Sans (CJK), and libraqm for Arabic and Indian scripts, would show the names")
+        tqdm.write(
+            "warning: no font here writes every class name; pictures show category ids instead: "
+            f"{', '.join(changed)}; a font such as Noto Sans (CJK), and libraqm for Arabic and "
+            "Indian scripts, would show the names"
+        )
     return shown
 
 
 @functools.lru_cache(maxsize=4096)
 def font_of(text: str) -> str | None:
-    """A font that has every letter of a text: empty for Pillow's own, or a file of the system; None if there is none.
+    """A font that has every letter of a text: empty for Pillow's own, or a file of the system.
 
-    Arabic, Hebrew and Indian scripts are shaped and ordered by libraqm: without it, they would be wrong in any font.
+    None if there is none.
+
+    Arabic, Hebrew and Indian scripts are shaped and ordered by libraqm: without it, they would
+    be wrong in any font.
     """
-    shaped = any(unicodedata.bidirectional(c) in ("R", "AL") or unicodedata.category(c) in ("Mn", "Mc") for c in text)
+    shaped = any(
+        unicodedata.bidirectional(c) in ("R", "AL") or unicodedata.category(c) in ("Mn", "Mc")
+        for c in text
+    )
     if shaped and not features.check("raqm"):
         return None
     return next((name for name in ("", *FONTS) if _has(name, text)), None)
@@ -124,16 +139,21 @@ def _has(name: str, text: str) -> bool:
     font = _font(name, 20)
     if font is None:
         return False
+
     def drawn(character):
         mask = font.getmask(character)
         return mask.size, bytes(mask)
-    missing = drawn("\uffff")          # no character: what a font draws for all that it has not
-    return all(c.isspace() or unicodedata.category(c) in ("Mn", "Mc", "Cf") or drawn(c) != missing for c in text)
+
+    missing = drawn("\uffff")  # no character: what a font draws for all that it has not
+    return all(
+        c.isspace() or unicodedata.category(c) in ("Mn", "Mc", "Cf") or drawn(c) != missing
+        for c in text
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def _font(name: str | None, size: int):
-    """A font of this size, in pixels; None for a file that the system has not.   name: as `font_of` says."""
+    """A font of this size, in pixels; None for a file that the system has not. name: of `font_of`."""
     if not name:
         return ImageFont.load_default(size)
     try:
@@ -145,7 +165,8 @@ def _font(name: str | None, size: int):
 def _write_names(canvas: Image.Image, drawn: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores) -> None:
     """Write the name of each segment where the most of it lies on the segment and on no other name, near its middle; large ones first."""
     least, largest = FONT_SIZE
-    size, names = min(max(max(canvas.size) // PIXELS_A_FONT_SIZE, least), largest), written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
+    size = min(max(max(canvas.size) // PIXELS_A_FONT_SIZE, least), largest)
+    names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
     draw, boxes = ImageDraw.Draw(canvas), ndimage.find_objects(drawn, len(labels))
     step = max(1, max(canvas.size) // 320)                         # names are placed on a coarser grid
     coarse = drawn[step // 2::step, step // 2::step].copy()
@@ -202,7 +223,8 @@ def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
         x, line = gap + k % per_line * 175, y + k // per_line * 22
         draw.rectangle((x, line, x + 16, line + 14), taxonomy.colours[label], "black")
         kind = "thing" if taxonomy.things[label] else "stuff"
-        draw.text((x + 22, line + 7), f"{names[label]} ({kind})", "black", _font(font_of(names[label]), 13), anchor="lm")
+        font = _font(font_of(names[label]), 13)
+        draw.text((x + 22, line + 7), f"{names[label]} ({kind})", "black", font, anchor="lm")
     if caption:
         draw.text((gap, canvas.height - foot / 2), caption, "black", small, anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)

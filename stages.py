@@ -1322,9 +1322,11 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         torch.empty(0, device=device)
         ranks.start(device)
     except (RuntimeError, AssertionError, ImportError):    # torch's own words are a wall of text
-        raise UserError(f"device '{device}': not available here; available: {', '.join(devices())}") from None
+        there = ", ".join(devices())
+        raise UserError(f"device '{device}': not available here; available: {there}") from None
     if args.precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
-        print("warning: --precision bf16: this CPU has no instructions for it and takes several times as long as with fp32")
+        print("warning: --precision bf16: this CPU has no instructions for it and takes several "
+              "times as long as with fp32")
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     numbers = given(args)
     keep |= {"steps": numbers.get(steps_of(args.stage)), "given": frozenset(numbers)}

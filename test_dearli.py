@@ -1693,43 +1693,79 @@ def test_real_coco_images_through_the_coco_preset_with_a_small_openclip(tmp_path
     assert again["student/ensemble"] == metrics["student/ensemble"]
 
 
-def test_a_data_set_is_in_datasets_or_below_a_folder_that_the_environment_names(tmp_path, monkeypatch, capsys):
+def test_a_data_set_is_in_datasets_or_below_a_folder_that_the_environment_names(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DEARLI_DATASETS", raising=False)
     ssl = ["--stage", "ssl", "--dataset", "coco", "--split", "1_512"]
+
     def refused(*args):
         capsys.readouterr()
         assert dearli.main([*map(str, args)]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1
         return message
+
     message = refused(*ssl)
-    assert message.startswith("error: datasets/coco: no such folder; it should hold the downloads of coco: train2017 (from http://")
-    assert "python dearli.py --stage prepare --dataset coco`" in message and "--data-root" in message
+    assert message.startswith(
+        "error: datasets/coco: no such folder; it should hold the downloads of coco: train2017 (from http://"
+    )
+    assert (
+        "python dearli.py --stage prepare --dataset coco`" in message and "--data-root" in message
+    )
     (tmp_path / "datasets" / "coco" / "train2017").mkdir(parents=True)
-    message = refused(*ssl)                        # what is there is not told again
-    assert "datasets/coco: 5 of 6 parts of coco are missing: val2017 (from http" in message and " train2017 (" not in message
+    message = refused(*ssl)  # what is there is not told again
+    assert (
+        "datasets/coco: 5 of 6 parts of coco are missing: val2017 (from http" in message
+        and " train2017 (" not in message
+    )
     shutil.rmtree("datasets")
     # the same in the folder that the environment names; COCO-Objects is made of COCO
     monkeypatch.setenv("DEARLI_DATASETS", str(tmp_path / "sets"))
-    assert str(tmp_path / "sets" / "ade20k") in refused("--stage", "sup", "--dataset", "ade20k", "--split", "1_128")
-    assert str(tmp_path / "sets" / "coco") in refused("--stage", "sup", "--dataset", "coco-objects", "--split", "1_512")
+    assert str(tmp_path / "sets" / "ade20k") in refused(
+        "--stage", "sup", "--dataset", "ade20k", "--split", "1_128"
+    )
+    assert str(tmp_path / "sets" / "coco") in refused(
+        "--stage", "sup", "--dataset", "coco-objects", "--split", "1_512"
+    )
     assert str(tmp_path / "elsewhere") in refused(*ssl, "--data-root", tmp_path / "elsewhere")
     base = write_downloads("ade20k", tmp_path / "made", monkeypatch)
     (tmp_path / "sets").mkdir()
-    (tmp_path / "made").rename(tmp_path / "sets" / "ade20k")       # as one who unpacks the zip there has it
+    (tmp_path / "made").rename(
+        tmp_path / "sets" / "ade20k"
+    )  # as one who unpacks the zip there has it
     name = ["--dataset", "ade20k", "--device", "cpu"]
-    sup = ["--stage", "sup", *name, "--split", "1_64", "--backbone", "mini", *TINY_FLAGS[:TINY_FLAGS.index("--split")], "--steps", 1]
+    sup = [
+        "--stage",
+        "sup",
+        *name,
+        "--split",
+        "1_64",
+        "--backbone",
+        "mini",
+        *TINY_FLAGS[: TINY_FLAGS.index("--split")],
+        "--steps",
+        1,
+    ]
     message = refused(*sup)
     assert "missing; make it with `python dearli.py --stage prepare --dataset ade20k`" in message
-    assert dearli.main(["--stage", "prepare", *name, "--assets", str(tmp_path / "sets" / "ade20k" / "assets")]) == 0
+    assert (
+        dearli.main(
+            ["--stage", "prepare", *name, "--assets", str(tmp_path / "sets" / "ade20k" / "assets")]
+        )
+        == 0
+    )
     assert dearli.main([*map(str, sup)]) == 0
     stored = json.loads(Path("runs/ade20k-sup-1_64/config.json").read_text())
     assert stored["data_root"] == str(tmp_path / "sets" / "ade20k")
     metrics = json.loads(Path("runs/ade20k-sup-1_64/metrics.json").read_text())
-    monkeypatch.delenv("DEARLI_DATASETS")          # a run knows where its data were
+    monkeypatch.delenv("DEARLI_DATASETS")  # a run knows where its data were
     assert dearli.main(["--stage", "eval", *name, "--weights", "runs/ade20k-sup-1_64"]) == 0
-    assert json.loads(Path("runs/ade20k-sup-1_64/metrics.json").read_text())["student/decoder"] == metrics["student/decoder"]
+    assert (
+        json.loads(Path("runs/ade20k-sup-1_64/metrics.json").read_text())["student/decoder"]
+        == metrics["student/decoder"]
+    )
 
 
 def test_an_interrupted_preparation_goes_on_and_wrong_lists_are_refused(tmp_path, monkeypatch):
@@ -4063,21 +4099,34 @@ def test_names_are_written_on_segments_that_have_room_and_inside_the_image():
 def test_names_that_no_font_writes_are_category_ids_and_are_said_once(monkeypatch, capsys):
     if report.font_of("cat") is None or report.FONTS is None:
         pytest.skip("no scalable font")
-    monkeypatch.setattr(report, "FONTS", ())       # a system without fonts: only Pillow's own, of Latin letters
+    monkeypatch.setattr(
+        report, "FONTS", ()
+    )  # a system without fonts: only Pillow's own, of Latin letters
     for function in (report.font_of, report.written):
         function.cache_clear()
     image, segment_map, labels = square()
     taxonomy = data.Taxonomy(("\u732b", "grass"), (True, False), (17, 2))
-    draw = lambda name: np.asarray(report.overlay(image, segment_map, labels, dataclasses.replace(taxonomy, names=(name, "grass"))))
+    draw = lambda name: np.asarray(
+        report.overlay(
+            image, segment_map, labels, dataclasses.replace(taxonomy, names=(name, "grass"))
+        )
+    )
     unknown = draw("\u732b")
     said = capsys.readouterr().out
     assert said.count("warning") == 1 and "#17 \u732b" in said and "grass" not in said
     assert np.array_equal(unknown, draw("#17")) and not np.array_equal(unknown, draw("#1"))
     draw("\u732b")
-    assert capsys.readouterr().out == ""           # not for every picture
-    for text in ("\u0642\u0637\u0629", "\u0915\u0941\u0924\u094d\u0924\u093e", "\ud55c\uad6d", "cat \u732b"):
+    assert capsys.readouterr().out == ""  # not for every picture
+    for text in (
+        "\u0642\u0637\u0629",
+        "\u0915\u0941\u0924\u094d\u0924\u093e",
+        "\ud55c\uad6d",
+        "cat \u732b",
+    ):
         assert report.font_of(text) is None
-    assert report.font_of("traffic light (2)") == "" and report.written(("a b", "\u732b"), (1, 2)) == ("a b", "#2")
+    assert report.font_of("traffic light (2)") == "" and report.written(
+        ("a b", "\u732b"), (1, 2)
+    ) == ("a b", "#2")
     # scripts that must be shaped are in no font without what shapes them
     monkeypatch.setattr(report, "FONTS", ("DejaVuSans.ttf",))
     monkeypatch.setattr(report.features, "check", lambda name: False)
@@ -4093,11 +4142,21 @@ def test_names_are_written_by_a_font_of_the_system_that_has_their_letters(monkey
     monkeypatch.setattr(report, "FONTS", ("no such font.ttf", "DejaVuSans.ttf"))
     for function in (report.font_of, report.written):
         function.cache_clear()
-    name = "\u0441\u043e\u0431\u0430\u043a\u0430"                # dog, in Cyrillic
+    name = "\u0441\u043e\u0431\u0430\u043a\u0430"  # dog, in Cyrillic
     assert report.font_of(name) == "DejaVuSans.ttf" and report.written((name,), (3,)) == (name,)
     image, segment_map, labels = square()
-    pictures = [np.asarray(report.overlay(image, segment_map, labels, data.Taxonomy((text, "grass"), (True, False), (3, 2)))) for text in (name, name[::-1], "#3")]
-    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(pictures, 2)) and capsys.readouterr().out == ""
+    pictures = [
+        np.asarray(
+            report.overlay(
+                image, segment_map, labels, data.Taxonomy((text, "grass"), (True, False), (3, 2))
+            )
+        )
+        for text in (name, name[::-1], "#3")
+    ]
+    assert (
+        not any(np.array_equal(a, b) for a, b in itertools.combinations(pictures, 2))
+        and capsys.readouterr().out == ""
+    )
     for function in (report.font_of, report.written):
         function.cache_clear()
 
@@ -4114,21 +4173,29 @@ def test_semantic_inference_by_rows_is_that_of_the_whole(image, output, monkeypa
 
 def test_large_images_are_evaluated_in_parts_with_the_figures_of_the_whole(small_mini, monkeypatch):
     # 100 queries: 1.6 GB at 2000 x 2000, for every model
-    large = evaluation.shared_masks(torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000)))
+    large = evaluation.shared_masks(
+        torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000))
+    )
     assert large is None
-    assert evaluation.shared_masks(torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))).shape == (5, 30, 20)
+    assert evaluation.shared_masks(
+        torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))
+    ).shape == (5, 30, 20)
     cfg = dataclasses.replace(TINY, object_mask_threshold=0.0, overlap_threshold=0.0)
     dataset = data.load_mini("4", "val")
     student = stages.build(stages.Job(), cfg, dataset.taxonomy)
     models = {"student": student, "teacher": student.teacher()}
     whole = evaluate(models, dataset, cfg, torch.device("cpu"), title="")
+
     def made_whole(*args):
         raise AssertionError("masks of all queries at once")
+
     monkeypatch.setattr(evaluation, "SHARED_MASKS", 0)
     monkeypatch.setattr(evaluation, "resize_masks", made_whole)
-    monkeypatch.setattr(m2f, "CPU_CHUNK", 2 * 128 * 128)           # two of six queries at a time
+    monkeypatch.setattr(m2f, "CPU_CHUNK", 2 * 128 * 128)  # two of six queries at a time
     assert evaluate(models, dataset, cfg, torch.device("cpu"), title="") == whole
-    assert any(reading["confusion"] != whole["student/decoder"]["confusion"] for reading in whole.values())
+    assert any(
+        reading["confusion"] != whole["student/decoder"]["confusion"] for reading in whole.values()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -4208,15 +4275,32 @@ def test_a_predictor_takes_a_path_and_arrays_that_mean_one_thing(small_run):
     pixels = np.asarray(Image.open(path))
     expected = model(Image.open(path)).segment_map
     opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
-    for same in (path, str(path), pixels, torch.from_numpy(pixels.copy()), opaque, pixels[:, ::-1][:, ::-1]):
+    for same in (
+        path,
+        str(path),
+        pixels,
+        torch.from_numpy(pixels.copy()),
+        opaque,
+        pixels[:, ::-1][:, ::-1],
+    ):
         assert np.array_equal(model(same).segment_map, expected)
     grey = pixels[..., 0]
     assert np.array_equal(model(grey[..., None]).segment_map, model(grey).segment_map)
-    for wrong, words in ((pixels / 255, r"array \(128, 128, 3\) of float64: expected .* uint8, 0 to 255; of values from 0 to 1: \(255 \* x\)"),
-                         (pixels.astype(np.float32), "of float32"), (pixels.astype(np.int64), r"x.astype\(np.uint8\)"),
-                         (pixels > 99, "of bool"), (torch.from_numpy(pixels.copy()).permute(2, 0, 1), "channels come last"),
-                         (pixels[None], "of a batch, call it for each image"), ([pixels, pixels], "a list: .* call it for each"),
-                         (pixels[..., :2], r"array \(128, 128, 2\)"), (pixels[:0], r"array \(0, 128, 3\)"), (None, "NoneType: expected")):
+    for wrong, words in (
+        (
+            pixels / 255,
+            r"array \(128, 128, 3\) of float64: expected .* uint8, 0 to 255; of values from 0 to 1: \(255 \* x\)",
+        ),
+        (pixels.astype(np.float32), "of float32"),
+        (pixels.astype(np.int64), r"x.astype\(np.uint8\)"),
+        (pixels > 99, "of bool"),
+        (torch.from_numpy(pixels.copy()).permute(2, 0, 1), "channels come last"),
+        (pixels[None], "of a batch, call it for each image"),
+        ([pixels, pixels], "a list: .* call it for each"),
+        (pixels[..., :2], r"array \(128, 128, 2\)"),
+        (pixels[:0], r"array \(0, 128, 3\)"),
+        (None, "NoneType: expected"),
+    ):
         with pytest.raises(TypeError, match=words) as error:
             model(wrong)
         assert "\n" not in str(error.value)
@@ -4685,13 +4769,33 @@ def test_stages_on_the_command_line_are_those_that_there_are():
     assert command_line.PRECISIONS == tuple(stages.PRECISIONS)
 
 
-@pytest.mark.parametrize("flag, words", [
-    ("--batch-size", "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, --eval-batch at evaluation"),
-    ("--batch_size=8", "it is --labeled-batch"), ("--epochs", "--steps N"), ("--max-iters", "--steps N"), ("--lr-rate", "it is --lr"),
-    ("--gpu", "--device cuda"), ("--gpus", "torchrun --nproc_per_node=N"), ("--num-workers", "it is --workers"), ("--num_workers", "it is --workers"),
-    ("--ema", "--ema-decay"), ("--resume-from", "it is --resume"), ("--config", "--preset NAME"), ("--data", "it is --data-root"),
-    ("--output-dir", "it is --out DIR"), ("--pretrain", "it is --pretrained"), ("--amp", "it is --precision bf16"),
-    ("--labeled_batch", "did you mean --labeled-batch?"), ("--Lr", "did you mean --lr?"), ("--spilt", "did you mean --split?")])
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        (
+            "--batch-size",
+            "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, --eval-batch at evaluation",
+        ),
+        ("--batch_size=8", "it is --labeled-batch"),
+        ("--epochs", "--steps N"),
+        ("--max-iters", "--steps N"),
+        ("--lr-rate", "it is --lr"),
+        ("--gpu", "--device cuda"),
+        ("--gpus", "torchrun --nproc_per_node=N"),
+        ("--num-workers", "it is --workers"),
+        ("--num_workers", "it is --workers"),
+        ("--ema", "--ema-decay"),
+        ("--resume-from", "it is --resume"),
+        ("--config", "--preset NAME"),
+        ("--data", "it is --data-root"),
+        ("--output-dir", "it is --out DIR"),
+        ("--pretrain", "it is --pretrained"),
+        ("--amp", "it is --precision bf16"),
+        ("--labeled_batch", "did you mean --labeled-batch?"),
+        ("--Lr", "did you mean --lr?"),
+        ("--spilt", "did you mean --split?"),
+    ],
+)
 def test_flags_of_other_programs_get_the_name_that_they_have_here(flag, words, capsys):
     assert dearli.main(["--stage", "sup", flag, "3"]) == 2
     message = capsys.readouterr().err
@@ -4699,26 +4803,48 @@ def test_flags_of_other_programs_get_the_name_that_they_have_here(flag, words, c
 
 
 def test_hints_name_flags_that_there_are():
-    flags = {option for action in command_line.parser()._actions for option in action.option_strings}
+    flags = {
+        option for action in command_line.parser()._actions for option in action.option_strings
+    }
     for name, hint in command_line.HINTS.items():
-        assert f"--{name}" not in flags and set(re.findall(r"--[a-z][\w-]+", hint)) - {"--nproc_per_node"} <= flags, name
+        assert (
+            f"--{name}" not in flags
+            and set(re.findall(r"--[a-z][\w-]+", hint)) - {"--nproc_per_node"} <= flags
+        ), name
     for name, other in command_line.OTHER_NAMES.items():
-        assert f"--{name}" not in flags and other in command_line.HINTS and name not in command_line.HINTS, name
+        assert (
+            f"--{name}" not in flags
+            and other in command_line.HINTS
+            and name not in command_line.HINTS
+        ), name
 
 
 def test_the_version_is_of_this_program_python_and_torch(capsys):
     assert dearli.main(["--version"]) == 0 and dearli.main(["--stage", "sup", "--version"]) == 0
     line, again = capsys.readouterr().out.splitlines()
-    assert line == again and line.startswith(f"dearli {dearli.__version__}, python {sys.version.split()[0]}, torch {torch.__version__.split('+')[0]}")
+    assert line == again and line.startswith(
+        f"dearli {dearli.__version__}, python {sys.version.split()[0]}, torch {torch.__version__.split('+')[0]}"
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--stage", "sup"], "go on with --resume"), ([], "go on with --resume"), (["--stage", "masks"], "the same command goes on where it was"),
-    (["--stage", "import", "--from", "masks", "--input", ".", "--out", "x"], "the same command begins again"),
-    (["--stage", "zeroshot"], "nothing is kept of it"), (["--stage", "validate"], "nothing is kept of it")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--stage", "sup"], "go on with --resume"),
+        ([], "go on with --resume"),
+        (["--stage", "masks"], "the same command goes on where it was"),
+        (
+            ["--stage", "import", "--from", "masks", "--input", ".", "--out", "x"],
+            "the same command begins again",
+        ),
+        (["--stage", "zeroshot"], "nothing is kept of it"),
+        (["--stage", "validate"], "nothing is kept of it"),
+    ],
+)
 def test_ctrl_c_advises_what_the_stage_has(flags, words, capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(stages, "run", interrupted)
     assert dearli.main(flags) == 130
     said = capsys.readouterr().err
@@ -4730,23 +4856,46 @@ def test_a_folder_of_ones_own_is_trained_without_clip_unless_somebody_says_other
         args = stages.parser().parse_args(["--stage", "ssl", *flags])
         command_line.check(args)
         return args.method
+
     custom = ["--dataset", "custom", "--data-root", "DIR"]
-    assert method(*custom) == "ssl" and method(*custom, "--method", "dear") == "dear" and method() == "dearli"
-    assert method(*custom, "--preset", "official") == "dearli" and method(*custom, "--preset", "official", "--classifier", "linear") == "ssl"
+    assert (
+        method(*custom) == "ssl"
+        and method(*custom, "--method", "dear") == "dear"
+        and method() == "dearli"
+    )
+    assert (
+        method(*custom, "--preset", "official") == "dearli"
+        and method(*custom, "--preset", "official", "--classifier", "linear") == "ssl"
+    )
     assert method("--dataset", "coco", "--split", "1_512") == "dearli"
-    assert stages.resolve(stages.parser().parse_args(["--stage", "sup", *custom, "--device", "cpu"]))[0].method == "dearli"
+    assert (
+        stages.resolve(stages.parser().parse_args(["--stage", "sup", *custom, "--device", "cpu"]))[
+            0
+        ].method
+        == "dearli"
+    )
 
 
 def test_a_cpu_without_bf16_is_told_from_one_with_it(tmp_path, monkeypatch, capsys):
     info = tmp_path / "cpuinfo"
-    for flags, expected in (("flags\t\t: fpu avx2 avx512f", False), ("flags\t: fpu avx512_bf16 sse", True), ("flags\t: amx_tile amx_bf16", True),
-                            ("Features\t: fp asimd bf16 i8mm", True), ("Features\t: fp asimd", False), ("nothing", True)):
+    for flags, expected in (
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("flags\t: fpu avx512_bf16 sse", True),
+        ("flags\t: amx_tile amx_bf16", True),
+        ("Features\t: fp asimd bf16 i8mm", True),
+        ("Features\t: fp asimd", False),
+        ("nothing", True),
+    ):
         info.write_text(f"processor\t: 0\n{flags}\n")
         assert stages.multiplies_bf16(info) == expected
     assert stages.multiplies_bf16(tmp_path / "none")
     monkeypatch.setattr(stages, "multiplies_bf16", lambda: False)
     for precision, count in (("bf16", 1), ("fp32", 0)):
-        stages.resolve(stages.parser().parse_args(["--stage", "sup", "--device", "cpu", "--precision", precision]))
+        stages.resolve(
+            stages.parser().parse_args(
+                ["--stage", "sup", "--device", "cpu", "--precision", precision]
+            )
+        )
         assert capsys.readouterr().out.count("this CPU has no instructions for it") == count
 
 
@@ -4770,8 +4919,8 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     out = capsys.readouterr().out
     assert re.search(r"^steps +1 to 2: ", out, re.M) and re.search(r"^steps +3 to 900: ", out, re.M) and "lr 0.001" in out       # a burn-in is another kind of step
     parts = [(int(n) - int(m) + 1) * (float(a) + float(b)) for m, n, a, b in re.findall(r"^steps +(\d+) to (\d+): ([\d.e-]+) s each; making a batch takes ([\d.e-]+) s more", out, re.M)]
-    said = re.search(r"^time +about (\d+) (seconds|minutes)", out, re.M)
-    assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60}[said[2]], rel=0.3)      # of rounded numbers
+    said = re.search(r"^time +about (\d+) (seconds|minutes|hours)", out, re.M)
+    assert sum(parts) == pytest.approx(int(said[1]) * {"seconds": 1, "minutes": 60, "hours": 3600}[said[2]], rel=0.3)      # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
     student = stages.build(stages.Job(), stages.resolve(stages.parser().parse_args(fitting(["--stage", "sup"])))[1], data.mini_taxonomy())
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
@@ -6682,23 +6831,40 @@ def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch,
 def test_a_page_of_help_and_a_refusal_wait_for_no_library(flags):
     code = f"import sys, dearli; code = dearli.main({flags!r}); print(code, sorted({{'torch', 'numpy', 'PIL', 'scipy'}} & sys.modules.keys()))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert said.stdout.splitlines()[-1] == f"{0 if '--help' in flags or '--version' in flags else 2} []"
+    assert (
+        said.stdout.splitlines()[-1]
+        == f"{0 if '--help' in flags or '--version' in flags else 2} []"
+    )
 
 
 def test_a_stage_that_builds_no_model_waits_for_none_of_its_libraries():
-    heavy = {"torchvision", "open_clip", "timm", "segment_anything", "transformers", "scipy.optimize"}
+    heavy = {
+        "torchvision",
+        "open_clip",
+        "timm",
+        "segment_anything",
+        "transformers",
+        "scipy.optimize",
+    }
     code = f"import sys, stages; print(sorted({heavy} & sys.modules.keys()))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert said.stdout == "[]\n", said.stderr
 
 
 def test_a_library_that_is_missing_is_told_with_the_environment_that_has_it(capsys, monkeypatch):
     def absent(args):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
     monkeypatch.setattr(stages, "run", absent)
     assert dearli.main(["--stage", "sup"]) == 2
     message = capsys.readouterr().err
-    assert "torch is not installed for" in message and ".venv/bin/activate" in message and message.count("\n") == 1
+    assert (
+        "torch is not installed for" in message
+        and ".venv/bin/activate" in message
+        and message.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["run", "test"])
@@ -6708,8 +6874,17 @@ def test_the_two_commands_make_their_own_environment_in_an_ignored_folder(kind, 
     command = re.search(rf"<!-- {kind} command -->\n```sh\n(.+)\n```", text)[1]
     assert "\n" not in command
     make, install, use = command.split(" && ")
-    assert make == "python3 -m venv .venv" and install == ".venv/bin/python -m pip install -r requirements.txt"
-    assert use == {"run": ".venv/bin/python dearli.py", "test": ".venv/bin/python -m pytest -q test_dearli.py"}[kind]
+    assert (
+        make == "python3 -m venv .venv"
+        and install == ".venv/bin/python -m pip install -r requirements.txt"
+    )
+    assert (
+        use
+        == {
+            "run": ".venv/bin/python dearli.py",
+            "test": ".venv/bin/python -m pytest -q test_dearli.py",
+        }[kind]
+    )
     ignored = (here / ".gitignore").read_text().splitlines()
     assert ".venv*/" in ignored and "/datasets/" in ignored
 
