@@ -337,7 +337,7 @@ def overview() -> str:
         *rows, "",
         "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
         "  --data-root DIR     the folder of any other data set",
-        "  --split N           labelled images: a number, the name of a partition, or a file of image names (16)",
+        "  --split N           labelled images: a number, the name of a partition, or a file of image names (mini: 16)",
         "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
         "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5", "",
         "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",

@@ -285,16 +285,21 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
 
 def as_begun(job: Job, cfg: Config, folder: Path, steps: str) -> Config:
     """With --resume, the length and the burn-in that the run was begun with, unless they are named. steps: the field of its length."""
-    stored = {}
+    stored = None
     if job.resume:
         with contextlib.suppress(OSError, ValueError):             # no run there yet, or one whose checkpoint will say what it is
             stored = json.loads((folder / "config.json").read_text())
-    whole = {name: stored[name] for name in (steps, "ssl_steps", "burn_in", "burn_in_warm") if isinstance(stored, dict) and type(stored.get(name)) in (int, float)}
-    begun = dataclasses.replace(cfg, **{name: whole[name] for name in {"ssl_steps"} & whole.keys()}).settled()
-    asked = job.given | ({steps} if job.steps is not None else set())
-    # the burn-in would move if the run were made longer; named again as a share, it is what that share was
-    kept = {name for name in {steps, "burn_in", "burn_in_warm"} & whole.keys() if name not in asked or name != steps and getattr(begun, name) == whole[name]}
-    return dataclasses.replace(cfg, **{name: whole[name] for name in kept}).settled()
+    names = {steps, "ssl_steps", "burn_in", "burn_in_warm"} & (stored.keys() if isinstance(stored, dict) else set())
+    stored = {name: stored[name] for name in names if type(stored[name]) in (int, float)}
+    length = {name: stored[name] for name in {"ssl_steps"} & stored.keys()}
+    begun = dataclasses.replace(cfg, **length).settled()
+    kept = {}
+    for name in stored:
+        if name not in (job.given | {"ssl_steps"}) or name == steps and job.steps is None:
+            kept[name] = stored[name]
+        elif name.startswith("burn_in") and getattr(begun, name) == stored[name]:              # named again as a share: what that share was
+            kept[name] = stored[name]
+    return dataclasses.replace(cfg, **kept).settled()              # the burn-in does not move when the run is made longer
 
 
 def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
