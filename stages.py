@@ -561,13 +561,17 @@ def begun(job: Job, folder: Path) -> Begun:
 
 def as_begun(job: Job, cfg: Config, before: Begun, steps: str) -> Config:
     """With --resume, the length and the burn-in that the run was begun with, unless they are named. steps: the field of its length."""
-    stored = before.config
-    whole = {name: stored[name] for name in (steps, "ssl_steps", "burn_in", "burn_in_warm") if type(stored.get(name)) in (int, float)}
-    begun = dataclasses.replace(cfg, **{name: whole[name] for name in {"ssl_steps"} & whole.keys()}).settled()
-    asked = job.given | ({steps} if job.steps is not None else set())
-    # the burn-in would move if the run were made longer; named again as a share, it is what that share was
-    kept = {name for name in {steps, "burn_in", "burn_in_warm"} & whole.keys() if name not in asked or name != steps and getattr(begun, name) == whole[name]}
-    return dataclasses.replace(cfg, **{name: whole[name] for name in kept}).settled()
+    names = {steps, "ssl_steps", "burn_in", "burn_in_warm"} & before.config.keys()
+    stored = {name: before.config[name] for name in names if type(before.config[name]) in (int, float)}
+    length = {name: stored[name] for name in {"ssl_steps"} & stored.keys()}
+    begun = dataclasses.replace(cfg, **length).settled()
+    kept = {}
+    for name in stored:
+        if name not in (job.given | {"ssl_steps"}) or name == steps and job.steps is None:
+            kept[name] = stored[name]
+        elif name.startswith("burn_in") and getattr(begun, name) == stored[name]:              # named again as a share: what that share was
+            kept[name] = stored[name]
+    return dataclasses.replace(cfg, **kept).settled()              # the burn-in does not move when the run is made longer
 
 
 def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:

@@ -5004,7 +5004,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_
     stage("masks", *runs, *own, "--split", 2)
     stage("dewa", *runs, "--steps", 1, "--train-backbone", "--out", tmp_path / "dewa")
     stage("sup", *runs, "--steps", 1, "--train-backbone", *alone)
-    stage("sup", *runs, "--steps", 1, "--classifier", "linear", "--no-eval", "--out", tmp_path / "linear")
+    stage("sup", *runs, "--steps", 1, "--classifier", "linear", *alone, "--out", tmp_path / "linear")
     stage("ssl", "--steps", 2, "--method", "dear", "--cutmix-prob", 1, "--out", folder, *alone)
     stage("ssl", "--steps", 1, "--method", "ssl", "--init", tmp_path / "dewa", "--train-backbone", "--no-eval", "--out", tmp_path / "warm")
     stage("eval", "--weights", folder, *alone)
