@@ -116,7 +116,8 @@ class Job:
     format: str = "official"
     resume: bool = False
     make: bool = True  # first what an earlier stage has not made
-    given: frozenset[str] = frozenset()                          # fields of Config that the command line names
+    steps: int | None = None
+    given: frozenset[str] = frozenset()  # fields of Config that the command line names
     evaluate: bool = True
     later: bool = False                # train only: the same call without it evaluates
     device: torch.device = torch.device("cpu")

@@ -1736,18 +1736,10 @@ def test_a_data_set_is_in_datasets_or_below_a_folder_that_the_environment_names(
         tmp_path / "sets" / "ade20k"
     )  # as one who unpacks the zip there has it
     name = ["--dataset", "ade20k", "--device", "cpu"]
-    sup = [
-        "--stage",
-        "sup",
-        *name,
-        "--split",
-        "1_64",
-        "--backbone",
-        "mini",
-        *TINY_FLAGS[: TINY_FLAGS.index("--split")],
-        "--steps",
-        1,
-    ]
+    sup = fitting(
+        ["--stage", "sup", *name, "--split", "1_64", "--backbone", "mini", "--steps", 1],
+        TINY_FLAGS[: TINY_FLAGS.index("--split")],
+    )
     message = refused(*sup)
     assert "missing; make it with `python dearli.py --stage prepare --dataset ade20k`" in message
     assert (
@@ -3325,7 +3317,7 @@ def run_folder(stage, root, *flags):
         root.parent,
         *flags,
     ]
-    return dearli.main([*usual, *map(str, arguments)])
+    return dearli.main(fitting(arguments, usual))
 
 
 # ------------------------------------------------------- the state of a run: what it must survive, each by the fault itself
@@ -4993,7 +4985,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_
         found.setdefault(name, set()).update(Recorder.read)
     monkeypatch.setattr(data, "MINI_TRAIN", 6)
     monkeypatch.setattr(data, "MINI_VAL", 2)
-    monkeypatch.setattr(importer, "import_folder", lambda source, *rest: None)
+    monkeypatch.setattr(importer, "import_folder", lambda *args, **named: None)
     monkeypatch.setattr(importer, "summary", lambda *args: "")
     root, runs, folder = write_coco_folder(tmp_path / "set", images=4), ["--runs", tmp_path], tmp_path / "run"
     Image.fromarray(microcosm.scene("val", 0).image).save(tmp_path / "a.png")
