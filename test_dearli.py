@@ -1411,7 +1411,7 @@ def test_what_cannot_be_learned_or_measured_is_refused_before_the_first_step(tmp
     (root / "panoptic_val.json").write_text(json.dumps({**whole["val"], "annotations": []}))
     for stage in ("sup", "ssl --method ssl"):
         capsys.readouterr()
-        assert run_folder(stage, root, "--alpha", "labeled") == 2
+        assert run_folder(stage, root, "--classifier", "language", "--alpha", "labeled") == 2
         assert (
             "panoptic_train.json: no image is annotated, so nothing can be learned"
             in capsys.readouterr().err
@@ -1575,7 +1575,8 @@ def write_downloads(name, root, monkeypatch):
 def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(name, classes, split, tmp_path, monkeypatch, capsys):
     base = write_downloads(name, tmp_path, monkeypatch)
     root = ["--dataset", name, "--data-root", str(tmp_path), "--device", "cpu"]
-    assert dearli.main(["--stage", "sup", *root]) == 2 and "--stage prepare" in capsys.readouterr().err
+    assert dearli.main(["--stage", "sup", *root, "--split", split]) == 2
+    assert "--stage prepare" in capsys.readouterr().err
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets"), "--workers", "1"]) == 0
     assert f"{classes} classes, 4 training and 2 validation images" in capsys.readouterr().out
     assert dearli.main(["--stage", "validate", *root, "--split", split, "--workers", "0"]) == 0 and "no problem found" in capsys.readouterr().out
@@ -3622,15 +3623,11 @@ def test_fault_49_the_same_data_elsewhere_is_the_same_and_other_data_in_its_plac
         "cpu",
         "--workers",
         "0",
-        "--out",
-        tmp_path / "run",
-        "--no-eval",
         "--watch",
         "0",
     ]
-    sup = lambda *args: dearli.main(
-        [str(a) for a in ["--stage", "sup", "--dataset", "custom", "--steps", 1, *flags, *args]]
-    )
+    usual = ["--stage", "sup", "--dataset", "custom", "--steps", 1, "--no-eval"]
+    sup = lambda *args: dearli.main(fitting([*usual, "--out", tmp_path / "run", *args], flags))
     assert sup("--data-root", root) == 0
     moved = root.rename(tmp_path / "moved")
     assert (
