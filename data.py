@@ -495,6 +495,14 @@ class ImageFolder:
     def image(self, i: int) -> Image.Image:
         return open_image(self.path(i), white=self.white)
 
+    def digest(self, i: int) -> str:
+        """As `image_digest`."""
+        return image_digest(self.path(i), self.white)
+
+    def fingerprint(self, indices=None) -> str:
+        """As `PanopticFolder.fingerprint`."""
+        return _fingerprint(self, self.folder, range(len(self)) if indices is None else indices)
+
 
 def pictures(
     folder: Path, others: Callable[[str], object] | None = None, without: set[str] = frozenset()
@@ -541,14 +549,6 @@ def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
     return sorted(
         ending for ending, kind in Image.registered_extensions().items() if kind in formats
     )
-
-    def digest(self, i: int) -> str:
-        """As `image_digest`."""
-        return image_digest(self.path(i), self.white)
-
-    def fingerprint(self, indices=None) -> str:
-        """As `PanopticFolder.fingerprint`."""
-        return _fingerprint(self, self.folder, range(len(self)) if indices is None else indices)
 
 
 def _fingerprint(images, folder: Path, indices) -> str:

@@ -3136,6 +3136,18 @@ def test_the_decoder_is_warmed_up_on_a_folder_with_masks_beside_the_images_as_in
     assert checkpoint.steps(tmp_path / "SA1B-dewa")
 
 
+def test_a_folder_of_images_says_of_which_images_masks_are_made(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (32, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    images = data.ImageFolder(folder)
+    before = images.fingerprint()
+    assert images.digest(1) == data.file_digest(folder / "1.png")
+    Image.new("RGB", (40, 32)).save(folder / "0.png")
+    assert images.fingerprint() != before
+
+
 def test_stable_regions_find_discs_and_what_they_lie_on_without_any_label():
     import regions
     yy, xx = np.mgrid[0:64, 0:80]
