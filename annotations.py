@@ -892,7 +892,8 @@ def _guess(where: str, paths: list[Path], notes: list[str]) -> str:
         )
         return "binary"
     every = {*seen}
-    if every <= {1} or every <= {255}:
+    # Of one class a single value is white, whatever its number (65535 of 16 bits; 128, 200, ...).
+    if len(every) < 2 and (where != "masks" or every <= {1, 255, 65535}):
         if several:
             notes.append(
                 f"{where}: taken as binary masks, each connected region an instance; else say "
@@ -1003,7 +1004,9 @@ def _stored(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray
             )
         if image.mode == "P" and len(image.getpalette() or ()) == 768:
             colour = tuple(image.getpalette()[-3:])
-        stored = np.asarray(image)
+        stored = _black_and_white(image) if image.mode == "P" else np.asarray(image)
+    if stored.ndim == 3 and stored.shape[2] in (2, 4) and (stored[..., -1] == 255).all():
+        stored = stored[..., :-1] if stored.shape[2] == 4 else stored[..., 0]  # no pixel is clear
     if stored.ndim == 3 and stored.shape[2] == 3 and (stored == stored[..., :1]).all():
         stored = stored[..., 0]
     if (
@@ -1018,6 +1021,18 @@ def _stored(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray
     if size is not None and stored.shape != size:
         raise UserError(f"{path}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image has {size[1]} x {size[0]} (turned as EXIF says); expected one size")
     return stored, colour
+
+
+def _black_and_white(image: Image.Image) -> np.ndarray:
+    """(H, W) indices of a map with a palette; of one of black and white alone 0 and 255, since
+    some tools make white the first of the two."""
+    stored, colours = np.asarray(image), np.array(image.getpalette("RGB")).reshape(-1, 3)
+    used = np.unique(stored)
+    white = (colours == 255).all(1)
+    plain = (white | (colours == 0).all(1)).all() and white.any() and not white.all()
+    if not plain or used[-1] >= len(colours) or np.bincount(white[used]).max() > 1:
+        return stored
+    return np.where(white[stored], 255, 0).astype(np.uint8)
 
 
 def _values(path: Path, size: tuple[int, int]) -> list[tuple[int, Callable[[], Patch]]]:

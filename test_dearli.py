@@ -6126,6 +6126,34 @@ def test_one_file_may_be_one_instance(form, tmp_path):
         import_refused("masks", root, r"disc/a_1.png: expected masks/CLASS/NAME.png, and an image")
 
 
+@pytest.mark.parametrize("white", [1, 2, 128, 200, 255, 65535])
+def test_the_one_value_of_a_class_is_white_whatever_its_number(white, tmp_path):
+    kind = np.uint16 if white > 255 else np.uint8
+    squares = np.where(two_squares(), white, 0).astype(kind)
+    dataset, result = imported("masks", masks_scene(tmp_path / "s", "disc/{}.png", squares))
+    assert dataset.train.truth(0).areas.tolist() == [9, 12]
+    assert "masks/disc: taken as binary masks" in result["notes"][0]
+    if white in (1, 255, 65535):
+        flat = masks_scene(tmp_path / "flat", "{}.png", squares)
+        assert importer.import_folder("masks", flat, tmp_path / "o")["instances"] == {"object": 6}
+
+
+def test_binary_masks_may_have_a_palette_with_white_first_or_an_alpha_channel(tmp_path):
+    squares = two_squares()
+    inverse = np.where(squares, 0, 1).astype(np.uint8)
+    palette = [255, 255, 255, 0, 0, 0]  # index 0 is white
+    root = masks_scene(tmp_path / "palette", "disc/{}.png", inverse, palette=palette)
+    assert imported("masks", root)[0].train.truth(0).areas.tolist() == [9, 12]
+    opaque = np.full_like(squares, 255)
+    for layers in ((squares,) * 3, (squares,)):
+        array = np.dstack([*layers, opaque])
+        root = masks_scene(tmp_path / f"alpha{len(layers)}", "disc/{}.png", array)
+        assert imported("masks", root)[0].train.truth(0).areas.tolist() == [9, 12]
+    clear = np.dstack([opaque, opaque, opaque, squares])
+    root = masks_scene(tmp_path / "clear", "disc/{}.png", clear)
+    import_refused("masks", root, r"expected a map of whole numbers with one channel")
+
+
 @pytest.mark.parametrize(
     "form, kind",
     [
