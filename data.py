@@ -336,7 +336,9 @@ class PanopticFolder:
     def follow(self, order: np.ndarray) -> None:
         """Class k becomes class order[k]."""
         self.segments[:, 1] = order[self.segments[:, 1]]
-        self.order = order
+        self.order, mine, place = order, self.taxonomy, np.argsort(order)
+        columns = (mine.names, mine.things, mine.ids, mine.palette)
+        self.taxonomy = Taxonomy(*(column and tuple(column[k] for k in place) for column in columns))
 
     def digest(self, i: int) -> str:
         """As `image_digest`."""

@@ -1022,6 +1022,7 @@ def test_classes_are_joined_by_name_and_never_by_place(tmp_path):
         and other.truth_fingerprint() == dataset.truth_fingerprint()
     )
     for part in ("train", "val"):
+        assert getattr(other, part).taxonomy == dataset.taxonomy  # `limits` looks for stuff there
         for i in range(2):
             one, two = (getattr(d, part).truth(i) for d in (dataset, other))
             assert np.array_equal(one.labels, two.labels) and np.array_equal(
