@@ -57,8 +57,9 @@ PARTS = {word: part for part, words in (("train", "train training"),
 NO_PHOTOS = {"masks", "mask", "maps", "labels", "annotations", "panoptic", "segmentationclass",
              "segmentationobject", "visualization", "visualizations", "overlay", "overlays",
              "depth"}
-# Paths of a server, as Label Studio writes them: only their last part is the name of a file.
-UPLOADED = re.compile(r"^\w+://|(^|/)(upload|local-files)(/|$)")
+# Paths of a server, as Label Studio writes them, or of another machine's disk: only their last part
+# is the name of a file.
+UPLOADED = re.compile(r"^(/|\w+:/)|(^|/)(upload|local-files)(/|$)")
 FORMS = ("instances", "classes", "binary")             # what the values of a map may mean
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")             # endings of files that keep no exact values
 # What a mask's name may have behind that of its image: a word, or the number of an instance.
@@ -467,6 +468,8 @@ def _coco_records(
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: images[{place}] is {brief(entry)}, expected an object with id and file_name") from None
         name = said.replace("\\", "/") if isinstance(said, str) else said
+        if isinstance(name, str) and name.startswith(f"{os.path.abspath(source)}/"):
+            name = os.path.relpath(name, os.path.abspath(source))
         uploaded = isinstance(name, str) and bool(UPLOADED.search(name))
         if uploaded:
             name = PurePosixPath(unquote(re.split("[?&]d=", name)[-1])).name

@@ -5674,6 +5674,13 @@ LAYOUTS = {
         (1, 0, 1),
         {},
     ),
+    "another-disk": (
+        {"dataset.json": ["/home/bob/pictures/a.png", "C:\\pictures\\b.png"]},
+        ["images/a.png", "images/b.png"],
+        ["a.png", "b.png"],
+        (1, 0, 1),
+        {},
+    ),
     "cvat": (
         {"annotations/instances_default.json": ["a.png", "b.png"]},
         ["images/default/a.png", "images/default/b.png"],
