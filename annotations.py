@@ -697,7 +697,8 @@ def mask_maps(
             else "classes that --stuff does not name are things, each connected region an instance"
         )
     else:
-        classes = {label: label for label in sorted({label or "object" for label, *_ in rows})}
+        labels = {label or "object" for label, *_ in rows} - UNNAMED.keys()
+        classes = {label: label for label in sorted(labels)}
     for key, name in classes.items():
         claim_name(taken, name, str(source / "masks"))
         found.classes[key] = (
@@ -938,7 +939,7 @@ def _read_masks(
     """Instances of the masks of one image."""
     instances = []
     for label, path, single in rows:
-        form = forms[label]
+        form, key = forms[label], UNNAMED.get(label, label or "object")
         stored, colour = _stored(path, size)
         if form != "binary" and not single and path.suffix.lower() in LOSSY:
             raise UserError(
@@ -949,7 +950,7 @@ def _read_masks(
             white = _white(stored, path.suffix.lower() in LOSSY)
             regions = white.astype(np.int32) if single else ndimage.label(white, np.ones((3, 3)))[0]
             instances += [
-                Instance(label or "object", draw) for number, draw in _parts(regions + 1) if number
+                Instance(key, draw) for number, draw in _parts(regions + 1) if number
             ]
             continue
         for value, draw in _parts_of(stored):
@@ -972,7 +973,7 @@ def _read_masks(
                     Instance(value, part) for number, part in _parts(regions + 1) if number
                 ]
             elif value:
-                instances.append(Instance(label or "object", draw))
+                instances.append(Instance(key, draw))
     return instances
 
 

@@ -6134,6 +6134,19 @@ def test_one_file_may_be_one_instance(form, tmp_path):
         import_refused("masks", root, r"disc/a_1.png: expected masks/CLASS/NAME.png, and an image")
 
 
+def test_masks_of_what_is_no_class_are_void_or_background(tmp_path):
+    squares, one = two_squares(), np.zeros((10, 12), np.uint8)
+    one[:, 11] = 255
+    for name in ("__ignore__", "_background_"):
+        root = masks_scene(tmp_path / name, "disc/{}.png", squares)
+        masks_scene(root, name + "/{}.png", one)
+        dataset, _ = imported("masks", root, background="lawn")
+        truth = dataset.train.truth(0)
+        void = 10 if name == "__ignore__" else 0
+        assert dataset.taxonomy.names == ("disc", "lawn")
+        assert truth.areas.tolist() == [9, 12, 120 - 9 - 12 - void]
+
+
 @pytest.mark.parametrize("white", [1, 2, 128, 200, 255, 65535])
 def test_the_one_value_of_a_class_is_white_whatever_its_number(white, tmp_path):
     kind = np.uint16 if white > 255 else np.uint8
