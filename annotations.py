@@ -50,6 +50,11 @@ DOT = 5                                # pixels, radius of a point, likewise
 VOID = None                            # category of pixels that are not looked at
 REST = ""                              # category of pixels that belong to the background
 UNNAMED = {"__ignore__": VOID, "_background_": REST}   # for labelme's own converters no classes
+# What the value 0 of a map of classes is often called, and what it is.
+NO_CLASS = {
+    **dict.fromkeys(("_background_", "background"), "_background_"),
+    **dict.fromkeys(("void", "unlabeled", "unlabelled", "ignore"), "__ignore__"),
+}
 PARTS = {word: part for part, words in (("train", "train training"),
                                         ("val", "val valid validation"),
                                         ("test", "test testing")) for word in words.split()}
@@ -785,7 +790,7 @@ def _mask_files(images: Path, masks: Path, part: str, found: Source) -> list[tup
 
 def _value_names(source: Path, names: str) -> dict[int, str]:
     """Names of the values of a map of classes: from 1 on, or from 0 if the first is a background,
-    or from -1 if it is __ignore__; or `7:road,11:building`.
+    or called as NO_CLASS says, or from -1 if it is __ignore__; or `7:road,11:building`.
 
     names: separated by commas; empty: the lines of classes.txt or labels.txt in masks/ or beside
     it, if there is one. 0 and 255 are void where nothing names them
@@ -810,15 +815,19 @@ def _value_names(source: Path, names: str) -> dict[int, str]:
             f"{file}: not a readable list of class names ({brief(str(error))})"
         ) from None
     rows = [row.strip() for row in rows if row.strip()]
+    # A list of numbers and names may have a space or a comma between them. Some classes are called
+    # "2 wheeler": only if every line begins with a number, it is one.
     stated = [re.fullmatch(r"(\d+)\s*[:=]\s*(.+)", row) for row in rows]
+    if not any(stated):
+        loose = [re.fullmatch(r"(\d+)\s*[\s,;]\s*(\D.*)", row) for row in rows]
+        stated = loose if all(loose) else stated
     if any(stated) and not all(stated) or not rows:
         raise UserError(
             f"{where}: {brief(rows)}, expected a name for each value from 1 on, or value:name for "
             "all of them"
         )
-    start = {"__ignore__": -1, "_background_": 0, "background": 0}.get(
-        rows[0].lower() if rows else "", 1
-    )
+    first = rows[0].lower()
+    start = -1 if first == "__ignore__" else 0 if first in NO_CLASS else 1
     pairs = (
         [(int(m[1]), m[2].strip()) for m in stated] if any(stated) else [*enumerate(rows, start)]
     )
@@ -828,8 +837,7 @@ def _value_names(source: Path, names: str) -> dict[int, str]:
     ):
         raise UserError(f"{where}: a value is named twice, or is none; expected distinct ones")
     known = {
-        value: "_background_" if value == 0 and name.lower() == "background" else name
-        for value, name in pairs
+        value: NO_CLASS.get(name.lower(), name) if value == 0 else name for value, name in pairs
     }
     return {0: "_background_", 255: "__ignore__"} | {
         value: name for value, name in known.items() if value >= 0

@@ -6134,6 +6134,29 @@ def test_one_file_may_be_one_instance(form, tmp_path):
         import_refused("masks", root, r"disc/a_1.png: expected masks/CLASS/NAME.png, and an image")
 
 
+@pytest.mark.parametrize(
+    "lines, areas",
+    [
+        (["0 background", "1 road", "2 car"], {"road": 10, "car": 12, "lawn": 98}),
+        (["0, background", "1, road", "2, car"], {"road": 10, "car": 12, "lawn": 98}),
+        (["1\troad", "2\tcar"], {"road": 10, "car": 12, "lawn": 98}),
+        (["unlabeled", "road", "car"], {"road": 10, "car": 12}),
+        (["void", "road", "car"], {"road": 10, "car": 12}),
+        (["road", "car"], {"road": 10, "car": 12, "lawn": 98}),
+        (["2 wheeler", "car"], {"2 wheeler": 10, "car": 12, "lawn": 98}),
+    ],
+)
+def test_a_list_of_classes_may_have_numbers_or_begin_with_what_is_none(lines, areas, tmp_path):
+    ids = np.zeros((10, 12), np.uint8)
+    ids[:, 11], ids[0, :11], ids[1, 0] = 1, 2, 2
+    root = masks_scene(tmp_path / "s", "{}.png", ids)
+    (root / "classes.txt").write_text("\n".join(lines))
+    dataset, _ = imported("masks", root, background="lawn")
+    truth = dataset.train.truth(0)
+    names = [dataset.taxonomy.names[k] for k in truth.labels]
+    assert dict(zip(names, truth.areas.tolist())) == areas
+
+
 def test_masks_of_what_is_no_class_are_void_or_background(tmp_path):
     squares, one = two_squares(), np.zeros((10, 12), np.uint8)
     one[:, 11] = 255
