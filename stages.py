@@ -666,6 +666,12 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     others = [f"{name} {stored[name]} there, {value} now" for name, value in vars(cfg).items() if stored.get(name, value) != value and name not in MAY_CHANGE]
     if others and folder == job.weights:
         raise UserError(f"{folder}: its results are of other numbers ({', '.join(others)}) and would be replaced; name a folder for the new ones with --out")
+    if folder == job.weights and elsewhere(job, stored, dataset):
+        raise UserError(
+            f"{folder}: its results are of {stored['data_root']} and would be replaced by those of "
+            f"{job.data_root}, which has other training images; name a folder for the new ones "
+            "with --out"
+        )
     if checkpoint.steps(folder) and folder.resolve() != job.weights.resolve():
         raise UserError(
             f"{folder}: holds another run, whose results would be replaced by those of "
@@ -676,6 +682,16 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
     finish(dataclasses.replace(job, evaluate=True), cfg, dataset, load_models(job, cfg, dataset.taxonomy), folder)
     return folder
+
+
+def elsewhere(job: Job, stored: dict, dataset: DataSet) -> bool:
+    """Whether a data set is another one than that of a run: in another place, and not the same
+    training images."""
+    there = stored.get("data_root")
+    if not there or Path(job.data_root).resolve() == Path(there).resolve():
+        return False
+    indices = dataset.labeled if stored.get("stage") == "sup" else None
+    return stored.get("data") not in (None, dataset.train.fingerprint(indices))
 
 
 def stage_predict(job: Job, cfg: Config) -> Path:

@@ -1055,6 +1055,26 @@ def test_a_validation_json_may_count_its_categories_otherwise(tmp_path):
         data.load_folder(root, "3")
 
 
+def test_the_results_of_a_run_are_not_replaced_by_those_of_other_images(tmp_path):
+    root, other = write_coco_folder(tmp_path / "set"), write_coco_folder(tmp_path / "other")
+    moved = reversed_categories(root, tmp_path / "moved")
+    Image.new("RGB", (64, 64)).save(other / "images" / "train0.png")
+    dataset = data.load_folder(root, "all")
+    config = {
+        "data_root": str(root),
+        "stage": "sup",
+        "data": dataset.train.fingerprint(dataset.labeled),
+        "taxonomy": dataset.taxonomy.to_config(),
+    }
+    for place, expected in ((root, False), (moved, False), (other, True)):
+        state = {"student": {}, "config": config}
+        job = stages.Job("custom", str(place), split="all", weights=tmp_path, state=state)
+        there = data.load_folder(place, "all")
+        assert stages.elsewhere(job, config, there) == expected
+    with pytest.raises(UserError, match="other training images; name a folder .* with --out"):
+        stages.stage_eval(job, Config())
+
+
 def test_the_rows_of_a_linear_class_head_follow_the_names():
     cfg = dataclasses.replace(TINY, classifier="linear")
     job, names = stages.Job(), [("a", "b", "c"), ("c", "a", "b")]
