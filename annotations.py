@@ -461,6 +461,7 @@ def _coco_records(
                 raise UserError(f"{path}: annotations[{place}] has category {brief(a['category_id'])}, which is not among the categories")
     except (KeyError, TypeError):
         raise UserError(f"{path}: annotations[{place}] is {brief(a)}, expected an object with image_id, category_id and segmentation") from None
+    _require_pixels(path, content["annotations"])
     folders = _coco_folders(source, path, part)
     for place, entry in enumerate(content["images"]):
         try:
@@ -496,6 +497,20 @@ def _coco_records(
         yield Record(name, image, read, part), root
     if of:
         raise UserError(f"{path}: annotations[{next(iter(of.values()))[0][0]}] is of image {brief(next(iter(of)))}, which is not among the images, or twice")
+
+
+def _require_pixels(path: Path, annotations: list[dict]) -> None:
+    """Raise UserError if all polygons lie between 0 and 1: shares of the image, as Azure ML
+    exports them, of which nothing but single pixels would be left."""
+    forms = [a.get("segmentation") for a in annotations]
+    parts = [part for form in forms if isinstance(form, list) for part in form]
+    values = [v for part in parts if isinstance(part, list) for v in part]
+    numbers = [v for v in values if isinstance(v, (int, float))]
+    if numbers and max(numbers) <= 1:
+        raise UserError(
+            f"{path}: no point of a polygon is above 1, so they are shares of the image; expected "
+            "pixels: multiply x by the width and y by the height of its image"
+        )
 
 
 def _together(reads: list[Callable], size: tuple[int, int]) -> list[Instance]:
@@ -868,10 +883,10 @@ def _mask_forms(rows: list[tuple], form: str, values: dict, notes: list[str]) ->
             )
         else:
             forms[label] = _guess(where, paths, notes)
-            if not label and forms[label] == "instances":
+            if forms[label] == "instances":
+                other = "classes, with --classes" if not label else "binary"
                 notes.append(
-                    "masks: every value is taken for an instance; else say --masks-are classes, "
-                    "with --classes"
+                    f"{where}: every value is taken for an instance; else say --masks-are {other}"
                 )
     if forms.get("", "classes") != "classes":
         notes.append(

@@ -6177,6 +6177,23 @@ def test_a_list_of_classes_may_have_numbers_or_begin_with_what_is_none(lines, ar
     assert dict(zip(names, truth.areas.tolist())) == areas
 
 
+def test_values_that_are_taken_for_instances_of_a_class_are_said(tmp_path):
+    ids = np.where(two_squares(), scene_ids() + 1, 0).astype(np.uint8)
+    ids[6:9] = np.where(ids[6:9], 255, 0)
+    _, result = imported("masks", masks_scene(tmp_path / "s", "disc/{}.png", ids))
+    assert "masks/disc: every value is taken for an instance" in " ".join(result["notes"])
+
+
+def test_polygons_in_shares_of_the_image_are_refused(tmp_path):
+    def shares(content):
+        for a in content["annotations"]:
+            a["segmentation"] = [[0.1, 0.1, 0.5, 0.1, 0.5, 1]]
+
+    root = SCENES["coco-instances"](tmp_path / "s")
+    rewrite(root / "annotations.json", shares)
+    import_refused("coco-instances", root, r"no point of a polygon is above 1, .*expected pixels")
+
+
 def test_masks_of_what_is_no_class_are_void_or_background(tmp_path):
     squares, one = two_squares(), np.zeros((10, 12), np.uint8)
     one[:, 11] = 255
