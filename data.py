@@ -338,7 +338,7 @@ class PanopticFolder:
         self.segments[:, 1] = order[self.segments[:, 1]]
         self.order, mine, place = order, self.taxonomy, np.argsort(order)
         columns = (mine.names, mine.things, mine.ids, mine.palette)
-        self.taxonomy = Taxonomy(*(column and tuple(column[k] for k in place) for column in columns))
+        self.taxonomy = Taxonomy(*(c and tuple(c[k] for k in place) for c in columns))
 
     def digest(self, i: int) -> str:
         """As `image_digest`."""
