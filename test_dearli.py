@@ -3289,6 +3289,8 @@ def fitting(args, flags=TINY_FLAGS):
     """args, and of the pairs in flags those that their stage reads."""
     args = [str(a) for a in args]
     asked = command_line.parser().parse_args(args)
+    if asked.stage == "ssl":
+        asked.method = asked.method or command_line.usual_method(asked)
     flags = [*map(str, flags)]
     known = {flag.dest for flag in command_line.FLAGS if asked.stage in flag.stages} | command_line.READS[asked.stage]
     known -= command_line.idle(asked, command_line.configure(asked)).keys()
