@@ -3323,6 +3323,8 @@ def fitting(args, flags=TINY_FLAGS):
     """args, and of the pairs in flags those that their stage reads."""
     args = [str(a) for a in args]
     asked = command_line.parser().parse_args(args)
+    if asked.stage == "ssl":
+        asked.method = asked.method or command_line.usual_method(asked)
     flags = [*map(str, flags)]
     known = {flag.dest for flag in command_line.FLAGS if asked.stage in flag.stages} | command_line.READS[asked.stage]
     known -= command_line.idle(asked, command_line.configure(asked)).keys()
@@ -3997,6 +3999,24 @@ def test_fault_38_39_several_processes_label_train_and_evaluate_as_one(small_min
     assert len(data.load_mini("4").val) % 3 and figures[0] == figures[1]
     assert ranks_run(3, tmp_path / "said", *flags, "--out", tmp_path / "none") == [2] * 3 and "3 processes cannot share a batch of 2" in (tmp_path / "said0.txt").read_text()
     assert ranks_run(2, tmp_path / "said", "--stage", "demo") == [2, 2] and "torchrun serves masks, dewa, sup, ssl, eval" in (tmp_path / "said0.txt").read_text()
+
+
+def test_several_processes_make_a_warm_up_and_start_from_it_when_it_is_written(
+    small_mini, tmp_path, monkeypatch
+):
+    save = checkpoint.save
+
+    def late(*args):  # rank 0 alone writes, and the other is done with its steps by then
+        time.sleep(2)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    args = ["--stage", "ssl", "--method", "dearli", "--runs", tmp_path, "--steps", 2]
+    args += ["--dewa-steps", 2, "--points-per-side", 2, "--no-eval"]
+    assert ranks_run(2, tmp_path / "said", *args) == [0, 0], (tmp_path / "said1.txt").read_text()
+    begun = checkpoint.newest(tmp_path / "mini-dearli-4")["config"]["init"]
+    warm = checkpoint.newest(tmp_path / "mini-dewa")["student"]
+    assert begun["sha256"] == identity.of_tensors(warm)
 
 
 def test_fault_37_a_dead_rank_ends_the_whole_job(tmp_path):
@@ -6679,6 +6699,30 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
         "taken as they are"
         in capsys.readouterr().out
     )
+
+
+def test_what_refuses_a_run_does_so_before_what_it_needs_is_made(
+    small_mini, tmp_path, monkeypatch, capsys
+):
+    assert run("--stage", "sup", "--steps", 1, "--no-eval", "--out", tmp_path / "there") == 0
+    monkeypatch.setattr(
+        stages, "stage_masks", lambda *args: pytest.fail("hours of work, and then an error")
+    )
+    timm = ["--backbone", "convnext_atto.d2_in1k", "--pretrained", "random"]
+    for flags, words in (
+        (["--out", tmp_path / "there"], "holds a run already"),
+        (["--out", "/proc/there"], "cannot be written"),
+        (["--pretrained", tmp_path / "no.pt"], "no such weights file"),
+        (["--backbone", "convnext_foo"], "unknown backbone"),
+    ):
+        for stage in (["dewa"], ["ssl", "--method", "dearli"]):
+            capsys.readouterr()
+            assert run("--stage", *stage, "--runs", tmp_path / "runs", *flags) == 2
+            assert words in capsys.readouterr().err
+    # a warm-up has no use for words, DEARLi has
+    linear = ["--stage", "ssl", "--method", "dearli", *timm, "--classifier", "linear"]
+    assert run(*linear, "--runs", tmp_path / "runs") == 2 and "no text tower" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("*.json"))
 
 
 def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, tmp_path):
