@@ -3289,6 +3289,8 @@ def fitting(args, flags=TINY_FLAGS):
     """args, and of the pairs in flags those that their stage reads."""
     args = [str(a) for a in args]
     asked = command_line.parser().parse_args(args)
+    if asked.stage == "ssl":
+        asked.method = asked.method or command_line.usual_method(asked)
     flags = [*map(str, flags)]
     known = {flag.dest for flag in command_line.FLAGS if asked.stage in flag.stages} | command_line.READS[asked.stage]
     known -= command_line.idle(asked, command_line.configure(asked)).keys()
@@ -6534,10 +6536,7 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
         (["--dewa-steps", 5], "dewa_steps: 4 there, 5 now"),
         (["--hidden", 64], "hidden: 32 there, 64 now"),
     ):
-        assert (
-            dearli.main([str(a) for a in [*ssl, *TINY_FLAGS, *flags, "--out", tmp_path / "not"]])
-            == 2
-        )
+        assert run(*ssl, *flags, "--out", tmp_path / "not") == 2
         message = capsys.readouterr().err
         assert words in message and message.count("\n") == 1
     assert (
@@ -6547,7 +6546,7 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
             "--runs",
             tmp_path,
             "--steps",
-            1,
+            2,
             "--no-eval",
             "--out",
             tmp_path / "preset",
