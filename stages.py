@@ -518,6 +518,7 @@ def warm_up(job: Job, cfg: Config, dataset: DataSet) -> Path | None:
         ),
         cfg,
     )
+    ranks.wait()  # the last checkpoint is written by one of them, and read by all
     return None if job.dry_run else folder
 
 

@@ -3971,6 +3971,24 @@ def test_fault_38_39_several_processes_label_train_and_evaluate_as_one(small_min
     assert ranks_run(2, tmp_path / "said", "--stage", "demo") == [2, 2] and "torchrun serves masks, dewa, sup, ssl, eval" in (tmp_path / "said0.txt").read_text()
 
 
+def test_several_processes_make_a_warm_up_and_start_from_it_when_it_is_written(
+    small_mini, tmp_path, monkeypatch
+):
+    save = checkpoint.save
+
+    def late(*args):  # rank 0 alone writes, and the other is done with its steps by then
+        time.sleep(2)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    args = ["--stage", "ssl", "--method", "dearli", "--runs", tmp_path, "--steps", 2]
+    args += ["--dewa-steps", 2, "--points-per-side", 2, "--no-eval"]
+    assert ranks_run(2, tmp_path / "said", *args) == [0, 0], (tmp_path / "said1.txt").read_text()
+    begun = checkpoint.newest(tmp_path / "mini-dearli-4")["config"]["init"]
+    warm = checkpoint.newest(tmp_path / "mini-dewa")["student"]
+    assert begun["sha256"] == identity.of_tensors(warm)
+
+
 def test_fault_37_a_dead_rank_ends_the_whole_job(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", dearli.__file__,
                *fitting([*SSL, "--steps", "100000", "--out", tmp_path / "run"])]
