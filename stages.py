@@ -48,7 +48,7 @@ from mean_teacher import train_step
 from model import Segmenter
 from optim import build_optimizer
 from predict import Pictures, Predictor
-from trainer import MAY_CHANGE, Run, Stopped, differing
+from trainer import MAY_CHANGE, Run, Stopped, differing, require_free
 
 # What a decoder has to have in common with the one whose weights it takes
 DECODER = (
@@ -291,7 +291,7 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
     images, folder = load_images(job, cfg), job.out or job.folder("dewa", cfg)
     before = begun(job, folder)
     cfg = as_begun(job, dataclasses.replace(cfg, white=images.white), before, "dewa_steps")
-    with masks_for(job, cfg, images) as (masks, those):
+    with masks_for(job, cfg, images, folder) as (masks, those):
         about = {"data": images.fingerprint(), "masks": dewa.made_of(masks, images, those)}
         say_maker(job, cfg, about["masks"])
         run = begin(
@@ -309,8 +309,14 @@ def stage_dewa(job: Job, cfg: Config) -> Path:
     return folder
 
 
+def require_place(job: Job, folder: Path) -> None:
+    """Raise UserError if a run cannot go into its folder: asked before what it needs is made."""
+    require_free(folder, job.resume)
+    checkpoint.require_writable(folder)
+
+
 @contextlib.contextmanager
-def masks_for(job: Job, cfg: Config, images):
+def masks_for(job: Job, cfg: Config, images, run: Path):
     """SAM's masks of all images: the folder, and the images that it holds masks of. Those that are
     missing are made first, with the numbers of this run.
 
@@ -355,6 +361,8 @@ def masks_for(job: Job, cfg: Config, images):
             yield Path(scratch), missing[:2]  # those that were tried
         return
     if missing:
+        require_place(job, run)
+        build(job, cfg, dewa.TAXONOMY)  # its weights are asked for before hours of work
         print(f"{folder}: {what}; they are made first (--no-make forbids it)")
         stage_masks(dataclasses.replace(job, out=None), cfg)
     yield folder, range(len(images))
@@ -435,7 +443,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
     source = job.init
     if job.method == "dearli" and source is None and not before.knows_init:
-        source = warm_up(job, cfg, dataset)
+        source = warm_up(job, cfg, dataset, folder)
     start, init = beginning(job, folder, before, source)
     # of a --dry-run there may be no DeWa weights yet: its steps are those of a run that has them
     warm = init is not None or job.method == "dearli"
@@ -462,7 +470,7 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     return folder
 
 
-def warm_up(job: Job, cfg: Config, dataset: DataSet) -> Path | None:
+def warm_up(job: Job, cfg: Config, dataset: DataSet, run: Path) -> Path | None:
     """The DeWa run of --method dearli without --init: the one of this name, if it is of these
     images, of this decoder and finished; else it is made or goes on.
 
@@ -506,6 +514,8 @@ def warm_up(job: Job, cfg: Config, dataset: DataSet) -> Path | None:
             "first", f"{folder}: {what}; the warm-up would come first (--no-make forbids it)"
         )
     else:
+        require_place(job, run)
+        build(job, cfg, dataset.taxonomy)  # as in `masks_for`
         print(f"{folder}: {what}; the warm-up comes first (--no-make forbids it)")
     ranks.wait()  # all have looked before one of them writes
     stage_dewa(
@@ -1062,7 +1072,8 @@ def run_rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
             "truth": dataset.truth_fingerprint(unlabeled=kind != "sup"),
         }
         if kind == "dearli":
-            about["init"] = beginning(job, folder, Begun(), warm_up(job, wanted, dataset))[1]
+            source = warm_up(job, wanted, dataset, folder)
+            about["init"] = beginning(job, folder, Begun(), source)[1]
         stored, expected = (
             json.loads((folder / "config.json").read_text()),
             {

@@ -6578,6 +6578,31 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
     )
 
 
+def test_what_refuses_a_run_does_so_before_what_it_needs_is_made(
+    small_mini, tmp_path, monkeypatch, capsys
+):
+    assert run("--stage", "sup", "--steps", 1, "--no-eval", "--out", tmp_path / "there") == 0
+    monkeypatch.setattr(
+        stages, "stage_masks", lambda *args: pytest.fail("hours of work, and then an error")
+    )
+    timm = ["--backbone", "convnext_atto.d2_in1k", "--pretrained", "random"]
+    for flags, words in (
+        (["--out", tmp_path / "there"], "holds a run already"),
+        (["--out", "/proc/there"], "cannot be written"),
+        (["--pretrained", tmp_path / "no.pt"], "no such weights file"),
+        (["--backbone", "convnext_foo"], "unknown backbone"),
+    ):
+        for stage in (["dewa"], ["ssl", "--method", "dearli"]):
+            capsys.readouterr()
+            assert run("--stage", *stage, "--runs", tmp_path / "runs", *flags) == 2
+            assert words in capsys.readouterr().err
+    # a warm-up has no use for words, DEARLi has
+    linear = ["--stage", "ssl", "--method", "dearli", *timm, "--classifier", "linear"]
+    assert run(*linear, "--runs", tmp_path / "runs") == 2
+    assert "no text tower" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
 def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, tmp_path):
     flags = ["--dataset", "mini", "--split", 4, "--device", "cpu", "--runs", tmp_path, "--stage", "zeroshot"]
     main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])

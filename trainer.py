@@ -71,8 +71,7 @@ class Run:
         ranks.wait()
         self.config = {**identity, **dataclasses.asdict(cfg)}
         self.state = (state or checkpoint.newest(self.folder)) if resume else None
-        if not resume and checkpoint.steps(self.folder):
-            raise UserError(f"{self.folder}: holds a run already; go on with --resume, or choose another folder with --out")
+        require_free(self.folder, resume)
         if self.state:
             self._require_same(self.state)
         self.log = self.folder / "log.jsonl"
@@ -200,6 +199,15 @@ class Run:
             print(f"{self.folder}: {state['step']} steps were taken on the schedule of {state['steps']}, the rest follows that of {steps}: "
                   f"not the same as {steps} from the start")
         return state["step"], state.get("time", 0.0)
+
+
+def require_free(folder: Path, resume: bool) -> None:
+    """Raise UserError if a run is in the folder that is not to go on."""
+    if not resume and checkpoint.steps(folder):
+        raise UserError(
+            f"{folder}: holds a run already; go on with --resume, or choose another folder with "
+            f"--out"
+        )
 
 
 @contextlib.contextmanager
