@@ -5043,8 +5043,10 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_
     (["--stage", "sup", "--method", "dearli"], "--method: only --stage ssl knows it, not --stage sup"),                   # its default
     (["--stage", "sup", "--lambda-u", "1"], "--lambda-u: only --stage ssl, demo, ladder and alpha know it"),
     (["--stage", "sup", "--burn-in", "0"], "--burn-in: only --stage"),
-    (["--stage", "ssl", "--dewa-steps", "9"], "--dewa-steps: only --stage dewa, demo and ladder know it"),
-    (["--stage", "ssl", "--no-dewa-keep-empty"], "--dewa-keep-empty: only --stage dewa"),
+    (["--stage", "sup", "--dewa-steps", "9"],
+     "--dewa-steps: only --stage dewa, ssl, demo and ladder know it"),
+    (["--stage", "ssl", "--method", "dear", "--no-dewa-keep-empty"],
+     "--dewa-keep-empty: no masks and no warm-up are made here"),
     (["--stage", "zeroshot", "--num-queries", "9"], "--num-queries: only --stage"),
     (["--stage", "zeroshot", "--points-per-side", "9"], "--points-per-side: it counts with --masks sam"),
     (["--stage", "masks", "--eval-on", "val"], "--eval-on: only --stage"),
