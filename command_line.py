@@ -312,6 +312,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     without(args.dataset != "mini", ("eval_on",), "only --dataset mini has images to tune on")
     without(args.dataset != "custom", ("variant",), "it counts with --dataset custom")
     without(args.dataset == "mini", ("data_root",), f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}")
+    without(args.images is not None, ("data_root", "variant", "split"),
+            "the images are those of --images; it counts without")
     without(args.dataset == "mini" and args.stage not in STORED and not args.images, ("white",), "images of --dataset mini have 8 bits")
     made = args.stage == "ssl" and (args.method != "dearli" or args.init is not None)
     without(made, (*MAKES["ssl"], "make"), "no masks and no warm-up are made here; it counts with --method dearli and without --init")

@@ -5075,6 +5075,8 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_
     (["--stage", "sup", "--burn-in", "0"], "--burn-in: only --stage"),
     (["--stage", "ssl", "--method", "dear", "--dewa-steps", "9"],
      "--dewa-steps: no masks and no warm-up are made here"),
+    (["--stage", "sup", "--dewa-steps", "9"],
+     "--dewa-steps: only --stage dewa, ssl, demo and ladder know it"),
     (["--stage", "ssl", "--method", "dear", "--no-dewa-keep-empty"],
      "--dewa-keep-empty: no masks and no warm-up are made here"),
     (["--stage", "zeroshot", "--num-queries", "9"], "--num-queries: only --stage"),
@@ -5094,6 +5096,10 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_
     (["--stage", "sup", "--dataset", "custom", "--data-root", "x", "--eval-on", "dev"], "--eval-on: only --dataset mini"),
     (["--stage", "sup", "--data-root", "x"], "--data-root: --dataset mini is drawn"),
     (["--stage", "sup", "--variant", "_4class"], "--variant: it counts with --dataset custom"),
+    (["--stage", "masks", "--images", ".", "--dataset", "coco", "--data-root", "."],
+     "--data-root: the images are those of --images"),
+    (["--stage", "dewa", "--images", ".", "--split", "4"],
+     "--split: the images are those of --images"),
     (["--stage", "sup", "--no-eval", "--groups", "5"], "--groups: nothing is evaluated"),
     (["--stage", "sup", "--steps", "5", "--sup-steps", "6"], "--steps 5: --sup-steps says 6"),
     (["--stage", "ssl", "--jitter", "1.5"], "--jitter 1.5: expected a share, 0 to 1"),
@@ -6674,10 +6680,7 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
         (["--dewa-steps", 5], "dewa_steps: 4 there, 5 now"),
         (["--hidden", 64], "hidden: 32 there, 64 now"),
     ):
-        assert (
-            dearli.main([str(a) for a in [*ssl, *TINY_FLAGS, *flags, "--out", tmp_path / "not"]])
-            == 2
-        )
+        assert run(*ssl, *flags, "--out", tmp_path / "not") == 2
         message = capsys.readouterr().err
         assert words in message and message.count("\n") == 1
     assert (
@@ -6687,7 +6690,7 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
             "--runs",
             tmp_path,
             "--steps",
-            1,
+            2,
             "--no-eval",
             "--out",
             tmp_path / "preset",
@@ -6721,7 +6724,8 @@ def test_what_refuses_a_run_does_so_before_what_it_needs_is_made(
             assert words in capsys.readouterr().err
     # a warm-up has no use for words, DEARLi has
     linear = ["--stage", "ssl", "--method", "dearli", *timm, "--classifier", "linear"]
-    assert run(*linear, "--runs", tmp_path / "runs") == 2 and "no text tower" in capsys.readouterr().err
+    assert run(*linear, "--runs", tmp_path / "runs") == 2
+    assert "no text tower" in capsys.readouterr().err
     assert not list((tmp_path / "runs").rglob("*.json"))
 
 
@@ -6954,7 +6958,8 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
             name = "coco-objects" if "Objects" in line else "coco" if "on COCO-Panoptic (" in line else "ade20k"
             prefix = ["--dataset", name, "--data-root", "ROOT", "--split", "1_512" if name.startswith("coco") else "1_128"]
         listed += [[*prefix, *code.split()] for code in line.split("`")[1::2] if code.startswith("--stage")]
-        for folder in [code.split()[code.split().index("--out") + 1] for code in line.split("`")[1::2] if "--out" in code and code.startswith("--stage")]:
+        listed += [code.split()[2:] for code in line.split("`")[1::2] if code.startswith("python dearli.py --stage")]
+        for folder in [code.split()[code.split().index("--out") + 1] for code in line.split("`")[1::2] if "--out" in code and "--stage" in code]:
             assert outs.setdefault(folder, name) == name, f"{folder} is a run of two data sets"
     assert len(listed) > 50 and len(outs) > 20
     for arguments in listed:
