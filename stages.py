@@ -1088,12 +1088,8 @@ def run_rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
             "truth": dataset.truth_fingerprint(unlabeled=kind != "sup"),
         }
         if kind == "dearli":
-<<<<<<< HEAD
-            about["init"] = beginning(job, folder, Begun(), warm_up(job, wanted, dataset, folder))[1]
-=======
             source = warm_up(job, wanted, dataset, folder)
             about["init"] = beginning(job, folder, Begun(), source)[1]
->>>>>>> 0c6ca6589f0b8bf2632c98128f951d88a9e44994
         stored, expected = (
             json.loads((folder / "config.json").read_text()),
             {
