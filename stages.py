@@ -37,7 +37,8 @@ import report
 import validate
 import watch
 from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_of_share, text_embeddings
-from command_line import DATASETS, check, configure, given, parser, require_of_the_run, require_sense, steps_of
+from command_line import DATASETS, MAKES, check, configure, given, parser
+from command_line import require_of_the_run, require_sense, steps_of
 from config import PAPERS_DATASETS, PRESETS, Config, UserError, ablations, choose, numbers_of, refuse, require_semi_supervised
 from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, limits, load_folder, load_mini, mini_taxonomy
 from data import require_files, require_images, require_truth, see
@@ -444,6 +445,9 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     source = job.init
     if job.method == "dearli" and source is None and not before.knows_init:
         source = warm_up(job, cfg, dataset, folder)
+    elif idle := sorted(job.given & MAKES["ssl"]):  # only with --resume: else they are refused
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        print(f"{folder}: goes on with the warm-up that it began with; {flags} change nothing")
     start, init = beginning(job, folder, before, source)
     # of a --dry-run there may be no DeWa weights yet: its steps are those of a run that has them
     warm = init is not None or job.method == "dearli"

@@ -6655,6 +6655,9 @@ def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
     assert warm["step"] == 4 and checkpoint.newest(tmp_path / "mini-dearli-4")["config"]["init"][
         "sha256"
     ] == identity.of_tensors(warm["student"])
+    assert run(*ssl, "--dewa-steps", 9, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "that it began with; --dewa-steps, --points-per-side change nothing" in said
     # what was stopped on the way goes on: a warm-up at its second step, masks at their eleventh
     # image
     back_to(tmp_path / "mini-dewa", 2)
