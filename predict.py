@@ -173,6 +173,7 @@ def from_array(values) -> Image.Image:
         )
     if x.ndim == 3 and x.shape[2] == 1:
         x = x[..., 0]
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
     if x.dtype != np.uint8 and not (x.ndim == 2 and x.dtype in (np.uint16, bool)):
         raise TypeError(f"{found}: {expected}; of values from 0 to 255: x.astype(np.uint8)")
     return Image.fromarray(np.ascontiguousarray(x))

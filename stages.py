@@ -1340,7 +1340,8 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     if args.stage in ("eval", "predict", "export", "report"):
         state = state or read_run(args.weights)
         stored = state.get("config", {})
-        if args.stage == "predict" and "dataset" in stored:        # the run's own, under its name or as a folder of somebody's own
+        own = args.stage == "predict" or args.stage in ("eval", "export") and "dataset" not in args.flags
+        if own and "dataset" in stored:                            # the run's own, under its name or as a folder of somebody's own
             args.dataset = stored["dataset"] if stored["dataset"] in DATASETS else "custom"
     if state is not None:
         split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")

@@ -578,7 +578,7 @@ def test_a_timm_backbone_trains_plain_mask2former_and_refuses_what_needs_text(sm
     assert run("--stage", "eval", "--weights", tmp_path / "ssl") == 0
     capsys.readouterr()
     for args, words in ((["--stage", "sup", *timm_flags[:2]], "no text tower: it needs --classifier linear"),
-                        (["--stage", "ssl", "--method", "dear", *timm_flags], "--method ssl"), (["--stage", "zeroshot", *timm_flags], "has no text tower"),
+                        (["--stage", "ssl", "--method", "dear", *timm_flags], "--method ssl"), (["--stage", "zeroshot", *timm_flags[:2]], "has no text tower"),
                         (["--stage", "export", "--weights", tmp_path / "ssl"], "has none"),
                         (["--stage", "sup", "--backbone", "resnet50"], "unknown backbone 'resnet50'; available: mini, an OpenCLIP ConvNeXt")):
         assert run(*args, "--out", tmp_path / "refused") == 2
@@ -1801,7 +1801,7 @@ def test_an_interrupted_preparation_goes_on_and_wrong_lists_are_refused(tmp_path
     shutil.rmtree(base / "annotations_instance" / "validation")
     with pytest.raises(UserError, match=r"1 of 6 parts of ade20k are missing: annotations_instance/validation \(from http"):
         datasets.prepare("ade20k", tmp_path, assets)
-    with pytest.raises(UserError, match="unknown split '1_512' of ade20k; available: 1_128, 1_64, 1_32, 1_16, 1_8"):
+    with pytest.raises(UserError, match="unknown split '1_512' of .*; available: 1_128, 1_16"):
         datasets.load("ade20k", tmp_path, "1_512")
 
 
@@ -1921,7 +1921,9 @@ def test_all_faults_of_a_folder_are_listed_by_kind_and_nothing_is_changed(tmp_pa
     expected = {"absent": ["train2"], "unreadable": ["train0", "train1"], "large": ["train4"], "name": ["train13", "train5"], "malformed": ["train12", "[16]", "[17]"],
                 "image twice": ["train14"], "category": ["train9"], "segment twice": ["train10"], "size": ["train6"], "not in json": ["train7"],
                 "no pixel": ["train7"], "area": ["train8"], "split": ["train14", "elsewhere", "train15"], "masks": ["train3", "train7"]}
-    assert content["problems"].keys() == expected.keys() == validate.KINDS.keys()                         # every kind, in one order
+    elsewhere = {"stuff twice", "nothing"}                         # have tests of their own
+    assert list(content["problems"]) == [k for k in validate.KINDS if k not in elsewhere]              # in one order
+    assert content["problems"].keys() == expected.keys()
     for kind, names in expected.items():
         faults = content["problems"][kind]["faults"]
         assert len(faults) == len(names) and all(name in fault for name, fault in zip(names, faults)), (kind, faults)
