@@ -3304,7 +3304,7 @@ def test_official_files_are_told_apart_and_what_does_not_fit_is_refused(small_mi
     official.write(tmp_path / "other.pth", dataclasses.replace(whole, clip=wrong), "official")
     (tmp_path / "cut.safetensors").write_bytes(b"12345678")
     for name, words in (("ade.pth", "trained on 150 classes, the data set has 20"), ("other.pth", "another CLIP than --backbone mini"),
-                        ("cut.safetensors", "damaged"), ("none.pth", "no such file")):
+                        ("cut.safetensors", "damaged"), ("none.pth", "no such run or file (--weights)")):
         capsys.readouterr()
         assert run("--stage", "eval", "--weights", tmp_path / name) == 2, name
         message = capsys.readouterr().err
