@@ -146,7 +146,6 @@ OTHER_NAMES = {other: name for name, others in {
     "output-dir": "outdir out-dir output-folder work-dir save-dir save-path exp name project",
     "model": "arch model-path",
     "image-size": "img-size imgsz size resolution",
-    "num-classes": "classes",
     "amp": "fp16 half mixed-precision",
     "verbose": "v debug",
     "threads": "num-threads",
