@@ -5063,8 +5063,8 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(small_
     found["zeroshot"] -= model
     found["dewa"] |= {"test_size", "test_max", "eval_batch"}       # stored with the run for its sisters
     found["import"] |= {"seed"}                                    # by `import_folder`, which is not called here
-    for name in ("dewa", "sup", "ssl", "zeroshot"):                # of a folder; the miniature world has 8 bits
-        found[name] |= {"white"}
+    for name in ("dewa", "sup", "ssl", *command_line.STORED, "zeroshot"):                # of a folder; the miniature world has 8 bits
+        found[name] |= {"white"} & command_line.READS[name]
     for name in found:                                             # no less; and no more than it makes up for
         assert command_line.READS[name] <= found[name] <= command_line.reads(name), (
             name, command_line.READS[name] - found[name], found[name] - command_line.reads(name))
@@ -6871,7 +6871,7 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
     (["--stage", "sup", "--out", __file__], "test_dearli.py is a file; expected a folder for results; choose another with --out"),
     (["--stage", "sup", "--out", f"{__file__}/x"], "test_dearli.py is a file; expected a folder for results"),
     (["--stage", "zeroshot", "--masks", "/no/such/folder"], "/no/such/folder: no such folder of masks; expected one, or gt or sam"),
-    (["--stage", "predict", "--weights", ".", "--input", "/no/such/picture"], "/no/such/picture: no such picture or folder of pictures"),
+    (["--stage", "predict", "--weights", __file__, "--input", "/no/such/picture"], "/no/such/picture: no such picture or folder of pictures"),
     (["--stage", "report", "--weights", ".", "--compare", "/no/such/run"], "/no/such/run: no such run or file (--compare)"),
     (["--stage", "sup", "--dataset", "ade20k", "--split", "1_512"], "unknown split '1_512' of ade20k; available: 1_128"),
     (["--stage", "prepare"], "unknown data set to prepare 'mini'; available: ade20k, coco, coco-objects"),
