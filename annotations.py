@@ -36,43 +36,80 @@ from config import UserError
 from data import FORMATS, MAX_ID, brief, name_fault, open_image, read_json
 from dewa import decode_rle
 
-CITYSCAPES = {                         # the 19 classes of the evaluation: label id -> name, colour; from 24 on they are things
-    7: ("road", (128, 64, 128)), 8: ("sidewalk", (244, 35, 232)), 11: ("building", (70, 70, 70)), 12: ("wall", (102, 102, 156)), 13: ("fence", (190, 153, 153)),
-    17: ("pole", (153, 153, 153)), 19: ("traffic light", (250, 170, 30)), 20: ("traffic sign", (220, 220, 0)), 21: ("vegetation", (107, 142, 35)),
-    22: ("terrain", (152, 251, 152)), 23: ("sky", (70, 130, 180)), 24: ("person", (220, 20, 60)), 25: ("rider", (255, 0, 0)), 26: ("car", (0, 0, 142)),
-    27: ("truck", (0, 0, 70)), 28: ("bus", (0, 60, 100)), 31: ("train", (0, 80, 100)), 32: ("motorcycle", (0, 0, 230)), 33: ("bicycle", (119, 11, 32))}
+CITYSCAPES = {  # the 19 classes of the evaluation: label id -> name, colour; from 24 on they are things
+    7: ("road", (128, 64, 128)),
+    8: ("sidewalk", (244, 35, 232)),
+    11: ("building", (70, 70, 70)),
+    12: ("wall", (102, 102, 156)),
+    13: ("fence", (190, 153, 153)),
+    17: ("pole", (153, 153, 153)),
+    19: ("traffic light", (250, 170, 30)),
+    20: ("traffic sign", (220, 220, 0)),
+    21: ("vegetation", (107, 142, 35)),
+    22: ("terrain", (152, 251, 152)),
+    23: ("sky", (70, 130, 180)),
+    24: ("person", (220, 20, 60)),
+    25: ("rider", (255, 0, 0)),
+    26: ("car", (0, 0, 142)),
+    27: ("truck", (0, 0, 70)),
+    28: ("bus", (0, 60, 100)),
+    31: ("train", (0, 80, 100)),
+    32: ("motorcycle", (0, 0, 230)),
+    33: ("bicycle", (119, 11, 32)),
+}
 FIRST_THING = 24
-SHAPELESS = ("point", "points", "line", "linestrip")       # of labelme: have no area
+SHAPELESS = ("point", "points", "line", "linestrip")  # of labelme: have no area
 # Kinds that have corners: of labelme, and of its descendants.
 CORNERED = ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral")
-STROKE = 10                            # pixels, width of a line as labelme's own converters draw it
-DOT = 5                                # pixels, radius of a point, likewise
-VOID = None                            # category of pixels that are not looked at
-REST = ""                              # category of pixels that belong to the background
-UNNAMED = {"__ignore__": VOID, "_background_": REST}   # for labelme's own converters no classes
+STROKE = 10  # pixels, width of a line as labelme's own converters draw it
+DOT = 5  # pixels, radius of a point, likewise
+VOID = None  # category of pixels that are not looked at
+REST = ""  # category of pixels that belong to the background
+UNNAMED = {"__ignore__": VOID, "_background_": REST}  # for labelme's own converters no classes
 # What the value 0 of a map of classes is often called, and what it is.
 NO_CLASS = {
     **dict.fromkeys(("_background_", "background"), "_background_"),
     **dict.fromkeys(("void", "unlabeled", "unlabelled", "ignore"), "__ignore__"),
 }
-PARTS = {word: part for part, words in (("train", "train training"),
-                                        ("val", "val valid validation"),
-                                        ("test", "test testing")) for word in words.split()}
+PARTS = {
+    word: part
+    for part, words in (
+        ("train", "train training"),
+        ("val", "val valid validation"),
+        ("test", "test testing"),
+    )
+    for word in words.split()
+}
 # Folders among images that hold other pictures.
-NO_PHOTOS = {"masks", "mask", "maps", "labels", "annotations", "panoptic", "segmentationclass",
-             "segmentationobject", "visualization", "visualizations", "overlay", "overlays",
-             "depth"}
+NO_PHOTOS = {
+    "masks",
+    "mask",
+    "maps",
+    "labels",
+    "annotations",
+    "panoptic",
+    "segmentationclass",
+    "segmentationobject",
+    "visualization",
+    "visualizations",
+    "overlay",
+    "overlays",
+    "depth",
+}
 # Paths of a server, as Label Studio writes them, or of another machine's disk: only their last part
 # is the name of a file.
 UPLOADED = re.compile(r"^(/|\w+:/)|(^|/)(upload|local-files)(/|$)")
-FORMS = ("instances", "classes", "binary")             # what the values of a map may mean
-LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")             # endings of files that keep no exact values
+FORMS = ("instances", "classes", "binary")  # what the values of a map may mean
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # endings of files that keep no exact values
 # What a mask's name may have behind that of its image: a word, or the number of an instance.
 SUFFIX = re.compile(
     r"[_\-. ]+((masks?|labels?|seg|segmentation|gt|instances?|annotation)|"
-    r"((mask|instance|inst|object|obj|cell)[_\-. ]*)?(?P<number>\d+))")
-VOC_VOID = (224, 224, 192)             # colour of 255, void, in the palette of Pascal VOC
-Patch = tuple[int, int, np.ndarray]    # top, left, (h, w) bool: pixels of an instance, inside of the image
+    r"((mask|instance|inst|object|obj|cell)[_\-. ]*)?(?P<number>\d+))"
+)
+VOC_VOID = (224, 224, 192)  # colour of 255, void, in the palette of Pascal VOC
+Patch = tuple[
+    int, int, np.ndarray
+]  # top, left, (h, w) bool: pixels of an instance, inside of the image
 
 
 @dataclass
@@ -81,6 +118,7 @@ class Instance:
     so that one mask at a time is in memory.
     around: what it covers at most; void, below all instances, if it has no pixel of its own (a box
     without a mask, a line)."""
+
     category: str | int | None
     draw: Callable[[], Patch]
     crowd: bool = False
@@ -91,6 +129,7 @@ class Instance:
 class Record:
     """An image.   name: path below the source, with slashes.   image: a file, or its content.   read: its (H, W) -> instances; None: nobody annotated it.
     part: `train`, `val`, or empty where the source does not say."""
+
     name: str
     image: Path | bytes
     read: Callable[[tuple[int, int]], list[Instance]] | None = None
@@ -101,6 +140,7 @@ class Record:
 class Source:
     """classes: name, thing flag and colour (or None) by key; keys are ids where they are numbers, and labelme's come as its files are read.   count: of records, or so.
     passed: what was passed over.   notes: lines that say what was guessed, joined or followed."""
+
     records: Iterable[Record]
     count: int
     classes: dict[str | int, tuple[str, bool, tuple[int, int, int] | None]]
@@ -110,11 +150,14 @@ class Source:
 
 # -------------------------------------------------------------------------------------------------------------- labelme
 
+
 def labelme(source: Path, taken: dict) -> Source:
     """A JSON beside every image, or elsewhere below the folder; images that no JSON names are unlabelled."""
     files, images = _files(source, ("json",)), _files(source)
     if not files:
-        raise UserError(f"{source}: no *.json in this folder; expected labelme's, one for every annotated image")
+        raise UserError(
+            f"{source}: no *.json in this folder; expected labelme's, one for every annotated image"
+        )
     found = Source((), len(images), {}, Counter())
 
     def records() -> Iterator[Record]:
@@ -123,10 +166,13 @@ def labelme(source: Path, taken: dict) -> Source:
             content, path = _labelme_json(source / file), source / file
             name, image = _labelme_image(source, file, content)
             if name in used:
-                raise UserError(f"{path}: its image {brief(name)} has another JSON already; expected one JSON for an image")
+                raise UserError(
+                    f"{path}: its image {brief(name)} has another JSON already; expected one JSON for an image"
+                )
             used.add(name)
             yield Record(name, image, partial(_labelme_instances, path, content, found, taken))
         yield from (Record(name, source / name) for name in images if name not in used)
+
     found.records = records()
     return found
 
@@ -135,9 +181,13 @@ def _labelme_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({brief(str(error))}); save it again in labelme") from None
+        raise UserError(
+            f"{path}: not a readable JSON file ({brief(str(error))}); save it again in labelme"
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        raise UserError(f"{path}: has no list `shapes`, so labelme did not write it; take it out of the folder")
+        raise UserError(
+            f"{path}: has no list `shapes`, so labelme did not write it; take it out of the folder"
+        )
     return content
 
 
@@ -146,7 +196,9 @@ def _labelme_image(source: Path, file: str, content: dict) -> tuple[str, Path | 
     part beside it, or the one that it holds."""
     path, folder, said = source / file, os.path.dirname(file), content.get("imagePath")
     fault, last = name_fault(said), ""
-    if isinstance(said, str):          # written on Windows, perhaps; ../images/a.jpg is sound where it stays below the source
+    if isinstance(
+        said, str
+    ):  # written on Windows, perhaps; ../images/a.jpg is sound where it stays below the source
         name = os.path.normpath(os.path.join(folder, said.replace("\\", "/")))
         fault, last = name_fault(name), os.path.basename(name)
         if not fault and _is_picture(
@@ -166,22 +218,30 @@ def _labelme_image(source: Path, file: str, content: dict) -> tuple[str, Path | 
         name = os.path.normpath(os.path.join(folder, chosen))
         return Path(name).as_posix(), source / name
     if not content.get("imageData"):
-        raise UserError(f"{path}: imagePath {brief(said)} {fault or 'is not there'}, no image is called {path.stem} and imageData is empty; "
-                        f"put the image beside the JSON")
+        raise UserError(
+            f"{path}: imagePath {brief(said)} {fault or 'is not there'}, no image is called {path.stem} and imageData is empty; "
+            f"put the image beside the JSON"
+        )
     try:
         held = base64.b64decode(content["imageData"], validate=True)
         with Image.open(io.BytesIO(held), formats=FORMATS) as image:
             return Path(file).with_suffix(f".{image.format.lower()}").as_posix(), held
-    except Exception:                  # Pillow raises a dozen types for what is one thing to the user
-        raise UserError(f"{path}: there is no image file, and its imageData is no image; put the image beside the JSON") from None
+    except Exception:  # Pillow raises a dozen types for what is one thing to the user
+        raise UserError(
+            f"{path}: there is no image file, and its imageData is no image; put the image beside the JSON"
+        ) from None
 
 
-def _labelme_instances(path: Path, content: dict, found: Source, taken: dict, size: tuple[int, int]) -> list[Instance]:
+def _labelme_instances(
+    path: Path, content: dict, found: Source, taken: dict, size: tuple[int, int]
+) -> list[Instance]:
     """Shapes of one label with one group_id are one instance. What has no area, or is of an unknown
     kind, is void where nothing else is."""
     stated = content.get("imageHeight"), content.get("imageWidth")
     if stated != (None, None) and stated != size:
-        raise UserError(f"{path}: states an image of {brief(stated)}, but it is {size} (height, width, turned as EXIF says); save the annotation again with this image")
+        raise UserError(
+            f"{path}: states an image of {brief(stated)}, but it is {size} (height, width, turned as EXIF says); save the annotation again with this image"
+        )
     groups, instances = defaultdict(list), []
     for place, shape in enumerate(content["shapes"]):
         where = f"{path}: shapes[{place}]"
@@ -191,8 +251,10 @@ def _labelme_instances(path: Path, content: dict, found: Source, taken: dict, si
         except (KeyError, TypeError, AttributeError):
             known = False
         if not known:
-            raise UserError(f"{where} is {brief(shape)}, expected an object with label and points, and a number as group_id")
-        kind = "polygon" if kind is None else kind                # older versions knew nothing else
+            raise UserError(
+                f"{where} is {brief(shape)}, expected an object with label and points, and a number as group_id"
+            )
+        kind = "polygon" if kind is None else kind  # older versions knew nothing else
         if not isinstance(kind, str):
             raise UserError(f"{where} has shape_type {brief(kind)}, expected text, such as polygon")
         points = _points(shape.get("points"), size, where)
@@ -215,7 +277,10 @@ def _labelme_instances(path: Path, content: dict, found: Source, taken: dict, si
             found.classes[label] = (label, True, None)
         if kind in ("circle", "mask") and len(points) != 2:
             raise UserError(f"{where}: a {kind} of {len(points)} points, expected 2")
-        draw = {"circle": partial(_circle, points, size), "mask": partial(_box_mask, shape.get("mask"), points, size, where)}.get(kind)
+        draw = {
+            "circle": partial(_circle, points, size),
+            "mask": partial(_box_mask, shape.get("mask"), points, size, where),
+        }.get(kind)
         if kind == "rectangle" and len(points) == 2:
             points = points[[0, 0, 1, 1]] * [1, 0] + points[[0, 1, 1, 0]] * [0, 1]
         key = (
@@ -231,6 +296,7 @@ def _labelme_instances(path: Path, content: dict, found: Source, taken: dict, si
 
 
 # ------------------------------------------------------------------------------------------------------- coco-instances
+
 
 def coco_instances(source: Path, taken: dict) -> Source:
     """JSON files as COCO, Roboflow, CVAT, FiftyOne, Label Studio and labelme2coco lay them out:
@@ -458,9 +524,13 @@ def _coco_records(
         for place, a in enumerate(content["annotations"]):
             of[a["image_id"]].append((place, a))
             if a["category_id"] not in keys:
-                raise UserError(f"{path}: annotations[{place}] has category {brief(a['category_id'])}, which is not among the categories")
+                raise UserError(
+                    f"{path}: annotations[{place}] has category {brief(a['category_id'])}, which is not among the categories"
+                )
     except (KeyError, TypeError):
-        raise UserError(f"{path}: annotations[{place}] is {brief(a)}, expected an object with image_id, category_id and segmentation") from None
+        raise UserError(
+            f"{path}: annotations[{place}] is {brief(a)}, expected an object with image_id, category_id and segmentation"
+        ) from None
     _require_pixels(path, content["annotations"])
     folders = _coco_folders(source, path, part)
     for place, entry in enumerate(content["images"]):
@@ -472,7 +542,9 @@ def _coco_records(
             annotations = of.pop(key, None)
             stated = entry.get("height"), entry.get("width")
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: images[{place}] is {brief(entry)}, expected an object with id and file_name") from None
+            raise UserError(
+                f"{path}: images[{place}] is {brief(entry)}, expected an object with id and file_name"
+            ) from None
         name = said.replace("\\", "/") if isinstance(said, str) else said
         if isinstance(name, str) and name.startswith(f"{os.path.abspath(source)}/"):
             name = os.path.relpath(name, os.path.abspath(source))
@@ -484,7 +556,9 @@ def _coco_records(
         ):  # sound where it stays below the source
             name = os.path.normpath(os.path.join(path.parent.relative_to(source), name))
         if twice and not again or name_fault(name):
-            raise UserError(f"{path}: image {brief(key)}: file_name {brief(said)} {name_fault(name) or 'has the id of another image'}; mend images[{place}]")
+            raise UserError(
+                f"{path}: image {brief(key)}: file_name {brief(said)} {name_fault(name) or 'has the id of another image'}; mend images[{place}]"
+            )
         if again:
             continue
         name = os.path.normpath(name)
@@ -496,7 +570,9 @@ def _coco_records(
         )
         yield Record(name, image, read, part), root
     if of:
-        raise UserError(f"{path}: annotations[{next(iter(of.values()))[0][0]}] is of image {brief(next(iter(of)))}, which is not among the images, or twice")
+        raise UserError(
+            f"{path}: annotations[{next(iter(of.values()))[0][0]}] is of image {brief(next(iter(of)))}, which is not among the images, or twice"
+        )
 
 
 def _require_pixels(path: Path, annotations: list[dict]) -> None:
@@ -565,8 +641,10 @@ def _tell_apart(source: Path, records: list[Record], notes: list[str]) -> None:
     for record in several:
         record.name = PurePosixPath(os.path.relpath(record.image, source)).as_posix()
     if several:
-        notes.append(f"{len(several)} images share their names, so the folders are part of these: "
-                     f"{', '.join(record.name for record in several[:2])}, ...")
+        notes.append(
+            f"{len(several)} images share their names, so the folders are part of these: "
+            f"{', '.join(record.name for record in several[:2])}, ..."
+        )
 
 
 def _coco_instances(
@@ -579,12 +657,20 @@ def _coco_instances(
     size: tuple[int, int],
 ) -> list[Instance]:
     if stated != (None, None) and stated != size:
-        raise UserError(f"{path}: states {brief(stated)} for image {name}, but it is {size} (height, width, turned as EXIF says); mend what wrote the JSON")
+        raise UserError(
+            f"{path}: states {brief(stated)} for image {name}, but it is {size} (height, width, turned as EXIF says); mend what wrote the JSON"
+        )
     instances = []
     for place, a in annotations:
-        where, form, crowd = f"{path}: annotations[{place}]", a.get("segmentation"), a.get("iscrowd") or 0
+        where, form, crowd = (
+            f"{path}: annotations[{place}]",
+            a.get("segmentation"),
+            a.get("iscrowd") or 0,
+        )
         if crowd not in (0, 1) or form is not None and not isinstance(form, (list, dict)):
-            raise UserError(f"{where}: segmentation {brief(form)}, iscrowd {brief(crowd)}; expected polygons or run lengths, and 0 or 1")
+            raise UserError(
+                f"{where}: segmentation {brief(form)}, iscrowd {brief(crowd)}; expected polygons or run lengths, and 0 or 1"
+            )
         if (
             form and isinstance(form, list) and all(isinstance(v, (int, float)) for v in form)
         ):  # one polygon, not a list of them
@@ -592,7 +678,10 @@ def _coco_instances(
         if isinstance(form, dict):
             draw = partial(_rle, form, size, where)
         else:
-            draw = partial(_join, [partial(_polygon, _points(p, size, where, flat=True), size) for p in form or []])
+            draw = partial(
+                _join,
+                [partial(_polygon, _points(p, size, where, flat=True), size) for p in form or []],
+            )
         category = keys[a["category_id"]]
         if a.get("ignore") in (1, True):
             category = VOID
@@ -619,13 +708,20 @@ def _coco_around(a: dict, size: tuple[int, int], where: str) -> Patch:
 
 # ------------------------------------------------------------------------------------------- maps: cityscapes and masks
 
+
 def cityscapes(source: Path, taken: dict) -> Source:
     """leftImg8bit/PART/CITY/*_leftImg8bit.png with gtFine/PART/CITY/*_gtFine_instanceIds.png; images of train_extra are unlabelled."""
     records, passed = [], Counter()
     for part in ("train", "train_extra", "val"):
         maps = {*(source / "gtFine" / part).glob("*/*_gtFine_instanceIds.png")}
         for image in sorted((source / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
-            ids = source / "gtFine" / part / image.parent.name / image.name.replace("_leftImg8bit.png", "_gtFine_instanceIds.png")
+            ids = (
+                source
+                / "gtFine"
+                / part
+                / image.parent.name
+                / image.name.replace("_leftImg8bit.png", "_gtFine_instanceIds.png")
+            )
             others = (
                 []
                 if ids.is_file()
@@ -637,10 +733,19 @@ def cityscapes(source: Path, taken: dict) -> Source:
                     "gtFine_trainvaltest.zip"
                 )
             maps.discard(ids)
-            records.append(Record(image.name, image, partial(_cityscapes_instances, ids) if ids.is_file() else None, part.removesuffix("_extra")))
+            records.append(
+                Record(
+                    image.name,
+                    image,
+                    partial(_cityscapes_instances, ids) if ids.is_file() else None,
+                    part.removesuffix("_extra"),
+                )
+            )
         passed["maps without an image"] += len(maps)
     if not records:
-        raise UserError(f"{source / 'leftImg8bit'}: no PART/CITY/*_leftImg8bit.png with PART train or val; expected the layout of the Cityscapes downloads")
+        raise UserError(
+            f"{source / 'leftImg8bit'}: no PART/CITY/*_leftImg8bit.png with PART train or val; expected the layout of the Cityscapes downloads"
+        )
     passed["images of a test set"] = len(
         [*(source / "leftImg8bit" / "test").glob("*/*_leftImg8bit.png")]
     )
@@ -685,7 +790,9 @@ def mask_maps(
     )
     files = []  # (image, its name, part, [(class, file, whether it is one instance)])
     if not divided and all("/" in name for name in every):
-        raise UserError(f"{source / 'images'}: no images in this folder; expected images/NAME.* and masks/CLASS/NAME.png")
+        raise UserError(
+            f"{source / 'images'}: no images in this folder; expected images/NAME.* and masks/CLASS/NAME.png"
+        )
     for images, masks, part in places:
         files += _mask_files(images, masks, part, found)
     rows = [row for *_, rows in files for row in rows]
@@ -972,9 +1079,7 @@ def _read_masks(
         if single or form == "binary":
             white = _white(stored, path.suffix.lower() in LOSSY)
             regions = white.astype(np.int32) if single else ndimage.label(white, np.ones((3, 3)))[0]
-            instances += [
-                Instance(key, draw) for number, draw in _parts(regions + 1) if number
-            ]
+            instances += [Instance(key, draw) for number, draw in _parts(regions + 1) if number]
             continue
         for value, draw in _parts_of(stored):
             name = values.get(value) if form == "classes" else None
@@ -1044,9 +1149,13 @@ def _stored(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray
     ):
         stored = stored.astype(np.int64)
     if stored.ndim != 2 or stored.dtype.kind not in "biu":
-        raise UserError(f"{path}: {stored.dtype} of shape {stored.shape}, expected a map of whole numbers with one channel")
+        raise UserError(
+            f"{path}: {stored.dtype} of shape {stored.shape}, expected a map of whole numbers with one channel"
+        )
     if size is not None and stored.shape != size:
-        raise UserError(f"{path}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image has {size[1]} x {size[0]} (turned as EXIF says); expected one size")
+        raise UserError(
+            f"{path}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image has {size[1]} x {size[0]} (turned as EXIF says); expected one size"
+        )
     return stored, colour
 
 
@@ -1086,10 +1195,16 @@ def _parts(numbers: np.ndarray) -> list[tuple[int, Callable[[], Patch]]]:
     ]
 
 
-READERS = {"labelme": labelme, "coco-instances": coco_instances, "cityscapes": cityscapes, "masks": mask_maps}
+READERS = {
+    "labelme": labelme,
+    "coco-instances": coco_instances,
+    "cityscapes": cityscapes,
+    "masks": mask_maps,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
+
 
 def _points(
     value, size: tuple[int, int], where: str, flat: bool = False, number: int | None = None
@@ -1097,7 +1212,11 @@ def _points(
     """(N, 2) x, y in pixels, from pairs or, if flat, from x, y, x, y, ...; they may lie outside of
     the image, but not by more than its size.   number: expected N."""
     try:
-        points = np.array(value, np.float64).reshape(-1, 2) if flat else np.array(value or np.zeros((0, 2)), np.float64)
+        points = (
+            np.array(value, np.float64).reshape(-1, 2)
+            if flat
+            else np.array(value or np.zeros((0, 2)), np.float64)
+        )
         sound = (
             number in (None, len(points))
             and points.ndim == 2
@@ -1107,7 +1226,9 @@ def _points(
     except (TypeError, ValueError, OverflowError):
         sound = False
     if not sound:
-        raise UserError(f"{where}: points {brief(value)}, expected pairs of numbers, x and y in pixels of an image of {size[1]} x {size[0]}")
+        raise UserError(
+            f"{where}: points {brief(value)}, expected pairs of numbers, x and y in pixels of an image of {size[1]} x {size[0]}"
+        )
     return points
 
 
@@ -1173,7 +1294,7 @@ def _circle(points: np.ndarray, size: tuple[int, int]) -> Patch:
     (x, y), radius = points[0], math.dist(*points)
     left, top, right, bottom = _box(points[0] - radius, points[0] + radius, size)
     ys, xs = np.ogrid[top:bottom, left:right]
-    return top, left, (xs + 0.5 - x) ** 2 + (ys + 0.5 - y) ** 2 <= radius ** 2
+    return top, left, (xs + 0.5 - x) ** 2 + (ys + 0.5 - y) ** 2 <= radius**2
 
 
 def _box_mask(held, points: np.ndarray, size: tuple[int, int], where: str) -> Patch:
@@ -1181,15 +1302,23 @@ def _box_mask(held, points: np.ndarray, size: tuple[int, int], where: str) -> Pa
     (left, top), (right, bottom) = points.astype(int).tolist()
     expected = (right - left + 1, bottom - top + 1)
     try:
-        with Image.open(io.BytesIO(base64.b64decode(held, validate=True)), formats=("PNG",)) as image:
-            if image.size != expected or not (0 <= left and 0 <= top and right < size[1] and bottom < size[0]):
-                raise UserError(f"{where}: a mask of {image.width} x {image.height} from {brief([left, top])} to {brief([right, bottom])}, expected one that fills this box, "
-                                f"in an image of {size[1]} x {size[0]}")
+        with Image.open(
+            io.BytesIO(base64.b64decode(held, validate=True)), formats=("PNG",)
+        ) as image:
+            if image.size != expected or not (
+                0 <= left and 0 <= top and right < size[1] and bottom < size[0]
+            ):
+                raise UserError(
+                    f"{where}: a mask of {image.width} x {image.height} from {brief([left, top])} to {brief([right, bottom])}, expected one that fills this box, "
+                    f"in an image of {size[1]} x {size[0]}"
+                )
             return top, left, np.asarray(image.convert("L")) > 0
     except UserError:
         raise
-    except Exception:                  # Pillow raises a dozen types for what is one thing to the user
-        raise UserError(f"{where}: its mask {brief(held)} is no PNG in base64; save the annotation again in labelme") from None
+    except Exception:  # Pillow raises a dozen types for what is one thing to the user
+        raise UserError(
+            f"{where}: its mask {brief(held)} is no PNG in base64; save the annotation again in labelme"
+        ) from None
 
 
 def _rle(form: dict, size: tuple[int, int], where: str) -> Patch:
@@ -1201,11 +1330,19 @@ def _rle(form: dict, size: tuple[int, int], where: str) -> Patch:
         if isinstance(counts, str):
             return 0, 0, decode_rle(form)
         counts = np.array(counts)
-        if counts.dtype.kind != "i" or counts.ndim != 1 or (counts < 0).any() or (counts > size[0] * size[1]).any() or counts.sum() != size[0] * size[1]:
+        if (
+            counts.dtype.kind != "i"
+            or counts.ndim != 1
+            or (counts < 0).any()
+            or (counts > size[0] * size[1]).any()
+            or counts.sum() != size[0] * size[1]
+        ):
             raise ValueError("the run lengths do not fill it")
         return 0, 0, np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{where}: run lengths {brief(form)}, expected those of {list(size)}, the height and width of its image ({brief(str(error))})") from None
+        raise UserError(
+            f"{where}: run lengths {brief(form)}, expected those of {list(size)}, the height and width of its image ({brief(str(error))})"
+        ) from None
 
 
 def _join(draws: list[Callable[[], Patch]]) -> Patch:
@@ -1214,13 +1351,20 @@ def _join(draws: list[Callable[[], Patch]]) -> Patch:
     if len(patches) < 2:
         return patches[0] if patches else _nothing()
     top, left = (min(patch[axis] for patch in patches) for axis in (0, 1))
-    whole = np.zeros([max(patch[axis] + patch[2].shape[axis] for patch in patches) - first for axis, first in enumerate((top, left))], bool)
+    whole = np.zeros(
+        [
+            max(patch[axis] + patch[2].shape[axis] for patch in patches) - first
+            for axis, first in enumerate((top, left))
+        ],
+        bool,
+    )
     for y, x, mask in patches:
-        whole[y - top:y - top + mask.shape[0], x - left:x - left + mask.shape[1]] |= mask
+        whole[y - top : y - top + mask.shape[0], x - left : x - left + mask.shape[1]] |= mask
     return top, left, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
+
 
 def _endings() -> set[str]:
     return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -1298,7 +1442,13 @@ def claim_name(taken: dict[str, str], name, where: str) -> None:
     """Raise UserError if a class name is none, or its first synonym is that of another class or of the background."""
     first = name.split(",")[0].strip() if isinstance(name, str) else ""
     if not first or name_fault(first.replace("/", "_").replace(".", "_")):
-        raise UserError(f"{where}: {brief(name)} cannot be the name of a class; expected text without control characters")
+        raise UserError(
+            f"{where}: {brief(name)} cannot be the name of a class; expected text without control characters"
+        )
     if first in taken:
-        raise UserError(f"{where}: the class {brief(name)} is called like {taken[first]}; rename one of them")
-    taken[first] = f"the background, {brief(name)}" if where == "--background" else f"the class {brief(name)}"
+        raise UserError(
+            f"{where}: the class {brief(name)} is called like {taken[first]}; rename one of them"
+        )
+    taken[first] = (
+        f"the background, {brief(name)}" if where == "--background" else f"the class {brief(name)}"
+    )

@@ -25,12 +25,14 @@ from config import UserError
 
 try:
     import fcntl
-except ImportError:                    # not on Windows: no locks there
+except ImportError:  # not on Windows: no locks there
     fcntl = None
 
-KEEP = 2                               # checkpoints of a run
-MARK = b"sha256:"                      # a zip comment of ours: the mark, then 64 hexadecimal digits
-_held: dict[tuple[int, Path], object] = {}         # open lock files by process and folder: to close one of two would release both
+KEEP = 2  # checkpoints of a run
+MARK = b"sha256:"  # a zip comment of ours: the mark, then 64 hexadecimal digits
+_held: dict[
+    tuple[int, Path], object
+] = {}  # open lock files by process and folder: to close one of two would release both
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -47,8 +49,12 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact") from None
-    with contextlib.suppress(OSError):             # the new name is on the disk too, where folders can be synchronised
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); what was there before is intact"
+        ) from None
+    with contextlib.suppress(
+        OSError
+    ):  # the new name is on the disk too, where folders can be synchronised
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -61,7 +67,9 @@ def require_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}), expected a folder for results; choose another with --out or --runs") from None
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}), expected a folder for results; choose another with --out or --runs"
+        ) from None
 
 
 def claim(folder: Path) -> None:
@@ -78,8 +86,12 @@ def claim(folder: Path) -> None:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
-                raise UserError(f"{folder}: {file.read().strip() or 'another process'} is writing there; wait for it, or choose another folder with --out") from None
-            print(f"warning: {folder}: cannot be locked ({error.strerror}); make sure that no other process writes there")
+                raise UserError(
+                    f"{folder}: {file.read().strip() or 'another process'} is writing there; wait for it, or choose another folder with --out"
+                ) from None
+            print(
+                f"warning: {folder}: cannot be locked ({error.strerror}); make sure that no other process writes there"
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -124,9 +136,13 @@ def load(path: Path) -> dict:
     path = Path(path)
     try:
         content = path.read_bytes()
-        comment, zipped = content[-len(MARK) - 64:], content.startswith(b"PK")
-        bare = zipped and content[-22:-18] == b"PK\5\6" and content.endswith(b"\0\0")         # a zip of others ends so, without a comment
-        if (comment.startswith(MARK) or zipped and not bare) and comment != MARK + hashlib.sha256(memoryview(content)[:-len(comment) - 2]).hexdigest().encode():
+        comment, zipped = content[-len(MARK) - 64 :], content.startswith(b"PK")
+        bare = (
+            zipped and content[-22:-18] == b"PK\5\6" and content.endswith(b"\0\0")
+        )  # a zip of others ends so, without a comment
+        if (comment.startswith(MARK) or zipped and not bare) and comment != MARK + hashlib.sha256(
+            memoryview(content)[: -len(comment) - 2]
+        ).hexdigest().encode():
             raise UserError(f"{path}: damaged, it does not end with its own SHA-256")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
@@ -136,8 +152,10 @@ def load(path: Path) -> dict:
         raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
-    except Exception as error:         # torch raises a dozen types for what is one thing to the user
-        raise UserError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__})") from None
+    except Exception as error:  # torch raises a dozen types for what is one thing to the user
+        raise UserError(
+            f"{path}: not a checkpoint that can be read safely ({type(error).__name__})"
+        ) from None
 
 
 def newest(folder: Path) -> dict | None:
@@ -152,7 +170,9 @@ def newest(folder: Path) -> dict | None:
         except UserError as error:
             print(f"warning: {error}; trying the one before")
     if found:
-        raise UserError(f"{folder}: none of its {len(found)} checkpoints can be read; choose another folder with --out, or delete them to begin anew")
+        raise UserError(
+            f"{folder}: none of its {len(found)} checkpoints can be read; choose another folder with --out, or delete them to begin anew"
+        )
     return None
 
 
@@ -172,10 +192,19 @@ def cached(folder: Path, key: list, make: Callable[[], torch.Tensor]) -> torch.T
     return tensor
 
 
-def hashed_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def hashed_tensors(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> bytes:
     """A .safetensors file with the SHA-256 of its tensors in the header: a flipped bit in a weight goes unnoticed otherwise."""
     tensors = {name: t.contiguous() for name, t in tensors.items()}
-    return save_tensors(tensors, {"format": "pt", **(metadata or {}), "sha256": hashlib.sha256(_body(save_tensors(tensors))).hexdigest()})
+    return save_tensors(
+        tensors,
+        {
+            "format": "pt",
+            **(metadata or {}),
+            "sha256": hashlib.sha256(_body(save_tensors(tensors))).hexdigest(),
+        },
+    )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -184,20 +213,27 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("sha256", "") and hashlib.sha256(_body(Path(path).read_bytes())).hexdigest() != metadata["sha256"]:
-            raise UserError(f"{path}: damaged, the SHA-256 of its tensors differs from the one in its header")
+        if (
+            metadata.get("sha256", "")
+            and hashlib.sha256(_body(Path(path).read_bytes())).hexdigest() != metadata["sha256"]
+        ):
+            raise UserError(
+                f"{path}: damaged, the SHA-256 of its tensors differs from the one in its header"
+            )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
-    except Exception as error:         # as with torch: of several types, and of one meaning
-        raise UserError(f"{path}: damaged, not a safetensors file ({' '.join(str(error).split())})") from None
+    except Exception as error:  # as with torch: of several types, and of one meaning
+        raise UserError(
+            f"{path}: damaged, not a safetensors file ({' '.join(str(error).split())})"
+        ) from None
     return tensors, metadata
 
 
 def _body(content: bytes) -> memoryview:
     """What follows the header of a .safetensors file, whose length is in the first 8 bytes."""
-    return memoryview(content)[8 + int.from_bytes(content[:8], "little"):]
+    return memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
 
 
 def read_weights(path: Path, hint: str) -> dict:
@@ -220,13 +256,20 @@ def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.
     try:
         module.load_state_dict({name: value.float() for name, value in weights.items()})
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: weights of another model than {type(module).__name__} ({' '.join(str(error).split())[:160]} ...); "
-                        f"{hint}") from None
+        raise UserError(
+            f"{path}: weights of another model than {type(module).__name__} ({' '.join(str(error).split())[:160]} ...); "
+            f"{hint}"
+        ) from None
     return module.eval()
 
 
 @torch.no_grad()
-def load_weights(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], source: str, may_differ: tuple[str, ...] = ()) -> str:
+def load_weights(
+    into: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    source: str,
+    may_differ: tuple[str, ...] = (),
+) -> str:
     """Copy weights into parameters by name. Returns a line that says how many were taken, and which were not and why.
 
     may_differ: substrings of names that may be missing or of another shape (a linear class head after DeWa).
@@ -237,14 +280,25 @@ def load_weights(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
     shapes = [n for n in into if n in weights and into[n].shape != weights[n].shape]
     left = [n for n in missing + shapes + extra if any(part in n for part in may_differ)]
     wrong = [n for n in missing + shapes + extra if n not in left]
+
     def describe(n):
-        return (f"{n} is missing" if n in missing else f"{n} is not a parameter of this model" if n in extra else
-                f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}")
+        return (
+            f"{n} is missing"
+            if n in missing
+            else f"{n} is not a parameter of this model"
+            if n in extra
+            else f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}"
+        )
+
     if wrong:
-        raise UserError(f"{source}: fits another configuration ({len(wrong)} parameters): {'; '.join(describe(n) for n in wrong[:3])}; "
-                        f"use the flags it was trained with (see config.json beside it)")
+        raise UserError(
+            f"{source}: fits another configuration ({len(wrong)} parameters): {'; '.join(describe(n) for n in wrong[:3])}; "
+            f"use the flags it was trained with (see config.json beside it)"
+        )
     for name, param in into.items():
         if name not in left:
             param.copy_(weights[name])
-    return f"{source}: {len(into) - len([n for n in left if n in into])} of {len(into)} tensors taken" + (
-        f"; not taken: {'; '.join(map(describe, left))}" if left else "")
+    return (
+        f"{source}: {len(into) - len([n for n in left if n in into])} of {len(into)} tensors taken"
+        + (f"; not taken: {'; '.join(map(describe, left))}" if left else "")
+    )

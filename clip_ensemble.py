@@ -17,15 +17,29 @@ from torch import Tensor, nn
 from config import alpha_at  # noqa: F401  Eq. (6)'s alpha at a time of the training
 
 TEMPLATES = (
-    "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
-    "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
-    "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.")
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
 # Image statistics times 255, RGB: CLIP's, and ImageNet's for backbones without CLIP
-PIXEL_MEAN, PIXEL_STD = (122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)
+PIXEL_MEAN, PIXEL_STD = (
+    (122.7709383, 116.7460125, 104.09373615),
+    (68.5005327, 66.6321579, 70.32316305),
+)
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-MAX_SCALE = 100.0                      # CLIP clamps its inverse temperature here
-STRIDE = 32                            # pixels, of the coarsest map
+MAX_SCALE = 100.0  # CLIP clamps its inverse temperature here
+STRIDE = 32  # pixels, of the coarsest map
 
 
 class Backbone(nn.Module):
@@ -45,7 +59,7 @@ class Backbone(nn.Module):
         self.frozen = frozen
         self.requires_grad_(not frozen)
         trunk.head.requires_grad_(False)
-        self.train()                   # libraries hand a trunk over in either mode
+        self.train()  # libraries hand a trunk over in either mode
 
     def train(self, mode: bool = True):
         """Also of a trained backbone, what leads from its features into the joint space stays frozen, and in eval mode."""
@@ -60,7 +74,7 @@ class Backbone(nn.Module):
         maps are those of `padded_size(H, W)`.
         """
         if self.frozen:
-            self.eval()                # whatever was done to a part of it
+            self.eval()  # whatever was done to a part of it
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x = (images.float() - self.mean) / self.std
             height, width = padded_size(*x.shape[-2:])
@@ -83,11 +97,11 @@ class ClipBackbone(Backbone):
         super().__init__(clip.visual.trunk, frozen, PIXEL_MEAN, PIXEL_STD)
         self.head = clip.visual.head.requires_grad_(False)
         self.register_buffer("logit_scale", clip.logit_scale.detach().float().clone())
-        self.train()                   # the projection, too
+        self.train()  # the projection, too
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if hasattr(self, "head"):      # not yet, when `Backbone` is made
+        if hasattr(self, "head"):  # not yet, when `Backbone` is made
             self.head.eval()
         return self
 
@@ -113,20 +127,28 @@ class Vocabulary(nn.Module):
     def __init__(self, embeddings: Tensor, counts: list[int]):
         super().__init__()
         if sum(counts) != len(embeddings) or min(counts) < 1:
-            raise ValueError(f"text embeddings: expected {sum(counts)} rows for {len(counts)} classes with at least one name "
-                             f"each, got {len(embeddings)}")
+            raise ValueError(
+                f"text embeddings: expected {sum(counts)} rows for {len(counts)} classes with at least one name "
+                f"each, got {len(embeddings)}"
+            )
         self.register_buffer("embeddings", embeddings, persistent=False)
         # (K, S): rows of each class, the first one repeated up to the longest: a maximum does not mind repetition
         first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
         steps = torch.arange(max(counts))[None].expand(len(counts), -1)
-        self.register_buffer("names", first[:, None] + torch.where(steps < torch.tensor(counts)[:, None], steps, 0), persistent=False)
+        self.register_buffer(
+            "names",
+            first[:, None] + torch.where(steps < torch.tensor(counts)[:, None], steps, 0),
+            persistent=False,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
     def cosine(self, unit: Tensor) -> Tensor:
         """Cosine similarity of embeddings (..., D) of unit length with each class, the best of its names: (..., K)."""
-        similarity = self.embeddings.to(unit.dtype) @ unit.flatten(0, -2).T                      # (T, N): what is said of a name is a row
+        similarity = (
+            self.embeddings.to(unit.dtype) @ unit.flatten(0, -2).T
+        )  # (T, N): what is said of a name is a row
         return F.embedding(self.names, similarity).amax(1).T.unflatten(0, unit.shape[:-1])
 
 
@@ -139,8 +161,10 @@ def text_embeddings(clip: nn.Module, tokenizer, names: list[str], batch: int = 1
     clip.eval()
     device = next(clip.parameters()).device
     prompts = [template.format(name) for name in names for template in TEMPLATES]
-    parts = [F.normalize(clip.encode_text(tokenizer(prompts[i:i + batch]).to(device)).float(), dim=-1)
-             for i in range(0, len(prompts), batch)]
+    parts = [
+        F.normalize(clip.encode_text(tokenizer(prompts[i : i + batch]).to(device)).float(), dim=-1)
+        for i in range(0, len(prompts), batch)
+    ]
     return F.normalize(torch.cat(parts).view(len(names), len(TEMPLATES), -1).mean(1), dim=-1)
 
 
@@ -151,13 +175,20 @@ def mask_pool(features: Tensor, mask_logits: Tensor) -> Tensor:
     Returns: (B, Q, C); zero where a mask has no pixel with a positive logit at the resolution of the features.
     """
     if mask_logits.shape[-2:] != features.shape[-2:]:
-        mask_logits = F.interpolate(mask_logits, size=features.shape[-2:], mode="bilinear", align_corners=False)
-    masks = (mask_logits > 0).to(features.dtype).flatten(2)                        # (B, Q, hw)
+        mask_logits = F.interpolate(
+            mask_logits, size=features.shape[-2:], mode="bilinear", align_corners=False
+        )
+    masks = (mask_logits > 0).to(features.dtype).flatten(2)  # (B, Q, hw)
     return masks @ features.flatten(2).transpose(1, 2) / (masks.sum(-1, keepdim=True) + 1e-8)
 
 
-def zero_shot_logits(backbone: ClipBackbone, features: Tensor, mask_logits: Tensor, vocabulary: Vocabulary,
-                     scale: float = 0.0) -> Tensor:
+def zero_shot_logits(
+    backbone: ClipBackbone,
+    features: Tensor,
+    mask_logits: Tensor,
+    vocabulary: Vocabulary,
+    scale: float = 0.0,
+) -> Tensor:
     """Logits of the zero-shot posterior, Eq. (5): p_CLIP = softmax over K of the result (B, Q, K), fp32.
 
     Args: features (B, C, h, w), the last stage;  mask_logits (B, Q, H, W);  scale: inverse temperature, 0 = CLIP's own.
@@ -186,7 +217,12 @@ def geometric_ensemble(class_logits: Tensor, clip_logits: Tensor, alpha: float) 
     Computed in log space: a posterior that underflows to 0 would be -inf times 0 when alpha is 0 or 1.
     """
     log_p = class_logits.float().log_softmax(-1)
-    log_mt, log_clip = class_logits[..., :-1].float().log_softmax(-1), clip_logits.float().log_softmax(-1)
+    log_mt, log_clip = (
+        class_logits[..., :-1].float().log_softmax(-1),
+        clip_logits.float().log_softmax(-1),
+    )
     log_ens = (alpha * log_mt + (1 - alpha) * log_clip).log_softmax(-1)
-    log_object = log_p[..., :-1].logsumexp(-1, keepdim=True)                       # log(1 - p_void), without cancellation
+    log_object = log_p[..., :-1].logsumexp(
+        -1, keepdim=True
+    )  # log(1 - p_void), without cancellation
     return torch.cat([log_ens + log_object, log_p[..., -1:]], -1)

@@ -10,13 +10,49 @@ import functools
 
 import numpy as np
 
-OKABE_ITO = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
-EYES = np.array([np.eye(3), [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-                 [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]])
-TO_LMS = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]])
-TO_LAB = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]])
-LIGHTNESS, CHROMA = (0.4, 0.9), (0.07, 0.17)               # Oklab: neither black nor white nor grey, which are void and borders; nothing garish
-SHADE = 0.45                           # largest share of white or black in the colour of an instance
+OKABE_ITO = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+EYES = np.array(
+    [
+        np.eye(3),
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+    ]
+)
+TO_LMS = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+LIGHTNESS, CHROMA = (
+    (0.4, 0.9),
+    (0.07, 0.17),
+)  # Oklab: neither black nor white nor grey, which are void and borders; nothing garish
+SHADE = 0.45  # largest share of white or black in the colour of an instance
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
@@ -29,9 +65,14 @@ def _palette(count: int) -> np.ndarray:
     steps = np.arange(15, 256, 24)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     lightness, chroma = seen(grid)[0, :, 0], np.hypot(*seen(grid)[0, :, 1:].T)
-    grid = grid[(LIGHTNESS[0] < lightness) & (lightness < LIGHTNESS[1]) & (CHROMA[0] < chroma) & (chroma < CHROMA[1])]
-    chosen, views = list(np.array(OKABE_ITO)), seen(grid)                  # (3, N, 3)
-    nearest = np.full(views.shape[:2], np.inf)                     # of each candidate to those chosen, by eye
+    grid = grid[
+        (LIGHTNESS[0] < lightness)
+        & (lightness < LIGHTNESS[1])
+        & (CHROMA[0] < chroma)
+        & (chroma < CHROMA[1])
+    ]
+    chosen, views = list(np.array(OKABE_ITO)), seen(grid)  # (3, N, 3)
+    nearest = np.full(views.shape[:2], np.inf)  # of each candidate to those chosen, by eye
     for k in range(count):
         if k == len(chosen):
             chosen.append(grid[nearest.min(0).argmax()])
@@ -51,6 +92,8 @@ def shade(colour: tuple[int, int, int], n: int) -> tuple[int, int, int]:
 
     The shares of white and black are those of van der Corput's sequence: whatever their number, instances are spread evenly.
     """
-    share = sum((n >> bit & 1) / 2 ** (bit + 1) for bit in range(n.bit_length()))              # 0, 1/2, 1/4, 3/4, 1/8, ...
-    share = SHADE * (2 * ((share + 0.5) % 1) - 1)                                              # the first instance is in the middle
+    share = sum(
+        (n >> bit & 1) / 2 ** (bit + 1) for bit in range(n.bit_length())
+    )  # 0, 1/2, 1/4, 3/4, 1/8, ...
+    share = SHADE * (2 * ((share + 0.5) % 1) - 1)  # the first instance is in the middle
     return tuple(round(c + abs(share) * ((255 if share > 0 else 0) - c)) for c in colour)

@@ -15,61 +15,184 @@ import textwrap
 from pathlib import Path
 
 from config import (
-    ALIASES, PAPERS_DATASETS, PAPERS_SPLITS, PRESETS, SUP_STEPS_A_SPLIT, TAGS, Config, UserError, alpha_at, choose, nearest, numbers_of, require_learning, require_ranges,
-    require_semi_supervised)
+    ALIASES,
+    PAPERS_DATASETS,
+    PAPERS_SPLITS,
+    PRESETS,
+    SUP_STEPS_A_SPLIT,
+    TAGS,
+    Config,
+    UserError,
+    alpha_at,
+    choose,
+    nearest,
+    numbers_of,
+    require_learning,
+    require_ranges,
+    require_semi_supervised,
+)
 from downloads import default_root, require
 
 DATASETS = ("mini", "custom", *PAPERS_DATASETS)
-METHODS = {"ssl": "Mean Teacher, pseudo-labels from the decoder alone", "dear": "pseudo-labels from the ensemble with CLIP",
-           "dearli": "dear, starting from the DeWa weights"}
+METHODS = {
+    "ssl": "Mean Teacher, pseudo-labels from the decoder alone",
+    "dear": "pseudo-labels from the ensemble with CLIP",
+    "dearli": "dear, starting from the DeWa weights",
+}
 FORMATS = ("official", "safetensors")
-SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")                          # `annotations.READERS`
-MASK_FORMS = ("instances", "classes", "binary")                                            # `annotations.FORMS`
+SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")  # `annotations.READERS`
+MASK_FORMS = ("instances", "classes", "binary")  # `annotations.FORMS`
 PALETTES, LOGS, PRECISIONS = ("dataset", "safe"), ("tensorboard",), ("fp32", "bf16")
 # By group, in the order in which they are used: what a stage does, in a line of `--help`.
 STAGES = {
-    "data": {"prepare": "the paper's data sets: check downloads, fetch partitions, make panoptic maps",
-             "import": f"annotations of other tools as a data set: {', '.join(SOURCES)}",
-             "validate": "read a whole data set: what it holds, and all that is wrong with it"},
-    "training": {"masks": "SAM's masks of all training images", "dewa": "decoder warm-up on these masks", "sup": "the supervised baseline: labelled images only",
-                 "ssl": f"the semi-supervised stage, --method {', '.join(METHODS)}"},
-    "results": {"eval": "PQ and mIoU of student and teacher, decoder alone and ensembled", "predict": "a run applied to your pictures",
-                "report": "report.html of a run, beside others (--compare)", "zeroshot": "PQ of CLIP alone on given masks", "export": "a run as one file"},
-    "miniature": {"demo": "all stages, a table and a picture; what runs without any flag", "ladder": "the paper's Table 1, over several seeds",
-                  "alpha": "its Table 8, and an alpha that changes", "mini-clip": "train the miniature CLIP anew", "mini-sam": "train the miniature SAM anew"},
+    "data": {
+        "prepare": "the paper's data sets: check downloads, fetch partitions, make panoptic maps",
+        "import": f"annotations of other tools as a data set: {', '.join(SOURCES)}",
+        "validate": "read a whole data set: what it holds, and all that is wrong with it",
+    },
+    "training": {
+        "masks": "SAM's masks of all training images",
+        "dewa": "decoder warm-up on these masks",
+        "sup": "the supervised baseline: labelled images only",
+        "ssl": f"the semi-supervised stage, --method {', '.join(METHODS)}",
+    },
+    "results": {
+        "eval": "PQ and mIoU of student and teacher, decoder alone and ensembled",
+        "predict": "a run applied to your pictures",
+        "report": "report.html of a run, beside others (--compare)",
+        "zeroshot": "PQ of CLIP alone on given masks",
+        "export": "a run as one file",
+    },
+    "miniature": {
+        "demo": "all stages, a table and a picture; what runs without any flag",
+        "ladder": "the paper's Table 1, over several seeds",
+        "alpha": "its Table 8, and an alpha that changes",
+        "mini-clip": "train the miniature CLIP anew",
+        "mini-sam": "train the miniature SAM anew",
+    },
 }
 ALL = tuple(name for group in STAGES.values() for name in group)
-TRAIN, TABLES, STORED = ("dewa", "sup", "ssl"), ("demo", "ladder", "alpha"), ("eval", "predict", "export", "report")      # STORED: read a run
-OPENS = ("prepare", "validate", "masks", *TRAIN, "zeroshot", *TABLES)    # open a data set that the command line names
-DATA = ("prepare", "validate", "masks", *TRAIN, *STORED, "zeroshot", *TABLES)                  # read a data set, or fall back on one
-PICTURED = ("sup", "ssl", "eval", "report", *TABLES)                                           # end with a report that has pictures
+TRAIN, TABLES, STORED = (
+    ("dewa", "sup", "ssl"),
+    ("demo", "ladder", "alpha"),
+    ("eval", "predict", "export", "report"),
+)  # STORED: read a run
+OPENS = (
+    "prepare",
+    "validate",
+    "masks",
+    *TRAIN,
+    "zeroshot",
+    *TABLES,
+)  # open a data set that the command line names
+DATA = (
+    "prepare",
+    "validate",
+    "masks",
+    *TRAIN,
+    *STORED,
+    "zeroshot",
+    *TABLES,
+)  # read a data set, or fall back on one
+PICTURED = ("sup", "ssl", "eval", "report", *TABLES)  # end with a report that has pictures
 
 
 def _reads() -> dict[str, frozenset[str]]:
     """Fields of Config by stage: those that change what the stage does."""
     clip = {"backbone", "pretrained"}
-    model = {*clip, "train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers", "decoder_ffn"}
-    masks = {"sam", "sam_weights", "points_per_side", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh", "points_per_batch"}
+    model = {
+        *clip,
+        "train_backbone",
+        "classifier",
+        "num_queries",
+        "hidden",
+        "heads",
+        "encoder_layers",
+        "encoder_ffn",
+        "encoder_points",
+        "decoder_layers",
+        "decoder_ffn",
+    }
+    masks = {
+        "sam",
+        "sam_weights",
+        "points_per_side",
+        "pred_iou_thresh",
+        "stability_thresh",
+        "mask_nms_thresh",
+        "points_per_batch",
+    }
     views = {"crop", "scale_min", "scale_max"}
     strong = {"jitter", "jitter_hue", "grayscale_prob", "blur_prob", "blur_radius"}
     sizes = {"test_size", "test_max", "white"}
     posterior = {"alpha", "clip_scale", "teacher_posterior"}
     inference = {"object_mask_threshold", "overlap_threshold", *sizes, *posterior}
-    training = {*model, *views, "backbone_lr_multiplier", "lr", "weight_decay", "clip_norm", "poly_power", "mask_weight", "dice_weight", "num_points", "oversample",
-                "importance", "workers", "seed", "checkpoint_every", "log_every"}
-    supervised = {*training, *inference, "class_weight", "no_object_weight", "labels", "labeled_batch", "eval_batch"}
+    training = {
+        *model,
+        *views,
+        "backbone_lr_multiplier",
+        "lr",
+        "weight_decay",
+        "clip_norm",
+        "poly_power",
+        "mask_weight",
+        "dice_weight",
+        "num_points",
+        "oversample",
+        "importance",
+        "workers",
+        "seed",
+        "checkpoint_every",
+        "log_every",
+    }
+    supervised = {
+        *training,
+        *inference,
+        "class_weight",
+        "no_object_weight",
+        "labels",
+        "labeled_batch",
+        "eval_batch",
+    }
     stages = {
-        "prepare": {"workers"}, "import": {"seed"}, "validate": {"workers", "seed", "num_queries", "labels", "white"}, "mini-clip": {"seed"}, "mini-sam": {"seed"},
+        "prepare": {"workers"},
+        "import": {"seed"},
+        "validate": {"workers", "seed", "num_queries", "labels", "white"},
+        "mini-clip": {"seed"},
+        "mini-sam": {"seed"},
         "masks": {*masks, "white", "seed"},
         # sizes at evaluation are those of a run's images: a warm-up has them like its sisters, and keeps them
-        "dewa": {*training, *sizes, "eval_batch", "dewa_steps", "dewa_batch", "dewa_crop", "dewa_keep_empty"},
+        "dewa": {
+            *training,
+            *sizes,
+            "eval_batch",
+            "dewa_steps",
+            "dewa_batch",
+            "dewa_crop",
+            "dewa_keep_empty",
+        },
         "sup": {*supervised, "sup_steps"},
-        "ssl": {*supervised, *strong, "ssl_steps", "unlabeled_batch", "lambda_u", "ema_decay", "burn_in", "burn_in_warm", "cutmix_prob"},
-        "eval": {*model, *inference, "eval_batch", "seed"}, "predict": {*model, *inference, "seed"}, "report": {*model, *inference, "seed"},
-        "export": {*clip, "no_object_weight", "seed"}, "zeroshot": {*clip, *sizes, *masks, "clip_scale", "seed"},
+        "ssl": {
+            *supervised,
+            *strong,
+            "ssl_steps",
+            "unlabeled_batch",
+            "lambda_u",
+            "ema_decay",
+            "burn_in",
+            "burn_in_warm",
+            "cutmix_prob",
+        },
+        "eval": {*model, *inference, "eval_batch", "seed"},
+        "predict": {*model, *inference, "seed"},
+        "report": {*model, *inference, "seed"},
+        "export": {*clip, "no_object_weight", "seed"},
+        "zeroshot": {*clip, *sizes, *masks, "clip_scale", "seed"},
     }
     stages["alpha"] = stages["ssl"] - {"burn_in_warm"}
-    stages["demo"] = stages["ladder"] = stages["masks"] | stages["dewa"] | stages["ssl"]       # a supervised rung takes ssl_steps
+    stages["demo"] = stages["ladder"] = (
+        stages["masks"] | stages["dewa"] | stages["ssl"]
+    )  # a supervised rung takes ssl_steps
     return {stage: frozenset(fields) for stage, fields in stages.items()}
 
 
@@ -87,33 +210,46 @@ def reads(stage: str) -> frozenset[str]:
 
 
 # Of a run that is stored: what its weights are part of, and what they were trained on
-OF_THE_RUN = ("backbone", "train_backbone", "classifier", "num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_layers",
-              "decoder_ffn", "no_object_weight", "seed")
+OF_THE_RUN = (
+    "backbone",
+    "train_backbone",
+    "classifier",
+    "num_queries",
+    "hidden",
+    "heads",
+    "encoder_layers",
+    "encoder_ffn",
+    "encoder_points",
+    "decoder_layers",
+    "decoder_ffn",
+    "no_object_weight",
+    "seed",
+)
 # What other programs call it, or what there is on purpose none of: a hint, where the nearest name would mislead.
 HINTS = {
     "batch-size": "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, "
-                  "--eval-batch at evaluation",
+    "--eval-batch at evaluation",
     "epochs": "training is counted in optimiser steps: --steps N",
     "iters": "it is --steps N, optimiser steps",
     "learning-rate": "it is --lr",
     "warmup": "there is none; for the decoder's warm-up see --stage dewa, for steps without "
-              "pseudo-labels --burn-in",
+    "pseudo-labels --burn-in",
     "momentum": "the optimiser is AdamW; the teacher's average is --ema-decay",
     "optimizer": "it is AdamW; see --lr, --weight-decay and --clip-norm",
     "scheduler": "it is a polynomial one: --poly-power",
     "gpu": "it is --device cuda, or cuda:N for one of several",
     "gpus": "one process a GPU: torchrun --nproc_per_node=N dearli.py ...; one of several is "
-            "--device cuda:N",
+    "--device cuda:N",
     "cpu": "it is --device cpu",
     "num-workers": "it is --workers N, loader processes",
     "ema": "it is --ema-decay",
     "resume-from": "it is --resume, which goes on with the run in --out or in its usual folder; "
-                   "--init FOLDER starts another one from it",
+    "--init FOLDER starts another one from it",
     "checkpoint": "it is --weights of a run that is applied, --init of one to start from",
     "pretrain": "it is --pretrained, of the backbone, or --init, a run or file to start from",
     "load-from": "it is --init FOLDER, a run or file to start from",
     "config": "there is no file of settings: --preset NAME and flags; --print-config shows all "
-              "numbers",
+    "numbers",
     "data": "it is --data-root DIR, with --dataset NAME",
     "output-dir": "it is --out DIR, or --runs DIR for the folder above it",
     "model": "it is --weights of a run that is applied, --backbone of one that is trained",
@@ -126,33 +262,37 @@ HINTS = {
     "wandb": "it is --log tensorboard, or the lines of log.jsonl in the run's folder",
     "threads": "it is the variable OMP_NUM_THREADS",
 }
-OTHER_NAMES = {other: name for name, others in {
-    "batch-size": "bs b batch train-batch-size",
-    "epochs": "epoch num-epochs max-epochs",
-    "iters": "iterations num-iters max-iter max-iters num-steps max-steps",
-    "learning-rate": "lr-rate base-lr lrate",
-    "warmup": "warm-up warmup-steps warmup-iters",
-    "optimizer": "optim",
-    "scheduler": "lr-scheduler",
-    "gpu": "cuda gpu-id gpu-ids",
-    "gpus": "num-gpus devices",
-    "num-workers": "j worker n-workers",
-    "ema": "ema-rate ema-momentum",
-    "resume-from": "resume-path continue",
-    "checkpoint": "ckpt",
-    "load-from": "load",
-    "config": "cfg config-file",
-    "data": "data-dir data-path dataset-path dataroot root",
-    "output-dir": "outdir out-dir output-folder work-dir save-dir save-path exp name project",
-    "model": "arch model-path",
-    "image-size": "img-size imgsz size resolution",
-    "amp": "fp16 half mixed-precision",
-    "verbose": "v debug",
-    "threads": "num-threads",
-}.items() for other in others.split()}
+OTHER_NAMES = {
+    other: name
+    for name, others in {
+        "batch-size": "bs b batch train-batch-size",
+        "epochs": "epoch num-epochs max-epochs",
+        "iters": "iterations num-iters max-iter max-iters num-steps max-steps",
+        "learning-rate": "lr-rate base-lr lrate",
+        "warmup": "warm-up warmup-steps warmup-iters",
+        "optimizer": "optim",
+        "scheduler": "lr-scheduler",
+        "gpu": "cuda gpu-id gpu-ids",
+        "gpus": "num-gpus devices",
+        "num-workers": "j worker n-workers",
+        "ema": "ema-rate ema-momentum",
+        "resume-from": "resume-path continue",
+        "checkpoint": "ckpt",
+        "load-from": "load",
+        "config": "cfg config-file",
+        "data": "data-dir data-path dataset-path dataroot root",
+        "output-dir": "outdir out-dir output-folder work-dir save-dir save-path exp name project",
+        "model": "arch model-path",
+        "image-size": "img-size imgsz size resolution",
+        "amp": "fp16 half mixed-precision",
+        "verbose": "v debug",
+        "threads": "num-threads",
+    }.items()
+    for other in others.split()
+}
 # Of torch's devices, those that one can train on.
 TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
-WIDTH = 110                            # characters of a help page
+WIDTH = 110  # characters of a help page
 
 
 class Flag:
@@ -165,55 +305,211 @@ class Flag:
 
 FLAGS = (
     Flag("dataset", DATA, ", ".join(DATASETS), default="mini"),
-    Flag("data-root", DATA, "folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in COCO panoptic format)", default=""),
-    Flag("variant", tuple(stage for stage in DATA if stage != "prepare"), "ending of the JSON names of a custom data set, as in panoptic_train_4class.json", default=""),
-    Flag("split", tuple(stage for stage in DATA if stage != "prepare"), "labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all, or a "
-         "file of image names (mini: 16; custom: all; masks and dewa take all images)"),
-    Flag("method", ("ssl",), "; ".join(f"{k}: {v}" for k, v in METHODS.items()) + " (dearli; custom with a linear classifier: ssl)"),
-    Flag("eval-on", ("validate", "sup", "ssl", "eval", "zeroshot", *TABLES), "mini: val to report, dev to tune", default="val"),
-    Flag("preset", ("masks", *TRAIN, *STORED, "zeroshot", *TABLES), f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set"),
-    Flag("runs", ALL, "where run folders go and are looked for (runs)", type=Path, default=Path("runs")),
-    Flag("out", tuple(stage for stage in ALL if stage not in ("prepare", "validate")), "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output", type=Path),
-    Flag("init", ("sup", "ssl"), "start from this run or file (dearli: the DeWa run of the data set)", type=Path),
-    Flag("masks", ("dewa", "sup", "ssl", "eval", "report", "validate", "zeroshot"), "folder of SAM masks (RUNS/DATASET-masks); validate: read them, too; "
-          "zeroshot: gt, sam or a folder", type=Path),
-    Flag("images", ("masks", "dewa"), "a folder of images instead of the training images (SA-1B, masks beside the images)", type=Path),
+    Flag(
+        "data-root",
+        DATA,
+        "folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in COCO panoptic format)",
+        default="",
+    ),
+    Flag(
+        "variant",
+        tuple(stage for stage in DATA if stage != "prepare"),
+        "ending of the JSON names of a custom data set, as in panoptic_train_4class.json",
+        default="",
+    ),
+    Flag(
+        "split",
+        tuple(stage for stage in DATA if stage != "prepare"),
+        "labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all, or a "
+        "file of image names (mini: 16; custom: all; masks and dewa take all images)",
+    ),
+    Flag(
+        "method",
+        ("ssl",),
+        "; ".join(f"{k}: {v}" for k, v in METHODS.items())
+        + " (dearli; custom with a linear classifier: ssl)",
+    ),
+    Flag(
+        "eval-on",
+        ("validate", "sup", "ssl", "eval", "zeroshot", *TABLES),
+        "mini: val to report, dev to tune",
+        default="val",
+    ),
+    Flag(
+        "preset",
+        ("masks", *TRAIN, *STORED, "zeroshot", *TABLES),
+        f"numbers to start from: {', '.join(PRESETS)}; default: the one of the data set",
+    ),
+    Flag(
+        "runs",
+        ALL,
+        "where run folders go and are looked for (runs)",
+        type=Path,
+        default=Path("runs"),
+    ),
+    Flag(
+        "out",
+        tuple(stage for stage in ALL if stage not in ("prepare", "validate")),
+        "where the result goes, instead of RUNS/DATASET-STAGE-SPLIT; also --output",
+        type=Path,
+    ),
+    Flag(
+        "init",
+        ("sup", "ssl"),
+        "start from this run or file (dearli: the DeWa run of the data set)",
+        type=Path,
+    ),
+    Flag(
+        "masks",
+        ("dewa", "sup", "ssl", "eval", "report", "validate", "zeroshot"),
+        "folder of SAM masks (RUNS/DATASET-masks); validate: read them, too; "
+        "zeroshot: gt, sam or a folder",
+        type=Path,
+    ),
+    Flag(
+        "images",
+        ("masks", "dewa"),
+        "a folder of images instead of the training images (SA-1B, masks beside the images)",
+        type=Path,
+    ),
     Flag("json", ("validate",), "write the whole report to this file, too", type=Path),
-    Flag("groups", ("sup", "ssl", "eval"), "also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)", type=int, default=0),
-    Flag("watch", (*TRAIN, *TABLES), "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)", type=int, default=16),
-    Flag("weights", ("eval", "predict", "report", "export"), "a run, or a checkpoint of the official code", type=Path),
-    Flag("input", ("predict", "import"), "predict: a picture, or a folder of pictures; import: the folder of the annotations", type=Path),
+    Flag(
+        "groups",
+        ("sup", "ssl", "eval"),
+        "also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)",
+        type=int,
+        default=0,
+    ),
+    Flag(
+        "watch",
+        (*TRAIN, *TABLES),
+        "validation images whose PQ is measured at every checkpoint, for the report alone (16; 0: none)",
+        type=int,
+        default=16,
+    ),
+    Flag(
+        "weights",
+        ("eval", "predict", "report", "export"),
+        "a run, or a checkpoint of the official code",
+        type=Path,
+    ),
+    Flag(
+        "input",
+        ("predict", "import"),
+        "predict: a picture, or a folder of pictures; import: the folder of the annotations",
+        type=Path,
+    ),
     Flag("from", ("import",), ", ".join(SOURCES), dest="source_format", default=""),
-    Flag("background", ("import",), "name of a class for all pixels without instance (without: they are void)", default=""),
-    Flag("stuff", ("import",), "classes that are stuff, separated by commas: one segment of "
-          "each in an image", default=""),
-    Flag("masks-are", ("import",), "--from masks, what the values mean: "
-          f"{', '.join(MASK_FORMS)} (else guessed, and said)", default=""),
-    Flag("classes", ("import",), "--from masks, names of the values of maps of classes: "
-          "NAME,NAME,... from 1 on, or 7:NAME,11:NAME", default=""),
-    Flag("val-share", ("import",), "share of the labelled images for validation, where the source has no division of its own (0.2)", type=float, default=0.2),
-    Flag("posterior", ("predict",), "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)", default=""),
+    Flag(
+        "background",
+        ("import",),
+        "name of a class for all pixels without instance (without: they are void)",
+        default="",
+    ),
+    Flag(
+        "stuff",
+        ("import",),
+        "classes that are stuff, separated by commas: one segment of each in an image",
+        default="",
+    ),
+    Flag(
+        "masks-are",
+        ("import",),
+        f"--from masks, what the values mean: {', '.join(MASK_FORMS)} (else guessed, and said)",
+        default="",
+    ),
+    Flag(
+        "classes",
+        ("import",),
+        "--from masks, names of the values of maps of classes: "
+        "NAME,NAME,... from 1 on, or 7:NAME,11:NAME",
+        default="",
+    ),
+    Flag(
+        "val-share",
+        ("import",),
+        "share of the labelled images for validation, where the source has no division of its own (0.2)",
+        type=float,
+        default=0.2,
+    ),
+    Flag(
+        "posterior",
+        ("predict",),
+        "decoder, ensemble (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)",
+        default="",
+    ),
     Flag("which", ("predict",), "student, teacher", default="student"),
     Flag("force", ("predict",), "replace earlier predictions", action="store_true"),
-    Flag("palette", ("predict", "report"), "dataset: its own colours, where it has them; safe: those that colour-blind people can tell apart", default="dataset"),
+    Flag(
+        "palette",
+        ("predict", "report"),
+        "dataset: its own colours, where it has them; safe: those that colour-blind people can tell apart",
+        default="dataset",
+    ),
     Flag("compare", ("report",), "other runs to put beside it", type=Path, nargs="+", default=()),
-    Flag("report-images", ("dewa", *PICTURED), "validation images in report.html, half of them the worst and half the best of 4 times as many "
-          "(12; 0: no pictures)", type=int, default=12),
-    Flag("assets", ("prepare",), "a copy of the official repository, instead of the network", type=Path),
+    Flag(
+        "report-images",
+        ("dewa", *PICTURED),
+        "validation images in report.html, half of them the worst and half the best of 4 times as many "
+        "(12; 0: no pictures)",
+        type=int,
+        default=12,
+    ),
+    Flag(
+        "assets",
+        ("prepare",),
+        "a copy of the official repository, instead of the network",
+        type=Path,
+    ),
     Flag("format", ("export",), ", ".join(FORMATS), default="official"),
-    Flag("resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"),
-    Flag("no-eval", (*TRAIN, "masks"), "do not evaluate after training", dest="evaluate", action="store_false"),
-    Flag("no-make", ("dewa", "ssl"), "do not make first what an earlier stage has not made (masks, "
-         "DeWa weights): end in an error", dest="make", action="store_false"),
-    Flag("dry-run", ("masks", *TRAIN), "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
-          "nothing is written", action="store_true"),
-    Flag("log", TRAIN, "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)", default=""),
+    Flag(
+        "resume", (*TRAIN, "predict", *TABLES), "go on where the run stopped", action="store_true"
+    ),
+    Flag(
+        "no-eval",
+        (*TRAIN, "masks"),
+        "do not evaluate after training",
+        dest="evaluate",
+        action="store_false",
+    ),
+    Flag(
+        "no-make",
+        ("dewa", "ssl"),
+        "do not make first what an earlier stage has not made (masks, "
+        "DeWa weights): end in an error",
+        dest="make",
+        action="store_false",
+    ),
+    Flag(
+        "dry-run",
+        ("masks", *TRAIN),
+        "say what would be done, on how much data, for how long and in how much memory, from a few steps that are forgotten; "
+        "nothing is written",
+        action="store_true",
+    ),
+    Flag(
+        "log",
+        TRAIN,
+        "tensorboard: curves for it in the run's folder, beside log.jsonl (needs the package)",
+        default="",
+    ),
     Flag("device", ALL, "as torch names it (cuda where there is one, else cpu)"),
     Flag("precision", ("masks", *TRAIN, *TABLES), "fp32, bf16", default="fp32"),
     Flag("seeds", ("ladder", "alpha"), "number of seeds (3)", type=int, default=3),
-    Flag("jobs", TABLES, "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)", type=int, default=0),
+    Flag(
+        "jobs",
+        TABLES,
+        "runs at a time, each in a process of its own (0: as many as CPU cores, at most 8; one on a GPU)",
+        type=int,
+        default=0,
+    ),
     Flag("steps", (*TRAIN, *TABLES), "optimiser steps of the stage at hand", type=int),
-    Flag("print-config", ALL, "print every number of the run that the other flags describe, and stop", action="store_true"),
+    Flag(
+        "print-config",
+        ALL,
+        "print every number of the run that the other flags describe, and stop",
+        action="store_true",
+    ),
 )
 
 
@@ -222,6 +518,7 @@ class Parser(argparse.ArgumentParser):
 
     bare: the same parser without defaults. What it finds is what was said, be it the default: `flags` of the result.
     """
+
     bare: "Parser | None" = None
 
     def error(self, message: str):
@@ -229,11 +526,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
-        parsed.flags = frozenset(vars(self.bare.parse_known_args(args)[0])) if self.bare else frozenset()
+        parsed.flags = (
+            frozenset(vars(self.bare.parse_known_args(args)[0])) if self.bare else frozenset()
+        )
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown flag '{unknown[0]}'{hint(unknown[0], flags)}; --help lists the stages, --stage NAME --help the flags of one"
-                            if unknown[0].startswith("-") else f"'{unknown[0]}': expected a flag such as --stage; --help lists them")
+            raise UserError(
+                f"unknown flag '{unknown[0]}'{hint(unknown[0], flags)}; --help lists the stages, --stage NAME --help the flags of one"
+                if unknown[0].startswith("-")
+                else f"'{unknown[0]}': expected a flag such as --stage; --help lists them"
+            )
         return parsed
 
 
@@ -262,13 +564,19 @@ def _parser() -> Parser:
     p.add_argument("--version", action="store_true")
     p.add_argument("--stage", default="demo")
     for flag in FLAGS:
-        p.add_argument(*(["--out", "--output"] if flag.name == "out" else [f"--{flag.name}"]), **flag.more)
+        p.add_argument(
+            *(["--out", "--output"] if flag.name == "out" else [f"--{flag.name}"]), **flag.more
+        )
     for field in dataclasses.fields(Config):
         name = "--" + field.name.replace("_", "-")
         if field.type is bool:
             p.add_argument(name, action=argparse.BooleanOptionalAction, default=None)
         else:
-            p.add_argument(name, type=field.type if isinstance(field.type, type) else number_or_text, default=None)
+            p.add_argument(
+                name,
+                type=field.type if isinstance(field.type, type) else number_or_text,
+                default=None,
+            )
     return p
 
 
@@ -282,41 +590,111 @@ def number_or_text(text: str) -> float | str:
 def require_known(args: argparse.Namespace) -> None:
     """Raise UserError for a flag that the stage does not know, or a number that it does not read."""
     known = {flag.dest: (flag.name, flag.stages) for flag in FLAGS}
-    known |= {f.name: (f.name.replace("_", "-"), tuple(stage for stage in ALL if f.name in reads(stage))) for f in dataclasses.fields(Config)}
+    known |= {
+        f.name: (f.name.replace("_", "-"), tuple(stage for stage in ALL if f.name in reads(stage)))
+        for f in dataclasses.fields(Config)
+    }
     for dest, (name, stages) in known.items():
         if dest in args.flags and args.stage not in stages:
-            raise UserError(f"--{name}: only --stage {', '.join(stages[:-1])}{' and ' if stages[1:] else ''}{stages[-1]} "
-                            f"know{'' if stages[1:] else 's'} it, not --stage {args.stage}")
+            raise UserError(
+                f"--{name}: only --stage {', '.join(stages[:-1])}{' and ' if stages[1:] else ''}{stages[-1]} "
+                f"know{'' if stages[1:] else 's'} it, not --stage {args.stage}"
+            )
 
 
 def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     """Flags, by dest, that the stage knows and that do nothing with the others as they are; with what would make them count."""
     found: dict[str, str] = {}
+
     def without(condition: bool, names, counts: str) -> None:
         if condition:
             found.update(dict.fromkeys(names, counts))
-    begins = args.stage == "ssl" and not args.resume               # a run that goes on knows what it started from
-    without(begins and is_warm(args), ("burn_in",), "a run that starts from other weights (--method dearli, or --init) has --burn-in-warm")
-    without(begins and not is_warm(args), ("burn_in_warm",), "a run that starts from a random decoder has --burn-in")
+
+    begins = (
+        args.stage == "ssl" and not args.resume
+    )  # a run that goes on knows what it started from
+    without(
+        begins and is_warm(args),
+        ("burn_in",),
+        "a run that starts from other weights (--method dearli, or --init) has --burn-in-warm",
+    )
+    without(
+        begins and not is_warm(args),
+        ("burn_in_warm",),
+        "a run that starts from a random decoder has --burn-in",
+    )
     without(not cfg.train_backbone, ("backbone_lr_multiplier",), "it counts with --train-backbone")
-    without(not cfg.has_ensemble and args.stage != "zeroshot", ("alpha", "clip_scale"),
-            "CLIP has no say here; it counts with --classifier language, or with --method dear and dearli")
-    without(not cfg.importance, ("oversample",), "no point is chosen by uncertainty; it counts with --importance above 0")
-    without(not cfg.blur_prob, ("blur_radius",), "nothing is blurred; it counts with --blur-prob above 0")
-    without(not cfg.decoder_layers, ("decoder_ffn",), "the decoder has no layers; it counts with --decoder-layers above 0")
-    without(args.stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags, ("crop",), f"the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that one, or set it to 0")
-    network = ("sam_weights", "points_per_side", "pred_iou_thresh", "stability_thresh", "mask_nms_thresh", "points_per_batch")
-    without(cfg.sam == "regions", network, "stable regions (--sam regions) have no network; it counts with --sam mini or vit_h")
-    without(args.stage == "zeroshot" and str(args.masks) != "sam", ("sam", *network), "it counts with --masks sam")
+    without(
+        not cfg.has_ensemble and args.stage != "zeroshot",
+        ("alpha", "clip_scale"),
+        "CLIP has no say here; it counts with --classifier language, or with --method dear and dearli",
+    )
+    without(
+        not cfg.importance,
+        ("oversample",),
+        "no point is chosen by uncertainty; it counts with --importance above 0",
+    )
+    without(
+        not cfg.blur_prob,
+        ("blur_radius",),
+        "nothing is blurred; it counts with --blur-prob above 0",
+    )
+    without(
+        not cfg.decoder_layers,
+        ("decoder_ffn",),
+        "the decoder has no layers; it counts with --decoder-layers above 0",
+    )
+    without(
+        args.stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags,
+        ("crop",),
+        f"the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that one, or set it to 0",
+    )
+    network = (
+        "sam_weights",
+        "points_per_side",
+        "pred_iou_thresh",
+        "stability_thresh",
+        "mask_nms_thresh",
+        "points_per_batch",
+    )
+    without(
+        cfg.sam == "regions",
+        network,
+        "stable regions (--sam regions) have no network; it counts with --sam mini or vit_h",
+    )
+    without(
+        args.stage == "zeroshot" and str(args.masks) != "sam",
+        ("sam", *network),
+        "it counts with --masks sam",
+    )
     without(args.dataset != "mini", ("eval_on",), "only --dataset mini has images to tune on")
     without(args.dataset != "custom", ("variant",), "it counts with --dataset custom")
-    without(args.dataset == "mini", ("data_root",), f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}")
-    without(args.images is not None, ("data_root", "variant", "split"),
-            "the images are those of --images; it counts without")
-    without(args.dataset == "mini" and args.stage not in STORED and not args.images, ("white",), "images of --dataset mini have 8 bits")
+    without(
+        args.dataset == "mini",
+        ("data_root",),
+        f"--dataset mini is drawn, not read; it counts with --dataset {', '.join(DATASETS[1:])}",
+    )
+    without(
+        args.images is not None,
+        ("data_root", "variant", "split"),
+        "the images are those of --images; it counts without",
+    )
+    without(
+        args.dataset == "mini" and args.stage not in STORED and not args.images,
+        ("white",),
+        "images of --dataset mini have 8 bits",
+    )
     made = args.stage == "ssl" and (args.method != "dearli" or args.init is not None)
-    without(made, (*MAKES["ssl"], "make"), "no masks and no warm-up are made here; it counts with --method dearli and without --init")
-    without(args.stage in TRAIN and not args.evaluate, ("groups",), "nothing is evaluated; it counts without --no-eval")
+    without(
+        made,
+        (*MAKES["ssl"], "make"),
+        "no masks and no warm-up are made here; it counts with --method dearli and without --init",
+    )
+    without(
+        args.stage in TRAIN and not args.evaluate,
+        ("groups",),
+        "nothing is evaluated; it counts without --no-eval",
+    )
     return found
 
 
@@ -337,20 +715,33 @@ def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
     for name in OF_THE_RUN:
         value = getattr(args, name)
         if name in args.flags and stored.get(name, value) != value:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {args.weights} fits another configuration, it was trained with {stored[name]}; leave the flag out")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: {args.weights} fits another configuration, it was trained with {stored[name]}; leave the flag out"
+            )
     if "preset" in args.flags and "num_queries" in stored:
-        raise UserError(f"--preset: the numbers are those that {args.weights} was trained with; leave the flag out")
+        raise UserError(
+            f"--preset: the numbers are those that {args.weights} was trained with; leave the flag out"
+        )
 
 
 def require_split(args: argparse.Namespace) -> None:
     """Raise UserError where the number of labelled images matters and a data set of the paper is named alone."""
-    reads = args.stage in ("sup", "ssl") or args.stage in TABLES and not args.print_config or args.stage == "eval" and args.groups
+    reads = (
+        args.stage in ("sup", "ssl")
+        or args.stage in TABLES
+        and not args.print_config
+        or args.stage == "eval"
+        and args.groups
+    )
     if args.dataset in PAPERS_DATASETS and args.split is None and reads:
-        raise UserError(f"--dataset {args.dataset}: say with --split which images are labelled: {', '.join(PAPERS_SPLITS[args.dataset])} (the paper's partitions), "
-                        f"a number of images, or a file of image names")
+        raise UserError(
+            f"--dataset {args.dataset}: say with --split which images are labelled: {', '.join(PAPERS_SPLITS[args.dataset])} (the paper's partitions), "
+            f"a number of images, or a file of image names"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- flags -> configuration
+
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for all that can be known to be wrong before anything is read or imported: within a moment, not after libraries."""
@@ -365,7 +756,9 @@ def check(args: argparse.Namespace) -> None:
     if opens and args.dataset in PAPERS_DATASETS and not args.data_root:
         args.data_root = str(default_root(args.dataset))
     if args.steps is not None and args.steps != given(args)[steps_of(args.stage)]:
-        raise UserError(f"--steps {args.steps}: --{steps_of(args.stage).replace('_', '-')} says {given(args)[steps_of(args.stage)]}; expected one of them")
+        raise UserError(
+            f"--steps {args.steps}: --{steps_of(args.stage).replace('_', '-')} says {given(args)[steps_of(args.stage)]}; expected one of them"
+        )
     if args.stage not in STORED:
         cfg = configure(args)
         require_sense(args, cfg)
@@ -500,7 +893,11 @@ def stopped(args: argparse.Namespace | None) -> str:
 
 def given(args: argparse.Namespace) -> dict:
     """The fields of Config that the command line names, with the optimiser steps of the stage at hand under their own name."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    values = {
+        f.name: getattr(args, f.name)
+        for f in dataclasses.fields(Config)
+        if getattr(args, f.name) is not None
+    }
     if args.steps is not None:
         values.setdefault(steps_of(args.stage), args.steps)
     return values
@@ -517,7 +914,10 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     if stored is not None:
         cfg = dataclasses.replace(cfg, **numbers_of(stored))
     elif args.stage in ("sup", "ssl"):
-        values.setdefault("teacher_posterior", "ensemble" if args.stage == "ssl" and args.method != "ssl" else "decoder")
+        values.setdefault(
+            "teacher_posterior",
+            "ensemble" if args.stage == "ssl" and args.method != "ssl" else "decoder",
+        )
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
         values["pretrained"] = TAGS.get(values["backbone"], "")
     splits = PAPERS_SPLITS.get(args.dataset, ())
@@ -528,67 +928,123 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
 
 def require_sense(args: argparse.Namespace, cfg: Config) -> None:
     """Raise UserError for a value that does not exist, and for a flag that the stage would pass over in silence."""
-    for name, values in (("classifier", ("language", "linear")), ("teacher_posterior", ("decoder", "clip", "ensemble")), ("labels", ("panoptic", "semantic"))):
+    for name, values in (
+        ("classifier", ("language", "linear")),
+        ("teacher_posterior", ("decoder", "clip", "ensemble")),
+        ("labels", ("panoptic", "semantic")),
+    ):
         choose(name.replace("_", " "), getattr(cfg, name), values)
     try:
-        sound = cfg.alpha == "labeled" or all(0 <= alpha_at(cfg.alpha, end) <= 1 for end in (0.0, 1.0))
+        sound = cfg.alpha == "labeled" or all(
+            0 <= alpha_at(cfg.alpha, end) <= 1 for end in (0.0, 1.0)
+        )
     except ValueError:
         sound = False
     if not sound:
-        raise UserError(f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`")
+        raise UserError(
+            f"--alpha {cfg.alpha}: expected a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last step), or `labeled`"
+        )
     require_ranges(cfg)
     require_use(args, cfg)
     for stage in TRAIN if args.stage in TABLES else {args.stage} & {*TRAIN}:
         require_learning(cfg, stage)
-    if args.stage == "ssl" and not args.resume:                    # a run that goes on may have been begun with more steps
+    if (
+        args.stage == "ssl" and not args.resume
+    ):  # a run that goes on may have been begun with more steps
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
-    if args.stage in ("demo", "ladder") and cfg.ssl_steps > cfg.dewa_steps:                    # else another error: `stages.require_rungs`
-        require_semi_supervised(dataclasses.replace(cfg.settled(), ssl_steps=cfg.ssl_steps - cfg.dewa_steps), warm=True)
+    if (
+        args.stage in ("demo", "ladder") and cfg.ssl_steps > cfg.dewa_steps
+    ):  # else another error: `stages.require_rungs`
+        require_semi_supervised(
+            dataclasses.replace(cfg.settled(), ssl_steps=cfg.ssl_steps - cfg.dewa_steps), warm=True
+        )
     if args.stage == "predict" and (args.input is None or args.force and args.resume):
-        raise UserError("--force and --resume: expected one of them" if args.input else "--stage predict needs --input: a picture, or a folder of pictures")
+        raise UserError(
+            "--force and --resume: expected one of them"
+            if args.input
+            else "--stage predict needs --input: a picture, or a folder of pictures"
+        )
     if args.stage == "import":
         if not (args.input and args.out):
-            raise UserError("--stage import needs --input DIR, a folder of annotated images, and --out NEW, the folder to make of it")
+            raise UserError(
+                "--stage import needs --input DIR, a folder of annotated images, and --out NEW, the folder to make of it"
+            )
         choose("kind of annotations (--from)", args.source_format, SOURCES)
     if args.report_images < 0:
-        raise UserError(f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more")
+        raise UserError(
+            f"--report-images {args.report_images}: expected the number of validation images in report.html, 0 or more"
+        )
     for name, least in (("watch", 0), ("groups", 0), ("jobs", 0), ("seeds", 1)):
         if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least {least}")
-    for name in {"ladder": ("teacher_posterior",), "demo": ("teacher_posterior",), "alpha": ("teacher_posterior", "alpha")}.get(args.stage, ()):
+            raise UserError(
+                f"--{name} {getattr(args, name)}: expected a number of at least {least}"
+            )
+    for name in {
+        "ladder": ("teacher_posterior",),
+        "demo": ("teacher_posterior",),
+        "alpha": ("teacher_posterior", "alpha"),
+    }.get(args.stage, ()):
         if name in given(args):
-            raise UserError(f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl")
+            raise UserError(
+                f"--{name.replace('_', '-')}: the rungs of --stage {args.stage} set it themselves; use --stage ssl"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- help pages
 
+
 def overview() -> str:
     """What `--help` says: one screen."""
-    rows = [f"  {group if k == 0 else '':<10} {name:<10} {line}" for group, stages in STAGES.items() for k, (name, line) in enumerate(stages.items())]
-    return "\n".join([
-        "DEARLi: semi-supervised panoptic segmentation with few labelled images", "",
-        "  python dearli.py [--stage STAGE] [flags]            without any flag: the demo", "",
-        *rows, "",
-        "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
-        "  --data-root DIR     the folder of any other data set (datasets/NAME)",
-        "  --split N           labelled images: a number, the name of a partition, all, or a file of image names",
-        "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
-        "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5", "",
-        "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",
-        "  python dearli.py --stage ssl --print-config         the numbers of a run",
-        "  python dearli.py --stage ssl --dry-run              its time and memory, before it begins",
-        "  python dearli.py --version                          of this program, Python and torch"])
+    rows = [
+        f"  {group if k == 0 else '':<10} {name:<10} {line}"
+        for group, stages in STAGES.items()
+        for k, (name, line) in enumerate(stages.items())
+    ]
+    return "\n".join(
+        [
+            "DEARLi: semi-supervised panoptic segmentation with few labelled images",
+            "",
+            "  python dearli.py [--stage STAGE] [flags]            without any flag: the demo",
+            "",
+            *rows,
+            "",
+            "  --dataset NAME      " + ", ".join(DATASETS) + " (mini: nothing to download)",
+            "  --data-root DIR     the folder of any other data set (datasets/NAME)",
+            "  --split N           labelled images: a number, the name of a partition, all, or a file of image names",
+            "  --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)",
+            "  --device, --seed, --workers, --resume, --dry-run; and every number of the method: --lr 3e-4 --alpha 0.5",
+            "",
+            "  python dearli.py --stage ssl --help                 all flags of a stage, with their units and defaults",
+            "  python dearli.py --stage ssl --print-config         the numbers of a run",
+            "  python dearli.py --stage ssl --dry-run              its time and memory, before it begins",
+            "  python dearli.py --version                          of this program, Python and torch",
+        ]
+    )
 
 
 def stage_page(stage: str, preset: Config) -> str:
     """What `--stage NAME --help` says. preset: whose numbers are the defaults."""
     line = next(stages[stage] for stages in STAGES.values() if stage in stages)
-    own = [(f"--{flag.name}", flag.help, flag.more.get("default")) for flag in FLAGS if stage in flag.stages]
-    parts = [f"python dearli.py --stage {stage} [flags]", f"  {line}", "", *[row for name, text, default in own for row in _row(name, text, default)]]
+    own = [
+        (f"--{flag.name}", flag.help, flag.more.get("default"))
+        for flag in FLAGS
+        if stage in flag.stages
+    ]
+    parts = [
+        f"python dearli.py --stage {stage} [flags]",
+        f"  {line}",
+        "",
+        *[row for name, text, default in own for row in _row(name, text, default)],
+    ]
     for title, fields in numbers().items():
-        rows = [row for name, text in fields if name in reads(stage) for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))]
+        rows = [
+            row
+            for name, text in fields
+            if name in reads(stage)
+            for row in _row("--" + name.replace("_", "-"), text, getattr(preset, name))
+        ]
         parts += ["", title, *rows] if rows else []
     return "\n".join(parts)
 
@@ -607,7 +1063,15 @@ def numbers() -> dict[str, list[tuple[str, str]]]:
 
 
 def _row(name: str, text: str, default) -> list[str]:
-    shown = "" if default is None or default is False or default == () or default == "" or f"({default}" in text else f" [{'yes' if default is True else default}]"
+    shown = (
+        ""
+        if default is None
+        or default is False
+        or default == ()
+        or default == ""
+        or f"({default}" in text
+        else f" [{'yes' if default is True else default}]"
+    )
     lines = textwrap.wrap(text + shown, WIDTH - 28)
     return [f"  {name:<25} {lines[0]}", *[f"  {'':<25} {rest}" for rest in lines[1:]]]
 
@@ -617,4 +1081,14 @@ def help_page(args: argparse.Namespace) -> str:
     if args.stage == "demo":
         return overview()
     choose("stage", args.stage, ALL)
-    return stage_page(args.stage, PRESETS[choose("preset", args.preset or choose("data set", ALIASES.get(args.dataset, args.dataset), DATASETS), PRESETS)])
+    return stage_page(
+        args.stage,
+        PRESETS[
+            choose(
+                "preset",
+                args.preset
+                or choose("data set", ALIASES.get(args.dataset, args.dataset), DATASETS),
+                PRESETS,
+            )
+        ],
+    )

@@ -8,13 +8,26 @@ import difflib
 from dataclasses import dataclass, fields, replace
 
 # Weights that are taken with an OpenCLIP model unless --pretrained names others: those of the paper, and of the next larger model
-TAGS = {"convnext_base_w_320": "laion_aesthetic_s13b_b82k_augreg", "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
-        "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup"}
+TAGS = {
+    "convnext_base_w_320": "laion_aesthetic_s13b_b82k_augreg",
+    "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
+    "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
+}
 PAPERS_DATASETS = ("ade20k", "coco", "coco-objects")
-PAPERS_SPLITS = {                      # the official partitions, smallest first
-    "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"), **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32"))}
-ALIASES = {"ade": "ade20k", "ade20k-panoptic": "ade20k", "ade20k_panoptic": "ade20k", "coco-panoptic": "coco", "coco_panoptic": "coco", "coco2017": "coco",
-           "objects": "coco-objects", "coco_objects": "coco-objects"}
+PAPERS_SPLITS = {  # the official partitions, smallest first
+    "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"),
+    **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
+}
+ALIASES = {
+    "ade": "ade20k",
+    "ade20k-panoptic": "ade20k",
+    "ade20k_panoptic": "ade20k",
+    "coco-panoptic": "coco",
+    "coco_panoptic": "coco",
+    "coco2017": "coco",
+    "objects": "coco-objects",
+    "coco_objects": "coco-objects",
+}
 
 
 class UserError(Exception):
@@ -31,7 +44,9 @@ class UserError(Exception):
 def choose(what: str, value: str, available) -> str:
     """The value, if it is available; else UserError with all that is, and the nearest."""
     if value not in available:
-        raise UserError(f"unknown {what} '{value}'; available: {', '.join(available)}{nearest(value, available)}")
+        raise UserError(
+            f"unknown {what} '{value}'; available: {', '.join(available)}{nearest(value, available)}"
+        )
     return value
 
 
@@ -49,6 +64,7 @@ def refuse(error: UserError) -> None:
 @dataclass(frozen=True)
 class CostWeights:
     """Weights of the terms of Eq. (3), the same in the matching cost and in the loss; dimensionless."""
+
     label: float = 2.0
     mask: float = 5.0
     dice: float = 5.0
@@ -57,92 +73,104 @@ class CostWeights:
 @dataclass(frozen=True)
 class LossConfig:
     weights: CostWeights = CostWeights()
-    no_object_weight: float = 0.1      # weight of class K in the cross-entropy
-    num_points: int = 12544            # P = 112 * 112, for the matching and for each mask loss
-    oversample: float = 3.0            # candidates drawn for each point chosen by uncertainty
-    importance: float = 0.75           # share of the points chosen by uncertainty
+    no_object_weight: float = 0.1  # weight of class K in the cross-entropy
+    num_points: int = 12544  # P = 112 * 112, for the matching and for each mask loss
+    oversample: float = 3.0  # candidates drawn for each point chosen by uncertainty
+    importance: float = 0.75  # share of the points chosen by uncertainty
 
 
 @dataclass(frozen=True)
 class Config:
     # backbone: an OpenCLIP ConvNeXt
-    backbone: str = "convnext_base_w_320"  # OpenCLIP ConvNeXt, timm ConvNeXt (`convnext_base.fb_in1k`), or `mini`
-    pretrained: str = "laion_aesthetic_s13b_b82k_augreg"  # OpenCLIP tag or a file; empty: the backbone's own; `random` starts from noise
-    train_backbone: bool = False       # train the image tower along (student and teacher then each have their own)
+    backbone: str = "convnext_base_w_320"  # OpenCLIP ConvNeXt, timm ConvNeXt
+    #    (`convnext_base.fb_in1k`), or `mini`
+    pretrained: str = "laion_aesthetic_s13b_b82k_augreg"  # OpenCLIP tag or a file; empty: the
+    #    backbone's own; `random` starts from noise
+    train_backbone: bool = False  # train the image tower along (student and teacher then each have
+    #    their own)
     backbone_lr_multiplier: float = 0.1  # of lr, when the backbone is trained
     # Mask2Former
-    classifier: str = "language"       # class head: `language` (M2F-Lang) or `linear` (M2F)
-    num_queries: int = 200             # object queries
-    hidden: int = 256                  # channels of both decoders
-    heads: int = 8                     # attention heads, both decoders
-    encoder_layers: int = 6            # deformable attention layers of the pixel decoder
-    encoder_ffn: int = 1024            # hidden units, pixel decoder
-    encoder_points: int = 4            # sampling points a head and level
-    decoder_layers: int = 9            # masked attention layers; plus the prediction of the initial queries = 10 outputs
-    decoder_ffn: int = 2048            # hidden units, masked-attention decoder
+    classifier: str = "language"  # class head: `language` (M2F-Lang) or `linear` (M2F)
+    num_queries: int = 200  # object queries
+    hidden: int = 256  # channels of both decoders
+    heads: int = 8  # attention heads, both decoders
+    encoder_layers: int = 6  # deformable attention layers of the pixel decoder
+    encoder_ffn: int = 1024  # hidden units, pixel decoder
+    encoder_points: int = 4  # sampling points a head and level
+    decoder_layers: int = 9  # masked attention layers; plus the prediction of the initial queries =
+    #    10 outputs
+    decoder_ffn: int = 2048  # hidden units, masked-attention decoder
     # set loss, Eq. (3)
-    class_weight: float = 2.0          # in loss and matching; DeWa sets it to 0
-    mask_weight: float = 5.0           # binary cross-entropy
-    dice_weight: float = 5.0           # dice
-    no_object_weight: float = 0.1      # of the no-object class in the cross-entropy
-    num_points: int = 12544            # sampled points a mask
-    oversample: float = 3.0            # candidates a point chosen by uncertainty
-    importance: float = 0.75           # share of points chosen by uncertainty
+    class_weight: float = 2.0  # in loss and matching; DeWa sets it to 0
+    mask_weight: float = 5.0  # binary cross-entropy
+    dice_weight: float = 5.0  # dice
+    no_object_weight: float = 0.1  # of the no-object class in the cross-entropy
+    num_points: int = 12544  # sampled points a mask
+    oversample: float = 3.0  # candidates a point chosen by uncertainty
+    importance: float = 0.75  # share of points chosen by uncertainty
     # Mean Teacher, Eq. (1) and (2)
-    lambda_u: float = 1.0              # weight of the unlabelled loss, Eq. (1)
-    ema_decay: float = 0.999           # teacher average, a step, Eq. (2)
-    burn_in: float = 0.0               # without unlabelled loss, then the teacher is a copy of the student: below 1 a share of the steps, else steps
-    burn_in_warm: float = 0.0          # the same for a run that starts from DeWa weights
-    cutmix_prob: float = 0.5           # chance of a CutMix box, an unlabelled image
+    lambda_u: float = 1.0  # weight of the unlabelled loss, Eq. (1)
+    ema_decay: float = 0.999  # teacher average, a step, Eq. (2)
+    burn_in: float = 0.0  # without unlabelled loss, then the teacher is a copy of the student:
+    #    below 1 a share of the steps, else steps
+    burn_in_warm: float = 0.0  # the same for a run that starts from DeWa weights
+    cutmix_prob: float = 0.5  # chance of a CutMix box, an unlabelled image
     # recognition, Eq. (4)-(6)
-    alpha: float | str = 0.6           # the mask transformer's share in the ensemble, 0 to 1, Eq. (6); `0.4:0.8` grows while there are
-    #                                    pseudo-labels, `labeled` depends on the labelled share of the images (`clip_ensemble.alpha_of_share`)
-    teacher_posterior: str = "ensemble"  # what makes the pseudo-labels: `decoder` (P_MT), `clip` (P_CLIP) or `ensemble` (P_ENS), Table 7
-    labels: str = "panoptic"           # `semantic`: one segment a class, in ground truth and pseudo-labels (Table 12)
-    clip_scale: float = 0.0            # inverse temperature of Eq. (5); 0 = CLIP's own
+    alpha: float | str = 0.6  # the mask transformer's share in the ensemble, 0 to 1, Eq. (6);
+    #    `0.4:0.8` grows while there are pseudo-labels, `labeled` depends on the labelled share of
+    #    the images (`clip_ensemble.alpha_of_share`)
+    teacher_posterior: str = "ensemble"  # what makes the pseudo-labels: `decoder` (P_MT), `clip`
+    #    (P_CLIP) or `ensemble` (P_ENS), Table 7
+    labels: str = "panoptic"  # `semantic`: one segment a class, in ground truth and pseudo-labels
+    #    (Table 12)
+    clip_scale: float = 0.0  # inverse temperature of Eq. (5); 0 = CLIP's own
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
-    overlap_threshold: float = 0.8     # least visible share of a query's mask
+    overlap_threshold: float = 0.8  # least visible share of a query's mask
     # optimisation
-    lr: float = 1e-4                   # AdamW, at the first step
-    weight_decay: float = 0.05         # not on norms and embeddings
-    clip_norm: float = 0.01            # largest L2 norm of the whole gradient
-    poly_power: float = 0.9            # lr(t) = lr * (1 - t / steps) ** poly_power
-    ssl_steps: int = 80_000            # optimiser steps, stage ssl
-    sup_steps: int = 10_000            # stage sup; on ADE20K and COCO 10 000 more for every next larger split (supplement D)
-    dewa_steps: int = 160_000          # stage dewa; the paper says 80 000 on ADE20K
-    labeled_batch: int = 8             # images a step
-    unlabeled_batch: int = 8           # images a step
-    dewa_batch: int = 16               # images a step
-    dewa_keep_empty: bool = True       # SAM masks that the crop emptied stay targets; off where crops show a small part of the image
+    lr: float = 1e-4  # AdamW, at the first step
+    weight_decay: float = 0.05  # not on norms and embeddings
+    clip_norm: float = 0.01  # largest L2 norm of the whole gradient
+    poly_power: float = 0.9  # lr(t) = lr * (1 - t / steps) ** poly_power
+    ssl_steps: int = 80_000  # optimiser steps, stage ssl
+    sup_steps: int = 10_000  # stage sup; on ADE20K and COCO 10 000 more for every next larger split
+    #    (supplement D)
+    dewa_steps: int = 160_000  # stage dewa; the paper says 80 000 on ADE20K
+    labeled_batch: int = 8  # images a step
+    unlabeled_batch: int = 8  # images a step
+    dewa_batch: int = 16  # images a step
+    dewa_keep_empty: bool = True  # SAM masks that the crop emptied stay targets; off where crops
+    #    show a small part of the image
     # data
-    crop: int = 640                    # pixels, square training crop
-    dewa_crop: int = 0                 # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
-    scale_min: float = 0.5             # short side = crop * k, k from scale_min ...
-    scale_max: float = 2.0             # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
-    jitter: float = 0.8                # strong view: brightness, contrast and saturation change by factors of 1 +- jitter
-    jitter_hue: float = 0.2            # strong view: hue turns by up to +- this share of a circle
-    grayscale_prob: float = 0.2        # strong view
-    blur_prob: float = 0.5             # strong view
-    blur_radius: float = 2.0           # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
-    white: int = 0                     # 16-bit grey value that becomes 255; 0 = measured: the least of
-    #                                    2^k - 1 (k = 8 ... 16) that no 16-bit training image exceeds
-    test_size: int = 640               # pixels, short side at evaluation
-    test_max: int = 2560               # pixels, long side at evaluation
-    workers: int = 4                   # loader processes
-    eval_batch: int = 1                # images at once at evaluation
+    crop: int = 640  # pixels, square training crop
+    dewa_crop: int = 0  # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
+    scale_min: float = 0.5  # short side = crop * k, k from scale_min ...
+    scale_max: float = 2.0  # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
+    jitter: float = 0.8  # strong view: brightness, contrast and saturation change by factors of 1
+    #    +- jitter
+    jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
+    grayscale_prob: float = 0.2  # strong view
+    blur_prob: float = 0.5  # strong view
+    blur_radius: float = 2.0  # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
+    white: int = 0  # 16-bit grey value that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8
+    #    ... 16) that no 16-bit training image exceeds
+    test_size: int = 640  # pixels, short side at evaluation
+    test_max: int = 2560  # pixels, long side at evaluation
+    workers: int = 4  # loader processes
+    eval_batch: int = 1  # images at once at evaluation
     # SAM masks
-    sam: str = "vit_h"                 # segment_anything model, `mini`, or `regions` (stable regions, without any network)
-    sam_weights: str = ""              # file; empty: the one of the preset
-    points_per_side: int = 32          # prompts along each side
-    pred_iou_thresh: float = 0.88      # least IoU that SAM predicts of its own mask
-    stability_thresh: float = 0.95     # least stability
-    mask_nms_thresh: float = 0.7       # box IoU above which the worse of two masks goes
-    points_per_batch: int = 64         # prompts at once; affects speed and memory only
+    sam: str = "vit_h"  # segment_anything model, `mini`, or `regions` (stable regions, without any
+    #    network)
+    sam_weights: str = ""  # file; empty: the one of the preset
+    points_per_side: int = 32  # prompts along each side
+    pred_iou_thresh: float = 0.88  # least IoU that SAM predicts of its own mask
+    stability_thresh: float = 0.95  # least stability
+    mask_nms_thresh: float = 0.7  # box IoU above which the worse of two masks goes
+    points_per_batch: int = 64  # prompts at once; affects speed and memory only
     # a run
-    seed: int = 0                      # of everything random
-    checkpoint_every: int = 1000       # steps
-    log_every: int = 20                # steps between lines on the screen
+    seed: int = 0  # of everything random
+    checkpoint_every: int = 1000  # steps
+    log_every: int = 20  # steps between lines on the screen
 
     @property
     def has_ensemble(self) -> bool:
@@ -156,12 +184,19 @@ class Config:
 
     def settled(self) -> "Config":
         """With the burn-in in steps, as a run stores it: it does not move when the run is made longer."""
-        return replace(self, burn_in=self.burn_in_steps(False), burn_in_warm=self.burn_in_steps(True))
+        return replace(
+            self, burn_in=self.burn_in_steps(False), burn_in_warm=self.burn_in_steps(True)
+        )
 
     @property
     def loss(self) -> LossConfig:
-        return LossConfig(CostWeights(self.class_weight, self.mask_weight, self.dice_weight), self.no_object_weight,
-                          self.num_points, self.oversample, self.importance)
+        return LossConfig(
+            CostWeights(self.class_weight, self.mask_weight, self.dice_weight),
+            self.no_object_weight,
+            self.num_points,
+            self.oversample,
+            self.importance,
+        )
 
     @property
     def loss_dewa(self) -> LossConfig:
@@ -169,26 +204,85 @@ class Config:
         return replace(self, class_weight=0.0).loss
 
 
-OFFICIAL = Config()                    # ADE20K; SAM and CLIP at full size
+OFFICIAL = Config()  # ADE20K; SAM and CLIP at full size
 COCO = replace(OFFICIAL, crop=512, dewa_crop=640, test_size=512, test_max=2048)
-SUP_STEPS_A_SPLIT = 10_000             # supplement D: the smallest split takes so many steps, every next larger one as many more
+SUP_STEPS_A_SPLIT = 10_000  # supplement D: the smallest split takes so many steps, every next larger one as many more
 # SAM's thresholds (0.88, 0.95) are for large images and a confident model; the mini SAM's opinion of its own masks is modest. At SAM's own
 # NMS, these kept the best recall on the mini SAM's test scenes for about 13 masks an image: there are some 6 segments to be found.
 MINI = Config(
-    backbone="mini", pretrained="", num_queries=20, hidden=96, heads=4, encoder_layers=2, encoder_ffn=192, decoder_layers=3,
-    decoder_ffn=192, num_points=384, ema_decay=0.99, lr=6e-4, clip_norm=1.0, ssl_steps=500, sup_steps=500, dewa_steps=150,
-    burn_in=0.5, burn_in_warm=0.2, labeled_batch=4, unlabeled_batch=4, dewa_batch=8, crop=128, scale_min=0.8, scale_max=1.5,
-    jitter=0.4, jitter_hue=0.05, grayscale_prob=0.05, blur_radius=1.0, test_size=128, test_max=512, workers=0, eval_batch=10, sam="mini", points_per_side=12, pred_iou_thresh=0.5, stability_thresh=0.5,
-    mask_nms_thresh=0.7, points_per_batch=24, checkpoint_every=200)
+    backbone="mini",
+    pretrained="",
+    num_queries=20,
+    hidden=96,
+    heads=4,
+    encoder_layers=2,
+    encoder_ffn=192,
+    decoder_layers=3,
+    decoder_ffn=192,
+    num_points=384,
+    ema_decay=0.99,
+    lr=6e-4,
+    clip_norm=1.0,
+    ssl_steps=500,
+    sup_steps=500,
+    dewa_steps=150,
+    burn_in=0.5,
+    burn_in_warm=0.2,
+    labeled_batch=4,
+    unlabeled_batch=4,
+    dewa_batch=8,
+    crop=128,
+    scale_min=0.8,
+    scale_max=1.5,
+    jitter=0.4,
+    jitter_hue=0.05,
+    grayscale_prob=0.05,
+    blur_radius=1.0,
+    test_size=128,
+    test_max=512,
+    workers=0,
+    eval_batch=10,
+    sam="mini",
+    points_per_side=12,
+    pred_iou_thresh=0.5,
+    stability_thresh=0.5,
+    mask_nms_thresh=0.7,
+    points_per_batch=24,
+    checkpoint_every=200,
+)
 
 # Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a photograph, and a linear
 # classifier because it has never read those class names. `--preset official` is the real thing.
 CUSTOM = replace(
-    MINI, train_backbone=True, backbone_lr_multiplier=1.0, classifier="linear", num_queries=100, num_points=2048, scale_min=1.5, scale_max=3.5,
-    test_size=256, test_max=512, eval_batch=1, sam="regions", ssl_steps=2400, sup_steps=2400, dewa_steps=400, dewa_keep_empty=False,
-    burn_in=0.4167, burn_in_warm=0.125, workers=1)
+    MINI,
+    train_backbone=True,
+    backbone_lr_multiplier=1.0,
+    classifier="linear",
+    num_queries=100,
+    num_points=2048,
+    scale_min=1.5,
+    scale_max=3.5,
+    test_size=256,
+    test_max=512,
+    eval_batch=1,
+    sam="regions",
+    ssl_steps=2400,
+    sup_steps=2400,
+    dewa_steps=400,
+    dewa_keep_empty=False,
+    burn_in=0.4167,
+    burn_in_warm=0.125,
+    workers=1,
+)
 
-PRESETS = {"mini": MINI, "custom": CUSTOM, "official": OFFICIAL, "ade20k": OFFICIAL, "coco": COCO, "coco-objects": COCO}
+PRESETS = {
+    "mini": MINI,
+    "custom": CUSTOM,
+    "official": OFFICIAL,
+    "ade20k": OFFICIAL,
+    "coco": COCO,
+    "coco-objects": COCO,
+}
 
 
 def alpha_at(alpha: float | str, progress: float) -> float:
@@ -204,22 +298,84 @@ def changes(numbers: dict, preset: Config) -> dict:
     """Fields of a configuration, as a run stores it, that are not those of a preset: {name: value}. A burn-in is compared in steps."""
     settled = replace(preset, ssl_steps=numbers.get("ssl_steps", preset.ssl_steps)).settled()
     usual = {**vars(preset), "burn_in": settled.burn_in, "burn_in_warm": settled.burn_in_warm}
-    return {f.name: numbers[f.name] for f in fields(Config)
-            if f.name in numbers and numbers[f.name] not in (usual[f.name], getattr(preset, f.name))}
+    return {
+        f.name: numbers[f.name]
+        for f in fields(Config)
+        if f.name in numbers and numbers[f.name] not in (usual[f.name], getattr(preset, f.name))
+    }
 
 
-AT_LEAST = {1: ("num_queries", "hidden", "heads", "encoder_layers", "encoder_ffn", "encoder_points", "decoder_ffn", "num_points", "oversample", "ssl_steps", "sup_steps", "dewa_steps",
-                "labeled_batch", "unlabeled_batch", "dewa_batch", "crop", "test_size", "test_max", "eval_batch", "points_per_side", "points_per_batch", "checkpoint_every", "log_every"),
-            0: ("backbone_lr_multiplier", "decoder_layers", "class_weight", "mask_weight", "dice_weight", "no_object_weight", "lambda_u", "burn_in", "burn_in_warm",
-                "lr", "weight_decay", "poly_power", "dewa_crop", "white", "workers"),
-            0.1: ("blur_radius",)}
-SHARES = ("importance", "ema_decay", "cutmix_prob", "grayscale_prob", "blur_prob", "jitter", "object_mask_threshold", "overlap_threshold", "pred_iou_thresh",
-          "stability_thresh", "mask_nms_thresh")
+AT_LEAST = {
+    1: (
+        "num_queries",
+        "hidden",
+        "heads",
+        "encoder_layers",
+        "encoder_ffn",
+        "encoder_points",
+        "decoder_ffn",
+        "num_points",
+        "oversample",
+        "ssl_steps",
+        "sup_steps",
+        "dewa_steps",
+        "labeled_batch",
+        "unlabeled_batch",
+        "dewa_batch",
+        "crop",
+        "test_size",
+        "test_max",
+        "eval_batch",
+        "points_per_side",
+        "points_per_batch",
+        "checkpoint_every",
+        "log_every",
+    ),
+    0: (
+        "backbone_lr_multiplier",
+        "decoder_layers",
+        "class_weight",
+        "mask_weight",
+        "dice_weight",
+        "no_object_weight",
+        "lambda_u",
+        "burn_in",
+        "burn_in_warm",
+        "lr",
+        "weight_decay",
+        "poly_power",
+        "dewa_crop",
+        "white",
+        "workers",
+    ),
+    0.1: ("blur_radius",),
+}
+SHARES = (
+    "importance",
+    "ema_decay",
+    "cutmix_prob",
+    "grayscale_prob",
+    "blur_prob",
+    "jitter",
+    "object_mask_threshold",
+    "overlap_threshold",
+    "pred_iou_thresh",
+    "stability_thresh",
+    "mask_nms_thresh",
+)
 # A hue beyond half a circle comes round; seeds are multiplied by steps and slots, and torch takes 64 bits; larger scales overflow the softmax.
-BETWEEN = {"jitter_hue": (0, 0.5), "seed": (0, 2 ** 32 - 1), "clip_scale": (0, 10_000), "scale_min": (0.1, 20), "scale_max": (0.1, 20)}
+BETWEEN = {
+    "jitter_hue": (0, 0.5),
+    "seed": (0, 2**32 - 1),
+    "clip_scale": (0, 10_000),
+    "scale_min": (0.1, 20),
+    "scale_max": (0.1, 20),
+}
 
 
-BEFORE = {"white": 65535}              # what versions did that did not know a number yet, and so did not store it
+BEFORE = {
+    "white": 65535
+}  # what versions did that did not know a number yet, and so did not store it
 
 
 def numbers_of(stored: dict) -> dict:
@@ -230,8 +386,10 @@ def numbers_of(stored: dict) -> dict:
 
 def require_ranges(cfg: Config) -> None:
     """Raise UserError for a number that no run can use, before the stage finds out in its own way."""
+
     def wrong(name, expected):
         raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {expected}")
+
     for least, names in AT_LEAST.items():
         for name in names:
             if not least <= getattr(cfg, name) < float("inf"):
@@ -256,7 +414,9 @@ def require_ranges(cfg: Config) -> None:
     if cfg.white and not 255 <= cfg.white <= 65535:
         wrong("white", "0 (measured), or a grey value of 16 bits, 255 to 65535")
     if cfg.hidden % 32 or cfg.hidden % cfg.heads:
-        wrong("hidden", f"a multiple of 32 (groups of the normalisation) and of --heads {cfg.heads}")
+        wrong(
+            "hidden", f"a multiple of 32 (groups of the normalisation) and of --heads {cfg.heads}"
+        )
     if not cfg.clip_norm > 0:
         wrong("clip_norm", "a number above 0")
     if cfg.test_size > cfg.test_max:
@@ -270,20 +430,32 @@ def require_learning(cfg: Config, stage: str) -> None:
     if cfg.lr == 0:
         raise UserError("--lr 0: nothing would be learned; expected a number above 0")
     if cfg.lr * cfg.weight_decay >= 1:
-        raise UserError(f"--weight-decay {cfg.weight_decay}: at --lr {cfg.lr} a step would take all of a weight away; expected less than {1 / cfg.lr:g}")
+        raise UserError(
+            f"--weight-decay {cfg.weight_decay}: at --lr {cfg.lr} a step would take all of a weight away; expected less than {1 / cfg.lr:g}"
+        )
     if cfg.train_backbone and cfg.backbone_lr_multiplier == 0:
-        raise UserError("--backbone-lr-multiplier 0: the backbone would not be trained; leave --train-backbone out")
-    terms = ("mask_weight", "dice_weight") if stage == "dewa" else ("class_weight", "mask_weight", "dice_weight")
+        raise UserError(
+            "--backbone-lr-multiplier 0: the backbone would not be trained; leave --train-backbone out"
+        )
+    terms = (
+        ("mask_weight", "dice_weight")
+        if stage == "dewa"
+        else ("class_weight", "mask_weight", "dice_weight")
+    )
     if not any(getattr(cfg, name) for name in terms):
-        raise UserError(f"{' and '.join('--' + name.replace('_', '-') for name in terms)} are 0: there is nothing to learn; expected one above 0")
+        raise UserError(
+            f"{' and '.join('--' + name.replace('_', '-') for name in terms)} are 0: there is nothing to learn; expected one above 0"
+        )
 
 
 def require_semi_supervised(cfg: Config, warm: bool) -> None:
     """Raise UserError if a run of stage ssl would end before its first unlabelled image. warm: it starts from DeWa weights."""
     burn_in, flag = cfg.burn_in_steps(warm), "--burn-in-warm" if warm else "--burn-in"
     if burn_in >= cfg.ssl_steps:
-        raise UserError(f"{flag} {burn_in}: all {cfg.ssl_steps} steps of the run (--steps) would pass without an unlabelled image; expected fewer, "
-                        f"or a share of the steps such as 0.5")
+        raise UserError(
+            f"{flag} {burn_in}: all {cfg.ssl_steps} steps of the run (--steps) would pass without an unlabelled image; expected fewer, "
+            f"or a share of the steps such as 0.5"
+        )
 
 
 def ablations(cfg: Config, stage: str, warm: bool = False) -> list[str]:

@@ -34,30 +34,50 @@ from colours import palette
 from config import Config, UserError, refuse
 from matcher import Target
 
-PAD_VALUE = 128                        # grey levels; images are padded right and bottom to the crop
-IGNORE = -1                            # semantic ground truth: no class
-CUTMIX_AREA, CUTMIX_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)               # share of the crop; height / width, uniform
-CUTMIX_TRIES = 1000                    # before the boxes that fit are listed; in an ordinary view a few will do
-GRACE = 10                             # seconds that a loader process outlives a SIGTERM
-MAX_LONG_SIDE = 4                      # long side of a training view, in crops (2560 of 640)
-MAX_PIXELS = 89_000_000                # of an image or a map; Pillow warns from here on and refuses only twice as much
+PAD_VALUE = 128  # grey levels; images are padded right and bottom to the crop
+IGNORE = -1  # semantic ground truth: no class
+CUTMIX_AREA, CUTMIX_ASPECT = (
+    (0.02, 0.4),
+    (0.3, 1 / 0.3),
+)  # share of the crop; height / width, uniform
+CUTMIX_TRIES = 1000  # before the boxes that fit are listed; in an ordinary view a few will do
+GRACE = 10  # seconds that a loader process outlives a SIGTERM
+MAX_LONG_SIDE = 4  # long side of a training view, in crops (2560 of 640)
+MAX_PIXELS = (
+    89_000_000  # of an image or a map; Pillow warns from here on and refuses only twice as much
+)
 # What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those of them that can have 16 bits a channel
-WHITE = 65535                          # of 16 bits; becomes 255 where no other white point is known
-MEASURED = 1000                        # files, at most, from which a white point is measured
+WHITE = 65535  # of 16 bits; becomes 255 where no other white point is known
+MEASURED = 1000  # files, at most, from which a white point is measured
 LITTLE = (
     16  # grey levels of 256: an image whose values differ by less uses less than 1/16 of its range
 )
-MAX_NAME = 255                         # bytes of a file name, characters of a path are at most 4 times as many
-MAX_ID = 1 << 24                       # segment ids have 24 bits: R + 256 G + 65536 B
-MAX_AREA = 1 << 31                     # pixels
-TURN = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                       Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))   # by EXIF orientation, 1 = none
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)                # MAX_PIXELS refuses what it warns of
+MAX_NAME = 255  # bytes of a file name, characters of a path are at most 4 times as many
+MAX_ID = 1 << 24  # segment ids have 24 bits: R + 256 G + 65536 B
+MAX_AREA = 1 << 31  # pixels
+TURN = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        2,
+    )
+)  # by EXIF orientation, 1 = none
+warnings.simplefilter(
+    "ignore", Image.DecompressionBombWarning
+)  # MAX_PIXELS refuses what it warns of
 
 
 # ------------------------------------------------------------------------------------- taxonomies and data sets
+
 
 @dataclass(frozen=True)
 class Taxonomy:
@@ -65,6 +85,7 @@ class Taxonomy:
 
     palette: RGB, 0 to 255, where the data set has colours of its own.
     """
+
     names: tuple[str, ...]
     things: tuple[bool, ...]
     ids: tuple[int, ...]
@@ -78,17 +99,32 @@ class Taxonomy:
         """The inverse of `to_config`, for what a file holds. Raises: UserError if that is no taxonomy."""
         try:
             columns = [tuple(stored[key]) for key in ("names", "things", "ids")]
-            palette = stored["palette"] and tuple((*bytes([r, g, b]),) for r, g, b in stored["palette"])
-            if any(type(value) is not kind for column, kind in zip(columns, (str, bool, int)) for value in column) or (
-                    len({len(column) for column in (*columns, palette or columns[0])}) > 1 or not columns[0]):
+            palette = stored["palette"] and tuple(
+                (*bytes([r, g, b]),) for r, g, b in stored["palette"]
+            )
+            if any(
+                type(value) is not kind
+                for column, kind in zip(columns, (str, bool, int))
+                for value in column
+            ) or (
+                len({len(column) for column in (*columns, palette or columns[0])}) > 1
+                or not columns[0]
+            ):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{source}: its taxonomy is {brief(stored)}, expected names, things, ids and palette, one of each for every class") from None
+            raise UserError(
+                f"{source}: its taxonomy is {brief(stored)}, expected names, things, ids and palette, one of each for every class"
+            ) from None
         return cls(*columns, palette)
 
     def to_config(self) -> dict:
         """As plain lists: a run stores its classes, so that it can be used where the data set is not."""
-        return {"names": [*self.names], "things": [*self.things], "ids": [*self.ids], "palette": self.palette and [[*c] for c in self.palette]}
+        return {
+            "names": [*self.names],
+            "things": [*self.things],
+            "ids": [*self.ids],
+            "palette": self.palette and [[*c] for c in self.palette],
+        }
 
     def order_in(self, other: "Taxonomy", here: str, there: str) -> np.ndarray:
         """(K,) the place in `other` of each class of this taxonomy: joined by first name, never by
@@ -123,8 +159,10 @@ class Taxonomy:
 
     def categories(self) -> list[dict]:
         """As in COCO panoptic format, the inverse of `read_taxonomy`."""
-        return [{"id": i, "name": name, "isthing": int(thing), "color": [*colour]}
-                for i, name, thing, colour in zip(self.ids, self.names, self.things, self.colours)]
+        return [
+            {"id": i, "name": name, "isthing": int(thing), "color": [*colour]}
+            for i, name, thing, colour in zip(self.ids, self.names, self.things, self.colours)
+        ]
 
     @property
     def synonyms(self) -> list[list[str]]:
@@ -143,19 +181,26 @@ class Taxonomy:
 @dataclass
 class Truth:
     """Ground truth of one image: segment_map (H, W) int32, 0 = void, k = k-th segment; labels, areas, crowd (N,)."""
+
     segment_map: np.ndarray
     labels: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
-    classes: Callable[[], np.ndarray] | None = None    # reads the (H, W) semantic ground truth, where the data set has one of its own
+    classes: Callable[[], np.ndarray] | None = (
+        None  # reads the (H, W) semantic ground truth, where the data set has one of its own
+    )
 
     def semantic(self) -> np.ndarray:
         """(H, W) class index, IGNORE where void."""
-        return np.append(IGNORE, self.labels)[self.segment_map] if self.classes is None else self.classes()
+        return (
+            np.append(IGNORE, self.labels)[self.segment_map]
+            if self.classes is None
+            else self.classes()
+        )
 
     def by_class(self) -> "Truth":
         """The semantic ground truth as a partition: one segment a class."""
-        classes = self.semantic() - IGNORE                         # 0 = void, class + 1
+        classes = self.semantic() - IGNORE  # 0 = void, class + 1
         areas = np.bincount(classes.ravel())
         areas[0] = 0
         labels, lut = np.flatnonzero(areas), np.zeros(len(areas), np.int32)
@@ -166,6 +211,7 @@ class Truth:
 @dataclass
 class DataSet:
     """What a stage sees: training images with labelled and unlabelled indices, and validation images."""
+
     name: str
     taxonomy: Taxonomy
     train: "MiniImages | PanopticFolder"
@@ -208,7 +254,7 @@ class DataSet:
 class MiniImages:
     """Scenes of one collection of the miniature world, each drawn when it is first asked for and kept in memory for all stages of a process."""
 
-    white = WHITE                      # they have 8 bits
+    white = WHITE  # they have 8 bits
 
     def __init__(self, collection: str, count: int):
         self.collection, self.count, self.order = collection, count, None
@@ -251,6 +297,7 @@ class MiniImages:
 @functools.lru_cache(maxsize=None)
 def _scene(collection: str, i: int):
     import microcosm
+
     return microcosm.scene(collection, i)
 
 
@@ -271,21 +318,43 @@ class PanopticFolder:
 
     white = WHITE
 
-    def __init__(self, annotations: Path, images: Path, maps: Path, taxonomy: Taxonomy, semantic: Path | None = None, semantic_first: int = 1,
-                 validation: bool = False, hidden: bool = False, complain: Callable[[UserError], None] = refuse):
-        self.annotations, self.images, self.maps, self.taxonomy = annotations, images, maps, taxonomy
+    def __init__(
+        self,
+        annotations: Path,
+        images: Path,
+        maps: Path,
+        taxonomy: Taxonomy,
+        semantic: Path | None = None,
+        semantic_first: int = 1,
+        validation: bool = False,
+        hidden: bool = False,
+        complain: Callable[[UserError], None] = refuse,
+    ):
+        self.annotations, self.images, self.maps, self.taxonomy = (
+            annotations,
+            images,
+            maps,
+            taxonomy,
+        )
         self.semantic, self.semantic_first, self.hidden, self.order = (
             semantic,
             semantic_first,
             hidden,
             None,
         )
-        inside = (os.path.commonpath([annotations, images, maps]), images, maps, *([semantic] if semantic else []))      # a folder itself may be a link
+        inside = (
+            os.path.commonpath([annotations, images, maps]),
+            images,
+            maps,
+            *([semantic] if semantic else []),
+        )  # a folder itself may be a link
         self.inside = tuple(os.path.join(os.path.realpath(folder), "") for folder in inside)
         content = read_json(annotations)
         index = {category: k for k, category in enumerate(taxonomy.ids) if category >= 0}
+
         def wrong(kind, text):
             complain(UserError(f"{annotations}: {text}", kind))
+
         files = _image_names(content["images"], wrong)
         listed = {name for name in files.values() if name is not None}
         names, maps_of, counts, rows, self.refused, self.without_crowd = [], [], [], [], set(), 0
@@ -293,13 +362,19 @@ class PanopticFolder:
             try:
                 key = a["image_id"]
                 if key not in files:
-                    wrong("malformed", f"no entry for {brief(key)}, or two annotations: annotations[{place}] names it as its image_id, expected an image of "
-                                       f"images that no other annotation names")
+                    wrong(
+                        "malformed",
+                        f"no entry for {brief(key)}, or two annotations: annotations[{place}] names it as its image_id, expected an image of "
+                        f"images that no other annotation names",
+                    )
                     continue
                 file, segments = a["file_name"], list(a["segments_info"])
                 fault = name_fault(file)
             except (KeyError, TypeError):
-                wrong("malformed", f"annotations[{place}] is {brief(a)}, expected an object with image_id, file_name and segments_info")
+                wrong(
+                    "malformed",
+                    f"annotations[{place}] is {brief(a)}, expected an object with image_id, file_name and segments_info",
+                )
                 continue
             name = files.pop(key)
             if fault:
@@ -316,9 +391,9 @@ class PanopticFolder:
             counts.append(len(sound))
         self.annotated = len(names)
         names += [] if validation else [name for name in files.values() if name is not None]
-        self.unused = sorted(listed.difference(names))             # few or none
+        self.unused = sorted(listed.difference(names))  # few or none
         self.names, self.files = np.array(names, str), np.array(maps_of, str)
-        self.segments = np.array(rows, np.int64).reshape(-1, 4)    # id, class, area, crowd
+        self.segments = np.array(rows, np.int64).reshape(-1, 4)  # id, class, area, crowd
         self.starts = np.cumsum([0, *counts])
 
     def __len__(self) -> int:
@@ -363,27 +438,51 @@ class PanopticFolder:
         path = folder / name
         real = os.path.realpath(path)
         if not real.startswith(self.inside):
-            raise UserError(f"{path}: is a link that leads out of the data root, to {real}; expected a file (a whole folder may be a link)", "name")
+            raise UserError(
+                f"{path}: is a link that leads out of the data root, to {real}; expected a file (a whole folder may be a link)",
+                "name",
+            )
         return path
 
     def truth(self, i: int, complain: Callable[[UserError], None] = refuse) -> Truth:
-        path, segments = self.file(self.maps, str(self.files[i])), self.segments[self.starts[i]:self.starts[i + 1]]
+        path, segments = (
+            self.file(self.maps, str(self.files[i])),
+            self.segments[self.starts[i] : self.starts[i + 1]],
+        )
         coded = self._upright(segment_ids(path), i, path)
         # Pixels come in runs of one id, so only the first of each run is looked up.
         flat = coded.ravel()
         first = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
-        runs, lengths, order = flat[first], np.diff(first, append=flat.size), np.argsort(segments[:, 0])
-        known = np.append(segments[order, 0], MAX_ID)                               # no id is so large
+        runs, lengths, order = (
+            flat[first],
+            np.diff(first, append=flat.size),
+            np.argsort(segments[:, 0]),
+        )
+        known = np.append(segments[order, 0], MAX_ID)  # no id is so large
         place = np.searchsorted(known, runs)
         found = known[place] == runs
         for unknown in np.unique(runs[~found & (runs > 0)]):
-            complain(UserError(f"{path}: segment {unknown} has pixels but is not in segments_info", "not in json"))
+            complain(
+                UserError(
+                    f"{path}: segment {unknown} has pixels but is not in segments_info",
+                    "not in json",
+                )
+            )
         number = np.where(found, np.append(order + 1, 0)[place], 0).astype(np.int32)
         if not self.hidden:
             for empty in segments[np.bincount(number, minlength=len(segments) + 1)[1:] == 0, 0]:
-                complain(UserError(f"{path}: segment {empty} is in segments_info but has no pixel", "no pixel"))
-        return Truth(np.repeat(number, lengths).reshape(coded.shape), segments[:, 1], segments[:, 2], segments[:, 3].astype(bool),
-                     self.semantic and (lambda: self.class_map(i)))
+                complain(
+                    UserError(
+                        f"{path}: segment {empty} is in segments_info but has no pixel", "no pixel"
+                    )
+                )
+        return Truth(
+            np.repeat(number, lengths).reshape(coded.shape),
+            segments[:, 1],
+            segments[:, 2],
+            segments[:, 3].astype(bool),
+            self.semantic and (lambda: self.class_map(i)),
+        )
 
     def class_file(self, i: int) -> Path:
         return self.semantic / f"{Path(self.name(i)).stem}.png"
@@ -393,7 +492,10 @@ class PanopticFolder:
         path = self.file(self.semantic, self.class_file(i).name)
         stored = np.asarray(open_image(path, None))
         if stored.ndim != 2:
-            raise UserError(f"{path}: expected a map of class numbers with one channel, got {stored.shape}", "unreadable")
+            raise UserError(
+                f"{path}: expected a map of class numbers with one channel, got {stored.shape}",
+                "unreadable",
+            )
         classes = self._upright(stored, i, path).astype(np.int32) - self.semantic_first
         classes[(classes < 0) | (classes >= len(self.taxonomy))] = IGNORE
         return (
@@ -413,8 +515,11 @@ class PanopticFolder:
             return stored
         if turn is not None and stored.shape == shown:
             return np.asarray(Image.fromarray(stored).transpose(turn))
-        raise UserError(f"{path}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image {self.name(i)} has {shown[0]} x {shown[1]}; "
-                        f"expected one size", "size")
+        raise UserError(
+            f"{path}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image {self.name(i)} has {shown[0]} x {shown[1]}; "
+            f"expected one size",
+            "size",
+        )
 
 
 def _image_names(entries: list, wrong: Callable[[str, str], None]) -> dict:
@@ -425,11 +530,17 @@ def _image_names(entries: list, wrong: Callable[[str, str], None]) -> dict:
             key, name = entry["id"], entry["file_name"]
             twice = key in files or name in taken
         except (KeyError, TypeError):
-            wrong("malformed", f"images[{place}] is {brief(entry)}, expected an object with id and file_name")
+            wrong(
+                "malformed",
+                f"images[{place}] is {brief(entry)}, expected an object with id and file_name",
+            )
             continue
         fault = "is listed twice" if twice else name_fault(name)
         if fault:
-            wrong("image twice" if twice else "name", f"image {brief(key)}: file_name {brief(name)} {fault}")
+            wrong(
+                "image twice" if twice else "name",
+                f"image {brief(key)}: file_name {brief(name)} {fault}",
+            )
             files.setdefault(key, None)
         else:
             files[key] = name
@@ -437,20 +548,34 @@ def _image_names(entries: list, wrong: Callable[[str, str], None]) -> dict:
     return files
 
 
-def _sound_segments(segments: list, index: dict[int, int], name: str, wrong: Callable[[str, str], None]) -> tuple[list[tuple], int]:
+def _sound_segments(
+    segments: list, index: dict[int, int], name: str, wrong: Callable[[str, str], None]
+) -> tuple[list[tuple], int]:
     """(id, class, area, crowd) of the segments of an image without a fault, and how many of them do not say whether they are crowd."""
     rows, used, without_crowd = [], set(), 0
     for s in segments:
         try:
             number, category, area, crowd = s["id"], s["category_id"], s["area"], s.get("iscrowd")
             k, twice = index.get(category), number in used
-            sound = _whole(number) and 0 < number < MAX_ID and _whole(area) and 0 <= area < MAX_AREA and crowd in (None, 0, 1)
+            sound = (
+                _whole(number)
+                and 0 < number < MAX_ID
+                and _whole(area)
+                and 0 <= area < MAX_AREA
+                and crowd in (None, 0, 1)
+            )
         except (KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
-            wrong("malformed", f"segment {brief(s)} of image {name}: expected id (1 to {MAX_ID - 1}), category_id, area (pixels) and iscrowd (0 or 1)")
+            wrong(
+                "malformed",
+                f"segment {brief(s)} of image {name}: expected id (1 to {MAX_ID - 1}), category_id, area (pixels) and iscrowd (0 or 1)",
+            )
         elif k is None:
-            wrong("category", f"segment {number} of image {name} has category {brief(category)}, which is not among the categories")
+            wrong(
+                "category",
+                f"segment {number} of image {name} has category {brief(category)}, which is not among the categories",
+            )
         elif twice:
             wrong("segment twice", f"segment {number} of image {name} is listed twice")
         else:
@@ -472,13 +597,17 @@ class ImageFolder:
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder of images")
         passed = collections.Counter()
+
         def passed_over(name):
             passed[os.path.splitext(name)[1].lower() or name] += 1
+
         self.names = np.array(pictures(self.folder, passed_over), str)
-        passed.pop(".json", 0)         # masks beside the images
+        passed.pop(".json", 0)  # masks beside the images
         if passed:
-            print(f"{folder}: {passed.total()} files passed over, by their names no images: "
-                  + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5)))
+            print(
+                f"{folder}: {passed.total()} files passed over, by their names no images: "
+                + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5))
+            )
         if not len(self.names):
             raise UserError(
                 f"{folder}: no images in this folder; expected files that end in "
@@ -523,6 +652,7 @@ def pictures(
     Raises: UserError if a folder cannot be listed.
     """
     found, known = [], set(endings())
+
     def walk(place: str, below: str, above: tuple[str, ...]) -> None:
         with os.scandir(place) as entries:
             for entry in entries:
@@ -537,6 +667,7 @@ def pictures(
                     found.append(name)
                 elif others is not None and real not in without:
                     others(f"{name}/" if real else name)
+
     try:
         walk(str(folder), "", (os.path.realpath(folder),))
     except OSError as error:
@@ -556,8 +687,10 @@ def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
 def _fingerprint(images, folder: Path, indices) -> str:
     """What is not there counts as such; whoever needs it will say so."""
     names = [images.name(i) for i in indices]
+
     def digest(k: int) -> str:
         return images.digest(indices[k]) if identity.bytes_of(folder / names[k]) >= 0 else "absent"
+
     return identity.of_files(names, lambda k: identity.bytes_of(folder / names[k]), digest)
 
 
@@ -581,7 +714,9 @@ def file_digest(path: Path) -> str:
 def segment_ids(path: Path) -> np.ndarray:
     """(H, W) int32 ids of a panoptic PNG: R + 256 G + 65536 B."""
     image = open_image(path)
-    coded = np.frombuffer(image.tobytes("raw", "RGBX"), "<i4")     # four bytes a pixel, as Pillow keeps them: an integer, but for the fourth
+    coded = np.frombuffer(
+        image.tobytes("raw", "RGBX"), "<i4"
+    )  # four bytes a pixel, as Pillow keeps them: an integer, but for the fourth
     return (coded & 0xFFFFFF).reshape(image.height, image.width)
 
 
@@ -610,7 +745,7 @@ def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
         image = Image.fromarray(_scaled(white)[values])
     if image.mode != "RGB":
         return image.convert("RGB")
-    image.load()        # before its file is closed; convert() would copy every pixel
+    image.load()  # before its file is closed; convert() would copy every pixel
     return image
 
 
@@ -645,7 +780,7 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
     bits = image.tag_v2.get(258, ()) if image.format == "TIFF" else ()
     if not any(";16" in kind for kind in stored) and 16 not in bits:
         return None
-    order, = stored if len(stored) == 1 else ("",)
+    (order,) = stored if len(stored) == 1 else ("",)
     if order not in _EXCHANGED or not image.filename:
         raise ValueError(
             f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be "
@@ -699,7 +834,7 @@ def white_point(images) -> int:
     for k in range(count):
         with contextlib.suppress(UserError):
             largest = max(largest, _largest(images.path(able[k * len(able) // count])))
-        if largest > WHITE // 2:       # no need to look any further
+        if largest > WHITE // 2:  # no need to look any further
             break
     return WHITE if largest < 0 else max(255, (1 << largest.bit_length()) - 1)
 
@@ -746,7 +881,12 @@ def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
     """(width, height) of an image as `open_image` returns it, and how it will be turned; no pixel is read."""
     with _opened(path) as image:
         turn = _turn(image)
-        swapped = turn in (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+        swapped = turn in (
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        )
         return image.size[::-1] if swapped else image.size, turn
 
 
@@ -760,20 +900,29 @@ def _opened(path: Path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "absent") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which no stage reads; cut it into tiles", "large") from None
-    except Exception as error:         # Pillow raises a dozen types for what is one thing to the user
-        reason = "of no known format, or no image at all" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which no stage reads; cut it into tiles",
+            "large",
+        ) from None
+    except Exception as error:  # Pillow raises a dozen types for what is one thing to the user
+        reason = (
+            "of no known format, or no image at all"
+            if isinstance(error, UnidentifiedImageError)
+            else " ".join(str(error).split()) or type(error).__name__
+        )
         reason = "empty file" if os.path.isfile(path) and not os.path.getsize(path) else reason
         raise UserError(f"{path}: not a readable image ({reason})", "unreadable") from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How EXIF wants an image turned that was opened but not read. A broken EXIF block wants nothing (as officially)."""
-    if image.format == "TIFF" or image.format == "PNG" and "exif" not in image.info:       # Pillow turns a TIFF itself; asking a PNG would read it
+    if (
+        image.format == "TIFF" or image.format == "PNG" and "exif" not in image.info
+    ):  # Pillow turns a TIFF itself; asking a PNG would read it
         return None
     try:
         return TURN.get(image.getexif().get(0x0112))
-    except Exception:                  # struct.error, SyntaxError, ... from inside
+    except Exception:  # struct.error, SyntaxError, ... from inside
         return None
 
 
@@ -785,9 +934,15 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    missing = [
+        key
+        for key in ("images", "annotations", "categories")
+        if not isinstance(content, dict) or not isinstance(content.get(key), list)
+    ]
     if missing:
-        raise UserError(f"{path}: key '{missing[0]}' is missing or not a list; expected COCO panoptic format (images, annotations, categories)")
+        raise UserError(
+            f"{path}: key '{missing[0]}' is missing or not a list; expected COCO panoptic format (images, annotations, categories)"
+        )
     return content
 
 
@@ -797,12 +952,18 @@ def name_fault(name) -> str | None:
         return "is not a file name"
     if os.path.isabs(name) or ".." in name and ".." in Path(name).parts:
         return "leads out of its folder; expected a path below it"
-    if _UNPRINTABLE.search(name) or len(name) > 4 * MAX_NAME or max(len(part.encode()) for part in name.split("/")) > MAX_NAME:
+    if (
+        _UNPRINTABLE.search(name)
+        or len(name) > 4 * MAX_NAME
+        or max(len(part.encode()) for part in name.split("/")) > MAX_NAME
+    ):
         return f"cannot be the name of a file; expected at most {MAX_NAME} bytes between slashes, without control characters"
     return None
 
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")             # would also break the one line of an error
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f\ud800-\udfff]"
+)  # would also break the one line of an error
 
 
 def brief(value) -> str:
@@ -817,26 +978,48 @@ def _whole(value) -> bool:
     return type(value) is int or type(value) is float and value.is_integer()
 
 
-MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200    # images
+MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200  # images
 
 
 def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
     """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
     if not split.isdecimal() or not 0 < int(split) < MINI_TRAIN:
-        raise UserError(f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}")
+        raise UserError(
+            f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}"
+        )
     if evaluate_on not in ("dev", "val"):
-        raise UserError(f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val")
+        raise UserError(
+            f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val"
+        )
     n, val = int(split), MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
-    return DataSet("mini", mini_taxonomy(), MiniImages("train", MINI_TRAIN), val, list(range(n)), list(range(n, MINI_TRAIN)))
+    return DataSet(
+        "mini",
+        mini_taxonomy(),
+        MiniImages("train", MINI_TRAIN),
+        val,
+        list(range(n)),
+        list(range(n, MINI_TRAIN)),
+    )
 
 
 def mini_taxonomy() -> Taxonomy:
     import microcosm
+
     k = len(microcosm.CLASSES)
-    return Taxonomy(microcosm.CLASSES, tuple(i < len(microcosm.THINGS) for i in range(k)), tuple(range(1, k + 1)))
+    return Taxonomy(
+        microcosm.CLASSES,
+        tuple(i < len(microcosm.THINGS) for i in range(k)),
+        tuple(range(1, k + 1)),
+    )
 
 
-def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", complain: Callable[[UserError], None] = refuse) -> DataSet:
+def load_folder(
+    root: Path,
+    split: str,
+    seed: int = 0,
+    variant: str = "",
+    complain: Callable[[UserError], None] = refuse,
+) -> DataSet:
     """Any folder in COCO panoptic format.
 
     Args:
@@ -847,10 +1030,21 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --data-root names a folder in COCO panoptic format")
-    annotations = {part: _first(root, [f"panoptic_{part}{variant}.json", f"annotations/panoptic_{part}{variant}.json",
-                                       f"annotations/panoptic_{part}2017{variant}.json"], "the panoptic JSON")
-                   for part in ("train", "val")}
+        raise UserError(
+            f"{root}: no such folder; --data-root names a folder in COCO panoptic format"
+        )
+    annotations = {
+        part: _first(
+            root,
+            [
+                f"panoptic_{part}{variant}.json",
+                f"annotations/panoptic_{part}{variant}.json",
+                f"annotations/panoptic_{part}2017{variant}.json",
+            ],
+            "the panoptic JSON",
+        )
+        for part in ("train", "val")
+    }
     taxonomy = read_taxonomy(annotations["train"])
     by_part = {
         "train": taxonomy,
@@ -859,7 +1053,9 @@ def load_folder(root: Path, split: str, seed: int = 0, variant: str = "", compla
     parts = {}
     for part, path in annotations.items():
         base, stem = path.parent.relative_to(root), path.stem.removesuffix(variant)
-        images = _first(root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder")
+        images = _first(
+            root, [f"images/{part}", f"{part}2017", f"{part}", "images"], "the image folder"
+        )
         candidates, missing = (
             [(base / stem).as_posix(), f"panoptic/{part}", f"panoptic_{part}", "panoptic"],
             None,
@@ -913,7 +1109,9 @@ def _first(root: Path, candidates, what: str) -> Path:
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
-    raise UserError(f"{root}: {what} is missing; looked for {', '.join(str(c) for c in candidates)}")
+    raise UserError(
+        f"{root}: {what} is missing; looked for {', '.join(str(c) for c in candidates)}"
+    )
 
 
 def read_taxonomy(annotations: Path) -> Taxonomy:
@@ -923,20 +1121,35 @@ def read_taxonomy(annotations: Path) -> Taxonomy:
     """
     rows, used, categories = [], set(), read_json(annotations)["categories"]
     for c in categories:
-        missing = [key for key in ("id", "name", "isthing") if not isinstance(c, dict) or key not in c]
+        missing = [
+            key for key in ("id", "name", "isthing") if not isinstance(c, dict) or key not in c
+        ]
         if missing:
-            raise UserError(f"{annotations}: a category lacks '{missing[0]}' ({brief(c)}); expected id, name and isthing")
+            raise UserError(
+                f"{annotations}: a category lacks '{missing[0]}' ({brief(c)}); expected id, name and isthing"
+            )
         first = c["name"].split(",")[0].strip() if isinstance(c["name"], str) else ""
-        if not (_whole(c["id"]) and 0 <= c["id"] < MAX_ID and first and c["isthing"] in (0, 1)) or _UNPRINTABLE.search(c["name"]):
-            raise UserError(f"{annotations}: category {brief(c)}: expected a whole number as id, a name, and isthing 0 or 1")
+        if not (
+            _whole(c["id"]) and 0 <= c["id"] < MAX_ID and first and c["isthing"] in (0, 1)
+        ) or _UNPRINTABLE.search(c["name"]):
+            raise UserError(
+                f"{annotations}: category {brief(c)}: expected a whole number as id, a name, and isthing 0 or 1"
+            )
         if c["id"] in used or first in used:
-            raise UserError(f"{annotations}: category {brief(c['id'])} ({brief(c['name'])}) shares its id or its first name with another; expected distinct ones")
+            raise UserError(
+                f"{annotations}: category {brief(c['id'])} ({brief(c['name'])}) shares its id or its first name with another; expected distinct ones"
+            )
         used |= {c["id"], first}
         rows.append((c["name"], bool(c["isthing"]), int(c["id"])))
     if not rows:
-        raise UserError(f"{annotations}: categories is empty; expected at least one class with id, name and isthing")
+        raise UserError(
+            f"{annotations}: categories is empty; expected at least one class with id, name and isthing"
+        )
     colours = [c.get("color") for c in categories]
-    sound = all(isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v < 256 for v in c) for c in colours)
+    sound = all(
+        isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v < 256 for v in c)
+        for c in colours
+    )
     return Taxonomy(*zip(*rows), palette=tuple(map(tuple, colours)) if sound else None)
 
 
@@ -961,20 +1174,31 @@ def read_split(
     path = split_list(root, split or "all", official)
     if path is None and split.isdecimal():
         if not 0 < int(split) <= images.annotated:
-            complain(UserError(f"--split {split}: expected 1 to {images.annotated} labelled images", "split"))
+            complain(
+                UserError(
+                    f"--split {split}: expected 1 to {images.annotated} labelled images", "split"
+                )
+            )
         order = np.random.default_rng(seed).permutation(images.annotated).tolist()
-        return sorted(order[:int(split)]), sorted(order[int(split):]) + list(range(images.annotated, len(images)))
+        return sorted(order[: int(split)]), sorted(order[int(split) :]) + list(
+            range(images.annotated, len(images))
+        )
     if path is None:
         return list(range(images.annotated)), list(range(images.annotated, len(images)))
     everything = {images.name(i): i for i in range(len(images))}
+
     def read(file):
-        found: dict[int, None] = {}    # in the order of the list
+        found: dict[int, None] = {}  # in the order of the list
         for line in _lines(file):
             # Official lists have two columns and name files by their path; names of one's own may have spaces in them.
             names = [n for text in (line, line.split()[0]) for n in (text, text.split("/")[-1])]
             i = next((everything[n] for n in names if n in everything), None)
             if i is None:
-                complain(UserError(f"{file}: {brief(names[2])} is not an image of the training set", "split"))
+                complain(
+                    UserError(
+                        f"{file}: {brief(names[2])} is not an image of the training set", "split"
+                    )
+                )
             elif i in found:
                 complain(UserError(f"{file}: {brief(images.name(i))} is listed twice", "split"))
             else:
@@ -982,15 +1206,26 @@ def read_split(
         if not found:
             complain(UserError(f"{file}: the list is empty", "split"))
         return list(found)
+
     labeled, other = read(path), path.with_name("unlabeled.txt")
     for i in labeled:
         if i >= images.annotated:
-            complain(UserError(f"{path}: {brief(images.name(i))} has no annotation; a labelled image needs one", "split"))
+            complain(
+                UserError(
+                    f"{path}: {brief(images.name(i))} has no annotation; a labelled image needs one",
+                    "split",
+                )
+            )
     known = set(labeled)
     unlabeled = read(other) if other.exists() else [i for i in range(len(images)) if i not in known]
     for i in unlabeled:
         if i in known:
-            complain(UserError(f"{other}: {brief(images.name(i))} is in {path.name}, too; expected no image in both", "split"))
+            complain(
+                UserError(
+                    f"{other}: {brief(images.name(i))} is in {path.name}, too; expected no image in both",
+                    "split",
+                )
+            )
     return [i for i in labeled if i < images.annotated], unlabeled
 
 
@@ -1026,7 +1261,11 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
 def _lines(path: Path) -> list[str]:
     """Lines of a text file that are not blank."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [
+            line.strip()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable text file ({error})") from None
 
@@ -1153,32 +1392,43 @@ def require_files(images, indices, what: str, maps: bool = True, classes: bool =
     if not isinstance(images, PanopticFolder):
         return
     listed: dict[Path, set[str]] = {}
+
     def there(path: Path) -> bool:
         if path.parent not in listed:
             listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
         return path.name in listed[path.parent]
+
     kinds = [("image", lambda i: images.images / images.name(i))]
     kinds += [("panoptic map", lambda i: images.maps / str(images.files[i]))] if maps else []
     kinds += [("class map", images.class_file)] if classes and images.semantic is not None else []
     for kind, path_of in kinds:
         absent = [path for path in map(path_of, indices) if not there(path)]
         if absent:
-            raise UserError(f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
-                            f"or take them from the list")
+            raise UserError(
+                f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
+                f"or take them from the list"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- views of an image
 
+
 @dataclass
 class Sample:
     """An image on its way to a batch. image: PIL, RGB.   layers: maps that move along, each (H, W), nearest neighbour."""
+
     image: Image.Image
     layers: list[np.ndarray]
 
 
-def weak_view(sample: Sample, cfg: Config, rng: random.Random, colour: bool = False) -> tuple[Tensor, list[np.ndarray]]:
+def weak_view(
+    sample: Sample, cfg: Config, rng: random.Random, colour: bool = False
+) -> tuple[Tensor, list[np.ndarray]]:
     """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w) uint8, not padded, and its layers."""
-    sizes = [int(0.1 * k * cfg.crop) for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)]
+    sizes = [
+        int(0.1 * k * cfg.crop)
+        for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)
+    ]
     w, h = size = output_size(*sample.image.size, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
@@ -1206,7 +1456,10 @@ def resize_part(sample: Sample, size: tuple[int, int], part: tuple[int, int, int
     (w, h), (nw, nh), (left, top, right, bottom) = sample.image.size, size, part
     source = left * w / nw, top * h / nh, right * w / nw, bottom * h / nh
     image = sample.image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, source)
-    xs, ys = (((np.arange(*ends) + 0.5) * old / new).astype(int) for ends, old, new in (((left, right), w, nw), ((top, bottom), h, nh)))
+    xs, ys = (
+        ((np.arange(*ends) + 0.5) * old / new).astype(int)
+        for ends, old, new in (((left, right), w, nw), ((top, bottom), h, nh))
+    )
     return Sample(image, [a.take(ys, 0).take(xs, 1) for a in sample.layers])
 
 
@@ -1227,7 +1480,7 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
     if contrast_first:
         x = (x * contrast).clamp(0, 1)
     saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
-    hue = rng.randint(-18, 18) if rng.random() < 0.5 else 0                        # in OpenCV's units of 2 degrees
+    hue = rng.randint(-18, 18) if rng.random() < 0.5 else 0  # in OpenCV's units of 2 degrees
     if saturation != 1.0 or hue:
         x = shift_hsv(x, hue / 180, saturation)
     if not contrast_first:
@@ -1241,7 +1494,12 @@ def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     from torchvision.transforms.v2 import functional as TF
 
     factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
-    steps = [(TF.adjust_brightness, factor), (TF.adjust_contrast, factor), (TF.adjust_saturation, factor), (shift_hsv, hue)]
+    steps = [
+        (TF.adjust_brightness, factor),
+        (TF.adjust_contrast, factor),
+        (TF.adjust_saturation, factor),
+        (shift_hsv, hue),
+    ]
     rng.shuffle(steps)
     x = image.float() / 255
     for adjust, interval in steps:
@@ -1261,21 +1519,25 @@ def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
     """
     r, g, b = x
     top, low = x.amax(0), x.amin(0)
-    hue = torch.copysign(1 + (g + b - r - low) / (top - low).clamp(min=1e-6), g - b) + 6 * turn        # sixths of a turn, red = 0
+    hue = (
+        torch.copysign(1 + (g + b - r - low) / (top - low).clamp(min=1e-6), g - b) + 6 * turn
+    )  # sixths of a turn, red = 0
     chroma = ((top - low) * saturation).minimum(top)
     low = top - chroma
     shifted = torch.empty_like(x)
     for channel, own in zip(shifted, (0, 2, 4)):
         distance = hue - own
-        distance -= 6 * torch.round(distance / 6)                  # the short way round: -3 to 3
+        distance -= 6 * torch.round(distance / 6)  # the short way round: -3 to 3
         torch.addcmul(low, chroma, (2 - distance.abs()).clamp_(0, 1), out=channel)
     return shifted
 
 
 def gaussian_blur(x: Tensor, radius: float) -> Tensor:
     """As Pillow's: three equal box blurs whose variances add up to radius ** 2, here as one kernel. (3, h, w); pixels of the edge repeat."""
-    variance = radius ** 2 / 3
-    n = int(((12 * variance + 1) ** 0.5 - 1) / 2)                  # a box has weight 1 at -n to n and less at either end
+    variance = radius**2 / 3
+    n = int(
+        ((12 * variance + 1) ** 0.5 - 1) / 2
+    )  # a box has weight 1 at -n to n and less at either end
     end = (2 * n + 1) * (variance - n * (n + 1) / 3) / 2 / ((n + 1) ** 2 - variance)
     box = np.array([end, *[1] * (2 * n + 1), end]) / (2 * n + 1 + 2 * end)
     kernel = np.convolve(box, np.convolve(box, box)).tolist()
@@ -1291,7 +1553,9 @@ def gaussian_blur(x: Tensor, radius: float) -> Tensor:
 
 def to_bytes(x: Tensor) -> Tensor:
     """[0, 1] -> uint8."""
-    return torch.from_numpy((x * 255).round_().numpy().astype(np.uint8))            # torch's own conversion takes twice as long
+    return torch.from_numpy(
+        (x * 255).round_().numpy().astype(np.uint8)
+    )  # torch's own conversion takes twice as long
 
 
 def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
@@ -1315,8 +1579,15 @@ def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, i
 def _fitting_box(area: float, height: int, width: int, rng: random.Random) -> tuple[int, int]:
     """(w, h) as the tries of `cutmix_box` would end with, however many it takes."""
     least, most = CUTMIX_ASPECT
-    ends = {least, most, *(area / k ** 2 for k in range(1, width + 2)), *(k ** 2 / area for k in range(1, height + 2))}
-    ends = sorted(end for end in ends if least <= end <= most)     # between two of them w and h do not change
+    ends = {
+        least,
+        most,
+        *(area / k**2 for k in range(1, width + 2)),
+        *(k**2 / area for k in range(1, height + 2)),
+    }
+    ends = sorted(
+        end for end in ends if least <= end <= most
+    )  # between two of them w and h do not change
     boxes, chances = [], []
     for first, last in zip(ends, ends[1:]):
         aspect = (first + last) / 2
@@ -1336,20 +1607,28 @@ def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) ->
     keep = (areas > 0) & ~crowd
     lut = np.zeros(len(labels) + 1, np.int32)
     lut[1:][keep] = np.arange(1, keep.sum() + 1)
-    return Target(torch.as_tensor(labels[keep], dtype=torch.int64), torch.from_numpy(lut[segment_map]))
+    return Target(
+        torch.as_tensor(labels[keep], dtype=torch.int64), torch.from_numpy(lut[segment_map])
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- batches
 
+
 @dataclass
 class Labeled:
     """images (B, 3, S, S) uint8; B targets; names of the files."""
+
     images: Tensor
     targets: list[Target]
     names: list[str]
 
     def to(self, device) -> "Labeled":
-        return Labeled(self.images.to(device, non_blocking=True), [t.to(device) for t in self.targets], self.names)
+        return Labeled(
+            self.images.to(device, non_blocking=True),
+            [t.to(device) for t in self.targets],
+            self.names,
+        )
 
 
 @dataclass
@@ -1359,6 +1638,7 @@ class Unlabeled:
     weak, strong: (B, 3, S, S) uint8.   boxes: B boxes (top, bottom, left, right) or None.
     partner_weak, partner_strong: (M, 3, S, S) uint8, M = boxes that are not None, in their order.
     """
+
     weak: Tensor
     strong: Tensor
     boxes: list[tuple[int, int, int, int] | None]
@@ -1368,7 +1648,14 @@ class Unlabeled:
 
     def to(self, device) -> "Unlabeled":
         move = lambda t: t.to(device, non_blocking=True)
-        return Unlabeled(move(self.weak), move(self.strong), self.boxes, move(self.partner_weak), move(self.partner_strong), self.names)
+        return Unlabeled(
+            move(self.weak),
+            move(self.strong),
+            self.boxes,
+            move(self.partner_weak),
+            move(self.partner_strong),
+            self.names,
+        )
 
 
 class Batches(torch.utils.data.Dataset):
@@ -1379,8 +1666,11 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, steps: int):
         self.cfg, self.steps = cfg, steps
-        self.rank, self.ranks = ranks.rank(), ranks.count()                        # a loader process could not ask any more
-        self._order = (None, [])       # the pass that was shuffled last
+        self.rank, self.ranks = (
+            ranks.rank(),
+            ranks.count(),
+        )  # a loader process could not ask any more
+        self._order = (None, [])  # the pass that was shuffled last
 
     def __len__(self) -> int:
         return self.steps
@@ -1393,7 +1683,9 @@ class Batches(torch.utils.data.Dataset):
     def slots(self, batch: int) -> range:
         """The images of a batch that this rank takes. Raises UserError if some rank would have none."""
         if batch < self.ranks:
-            raise UserError(f"{self.ranks} processes cannot share a batch of {batch}: start fewer with torchrun --nproc_per_node, or choose a larger batch")
+            raise UserError(
+                f"{self.ranks} processes cannot share a batch of {batch}: start fewer with torchrun --nproc_per_node, or choose a larger batch"
+            )
         return ranks.share(batch, self.rank, self.ranks)
 
     def rng(self, *key) -> random.Random:
@@ -1422,7 +1714,12 @@ class LabeledBatches(Batches):
             i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
             truth = self.dataset.train.truth(i)
             truth = truth.by_class() if self.cfg.labels == "semantic" else truth
-            image, (segment_map,) = weak_view(Sample(self.dataset.train.image(i), [truth.segment_map]), self.cfg, self.rng(step, slot), colour=True)
+            image, (segment_map,) = weak_view(
+                Sample(self.dataset.train.image(i), [truth.segment_map]),
+                self.cfg,
+                self.rng(step, slot),
+                colour=True,
+            )
             images.append(pad_image(image, self.cfg.crop))
             targets.append(to_target(pad(segment_map, self.cfg.crop, 0), truth.labels, truth.crowd))
             names.append(self.dataset.train.name(i))
@@ -1453,15 +1750,24 @@ class SemiSupervisedBatches(Batches):
             views.append(pair)
             names.append(name)
             box = None
-            if rng.random() < self.cfg.cutmix_prob:                # drawn first: an image without a box needs no partner
+            if (
+                rng.random() < self.cfg.cutmix_prob
+            ):  # drawn first: an image without a box needs no partner
                 _, *partner = self._two_views(rng)
                 partners.append(partner)
                 box = cutmix_box(*partner[0].shape[1:], rng)
             boxes.append(box)
+
         def stack(pairs, k):
-            return torch.stack([pad_image(p[k], self.cfg.crop) for p in pairs]) if pairs else torch.empty(
-                0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)
-        return self.labeled[step], Unlabeled(stack(views, 0), stack(views, 1), boxes, stack(partners, 0), stack(partners, 1), names)
+            return (
+                torch.stack([pad_image(p[k], self.cfg.crop) for p in pairs])
+                if pairs
+                else torch.empty(0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)
+            )
+
+        return self.labeled[step], Unlabeled(
+            stack(views, 0), stack(views, 1), boxes, stack(partners, 0), stack(partners, 1), names
+        )
 
     def _two_views(self, rng: random.Random) -> tuple[str, Tensor, Tensor]:
         i = rng.choice(self.dataset.unlabeled)
@@ -1477,19 +1783,26 @@ def pad_image(image: Tensor, side: int) -> Tensor:
 def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
     """(h, w, ...) -> (side, side, ...)."""
     out = np.full((side, side, *a.shape[2:]), value, a.dtype)
-    out[:a.shape[0], :a.shape[1]] = a
+    out[: a.shape[0], : a.shape[1]] = a
     return out
 
 
 def loader(batches: Batches, start: int, workers: int):
     """Iterate over batches start, start + 1, ... with loader processes, which end when the generator is closed."""
     try:
-        yield from torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), collate_fn=as_it_is,
-                                               num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=_await_the_parent)
+        yield from torch.utils.data.DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(start, len(batches)),
+            collate_fn=as_it_is,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_await_the_parent,
+        )
         return
-    except UserError as error:         # a worker's error arrives with its traceback as text
+    except UserError as error:  # a worker's error arrives with its traceback as text
         words = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-    raise UserError(words)             # not from within: the first error would keep the loader processes alive
+    raise UserError(words)  # not from within: the first error would keep the loader processes alive
 
 
 def _await_the_parent(worker: int) -> None:

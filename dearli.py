@@ -28,8 +28,14 @@ from command_line import check, help_page, parser, require_there, stopped
 from config import UserError
 
 __version__ = "0.1.0"
-PACKAGES = {"open_clip": "open_clip_torch>=2.30", "timm": "timm>=1.0.12", "segment_anything": "segment-anything>=1.0", "huggingface_hub": "huggingface_hub", "tensorboard": "tensorboard",
-            "pycocotools": "pycocotools>=2.0.7"}
+PACKAGES = {
+    "open_clip": "open_clip_torch>=2.30",
+    "timm": "timm>=1.0.12",
+    "segment_anything": "segment-anything>=1.0",
+    "huggingface_hub": "huggingface_hub",
+    "tensorboard": "tensorboard",
+    "pycocotools": "pycocotools>=2.0.7",
+}
 
 # Of every stage.
 REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")
@@ -39,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; returns the exit code: 0, 2 after an error that the user can mend, 128 + signal after a stop."""
     args = None
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):     # a name that a console cannot show stops no run
+        if hasattr(stream, "reconfigure"):  # a name that a console cannot show stops no run
             stream.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
@@ -54,9 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         if not args.print_config:
             require_there(args)
         if args.stage == "ssl" and said is None and args.method != "dearli" and rank() == "":
-            print(f"--method {args.method}: the default for --dataset {args.dataset} with a linear "
-                  "classifier; others are named with --method")
+            print(
+                f"--method {args.method}: the default for --dataset {args.dataset} with a linear "
+                "classifier; others are named with --method"
+            )
         import stages
+
         return stages.run(args)
     except UserError as error:
         print(f"{rank()}error: {error}", file=sys.stderr)
@@ -66,14 +75,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         if error.name in REQUIRED:
-            print(f"error: {error.name} is not installed for {sys.executable}; activate the "
-                  "environment that the README makes (source .venv/bin/activate), or make it: "
-                  "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt",
-                  file=sys.stderr)
+            print(
+                f"error: {error.name} is not installed for {sys.executable}; activate the "
+                "environment that the README makes (source .venv/bin/activate), or make it: "
+                "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt",
+                file=sys.stderr,
+            )
             return 2
         if error.name not in PACKAGES:
             raise
-        print(f"error: {error.name} is not installed, and --stage {args.stage} needs it; python -m pip install '{PACKAGES[error.name]}'", file=sys.stderr)
+        print(
+            f"error: {error.name} is not installed, and --stage {args.stage} needs it; python -m pip install '{PACKAGES[error.name]}'",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -97,6 +111,7 @@ def rank() -> str:
 def load(weights, **flags):
     """A run, or an official file, as a function of images, a `predict.Predictor`. flags: those of the command line, as `which="teacher", device="cpu"`."""
     import stages
+
     return stages.load(weights, **flags)
 
 

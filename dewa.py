@@ -27,7 +27,7 @@ from matcher import Target
 from model import Segmenter
 from optim import descend, require_finite
 
-MAX_DIGITS = 7                         # groups of 5 bits a run length after the first: more than any image has pixels, far less than 64 bits hold
+MAX_DIGITS = 7  # groups of 5 bits a run length after the first: more than any image has pixels, far less than 64 bits hold
 BROKEN = (
     ValueError,
     KeyError,
@@ -37,10 +37,13 @@ BROKEN = (
     RecursionError,
     OSError,
 )  # what reading a file that is not one of masks raises
-TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))            # one class, three names (official)
+TAXONOMY = Taxonomy(
+    ("segment, object, regular shape",), (True,), (1,)
+)  # one class, three names (official)
 
 
 # ------------------------------------------------------------------------------------------------ masks on disk
+
 
 def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
     """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was;
@@ -100,10 +103,12 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
         return 0
     if ranks.rank() == 0:
         claim(folder)
-    ranks.wait()                                   # what a killed writer left is removed before anybody writes
-    for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0):
+    ranks.wait()  # what a killed writer left is removed before anybody writes
+    for i in tqdm(
+        todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0
+    ):
         segment(images, i, generator, folder)
-    ranks.wait()                                   # for the last of them
+    ranks.wait()  # for the last of them
     release(folder)
     return done
 
@@ -274,13 +279,21 @@ def read_masks(
         content = _content(path, name)
         if digest is not None and content["image"].get("sha256") not in (None, digest):
             raise _of_another_image(path, name)
-        sizes = {(content["image"]["height"], content["image"]["width"]), *(tuple(a["segmentation"]["size"]) for a in content["annotations"])}
+        sizes = {
+            (content["image"]["height"], content["image"]["width"]),
+            *(tuple(a["segmentation"]["size"]) for a in content["annotations"]),
+        }
         if sizes != {tuple(expected)}:
-            raise UserError(f"{path}: masks are {brief(sorted(sizes - {tuple(expected)}, key=repr)[0])}, the image {name} is {tuple(expected)} (height, width); "
-                            f"delete it and run --stage masks again", "masks")
+            raise UserError(
+                f"{path}: masks are {brief(sorted(sizes - {tuple(expected)}, key=repr)[0])}, the image {name} is {tuple(expected)} (height, width); "
+                f"delete it and run --stage masks again",
+                "masks",
+            )
         masks = [decode_rle(a["segmentation"]) for a in content["annotations"]]
     except FileNotFoundError:
-        raise UserError(f"{path}: no SAM masks for image {name}; make them with --stage masks", "masks") from None
+        raise UserError(
+            f"{path}: no SAM masks for image {name}; make them with --stage masks", "masks"
+        ) from None
     except BROKEN as error:
         raise _unreadable(path, error) from None
     return np.stack(masks, -1) if masks else np.zeros((*expected, 0), bool)
@@ -323,14 +336,15 @@ def decode_rle(rle: dict) -> np.ndarray:
     ends = np.flatnonzero(last)
     values = values - np.where(codes[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
     counts = values.copy()
-    counts[1::2] = np.cumsum(values[1::2])                                         # undo the differences, odd runs
-    counts[2::2] = np.cumsum(values[2::2])                                         # even runs; run 0 stands alone
+    counts[1::2] = np.cumsum(values[1::2])  # undo the differences, odd runs
+    counts[2::2] = np.cumsum(values[2::2])  # even runs; run 0 stands alone
     if (counts < 0).any() or counts.sum() != height * width:
         raise ValueError(f"run lengths cover {counts.sum()} pixels, expected {height * width}")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
 # ---------------------------------------------------------------------------------------------------- warm-up
+
 
 class DewaBatches(Batches):
     """All training images, labelled or not, with all of their SAM masks; one that the crop empties stays a target (official), or not.
@@ -350,8 +364,12 @@ class DewaBatches(Batches):
             name = self.images.name(i)
             image = self.images.image(i)
             masks = read_masks(self.folder, name, image.size[::-1], self.images.digest(i))
-            image, (masks,) = weak_view(Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True)
-            masks = torch.from_numpy(np.ascontiguousarray(pad(masks, self.cfg.crop, 0).transpose(2, 0, 1)))
+            image, (masks,) = weak_view(
+                Sample(image, [masks]), self.cfg, self.rng(step, slot), colour=True
+            )
+            masks = torch.from_numpy(
+                np.ascontiguousarray(pad(masks, self.cfg.crop, 0).transpose(2, 0, 1))
+            )
             if not self.cfg.dewa_keep_empty:
                 masks = masks[masks.flatten(1).any(1)]
             images.append(pad_image(image, self.cfg.crop))
@@ -360,14 +378,29 @@ class DewaBatches(Batches):
         return Labeled(torch.stack(images), targets, names)
 
 
-def dewa_step(model: Segmenter, optimizer: torch.optim.Optimizer, batch: Labeled, cfg: Config, step: int,
-              precision: torch.dtype = torch.float32) -> dict[str, float]:
+def dewa_step(
+    model: Segmenter,
+    optimizer: torch.optim.Optimizer,
+    batch: Labeled,
+    cfg: Config,
+    step: int,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, float]:
     """One warm-up step: L_loc of Eq. (3). Returns the loss terms, weighted, and the gradient norm, as floats. Raises: as `train_step`."""
     device = batch.images.device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         features = model.backbone(batch.images)
     optimizer.zero_grad(set_to_none=True)
-    draws = point_generators(cfg.seed, step, ranks.share(cfg.dewa_batch).start, len(batch.targets), device)
-    losses = require_finite(learn(model.head, features, batch.targets, cfg.loss_dewa, draws, precision))
+    draws = point_generators(
+        cfg.seed, step, ranks.share(cfg.dewa_batch).start, len(batch.targets), device
+    )
+    losses = require_finite(
+        learn(model.head, features, batch.targets, cfg.loss_dewa, draws, precision)
+    )
     norm = descend(optimizer, cfg)
-    return {"loss": sum(losses.values()), "mask": losses["mask"], "dice": losses["dice"], "grad_norm": norm}
+    return {
+        "loss": sum(losses.values()),
+        "mask": losses["mask"],
+        "dice": losses["dice"],
+        "grad_norm": norm,
+    }

@@ -18,7 +18,7 @@ from panoptic_eval import MeanIoU, PanopticQuality
 
 # Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a
 # larger image are made anew by every reading, a part at a time: they would fill the memory.
-SHARED_MASKS = 2 ** 27
+SHARED_MASKS = 2**27
 
 
 def posterior_alphas(cfg: Config) -> dict[str, float]:
@@ -32,8 +32,14 @@ def papers_reading(teacher_posterior: str) -> str:
 
 
 @torch.no_grad()
-def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device: torch.device, limit: int | None = None,
-             title: str = "evaluation") -> dict:
+def evaluate(
+    models: dict[str, Segmenter],
+    dataset: DataSet,
+    cfg: Config,
+    device: torch.device,
+    limit: int | None = None,
+    title: str = "evaluation",
+) -> dict:
     """PQ, SQ, RQ and mIoU on the validation images, by every posterior of the configuration.
 
     Args: models: by name; those that share a backbone share its pass.   limit: the first so many images.   title: of the progress bar; empty: none.
@@ -50,9 +56,17 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
     pq = {r: PanopticQuality(len(taxonomy)) for r in readings}
     miou = {r: MeanIoU(len(taxonomy)) for r in readings}
     count = min(limit or len(images), len(images))
-    bar = tqdm(total=len(range(ranks.rank(), count, ranks.count())), desc=title, unit="image", dynamic_ncols=True, disable=ranks.rank() > 0 or not title)
+    bar = tqdm(
+        total=len(range(ranks.rank(), count, ranks.count())),
+        desc=title,
+        unit="image",
+        dynamic_ncols=True,
+        disable=ranks.rank() > 0 or not title,
+    )
     for group in _groups(images, range(ranks.rank(), count, ranks.count()), cfg):
-        views = [resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group]
+        views = [
+            resize(Sample(images.image(i), []), cfg.test_size, cfg.test_max).image for i in group
+        ]
         batch = torch.stack([_tensor(v) for v in views]).to(device)
         results, logits, shared = {}, {}, {}
         for name, model in models.items():
@@ -62,7 +76,9 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
             features = shared[id(model.backbone)]
             class_logits, logits[name] = model.predict(features)
             for posterior, alpha in posteriors.items():
-                results[name, posterior] = model.posterior(features, class_logits, logits[name], alpha)
+                results[name, posterior] = model.posterior(
+                    features, class_logits, logits[name], alpha
+                )
         for slot, i in enumerate(group):
             truth, view = images.truth(i), views[slot]
             sizes = (padded_size(*batch.shape[-2:]), view.size[::-1], truth.segment_map.shape)
@@ -71,12 +87,24 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
                 for posterior in posteriors:
                     given = results[name, posterior][slot], mask_logits[slot]
                     segment_map, labels, _ = panoptic_inference(
-                        *given, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold, masks)
-                    pq[name, posterior].add(segment_map.cpu().numpy(), labels.cpu().numpy(),
-                                            truth.segment_map, truth.labels, truth.areas, truth.crowd)
+                        *given,
+                        things,
+                        sizes,
+                        cfg.object_mask_threshold,
+                        cfg.overlap_threshold,
+                        masks,
+                    )
+                    pq[name, posterior].add(
+                        segment_map.cpu().numpy(),
+                        labels.cpu().numpy(),
+                        truth.segment_map,
+                        truth.labels,
+                        truth.areas,
+                        truth.crowd,
+                    )
                     semantic = semantic_inference(*given, sizes, masks)
                     miou[name, posterior].add(semantic.cpu().numpy(), truth.semantic(), IGNORE)
-                del masks              # before those of the next model are made
+                del masks  # before those of the next model are made
         bar.update(len(group))
     bar.close()
     for other in (scores for k, scores in enumerate(ranks.gather((pq, miou))) if k != ranks.rank()):
@@ -89,9 +117,15 @@ def evaluate(models: dict[str, Segmenter], dataset: DataSet, cfg: Config, device
         ious = miou[reading].result(taxonomy.short_names)
         for name, row in score["per_class"].items():
             row["semantic_iou"] = ious["per_class"][name]["iou"]
-        confusion = [" ".join(map(str, row)) for row in miou[reading].confusion.tolist()]          # text: JSON with indent gives every number a line
-        result["/".join(reading)] = {**score, "miou": ious["miou"], "miou_classes": ious["n"],
-                                     "confusion": confusion}
+        confusion = [
+            " ".join(map(str, row)) for row in miou[reading].confusion.tolist()
+        ]  # text: JSON with indent gives every number a line
+        result["/".join(reading)] = {
+            **score,
+            "miou": ious["miou"],
+            "miou_classes": ious["n"],
+            "confusion": confusion,
+        }
     return result
 
 
@@ -106,10 +140,14 @@ def shared_masks(mask_logits: torch.Tensor, sizes) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def predict(model: Segmenter, image, things: torch.Tensor, cfg: Config, device: torch.device, alpha: float):
+def predict(
+    model: Segmenter, image, things: torch.Tensor, cfg: Config, device: torch.device, alpha: float
+):
     """Segment one PIL image: segment_map (H, W) int32 at its size, labels (N,), scores (N,).   alpha: as in `Segmenter.posterior`."""
     posterior, mask_logits, sizes = posterior_of(model, image, cfg, device, alpha)
-    return panoptic_inference(posterior, mask_logits, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold)
+    return panoptic_inference(
+        posterior, mask_logits, things, sizes, cfg.object_mask_threshold, cfg.overlap_threshold
+    )
 
 
 @torch.no_grad()
@@ -120,11 +158,22 @@ def posterior_of(model: Segmenter, image, cfg: Config, device: torch.device, alp
     features = model.eval().backbone(batch)
     class_logits, mask_logits = model.predict(features)
     posterior = model.posterior(features, class_logits, mask_logits, alpha)
-    return posterior[0], mask_logits[0], (padded_size(*batch.shape[-2:]), view.size[::-1], image.size[::-1])
+    return (
+        posterior[0],
+        mask_logits[0],
+        (padded_size(*batch.shape[-2:]), view.size[::-1], image.size[::-1]),
+    )
 
 
 @torch.no_grad()
-def zero_shot(model: Segmenter, dataset: DataSet, cfg: Config, device: torch.device, partition, limit: int | None = None) -> dict:
+def zero_shot(
+    model: Segmenter,
+    dataset: DataSet,
+    cfg: Config,
+    device: torch.device,
+    partition,
+    limit: int | None = None,
+) -> dict:
     """PQ of CLIP alone: given segments, each classified by Eq. (4) and (5); Figure 3 (true segments), section 3.3 (SAM's).
 
     partition(i) -> (H, W) integers of validation image i, 0 = no segment.   Segments that are given one class of stuff are joined.
@@ -133,28 +182,58 @@ def zero_shot(model: Segmenter, dataset: DataSet, cfg: Config, device: torch.dev
     taxonomy, images = dataset.taxonomy, dataset.val
     model.eval()
     pq = PanopticQuality(len(taxonomy))
-    for i in tqdm(range(min(limit or len(images), len(images))), desc="zero-shot", unit="image", dynamic_ncols=True):
+    for i in tqdm(
+        range(min(limit or len(images), len(images))),
+        desc="zero-shot",
+        unit="image",
+        dynamic_ncols=True,
+    ):
         truth, given = images.truth(i), partition(i)
-        segment_map = np.searchsorted(np.unique(np.append(0, given)), given).astype(np.int32)      # 0 = none, 1 ... N
+        segment_map = np.searchsorted(np.unique(np.append(0, given)), given).astype(
+            np.int32
+        )  # 0 = none, 1 ... N
         if not segment_map.any():
-            pq.add(segment_map, np.zeros(0, np.int64), truth.segment_map, truth.labels, truth.areas, truth.crowd)
+            pq.add(
+                segment_map,
+                np.zeros(0, np.int64),
+                truth.segment_map,
+                truth.labels,
+                truth.areas,
+                truth.crowd,
+            )
             continue
         view = resize(Sample(images.image(i), [segment_map]), cfg.test_size, cfg.test_max)
         batch = _tensor(view.image)[None].to(device)
         grid = np.zeros(padded_size(*batch.shape[-2:]), np.int32)
-        grid[:view.layers[0].shape[0], :view.layers[0].shape[1]] = view.layers[0]
-        quarter = torch.from_numpy(grid[2::4, 2::4].copy()).to(device)                             # as fine as the decoder's masks
+        grid[: view.layers[0].shape[0], : view.layers[0].shape[1]] = view.layers[0]
+        quarter = torch.from_numpy(grid[2::4, 2::4].copy()).to(
+            device
+        )  # as fine as the decoder's masks
         number = torch.arange(1, int(segment_map.max()) + 1, device=device)
-        mask_logits = 2.0 * (quarter[None, None] == number[:, None, None]) - 1                     # (1, N, H/4, W/4)
+        mask_logits = 2.0 * (quarter[None, None] == number[:, None, None]) - 1  # (1, N, H/4, W/4)
         features = model.backbone(batch)
-        classes = zero_shot_logits(model.backbone, features[-1], mask_logits, model.vocabulary, cfg.clip_scale)[0].argmax(-1).cpu().numpy()
+        classes = (
+            zero_shot_logits(
+                model.backbone, features[-1], mask_logits, model.vocabulary, cfg.clip_scale
+            )[0]
+            .argmax(-1)
+            .cpu()
+            .numpy()
+        )
         lut, labels, joined = np.zeros(len(classes) + 1, np.int32), [], {}
         for k, label in enumerate(classes.tolist(), 1):
             if taxonomy.things[label] or label not in joined:
                 labels.append(label)
                 joined[label] = len(labels)
             lut[k] = len(labels) if taxonomy.things[label] else joined[label]
-        pq.add(lut[segment_map], np.array(labels, np.int64), truth.segment_map, truth.labels, truth.areas, truth.crowd)
+        pq.add(
+            lut[segment_map],
+            np.array(labels, np.int64),
+            truth.segment_map,
+            truth.labels,
+            truth.areas,
+            truth.crowd,
+        )
     return pq.result(np.array(taxonomy.things), taxonomy.short_names)
 
 
@@ -179,7 +258,11 @@ def class_pixels(dataset: DataSet, images: list[int]) -> np.ndarray:
     pixels = np.zeros(len(dataset.taxonomy), np.int64)
     for i in images:
         truth = dataset.train.truth(i)
-        np.add.at(pixels, truth.labels, np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:])
+        np.add.at(
+            pixels,
+            truth.labels,
+            np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:],
+        )
     return pixels
 
 
@@ -190,7 +273,9 @@ def group_quality(result: dict, taxonomy, groups: list[list[int]]) -> list[dict]
         names = [taxonomy.short_names[k] for k in group]
         per_class = [result["per_class"][name] for name in names]
         counted = [c["pq"] for c in per_class if c["tp"] + c["fp"] + c["fn"]]
-        rows.append({"pq": float(np.mean(counted)) if counted else 0.0, "n": len(counted), "classes": names})
+        rows.append(
+            {"pq": float(np.mean(counted)) if counted else 0.0, "n": len(counted), "classes": names}
+        )
     return rows
 
 

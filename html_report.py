@@ -28,29 +28,47 @@ from evaluation import class_pixels, papers_reading
 from gallery import POSTERIORS, Card, spread
 from trainer import read_log
 
-MAX_BYTES = 15_000_000                 # of the page; pictures are left out until it is no larger
-FREQUENCY_IMAGES = 200                 # labelled images, at most, that class frequencies are counted on
-POINTS, TIPS = 240, 40                 # of a curve: parts that it is drawn in, and parts that show their numbers
-MAX_HEAT, MAX_CONFUSIONS, MAX_SKIPPED = 28, 20, 200                    # classes of the heat map, rows of the list, skipped steps that are marked
-FIGURES = (("pq", "PQ", ("all", "pq")), ("pq_things", "PQ things", ("things", "pq")), ("pq_stuff", "PQ stuff", ("stuff", "pq")), ("sq", "SQ", ("all", "sq")),
-           ("rq", "RQ", ("all", "rq")), ("miou", "mIoU", ("miou",)))
-CURVES = {"loss": ("Loss", "weighted sum of all terms"), "labeled": ("Labelled images", "terms of the loss"), "unlabeled": ("Unlabelled images", "terms of the loss"),
-          "terms": ("Terms", "of the loss"), "grad_norm": ("Gradient norm", "L2, before clipping"), "lr": ("Learning rate", "of the head"),
-          "pseudo_segments": ("Pseudo-segments", "an unlabelled image")}
+MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larger
+FREQUENCY_IMAGES = 200  # labelled images, at most, that class frequencies are counted on
+POINTS, TIPS = 240, 40  # of a curve: parts that it is drawn in, and parts that show their numbers
+MAX_HEAT, MAX_CONFUSIONS, MAX_SKIPPED = (
+    28,
+    20,
+    200,
+)  # classes of the heat map, rows of the list, skipped steps that are marked
+FIGURES = (
+    ("pq", "PQ", ("all", "pq")),
+    ("pq_things", "PQ things", ("things", "pq")),
+    ("pq_stuff", "PQ stuff", ("stuff", "pq")),
+    ("sq", "SQ", ("all", "sq")),
+    ("rq", "RQ", ("all", "rq")),
+    ("miou", "mIoU", ("miou",)),
+)
+CURVES = {
+    "loss": ("Loss", "weighted sum of all terms"),
+    "labeled": ("Labelled images", "terms of the loss"),
+    "unlabeled": ("Unlabelled images", "terms of the loss"),
+    "terms": ("Terms", "of the loss"),
+    "grad_norm": ("Gradient norm", "L2, before clipping"),
+    "lr": ("Learning rate", "of the head"),
+    "pseudo_segments": ("Pseudo-segments", "an unlabelled image"),
+}
 
 esc = lambda value: html.escape(str(value))
 
 
 # ------------------------------------------------------------------------------------------------- a run on disk
 
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """What a run folder says of itself; a file that is not there is empty."""
+
     folder: Path
     config: dict
     metrics: dict
     log: list[dict]
-    watched: list[dict]                # PQ at checkpoints (`watch.py`)
+    watched: list[dict]  # PQ at checkpoints (`watch.py`)
 
     @property
     def name(self) -> str:
@@ -62,7 +80,9 @@ class Stored:
 
     @property
     def papers(self) -> str:
-        return papers_reading(self.config.get("teacher_posterior") or usual_posterior(self.config.get("stage")))
+        return papers_reading(
+            self.config.get("teacher_posterior") or usual_posterior(self.config.get("stage"))
+        )
 
     @property
     def reading(self) -> str | None:
@@ -81,13 +101,21 @@ def read(folder: Path, config: dict | None = None) -> Stored:
         try:
             content[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable JSON file ({error}); delete it and evaluate again (--stage eval)") from None
+            raise UserError(
+                f"{path}: not a readable JSON file ({error}); delete it and evaluate again (--stage eval)"
+            ) from None
         if not isinstance(content[name], dict):
-            raise UserError(f"{path}: holds a {type(content[name]).__name__}, expected an object; delete it and evaluate again (--stage eval)")
+            raise UserError(
+                f"{path}: holds a {type(content[name]).__name__}, expected an object; delete it and evaluate again (--stage eval)"
+            )
     log = read_log(Path(folder) / "log.jsonl")
     if not (content["config"] or content["metrics"] or log):
-        raise UserError(f"{folder}: holds no config.json, metrics.json or log.jsonl; expected the folder of a run")
-    return Stored(Path(folder), content["config"] or config or {}, content["metrics"], log, watch.read(folder))
+        raise UserError(
+            f"{folder}: holds no config.json, metrics.json or log.jsonl; expected the folder of a run"
+        )
+    return Stored(
+        Path(folder), content["config"] or config or {}, content["metrics"], log, watch.read(folder)
+    )
 
 
 def usual_posterior(stage: str | None) -> str:
@@ -98,7 +126,10 @@ def usual_posterior(stage: str | None) -> str:
 def nearest_preset(config: dict) -> tuple[str, dict]:
     """The preset with the fewest other numbers, and what differs from it."""
     own, _ = data_set(config)
-    best = min(sorted(PRESETS, key=lambda preset: preset != own), key=lambda preset: len(changes(config, PRESETS[preset])))
+    best = min(
+        sorted(PRESETS, key=lambda preset: preset != own),
+        key=lambda preset: len(changes(config, PRESETS[preset])),
+    )
     return best, changes(config, PRESETS[best])
 
 
@@ -108,7 +139,12 @@ def data_set(config: dict) -> tuple[str, list[str]]:
     if not root and name != "mini":
         return "mini", ["--images", name]
     known = name if name in PAPERS_DATASETS or not root else "custom"
-    given = {"--dataset": known, "--data-root": root, "--variant": config.get("variant"), "--split": config.get("split")}
+    given = {
+        "--dataset": known,
+        "--data-root": root,
+        "--variant": config.get("variant"),
+        "--split": config.get("split"),
+    }
     return known, [word for flag, value in given.items() if value for word in (flag, value)]
 
 
@@ -118,10 +154,12 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if stage not in ("dewa", "sup", "ssl", "dear", "dearli"):
         return []
     (name, flags), (preset, changed) = data_set(run.config), nearest_preset(run.config)
-    changed.pop("teacher_posterior", None)         # the stage has its own
-    if (given := run.config.get("teacher_posterior", usual_posterior(stage))) != usual_posterior(stage):
+    changed.pop("teacher_posterior", None)  # the stage has its own
+    if (given := run.config.get("teacher_posterior", usual_posterior(stage))) != usual_posterior(
+        stage
+    ):
         changed["teacher_posterior"] = given
-    if "backbone" in changed:                      # its weights would follow it
+    if "backbone" in changed:  # its weights would follow it
         changed["pretrained"] = run.config["pretrained"]
     flags += [] if preset == name else ["--preset", preset]
     init = run.config.get("init")
@@ -130,7 +168,10 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     line = lambda *words: shlex.join(["python", "dearli.py", *map(str, words)])
     if stage == "dewa":
         words = [["--stage", name, *flags] for name in ("masks", "dewa")]
-        return [line(*words[0], *_numbers(words[0], run.config, changed)), line(*words[1], *_numbers(words[1], run.config, changed), "--out", run.folder)]
+        return [
+            line(*words[0], *_numbers(words[0], run.config, changed)),
+            line(*words[1], *_numbers(words[1], run.config, changed), "--out", run.folder),
+        ]
     if start and depth and (Path(start) / "config.json").exists():
         before = commands(read(Path(start)), depth - 1)
     flags += ["--init", start] if start else []
@@ -142,16 +183,24 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
 def _numbers(words: list, config: dict, changed: dict) -> list:
     """The numbers of `changed` as flags of the command that begins with `words`: those that it reads. config: of the run."""
     args = parser().parse_args([str(word) for word in words])
-    unused = idle(args, Config(**{f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}))
+    unused = idle(
+        args,
+        Config(**{f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}),
+    )
     flags = []
     for key, value in changed.items():
         if key in READS[args.stage] and key not in unused:
             flag = f"--{key.replace('_', '-')}"
-            flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, value]
+            flags += (
+                [flag if value else f"--no-{flag[2:]}"]
+                if isinstance(value, bool)
+                else [flag, value]
+            )
     return flags
 
 
 # ---------------------------------------------------------------------------------------------- parts of the page
+
 
 def percent(value) -> str:
     return f"{100 * value:.1f}" if isinstance(value, (int, float)) and math.isfinite(value) else "–"
@@ -166,7 +215,10 @@ def cell(value, text: str | None = None, bar: bool = False) -> str:
 
 def table(name: str, columns: list[tuple[str, str]], rows: list[str]) -> str:
     """A table that sorts. columns: (key for the address, heading);  rows: HTML cells, the first of them a <th>."""
-    head = "".join(f'<th scope="col" data-key="{key}"><button type="button">{esc(title)}</button></th>' for key, title in columns)
+    head = "".join(
+        f'<th scope="col" data-key="{key}"><button type="button">{esc(title)}</button></th>'
+        for key, title in columns
+    )
     return f'<div class="wide"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div>'
 
 
@@ -183,67 +235,192 @@ def headline(run: Stored) -> str:
     """The figures of the paper's reading, large, and all readings below."""
     if not run.readings:
         why = " (the warm-up knows no class)" if run.config.get("stage") == "dewa" else ""
-        return section("figures", "Figures", lead=f"This run has no metrics.json: it was not evaluated{why}.")
-    tiles = "".join(f'<div><dt>{title}</dt><dd data-v="{value}">{percent(value)}</dd></div>' for _, title, keys in FIGURES
-                    if (value := run.figure(run.reading, keys)) is not None)
+        return section(
+            "figures", "Figures", lead=f"This run has no metrics.json: it was not evaluated{why}."
+        )
+    tiles = "".join(
+        f'<div><dt>{title}</dt><dd data-v="{value}">{percent(value)}</dd></div>'
+        for _, title, keys in FIGURES
+        if (value := run.figure(run.reading, keys)) is not None
+    )
     mark = lambda r: " <em class=mark>the paper’s reading</em>" if r == run.papers else ""
-    rows = [f'<th scope="row">{said(r)}{mark(r)}</th>' + "".join(cell(run.figure(r, keys), bar=key == "pq") for key, _, keys in FIGURES) for r in run.readings]
-    images = f" on {run.metrics['images']} images" if isinstance(run.metrics.get("images"), int) else ""
-    where = f" of <code>{esc(run.metrics['evaluated_on'])}</code>" if "evaluated_on" in run.metrics else ""
+    rows = [
+        f'<th scope="row">{said(r)}{mark(r)}</th>'
+        + "".join(cell(run.figure(r, keys), bar=key == "pq") for key, _, keys in FIGURES)
+        for r in run.readings
+    ]
+    images = (
+        f" on {run.metrics['images']} images" if isinstance(run.metrics.get("images"), int) else ""
+    )
+    where = (
+        f" of <code>{esc(run.metrics['evaluated_on'])}</code>"
+        if "evaluated_on" in run.metrics
+        else ""
+    )
     papers = ", the paper’s reading for this method" if run.reading == run.papers else ""
-    return section("figures", "Figures", f'<dl class="tiles">{tiles}</dl>', table("readings", [("reading", "Reading"), *((k, t) for k, t, _ in FIGURES)], rows),
-                   lead=f"Percent{images}{where}. The large figures are those of the {said(run.reading)}{papers}.")
+    return section(
+        "figures",
+        "Figures",
+        f'<dl class="tiles">{tiles}</dl>',
+        table("readings", [("reading", "Reading"), *((k, t) for k, t, _ in FIGURES)], rows),
+        lead=f"Percent{images}{where}. The large figures are those of the {said(run.reading)}{papers}.",
+    )
 
 
 def compared(runs: list[Stored]) -> str:
     """Runs side by side: figures in the paper's reading, PQ in all readings, losses, and what differs in the configuration."""
     if len(runs) < 2:
         return ""
-    rows = [f'<th scope="row"><i class="key c{k % 6}"></i>{esc(r.name)} <em>{said(r.reading or "not evaluated")}</em></th>'
-            + cell(r.metrics.get("images"), esc(f"{r.metrics.get('images', '–')} {r.metrics.get('evaluated_on', '')}"))
-            + "".join(cell(r.figure(r.reading, keys), bar=key == "pq") for key, _, keys in FIGURES) for k, r in enumerate(runs)]
+    rows = [
+        f'<th scope="row"><i class="key c{k % 6}"></i>{esc(r.name)} <em>{said(r.reading or "not evaluated")}</em></th>'
+        + cell(
+            r.metrics.get("images"),
+            esc(f"{r.metrics.get('images', '–')} {r.metrics.get('evaluated_on', '')}"),
+        )
+        + "".join(cell(r.figure(r.reading, keys), bar=key == "pq") for key, _, keys in FIGURES)
+        for k, r in enumerate(runs)
+    ]
     readings = list(dict.fromkeys(reading for r in runs for reading in r.readings))
-    all_pq = [f'<th scope="row"><i class="key c{k % 6}"></i>{esc(r.name)}</th>' + "".join(cell(r.figure(reading, ("all", "pq")), bar=True) for reading in readings)
-              for k, r in enumerate(runs)]
-    keys = sorted({key for r in runs for key in r.config if any(other.config.get(key) != r.config[key] for other in runs)})
-    other = [f'<th scope="row"><code>{esc(key)}</code></th>' + "".join(f"<td>{esc(r.config.get(key, '–'))}</td>" for r in runs) for key in keys]
-    labeled = lambda r: [{"step": row["step"], "sum": sum(terms)} for row in r.log if (terms := [v for k, v in row.items() if k.startswith("labeled/")])]
-    curves = [chart("Loss", "weighted sum of all terms", [(r.name, *values(r.log, "loss")) for r in runs]),
-              chart("Loss on labelled images", "the same terms in all methods", [(r.name, *values(labeled(r), "sum")) for r in runs])]
-    return section("compare", "Side by side", table("runs", [("run", "Run"), ("images", "Images"), *((k, t) for k, t, _ in FIGURES)], rows),
-                   f'<h3>PQ in every reading</h3>{table("pq", [("run", "Run"), *((f"r{k}", said(r)) for k, r in enumerate(readings))], all_pq)}' if readings else "",
-                   f'<div class="charts">{"".join(curves)}</div>', "<h3>What differs in the configuration</h3>" + (
-                       table("config", [("key", "Number"), *((f"run{k}", r.name) for k, r in enumerate(runs))], other) if keys else "<p>Nothing.</p>"),
-                   lead="Each run in the reading that the paper takes for its method.")
+    all_pq = [
+        f'<th scope="row"><i class="key c{k % 6}"></i>{esc(r.name)}</th>'
+        + "".join(cell(r.figure(reading, ("all", "pq")), bar=True) for reading in readings)
+        for k, r in enumerate(runs)
+    ]
+    keys = sorted(
+        {
+            key
+            for r in runs
+            for key in r.config
+            if any(other.config.get(key) != r.config[key] for other in runs)
+        }
+    )
+    other = [
+        f'<th scope="row"><code>{esc(key)}</code></th>'
+        + "".join(f"<td>{esc(r.config.get(key, '–'))}</td>" for r in runs)
+        for key in keys
+    ]
+    labeled = lambda r: [
+        {"step": row["step"], "sum": sum(terms)}
+        for row in r.log
+        if (terms := [v for k, v in row.items() if k.startswith("labeled/")])
+    ]
+    curves = [
+        chart(
+            "Loss", "weighted sum of all terms", [(r.name, *values(r.log, "loss")) for r in runs]
+        ),
+        chart(
+            "Loss on labelled images",
+            "the same terms in all methods",
+            [(r.name, *values(labeled(r), "sum")) for r in runs],
+        ),
+    ]
+    return section(
+        "compare",
+        "Side by side",
+        table(
+            "runs", [("run", "Run"), ("images", "Images"), *((k, t) for k, t, _ in FIGURES)], rows
+        ),
+        f"<h3>PQ in every reading</h3>{table('pq', [('run', 'Run'), *((f'r{k}', said(r)) for k, r in enumerate(readings))], all_pq)}"
+        if readings
+        else "",
+        f'<div class="charts">{"".join(curves)}</div>',
+        "<h3>What differs in the configuration</h3>"
+        + (
+            table(
+                "config",
+                [("key", "Number"), *((f"run{k}", r.name) for k, r in enumerate(runs))],
+                other,
+            )
+            if keys
+            else "<p>Nothing.</p>"
+        ),
+        lead="Each run in the reading that the paper takes for its method.",
+    )
 
 
 def values(log: list[dict], key: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
     """Steps and numbers of a curve; NaN, infinity and what is no number are left out."""
-    rows = [(r["step"], factor * r[key]) for r in log if isinstance(r["step"], int) and isinstance(r.get(key), (int, float)) and abs(r[key]) < 1e100]
+    rows = [
+        (r["step"], factor * r[key])
+        for r in log
+        if isinstance(r["step"], int)
+        and isinstance(r.get(key), (int, float))
+        and abs(r[key]) < 1e100
+    ]
     return [s for s, _ in rows], [v for _, v in rows]
 
 
 def curves(run: Stored) -> str:
-    keys = list(dict.fromkeys(key for row in run.log for key in row if key not in ("step", "time") and isinstance(row[key], (int, float))))
+    keys = list(
+        dict.fromkeys(
+            key
+            for row in run.log
+            for key in row
+            if key not in ("step", "time") and isinstance(row[key], (int, float))
+        )
+    )
     group = lambda key: key.split("/")[0] if "/" in key else key if key in CURVES else "terms"
-    skipped = [(row["step"], f"step {row['step']} was skipped: {row['skipped']}; {', '.join(map(str, row.get('images', [])))}")
-               for row in run.log if "skipped" in row and isinstance(row["step"], int)]
-    charts = [chart("PQ", f"percent, on {run.watched[-1].get('images', '?')} validation images", [(said(key), *values(run.watched, key, 100)) for key in run.watched[-1] if "/" in key])
-              ] if run.watched else []
-    charts += [chart(*CURVES.get(name, (name, "")), series, skipped, log=name == "grad_norm") for name in dict.fromkeys([*CURVES, *map(group, keys)])
-              if (series := [(key.split("/")[-1], *values(run.log, key)) for key in keys if group(key) == name]) and any(steps for _, steps, _ in series)]
+    skipped = [
+        (
+            row["step"],
+            f"step {row['step']} was skipped: {row['skipped']}; {', '.join(map(str, row.get('images', [])))}",
+        )
+        for row in run.log
+        if "skipped" in row and isinstance(row["step"], int)
+    ]
+    charts = (
+        [
+            chart(
+                "PQ",
+                f"percent, on {run.watched[-1].get('images', '?')} validation images",
+                [
+                    (said(key), *values(run.watched, key, 100))
+                    for key in run.watched[-1]
+                    if "/" in key
+                ],
+            )
+        ]
+        if run.watched
+        else []
+    )
+    charts += [
+        chart(*CURVES.get(name, (name, "")), series, skipped, log=name == "grad_norm")
+        for name in dict.fromkeys([*CURVES, *map(group, keys)])
+        if (
+            series := [
+                (key.split("/")[-1], *values(run.log, key)) for key in keys if group(key) == name
+            ]
+        )
+        and any(steps for _, steps, _ in series)
+    ]
     if not charts:
         return section("curves", "Curves", lead="This run has no log.jsonl with a finished step.")
     seconds = np.diff([0.0, *values(run.log, "time")[1]])
     steps = lambda n: f"{n} step{'' if n == 1 else 's'}"
-    facts = [steps(len(run.log)), f"{duration(seconds.sum())} of training, {np.median(seconds):.2g} seconds a step (median)" if len(seconds) else "",
-            f"<strong>{steps(len(skipped))} skipped</strong>, marked in red" if skipped else "no step was skipped"]
-    return section("curves", "Curves", f'<div class="charts">{"".join(charts)}</div>', lead="; ".join(filter(None, facts))
-                   + ". The pale line is the log, the dark one a moving average over a twentieth of it.")
+    facts = [
+        steps(len(run.log)),
+        f"{duration(seconds.sum())} of training, {np.median(seconds):.2g} seconds a step (median)"
+        if len(seconds)
+        else "",
+        f"<strong>{steps(len(skipped))} skipped</strong>, marked in red"
+        if skipped
+        else "no step was skipped",
+    ]
+    return section(
+        "curves",
+        "Curves",
+        f'<div class="charts">{"".join(charts)}</div>',
+        lead="; ".join(filter(None, facts))
+        + ". The pale line is the log, the dark one a moving average over a twentieth of it.",
+    )
 
 
 def duration(seconds: float) -> str:
-    return next(f"{seconds / unit:.1f} {name}" for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds >= unit or unit == 1)
+    return next(
+        f"{seconds / unit:.1f} {name}"
+        for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+        if seconds >= unit or unit == 1
+    )
 
 
 def ticks(low: float, high: float, number: int = 4) -> list[float]:
@@ -251,10 +428,18 @@ def ticks(low: float, high: float, number: int = 4) -> list[float]:
     size = (high - low) / number
     power = 10.0 ** math.floor(math.log10(size))
     unit = next(u * power for u in (1, 2, 5, 10) if u * power >= size * 0.999)
-    return [k * unit for k in range(math.ceil(low / unit - 1e-9), math.floor(high / unit + 1e-9) + 1)]
+    return [
+        k * unit for k in range(math.ceil(low / unit - 1e-9), math.floor(high / unit + 1e-9) + 1)
+    ]
 
 
-def chart(title: str, unit: str, series: list[tuple[str, list[int], list[float]]], skipped=(), log: bool = False) -> str:
+def chart(
+    title: str,
+    unit: str,
+    series: list[tuple[str, list[int], list[float]]],
+    skipped=(),
+    log: bool = False,
+) -> str:
     """Curves of one panel as SVG. series: name, steps, finite numbers;  skipped: (step, why);  log: if all is positive and spans decades."""
     W, H, left, right, top, bottom = 380, 220, 44, 10, 12, 34
     everything = [v for _, _, numbers in series for v in numbers]
@@ -262,18 +447,41 @@ def chart(title: str, unit: str, series: list[tuple[str, list[int], list[float]]
     if not everything:
         return ""
     log = log and min(everything) > 0 and max(everything) > 20 * min(everything)
-    low, high = (math.log10(min(everything)), math.log10(max(everything))) if log else (min(0.0, min(everything)), max(everything))
+    low, high = (
+        (math.log10(min(everything)), math.log10(max(everything)))
+        if log
+        else (min(0.0, min(everything)), max(everything))
+    )
     high = high if high > low else low + 1.0
     first, last = min(steps), max(max(steps), min(steps) + 1)
     x = lambda step: left + (step - first) / (last - first) * (W - left - right)
-    y = lambda v: H - bottom - ((math.log10(v) if log else v) - low) / (high - low) * (H - top - bottom)
+    y = lambda v: (
+        H - bottom - ((math.log10(v) if log else v) - low) / (high - low) * (H - top - bottom)
+    )
     path = lambda points: "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
-    decades = [m * 10.0 ** p for p in range(math.floor(low), math.ceil(high) + 1) for m in ((1,) if high - low > 2 else (1, 3))] if log else []
+    decades = (
+        [
+            m * 10.0**p
+            for p in range(math.floor(low), math.ceil(high) + 1)
+            for m in ((1,) if high - low > 2 else (1, 3))
+        ]
+        if log
+        else []
+    )
     marks = [t for t in decades if low <= math.log10(t) <= high] if log else ticks(low, high)
-    parts = [f'<line class="grid" x1="{left}" x2="{W - right}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-             f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.3g}</text>' for t in marks]
-    parts += [f'<text x="{x(t):.1f}" y="{H - bottom + 16}" text-anchor="middle">{t:g}</text>' for t in (ticks(first, last, 4) if len(set(steps)) > 1 else [first]) if t == int(t)]
-    parts += [f'<text x="{(W + left - right) / 2}" y="{H - 3}" text-anchor="middle" class="unit">step</text>']
+    parts = [
+        f'<line class="grid" x1="{left}" x2="{W - right}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.3g}</text>'
+        for t in marks
+    ]
+    parts += [
+        f'<text x="{x(t):.1f}" y="{H - bottom + 16}" text-anchor="middle">{t:g}</text>'
+        for t in (ticks(first, last, 4) if len(set(steps)) > 1 else [first])
+        if t == int(t)
+    ]
+    parts += [
+        f'<text x="{(W + left - right) / 2}" y="{H - 3}" text-anchor="middle" class="unit">step</text>'
+    ]
     smooth_lines, tips = [], {}
     for k, (name, of, numbers) in enumerate(series):
         if not numbers:
@@ -281,29 +489,59 @@ def chart(title: str, unit: str, series: list[tuple[str, list[int], list[float]]
         a, where = np.array(numbers), np.array(of)
         half = len(a) // 40
         total = np.cumsum(np.append(0.0, a))
-        ends = np.minimum(np.arange(len(a)) + half + 1, len(a)), np.maximum(np.arange(len(a)) - half, 0)
+        ends = (
+            np.minimum(np.arange(len(a)) + half + 1, len(a)),
+            np.maximum(np.arange(len(a)) - half, 0),
+        )
         smooth = np.clip((total[ends[0]] - total[ends[1]]) / (ends[0] - ends[1]), a.min(), a.max())
         for part in np.array_split(np.arange(len(a)), min(TIPS, len(a))):
-            tips.setdefault(int(where[part[len(part) // 2]]), []).append(f"{name} {smooth[part[len(part) // 2]]:.4g}")
+            tips.setdefault(int(where[part[len(part) // 2]]), []).append(
+                f"{name} {smooth[part[len(part) // 2]]:.4g}"
+            )
         raw = []
-        for part in np.array_split(np.arange(len(a)), min(POINTS, len(a))):                 # the lowest and the highest of each part: no peak is lost
+        for part in np.array_split(
+            np.arange(len(a)), min(POINTS, len(a))
+        ):  # the lowest and the highest of each part: no peak is lost
             raw += sorted({int(part[a[part].argmin()]), int(part[a[part].argmax()])})
         if len(a) == 1:
-            parts.append(f'<circle class="c{k % 6}" cx="{x(of[0]):.1f}" cy="{y(numbers[0]):.1f}" r="3"/>')
+            parts.append(
+                f'<circle class="c{k % 6}" cx="{x(of[0]):.1f}" cy="{y(numbers[0]):.1f}" r="3"/>'
+            )
             continue
         if half:
-            parts.append(f'<path class="raw c{k % 6}" d="{path((x(of[i]), y(numbers[i])) for i in raw)}"/>')
-        middle = [p[len(p) // 2] for p in np.array_split(np.arange(len(a)), min(POINTS, len(a)))] if half else range(len(a))
-        smooth_lines.append(f'<path class="smooth c{k % 6}" d="{path((x(of[i]), y(float(smooth[i]))) for i in dict.fromkeys([0, *middle, len(a) - 1]))}"/>')
+            parts.append(
+                f'<path class="raw c{k % 6}" d="{path((x(of[i]), y(numbers[i])) for i in raw)}"/>'
+            )
+        middle = (
+            [p[len(p) // 2] for p in np.array_split(np.arange(len(a)), min(POINTS, len(a)))]
+            if half
+            else range(len(a))
+        )
+        smooth_lines.append(
+            f'<path class="smooth c{k % 6}" d="{path((x(of[i]), y(float(smooth[i]))) for i in dict.fromkeys([0, *middle, len(a) - 1]))}"/>'
+        )
     parts += smooth_lines
     width = (W - left - right) / TIPS
-    parts += [f'<rect class="tip" x="{x(s) - width / 2:.1f}" y="{top}" width="{width:.1f}" height="{H - top - bottom}"><title>step {s}: {esc(", ".join(said))}</title></rect>'
-              for s, said in sorted(tips.items())]
-    parts += [f'<line class="skip" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{top}" y2="{top + 14}"><title>{esc(why)}</title></line>'
-              for s, why in skipped[:MAX_SKIPPED]]
-    keys = "".join(f'<span><i class="key c{k % 6}"></i>{esc(name)}</span>' for k, (name, _, _) in enumerate(series)) if len(series) > 1 else ""
-    return (f'<figure><figcaption><b>{esc(title)}</b> <small>{esc(unit)}{", log scale" if log else ""}</small>{f"<p>{keys}</p>" if keys else ""}</figcaption>'
-            f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)} over steps">{"".join(parts)}</svg></figure>')
+    parts += [
+        f'<rect class="tip" x="{x(s) - width / 2:.1f}" y="{top}" width="{width:.1f}" height="{H - top - bottom}"><title>step {s}: {esc(", ".join(said))}</title></rect>'
+        for s, said in sorted(tips.items())
+    ]
+    parts += [
+        f'<line class="skip" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{top}" y2="{top + 14}"><title>{esc(why)}</title></line>'
+        for s, why in skipped[:MAX_SKIPPED]
+    ]
+    keys = (
+        "".join(
+            f'<span><i class="key c{k % 6}"></i>{esc(name)}</span>'
+            for k, (name, _, _) in enumerate(series)
+        )
+        if len(series) > 1
+        else ""
+    )
+    return (
+        f"<figure><figcaption><b>{esc(title)}</b> <small>{esc(unit)}{', log scale' if log else ''}</small>{f'<p>{keys}</p>' if keys else ''}</figcaption>"
+        f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)} over steps">{"".join(parts)}</svg></figure>'
+    )
 
 
 def classes(run: Stored, dataset: DataSet | None) -> str:
@@ -311,38 +549,77 @@ def classes(run: Stored, dataset: DataSet | None) -> str:
     result = run.readings.get(run.reading)
     if not result:
         return ""
-    columns = [("class", "Class"), ("share", "Labelled %"), *((k, k.upper()) for k in ("pq", "sq", "rq")), ("iou", "IoU"), *((k, k.upper()) for k in ("tp", "fp", "fn"))]
-    names, shares, lead = list(result["per_class"]), {}, "The data set is not at hand, so how frequent the classes are is not said."
+    columns = [
+        ("class", "Class"),
+        ("share", "Labelled %"),
+        *((k, k.upper()) for k in ("pq", "sq", "rq")),
+        ("iou", "IoU"),
+        *((k, k.upper()) for k in ("tp", "fp", "fn")),
+    ]
+    names, shares, lead = (
+        list(result["per_class"]),
+        {},
+        "The data set is not at hand, so how frequent the classes are is not said.",
+    )
     if dataset and dataset.taxonomy.short_names == names:
         seen = spread(dataset.labeled, FREQUENCY_IMAGES)
         pixels = class_pixels(dataset, seen)
         shares = dict(zip(names, (pixels / max(pixels.sum(), 1)).tolist()))
         lead = f"Labelled: share of the pixels of {'the' if len(seen) == len(dataset.labeled) else f'{len(seen)} of the'} {len(dataset.labeled)} labelled images."
         names.sort(key=lambda name: -shares[name])
-        tag = {name: f'<i class="swatch" style="background:rgb{c}"></i>' for name, c in zip(dataset.taxonomy.short_names, dataset.taxonomy.colours)}
-        kind = {name: "thing" if t else "stuff" for name, t in zip(dataset.taxonomy.short_names, dataset.taxonomy.things)}
+        tag = {
+            name: f'<i class="swatch" style="background:rgb{c}"></i>'
+            for name, c in zip(dataset.taxonomy.short_names, dataset.taxonomy.colours)
+        }
+        kind = {
+            name: "thing" if t else "stuff"
+            for name, t in zip(dataset.taxonomy.short_names, dataset.taxonomy.things)
+        }
     # Without a true pixel of a class, its IoU of 0 is over nothing.
     confusion = result.get("confusion", ())
-    unseen = {name for (name, row), counts in zip(result["per_class"].items(), confusion)
-              if not row.get("semantic_iou") and not any(map(int, counts.split()))}
+    unseen = {
+        name
+        for (name, row), counts in zip(result["per_class"].items(), confusion)
+        if not row.get("semantic_iou") and not any(map(int, counts.split()))
+    }
     rows = []
     for name in names:
         row = result["per_class"][name]
         occurs = sum(row.get(k, 0) for k in ("tp", "fp", "fn")) > 0
-        rows.append(f'<th scope="row">{f"{tag[name]}{esc(name)} <em>{kind[name]}</em>" if shares else esc(name)}</th>' + cell(shares.get(name), f"{100 * shares[name]:.2f}" if shares else None)
-                    + "".join(cell(row.get(k) if occurs else None, bar=k == "pq") for k in ("pq", "sq", "rq"))
-                    + cell(row.get("semantic_iou") if occurs and name not in unseen else None)
-                    + "".join(cell(row.get(k), str(row.get(k, "–"))) for k in ("tp", "fp", "fn")))
-    return section("perclass", "Classes", table("classes", columns, rows),
-                   lead=f"{lead} TP, FP and FN are segments; IoU is that of semantic segmentation. A click on a heading sorts.")
+        rows.append(
+            f'<th scope="row">{f"{tag[name]}{esc(name)} <em>{kind[name]}</em>" if shares else esc(name)}</th>'
+            + cell(shares.get(name), f"{100 * shares[name]:.2f}" if shares else None)
+            + "".join(
+                cell(row.get(k) if occurs else None, bar=k == "pq") for k in ("pq", "sq", "rq")
+            )
+            + cell(row.get("semantic_iou") if occurs and name not in unseen else None)
+            + "".join(cell(row.get(k), str(row.get(k, "–"))) for k in ("tp", "fp", "fn"))
+        )
+    return section(
+        "perclass",
+        "Classes",
+        table("classes", columns, rows),
+        lead=f"{lead} TP, FP and FN are segments; IoU is that of semantic segmentation. A click on a heading sorts.",
+    )
 
 
 def confusions(run: Stored) -> str:
     """What is taken for what: the strongest confusions as a list, and a heat map of the classes that are involved most."""
     result = run.readings.get(run.reading) or {}
     if "confusion" not in result:
-        return section("confusion", "What is taken for what", lead="Not stored in metrics.json; <code>--stage eval</code> adds it.") if result and "miou" in result else ""
-    names, pixels = list(result["per_class"]), np.array([[int(v) for v in row.split()] for row in result["confusion"]], np.int64)
+        return (
+            section(
+                "confusion",
+                "What is taken for what",
+                lead="Not stored in metrics.json; <code>--stage eval</code> adds it.",
+            )
+            if result and "miou" in result
+            else ""
+        )
+    names, pixels = (
+        list(result["per_class"]),
+        np.array([[int(v) for v in row.split()] for row in result["confusion"]], np.int64),
+    )
     truth, wrong = np.maximum(pixels.sum(1), 1), pixels.copy()
     np.fill_diagonal(wrong, 0)
     rows = []
@@ -350,15 +627,33 @@ def confusions(run: Stored) -> str:
         t, p = divmod(flat, len(names))
         if wrong[t, p]:
             of_all = wrong[t, p] / truth.sum()
-            rows.append(f'<th scope="row">{esc(names[t])}</th><td class="text">{esc(names[p])}</td>' + cell(wrong[t, p] / truth[t], bar=True)
-                        + cell(of_all, f"{100 * of_all:.2f}"))
-    columns = [("truth", "Truth"), ("prediction", "Taken for"), ("share", "% of class"), ("all", "% of all")]
+            rows.append(
+                f'<th scope="row">{esc(names[t])}</th><td class="text">{esc(names[p])}</td>'
+                + cell(wrong[t, p] / truth[t], bar=True)
+                + cell(of_all, f"{100 * of_all:.2f}")
+            )
+    columns = [
+        ("truth", "Truth"),
+        ("prediction", "Taken for"),
+        ("share", "% of class"),
+        ("all", "% of all"),
+    ]
     listed = table("confusions", columns, rows) if rows else "<p>Nothing is confused.</p>"
     involved = wrong.sum(0) + wrong.sum(1)
     chosen = sorted(np.argsort(-involved, kind="stable")[:MAX_HEAT].tolist())
-    of = f"the {len(chosen)} of {len(names)} classes with the most confused pixels" if len(chosen) < len(names) else "all classes"
-    return section("confusion", "What is taken for what", f'<div class="two"><div>{listed}</div><div>{heat_map(names, pixels / truth[:, None], chosen)}</div></div>', lead=(
-        f"Pixels of the {said(run.reading)}, by semantic inference, which leaves none unanswered. The map shows {of}: a row is a true class, in percent of its pixels."))
+    of = (
+        f"the {len(chosen)} of {len(names)} classes with the most confused pixels"
+        if len(chosen) < len(names)
+        else "all classes"
+    )
+    return section(
+        "confusion",
+        "What is taken for what",
+        f'<div class="two"><div>{listed}</div><div>{heat_map(names, pixels / truth[:, None], chosen)}</div></div>',
+        lead=(
+            f"Pixels of the {said(run.reading)}, by semantic inference, which leaves none unanswered. The map shows {of}: a row is a true class, in percent of its pixels."
+        ),
+    )
 
 
 def heat_map(names: list[str], share: np.ndarray, chosen: list[int]) -> str:
@@ -367,34 +662,67 @@ def heat_map(names: list[str], share: np.ndarray, chosen: list[int]) -> str:
     parts = []
     for r, t in enumerate(chosen):
         at, over = head + r * side, gutter + r * side
-        parts.append(f'<text x="{gutter - 6}" y="{at + 15}" text-anchor="end">{short(names[t])}</text>'
-                     f'<text transform="translate({over + 15} {head - 6}) rotate(-60)">{short(names[t])}</text>')
+        parts.append(
+            f'<text x="{gutter - 6}" y="{at + 15}" text-anchor="end">{short(names[t])}</text>'
+            f'<text transform="translate({over + 15} {head - 6}) rotate(-60)">{short(names[t])}</text>'
+        )
         for c, p in enumerate(chosen):
             if (v := float(share[t, p])) >= 0.005:
                 box = f'x="{gutter + c * side}" y="{at}" width="{side - 1}" height="{side - 1}"'
-                text = f'<text class="value" x="{gutter + c * side + side / 2 - .5}" y="{at + 15}" text-anchor="middle">{100 * v:.0f}</text>' if v >= 0.095 else ""
-                parts.append(f'<g class="{"right" if t == p else "wrong"}"><title>{esc(names[t])} taken for {esc(names[p])}: {percent(v)} %</title>'
-                             f'<rect {box} fill-opacity="{math.sqrt(v):.2f}"/>{text}</g>')
+                text = (
+                    f'<text class="value" x="{gutter + c * side + side / 2 - 0.5}" y="{at + 15}" text-anchor="middle">{100 * v:.0f}</text>'
+                    if v >= 0.095
+                    else ""
+                )
+                parts.append(
+                    f'<g class="{"right" if t == p else "wrong"}"><title>{esc(names[t])} taken for {esc(names[p])}: {percent(v)} %</title>'
+                    f'<rect {box} fill-opacity="{math.sqrt(v):.2f}"/>{text}</g>'
+                )
     width = gutter + n * side + 34
-    return (f'<div class="wide"><svg class="heat" viewBox="0 0 {width} {head + n * side + 1}" style="min-width:{width * 0.85:.0f}px;max-width:{width * 1.25:.0f}px"'
-            f' role="img" aria-label="confusion of classes">'
-            f'<rect class="frame" x="{gutter - 1}" y="{head - 1}" width="{n * side + 1}" height="{n * side + 1}"/>{"".join(parts)}</svg></div>'
-            f'<p class="lead"><i class="key right"></i>right <i class="key wrong"></i>taken for another class; less than half a percent is left blank</p>')
+    return (
+        f'<div class="wide"><svg class="heat" viewBox="0 0 {width} {head + n * side + 1}" style="min-width:{width * 0.85:.0f}px;max-width:{width * 1.25:.0f}px"'
+        f' role="img" aria-label="confusion of classes">'
+        f'<rect class="frame" x="{gutter - 1}" y="{head - 1}" width="{n * side + 1}" height="{n * side + 1}"/>{"".join(parts)}</svg></div>'
+        f'<p class="lead"><i class="key right"></i>right <i class="key wrong"></i>taken for another class; less than half a percent is left blank</p>'
+    )
 
 
 def album(cards: dict[str, list[Card]], reading: str | None, missing: str) -> str:
     if missing:
         return section("images", "Images", lead=f"Without pictures: {esc(missing)}")
-    titles = {"worst": "Validation images, the worst", "best": "Validation images, the best", "unlabelled": "Unlabelled images and what the teacher says of them",
-              "training": "Pseudo-labels as training went on"}
+    titles = {
+        "worst": "Validation images, the worst",
+        "best": "Validation images, the best",
+        "unlabelled": "Unlabelled images and what the teacher says of them",
+        "training": "Pseudo-labels as training went on",
+    }
     out = []
     for name, group in cards.items():
-        shown = "".join(f'<article style="--n:{len(card.cells)}"><h4>{esc(card.title)} <span>{esc(card.note)}</span></h4><div class="cells">' + "".join(
-            f'<figure><img alt="" src="data:image/webp;base64,{base64.b64encode(picture).decode()}"><figcaption>{caption}</figcaption></figure>' for caption, picture in card.cells)
-            + "</div></article>" for card in group)
+        shown = "".join(
+            f'<article style="--n:{len(card.cells)}"><h4>{esc(card.title)} <span>{esc(card.note)}</span></h4><div class="cells">'
+            + "".join(
+                f'<figure><img alt="" src="data:image/webp;base64,{base64.b64encode(picture).decode()}"><figcaption>{caption}</figcaption></figure>'
+                for caption, picture in card.cells
+            )
+            + "</div></article>"
+            for card in group
+        )
         first, _, of = name.partition(" of ")
-        out.append(f"<h3>{titles[first]}{f' of {of}' if of else ''}</h3><div class=cards>{shown}</div>" if group else "")
-    return section("images", "Images", *out, lead=f"By the PQ of each image, read from the {said(reading or '')}; the number below a picture is the PQ of that answer.") if any(out) else ""
+        out.append(
+            f"<h3>{titles[first]}{f' of {of}' if of else ''}</h3><div class=cards>{shown}</div>"
+            if group
+            else ""
+        )
+    return (
+        section(
+            "images",
+            "Images",
+            *out,
+            lead=f"By the PQ of each image, read from the {said(reading or '')}; the number below a picture is the PQ of that answer.",
+        )
+        if any(out)
+        else ""
+    )
 
 
 def configuration(run: Stored) -> str:
@@ -402,33 +730,80 @@ def configuration(run: Stored) -> str:
         return section("configuration", "Configuration", lead="This run has no config.json.")
     preset, changed = nearest_preset(run.config)
     fields = [f.name for f in dataclasses.fields(Config)]
-    rows = lambda keys: "".join(f'<tr><th scope="row"><code>{esc(k)}</code></th><td class="text">{esc(run.config[k])}</td>'
-                                + (f'<td class="text dim">{esc(getattr(PRESETS[preset], k))}</td>' if k in fields else "<td></td>") + "</tr>" for k in keys)
+    rows = lambda keys: "".join(
+        f'<tr><th scope="row"><code>{esc(k)}</code></th><td class="text">{esc(run.config[k])}</td>'
+        + (
+            f'<td class="text dim">{esc(getattr(PRESETS[preset], k))}</td>'
+            if k in fields
+            else "<td></td>"
+        )
+        + "</tr>"
+        for k in keys
+    )
     head = f"<thead><tr><th>Number</th><th>This run</th><th>Preset {preset}</th></tr></thead>"
-    first = [k for k in run.config if k != "taxonomy" and (k in changed if k in fields else run.config[k] not in ("", None))]
+    first = [
+        k
+        for k in run.config
+        if k != "taxonomy" and (k in changed if k in fields else run.config[k] not in ("", None))
+    ]
     same, made = [k for k in fields if k in run.config and k not in changed], commands(run)
-    return section("configuration", "Configuration", f'<div class="wide"><table class="plain">{head}<tbody>{rows(first)}</tbody></table></div>',
-                   f'<details><summary>{len(same)} numbers as in the preset</summary><div class="wide"><table class="plain">{head}'
-                   f'<tbody>{rows(same)}</tbody></table></div></details>',
-                   f"<h3>To make it again</h3><pre><code>{esc(chr(10).join(made))}</code></pre>" if made else "", lead=f"What differs from the preset <code>{preset}</code> comes first.")
+    return section(
+        "configuration",
+        "Configuration",
+        f'<div class="wide"><table class="plain">{head}<tbody>{rows(first)}</tbody></table></div>',
+        f'<details><summary>{len(same)} numbers as in the preset</summary><div class="wide"><table class="plain">{head}'
+        f"<tbody>{rows(same)}</tbody></table></div></details>",
+        f"<h3>To make it again</h3><pre><code>{esc(chr(10).join(made))}</code></pre>"
+        if made
+        else "",
+        lead=f"What differs from the preset <code>{preset}</code> comes first.",
+    )
 
 
-def page(runs: list[Stored], dataset: DataSet | None, cards: dict[str, list[Card]], missing: str) -> str:
+def page(
+    runs: list[Stored], dataset: DataSet | None, cards: dict[str, list[Card]], missing: str
+) -> str:
     run = runs[0]
-    sections = [headline(run), compared(runs), curves(run), classes(run, dataset), confusions(run), album(cards, run.reading, missing), configuration(run)]
+    sections = [
+        headline(run),
+        compared(runs),
+        curves(run),
+        classes(run, dataset),
+        confusions(run),
+        album(cards, run.reading, missing),
+        configuration(run),
+    ]
     links = re.findall(r'<section id="(\w+)"><h2>([^<]+)</h2>', "".join(sections))
-    facts = [run.config.get(k) for k in ("stage", "dataset")] + [f"{k} {run.config[k]}" for k in ("split", "seed") if run.config.get(k) not in (None, "")]
-    return PAGE.substitute(title=esc(run.name), facts=" · ".join(esc(f) for f in facts if f), body="".join(sections), style=STYLE, script=SCRIPT,
-                           hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(), nav="".join(f'<a href="#{name}">{title}</a>' for name, title in links))
+    facts = [run.config.get(k) for k in ("stage", "dataset")] + [
+        f"{k} {run.config[k]}" for k in ("split", "seed") if run.config.get(k) not in (None, "")
+    ]
+    return PAGE.substitute(
+        title=esc(run.name),
+        facts=" · ".join(esc(f) for f in facts if f),
+        body="".join(sections),
+        style=STYLE,
+        script=SCRIPT,
+        hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        nav="".join(f'<a href="#{name}">{title}</a>' for name, title in links),
+    )
 
 
-def write(folder: Path, runs: list[Stored], dataset: DataSet | None, cards: dict[str, list[Card]], missing: str = "") -> Path:
+def write(
+    folder: Path,
+    runs: list[Stored],
+    dataset: DataSet | None,
+    cards: dict[str, list[Card]],
+    missing: str = "",
+) -> Path:
     """report.html about the first run, beside the others. missing: why there are no cards.
 
     Pictures are left out, the last of each group first, until the page has no more than MAX_BYTES. Raises: UserError if it cannot be written.
     """
     most = max(map(len, cards.values()), default=0)
-    while len(content := page(runs, dataset, cards, missing).encode("utf-8", "replace")) > MAX_BYTES and most:
+    while (
+        len(content := page(runs, dataset, cards, missing).encode("utf-8", "replace")) > MAX_BYTES
+        and most
+    ):
         most -= max(1, most // 4)
         cards = {name: group[:most] for name, group in cards.items()}
     path = Path(folder) / "report.html"

@@ -39,7 +39,7 @@ from config import UserError
 from data import Taxonomy, brief, image_header, name_fault
 from datasets import encode
 
-SHOWN_CLASSES = 12                     # in the summary
+SHOWN_CLASSES = 12  # in the summary
 VOIDED = "void"  # in a count of what is left out: regions, until they become a note
 
 
@@ -81,27 +81,35 @@ def import_folder(
             "leave it out"
         )
     if not 0 < val_share < 1:
-        raise UserError(f"--val-share {val_share}: expected a share of the labelled images between 0 and 1")
+        raise UserError(
+            f"--val-share {val_share}: expected a share of the labelled images between 0 and 1"
+        )
     here, there = source.resolve(), output.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"{output}: one of it and {source} is inside the other; expected a folder of its own, name it with --out")
+        raise UserError(
+            f"{output}: one of it and {source} is inside the other; expected a folder of its own, name it with --out"
+        )
     taken: dict[str, str] = {}
     if background:
         claim_name(taken, background, "--background")
     if background and kind == "cityscapes":
-        raise UserError("--background: Cityscapes has stuff of its own, and its other pixels are void; leave the flag out")
+        raise UserError(
+            "--background: Cityscapes has stuff of its own, and its other pixels are void; leave the flag out"
+        )
     notes, wanted = (
         follow_links(source),
         {name.strip() for name in stuff.split(",")} - {"", background},
     )
     forms = (masks_are, classes, frozenset(wanted)) if kind == "masks" else ()
     found = READERS[kind](source, taken, *forms)
-    if kind != "labelme":              # which knows its classes when everything is read
+    if kind != "labelme":  # which knows its classes when everything is read
         require_classes(wanted, found)
     begin(output, {"from": kind, "input": str(here), "background": background})
     try:
         images, dropped, stems, renamed = [], Counter(), {}, []
-        for record in tqdm(found.records, desc="import", total=found.count, unit="image", dynamic_ncols=True):
+        for record in tqdm(
+            found.records, desc="import", total=found.count, unit="image", dynamic_ncols=True
+        ):
             row = convert(
                 record,
                 _flat(record.name, stems, renamed),
@@ -122,7 +130,9 @@ def import_folder(
         }
         voided = dropped.pop(VOIDED, 0)
         why = "".join(f", {count} {what}" for what, count in (found.passed + dropped).items())
-        if not any(segment["category_id"] != background for row in images for segment in row["segments"]):
+        if not any(
+            segment["category_id"] != background for row in images for segment in row["segments"]
+        ):
             raise UserError(f"{source}: not one instance with a pixel{why}; nothing to learn from")
         notes += found.notes + require_objects(images, found, background, source)
         if voided:
@@ -135,7 +145,13 @@ def import_folder(
                 f"{len(renamed)} images are renamed, as another has their name but for the ending "
                 f"or the folder: {', '.join(renamed[:2])}"
             )
-        val = divide({row["name"]: row["part"] for row in images if row["segments"]}, val_share, seed, source, why)
+        val = divide(
+            {row["name"]: row["part"] for row in images if row["segments"]},
+            val_share,
+            seed,
+            source,
+            why,
+        )
         return {**finish(output, images, val, found, background, dropped), "notes": notes}
     finally:
         release(output)
@@ -145,7 +161,12 @@ def summary(result: dict, output: Path) -> str:
     """What `import_folder` returns, in three lines and one for each note; the last one is the next
     command."""
     rows = sorted(result["instances"].items(), key=lambda row: -row[1])
-    listed = ", ".join([*(f"{name} {count}" for name, count in rows[:SHOWN_CLASSES]), *[f"{len(rows) - SHOWN_CLASSES} more classes"] * (len(rows) > SHOWN_CLASSES)])
+    listed = ", ".join(
+        [
+            *(f"{name} {count}" for name, count in rows[:SHOWN_CLASSES]),
+            *[f"{len(rows) - SHOWN_CLASSES} more classes"] * (len(rows) > SHOWN_CLASSES),
+        ]
+    )
     dropped = ", ".join(f"{count} {what}" for what, count in result["dropped"].items())
     notes = "".join(f"note: {note}\n" for note in result.get("notes", []))
     return (
@@ -158,17 +179,35 @@ def summary(result: dict, output: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------ what is written
 
+
 def begin(output: Path, identity: dict) -> None:
     """Make the folder and its mark. Raises: UserError if something is there that no interrupted import of the same source has written."""
     part = output / "import.part"
     claim(output)
     try:
-        there = next((output / name for name in ("panoptic_train.json", "panoptic_val.json", "images", "panoptic", "splits") if (output / name).exists()), None)
+        there = next(
+            (
+                output / name
+                for name in (
+                    "panoptic_train.json",
+                    "panoptic_val.json",
+                    "images",
+                    "panoptic",
+                    "splits",
+                )
+                if (output / name).exists()
+            ),
+            None,
+        )
         begun = None
         with contextlib.suppress(OSError, ValueError):
             begun = json.loads(part.read_text())
         if there is not None and (begun != identity or there.name == "panoptic_train.json"):
-            of = "; an interrupted import of another source or kind began it" if begun not in (None, identity) else ""
+            of = (
+                "; an interrupted import of another source or kind began it"
+                if begun not in (None, identity)
+                else ""
+            )
             raise UserError(f"{there}: exists already{of}; choose another folder with --out")
         write_atomic(part, json.dumps(identity).encode())
     except UserError:
@@ -202,7 +241,7 @@ def require_objects(images: list[dict], found: Source, background: str, source: 
             f"{source}: all {count.total()} instances are crowd (iscrowd 1), of which nothing is "
             "learnt or measured; if they are single objects, set it to 0: "
             'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' FILE.json; if they are stuff, name their '
-            'classes with --stuff'
+            "classes with --stuff"
         )
     only = [found.classes[key][0] for key in count if crowd[key] == count[key]]
     return [
@@ -239,7 +278,14 @@ def convert(
         write_atomic(output / "panoptic" / f"{path.stem}.png", buffer.getbuffer())
     if isinstance(record.image, Path) and (segments or record.part != "val"):
         place(record.image, path)
-    return {"name": name, "map": f"{path.stem}.png", "width": width, "height": height, "part": record.part, "segments": segments}
+    return {
+        "name": name,
+        "map": f"{path.stem}.png",
+        "width": width,
+        "height": height,
+        "part": record.part,
+        "segments": segments,
+    }
 
 
 def paint(
@@ -264,7 +310,7 @@ def paint(
     for k in sorted(range(len(instances)), key=lambda k: -areas[k]):
         _lay(ids, instances[k].draw(), k + 1)
     seen = np.bincount(ids.ravel(), minlength=unknown + 1)
-    order, kept, merged = np.zeros(unknown + 1, np.int32), [], {}                  # -1: void
+    order, kept, merged = np.zeros(unknown + 1, np.int32), [], {}  # -1: void
     order[unknown] = -1
     for k, (instance, area) in enumerate(zip(instances, areas), 1):
         category = instance.category
@@ -300,13 +346,13 @@ def paint(
 
 def _lay(ids: np.ndarray, patch, number: int) -> None:
     top, left, mask = patch
-    ids[top:top + mask.shape[0], left:left + mask.shape[1]][mask] = number
+    ids[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = number
 
 
 def place(image: Path, target: Path) -> None:
     """The image as a hard link, or as a copy where there can be none (another disk); of a link, what it leads to."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)     # of an interrupted import, see `begin`
+    target.unlink(missing_ok=True)  # of an interrupted import, see `begin`
     try:
         os.link(os.path.realpath(image), target)
     except OSError:
@@ -319,38 +365,76 @@ def divide(parts: dict[str, str], share: float, seed: int, source: Path, why: st
     names, val = sorted(parts), {name for name, part in parts.items() if part == "val"}
     if any(parts.values()):
         if not val or len(val) == len(names):
-            raise UserError(f"{source}: {len(names) - len(val)} labelled training and {len(val)} labelled validation images{why}; expected at least one of each")
+            raise UserError(
+                f"{source}: {len(names) - len(val)} labelled training and {len(val)} labelled validation images{why}; expected at least one of each"
+            )
         return val
     if len(names) < 2:
-        raise UserError(f"{source}: {len(names)} images with a segment{why}; expected at least 2, one to train on and one to validate on")
+        raise UserError(
+            f"{source}: {len(names)} images with a segment{why}; expected at least 2, one to train on and one to validate on"
+        )
     count = min(len(names) - 1, max(1, round(share * len(names))))
     return {names[k] for k in np.random.default_rng(seed).permutation(len(names))[:count]}
 
 
-def finish(output: Path, images: list[dict], val: set[str], found: Source, background: str, dropped: Counter) -> dict:
+def finish(
+    output: Path,
+    images: list[dict],
+    val: set[str],
+    found: Source,
+    background: str,
+    dropped: Counter,
+) -> dict:
     """Write the list and the two JSON files, the training one last. Returns what `import_folder` returns."""
-    classes = dict(found.classes) if all(isinstance(key, int) for key in found.classes) else {key: found.classes[key] for key in sorted(found.classes)}
+    classes = (
+        dict(found.classes)
+        if all(isinstance(key, int) for key in found.classes)
+        else {key: found.classes[key] for key in sorted(found.classes)}
+    )
     ids = {key: key if isinstance(key, int) else k for k, key in enumerate(classes, 1)}
     if background:
         ids[background] = max(ids.values(), default=0) + 1
         classes[background] = (background, False, None)
     names, things, colours = zip(*classes.values())
-    categories = Taxonomy(names, things, tuple(ids.values()), colours if all(colours) else None).categories()
-    count, content = Counter(), {part: {"images": [], "annotations": [], "categories": categories} for part in ("val", "train")}
+    categories = Taxonomy(
+        names, things, tuple(ids.values()), colours if all(colours) else None
+    ).categories()
+    count, content = (
+        Counter(),
+        {
+            part: {"images": [], "annotations": [], "categories": categories}
+            for part in ("val", "train")
+        },
+    )
     for number, row in enumerate(sorted(images, key=lambda row: row["name"]), 1):
         into = content["val" if row["name"] in val else "train"]
-        into["images"].append({"id": number, "file_name": row["name"], "width": row["width"], "height": row["height"]})
+        into["images"].append(
+            {"id": number, "file_name": row["name"], "width": row["width"], "height": row["height"]}
+        )
         if row["segments"]:
             count.update(segment["category_id"] for segment in row["segments"])
-            segments = [{**segment, "category_id": ids[segment["category_id"]]} for segment in row["segments"]]
-            into["annotations"].append({"image_id": number, "file_name": row["map"], "segments_info": segments})
+            segments = [
+                {**segment, "category_id": ids[segment["category_id"]]}
+                for segment in row["segments"]
+            ]
+            into["annotations"].append(
+                {"image_id": number, "file_name": row["map"], "segments_info": segments}
+            )
     labeled = [row["name"] for row in images if row["segments"] and row["name"] not in val]
-    write_atomic(output / "splits" / "all" / "labeled.txt", "".join(f"{name}\n" for name in sorted(labeled)).encode())
+    write_atomic(
+        output / "splits" / "all" / "labeled.txt",
+        "".join(f"{name}\n" for name in sorted(labeled)).encode(),
+    )
     for part, value in content.items():
         write_atomic(output / f"panoptic_{part}.json", json.dumps(value).encode())
     (output / "import.part").unlink()
-    return {"labeled": len(labeled), "unlabeled": len(images) - len(labeled) - len(val), "val": len(val),
-            "instances": {classes[key][0]: count[key] for key in classes}, "dropped": dict(+(found.passed + dropped))}
+    return {
+        "labeled": len(labeled),
+        "unlabeled": len(images) - len(labeled) - len(val),
+        "val": len(val),
+        "instances": {classes[key][0]: count[key] for key in classes},
+        "dropped": dict(+(found.passed + dropped)),
+    }
 
 
 def _flat(name: str, stems: dict[str, str], renamed: list[str]) -> str:
@@ -364,8 +448,10 @@ def _flat(name: str, stems: dict[str, str], renamed: list[str]) -> str:
             f"{stem}_{word}{ending}" for word in more if f"{stem}_{word}".casefold() not in stems
         )
         renamed.append(f"{name} is {flat}")
-    fault = name_fault(f".{flat}.png.{os.getpid():07}.tmp")                # `write_atomic` needs room for it
+    fault = name_fault(f".{flat}.png.{os.getpid():07}.tmp")  # `write_atomic` needs room for it
     if fault or flat != flat.strip() or len(flat.splitlines()) != 1:
-        raise UserError(f"image {brief(name)}: {brief(flat)} {fault or 'begins or ends with a space, or has a line break'}; rename the image")
+        raise UserError(
+            f"image {brief(name)}: {brief(flat)} {fault or 'begins or ends with a space, or has a line break'}; rename the image"
+        )
     stems[Path(flat).stem.casefold()] = name
     return flat

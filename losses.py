@@ -20,8 +20,14 @@ from config import LossConfig
 from matcher import Target, in_parts, match, matching_cost, point_sample
 
 
-def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets: list[Target], cfg: LossConfig,
-             generators: list[torch.Generator] | None = None, points: list[tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
+def set_loss(
+    layers: list[tuple[Tensor, Tensor]],
+    mask_features: Tensor,
+    targets: list[Target],
+    cfg: LossConfig,
+    generators: list[torch.Generator] | None = None,
+    points: list[tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """Eq. (3), summed over the layers of the decoder and weighted. With several ranks: this rank's share, the shares add up.
 
     Args:
@@ -34,24 +40,49 @@ def set_loss(layers: list[tuple[Tensor, Tensor]], mask_features: Tensor, targets
         in the graph, so DeWa (L_loc only) gives the class head a gradient of exactly zero.
     """
     queries = layers[0][0].shape[1]
-    counts = [sum(map(len, targets)), sum(min(len(t), queries) for t in targets), len(targets) * queries]
-    num_masks, num_matched, num_queries = ranks.total(torch.tensor(counts, dtype=torch.float32, device=mask_features.device))
-    num_masks, class_weight = num_masks.clamp(min=1), num_matched + cfg.no_object_weight * (num_queries - num_matched)
-    shape, features = mask_features.shape[-2:], mask_features.flatten(2).transpose(1, 2).unbind()        # B of (hw, C), as the pixel decoder lays them out
+    counts = [
+        sum(map(len, targets)),
+        sum(min(len(t), queries) for t in targets),
+        len(targets) * queries,
+    ]
+    num_masks, num_matched, num_queries = ranks.total(
+        torch.tensor(counts, dtype=torch.float32, device=mask_features.device)
+    )
+    num_masks, class_weight = (
+        num_masks.clamp(min=1),
+        num_matched + cfg.no_object_weight * (num_queries - num_matched),
+    )
+    shape, features = (
+        mask_features.shape[-2:],
+        mask_features.flatten(2).transpose(1, 2).unbind(),
+    )  # B of (hw, C), as the pixel decoder lays them out
     costs, nothing = [], torch.zeros(queries, 0, device=mask_features.device)
     for layer, (class_logits, embeddings) in enumerate(layers):
-        shared = points[layer][0] if points else [torch.rand(cfg.num_points, 2, generator=g, device=g.device) for g in generators]
+        shared = (
+            points[layer][0]
+            if points
+            else [torch.rand(cfg.num_points, 2, generator=g, device=g.device) for g in generators]
+        )
         with torch.no_grad():
-            costs += [matching_cost(c, logits(f, e, shape), t, p, cfg.weights) if len(t) else nothing
-                      for c, e, f, t, p in zip(class_logits, embeddings, features, targets, shared)]
+            costs += [
+                matching_cost(c, logits(f, e, shape), t, p, cfg.weights) if len(t) else nothing
+                for c, e, f, t, p in zip(class_logits, embeddings, features, targets, shared)
+            ]
     assigned = iter(match(costs))
     total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
     for layer, (class_logits, embeddings) in enumerate(layers):
         matches = list(itertools.islice(assigned, len(targets)))
         label = class_loss(class_logits, targets, matches, cfg.no_object_weight)
-        chosen = [logits(f, e[q.to(e.device)], shape).float().contiguous() for f, e, (q, _) in zip(features, embeddings.unbind(), matches)]       # B of (M_b, h, w)
-        where = points[layer][1] if points else torch.cat([uncertain_points(c, cfg, g) for c, g in zip(chosen, generators)])
-        chosen = torch.cat(chosen)                                                           # (M, h, w)
+        chosen = [
+            logits(f, e[q.to(e.device)], shape).float().contiguous()
+            for f, e, (q, _) in zip(features, embeddings.unbind(), matches)
+        ]  # B of (M_b, h, w)
+        where = (
+            points[layer][1]
+            if points
+            else torch.cat([uncertain_points(c, cfg, g) for c, g in zip(chosen, generators)])
+        )
+        chosen = torch.cat(chosen)  # (M, h, w)
         mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where)
         total["class"] = total["class"] + cfg.weights.label * label / class_weight
         total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
@@ -64,28 +95,47 @@ def logits(features: Tensor, embeddings: Tensor, shape) -> Tensor:
     return (features.to(embeddings.dtype) @ embeddings.T).T.unflatten(1, shape)
 
 
-def learn(head, features: list[Tensor], targets: list[Target], cfg: LossConfig, generators: list[torch.Generator], precision: torch.dtype,
-          weight: float = 1.0) -> dict[str, Tensor]:
+def learn(
+    head,
+    features: list[Tensor],
+    targets: list[Target],
+    cfg: LossConfig,
+    generators: list[torch.Generator],
+    precision: torch.dtype,
+    weight: float = 1.0,
+) -> dict[str, Tensor]:
     """Forward pass of the head, set loss, backward pass: gradients are added to those that are there, and all between is forgotten.
 
     precision: of the head's matrix products.   Returns: the terms of the loss times weight, without gradient.
     """
     with torch.autocast(features[0].device.type, precision, enabled=precision != torch.float32):
         layers, mask_features = head(features)
-    losses = {name: weight * term for name, term in set_loss(layers, mask_features, targets, cfg, generators).items()}
+    losses = {
+        name: weight * term
+        for name, term in set_loss(layers, mask_features, targets, cfg, generators).items()
+    }
     sum(losses.values()).backward()
     return {name: term.detach() for name, term in losses.items()}
 
 
-def point_generators(seed: int, step: int, first: int, images: int, device: torch.device) -> list[torch.Generator]:
+def point_generators(
+    seed: int, step: int, first: int, images: int, device: torch.device
+) -> list[torch.Generator]:
     """A generator for each image of a batch, from slot `first` on: its points depend on (seed, step, slot) and on nothing else."""
-    return [torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1024 + first + slot) for slot in range(images)]
+    return [
+        torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1024 + first + slot)
+        for slot in range(images)
+    ]
 
 
-def class_loss(class_logits: Tensor, targets: list[Target], matches, no_object_weight: float) -> Tensor:
+def class_loss(
+    class_logits: Tensor, targets: list[Target], matches, no_object_weight: float
+) -> Tensor:
     """Cross-entropy of all queries, a weighted sum; unmatched ones should say no-object (index K), with a lower weight. Scalar."""
     num_classes = class_logits.shape[-1] - 1
-    wanted = torch.full(class_logits.shape[:2], num_classes, dtype=torch.int64, device=class_logits.device)
+    wanted = torch.full(
+        class_logits.shape[:2], num_classes, dtype=torch.int64, device=class_logits.device
+    )
     for row, target, (queries, segments) in zip(wanted, targets, matches):
         row[queries] = target.labels[segments]
     weight = torch.ones(num_classes + 1, device=class_logits.device)
@@ -98,7 +148,7 @@ def mask_losses(mask_logits: Tensor, wanted: Tensor, points: Tensor) -> tuple[Te
 
     Args: mask_logits (M, h, w);  wanted (M, P) in [0, 1];  points (M, P, 2) xy in [0, 1].
     """
-    x = point_sample(mask_logits, points)                                                    # (M, P)
+    x = point_sample(mask_logits, points)  # (M, P)
     bce = F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(1).sum()
     p = x.sigmoid()
     dice = (1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)).sum()
@@ -106,8 +156,13 @@ def mask_losses(mask_logits: Tensor, wanted: Tensor, points: Tensor) -> tuple[Te
 
 
 @torch.no_grad()
-def uncertain_points(mask_logits: Tensor, cfg: LossConfig, generator: torch.Generator | None = None,
-                     candidates: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
+def uncertain_points(
+    mask_logits: Tensor,
+    cfg: LossConfig,
+    generator: torch.Generator | None = None,
+    candidates: Tensor | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
     """(M, P, 2) points for (M, h, w) logits: the least certain of oversample * P candidates, and some uniform ones.
 
     candidates (M, oversample * P, 2) and uniform (M, P - importance * P, 2) replace the draws when given.
@@ -115,15 +170,21 @@ def uncertain_points(mask_logits: Tensor, cfg: LossConfig, generator: torch.Gene
     m, device = len(mask_logits), mask_logits.device
     num_uncertain = int(cfg.importance * cfg.num_points)
     if candidates is None:
-        candidates = torch.rand(m, int(cfg.num_points * cfg.oversample), 2, generator=generator, device=device)
+        candidates = torch.rand(
+            m, int(cfg.num_points * cfg.oversample), 2, generator=generator, device=device
+        )
     if uniform is None:
-        uniform = torch.rand(m, cfg.num_points - num_uncertain, 2, generator=generator, device=device)
+        uniform = torch.rand(
+            m, cfg.num_points - num_uncertain, 2, generator=generator, device=device
+        )
     if m == 0:
-        return candidates[:, :cfg.num_points]
+        return candidates[:, : cfg.num_points]
     chosen = []
     for logits, drawn in in_parts(2 * candidates.shape[1], mask_logits, candidates):
         certainty = point_sample(logits, drawn).abs()
-        nearest = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices  # closest to the decision
+        nearest = certainty.topk(
+            num_uncertain, dim=1, largest=False, sorted=False
+        ).indices  # closest to the decision
         chosen.append(drawn.gather(1, nearest[..., None].expand(-1, -1, 2)))
     return torch.cat([torch.cat(chosen), uniform], 1)
 
@@ -132,4 +193,6 @@ def uncertain_points(mask_logits: Tensor, cfg: LossConfig, generator: torch.Gene
 def sample_targets(targets: list[Target], matches, points: Tensor) -> Tensor:
     """(M, P) target values of the matched segments of all images, in the order of the matches, at points (M, P, 2)."""
     per_image = points.split([len(queries) for queries, _ in matches])
-    return torch.cat([t.sample(p, s.to(p.device)) for t, p, (_, s) in zip(targets, per_image, matches)])
+    return torch.cat(
+        [t.sample(p, s.to(p.device)) for t, p, (_, s) in zip(targets, per_image, matches)]
+    )

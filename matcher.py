@@ -15,7 +15,10 @@ from torch import Tensor
 
 from config import CostWeights
 
-PART, GPU_PART = 2 ** 18, 2 ** 27      # values that work takes at once: 1 MB, what a core's cache holds; a small part of a GPU's memory
+PART, GPU_PART = (
+    2**18,
+    2**27,
+)  # values that work takes at once: 1 MB, what a core's cache holds; a small part of a GPU's memory
 
 
 def in_parts(values: int, *tensors: Tensor):
@@ -32,6 +35,7 @@ class Target:
     segment_map: (H, W) integers; 0 = void, k = k-th segment: a partition (ground truth, hard pseudo-labels).
     masks: (N, H, W) bool, may overlap (masks drawn by SAM).
     """
+
     labels: Tensor
     segment_map: Tensor | None = None
     masks: Tensor | None = None
@@ -40,8 +44,10 @@ class Target:
         if (self.segment_map is None) == (self.masks is None):
             raise ValueError("target: expected either a segment map or masks")
         if self.masks is not None and len(self.masks) != len(self.labels):
-            raise ValueError(f"masks: expected ({len(self.labels)}, H, W) for {len(self.labels)} labels, "
-                             f"got {tuple(self.masks.shape)}")
+            raise ValueError(
+                f"masks: expected ({len(self.labels)}, H, W) for {len(self.labels)} labels, "
+                f"got {tuple(self.masks.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,9 +73,9 @@ class Target:
         n = len(self)
         if self.masks is not None:
             return self.sample(points.expand(n, -1, -1), torch.arange(n, device=points.device))
-        index, weight = _neighbours(points, *self.segment_map.shape)               # (P, 4)
+        index, weight = _neighbours(points, *self.segment_map.shape)  # (P, 4)
         owner = self.segment_map.reshape(-1)[index].long()
-        samples = points.new_zeros(n + 1, len(points))                             # row 0 collects void
+        samples = points.new_zeros(n + 1, len(points))  # row 0 collects void
         samples.scatter_add_(0, owner.T, weight.T.to(samples.dtype))
         return samples[1:]
 
@@ -101,15 +107,20 @@ def match(costs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     Returns: for each (query_idx, segment_idx), both (min(Q, N),) int64 on the CPU, sorted by query; empty when N = 0.
     A cost that is not finite comes from outputs that are not: any assignment will do, for the loss, which sees them too, stops the step.
     """
-    from scipy.optimize import linear_sum_assignment               # slow to import, and only training matches
+    from scipy.optimize import linear_sum_assignment  # slow to import, and only training matches
 
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().nan_to_num()
-    matrices = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([cost.numel() for cost in costs]), costs)]
+    matrices = [
+        part.view(cost.shape).numpy()
+        for part, cost in zip(flat.split([cost.numel() for cost in costs]), costs)
+    ]
     return [tuple(map(torch.as_tensor, linear_sum_assignment(matrix))) for matrix in matrices]
 
 
 @torch.no_grad()
-def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor, weights: CostWeights) -> Tensor:
+def matching_cost(
+    class_logits: Tensor, mask_logits: Tensor, target: Target, points: Tensor, weights: CostWeights
+) -> Tensor:
     """The cost (Q, N) of giving segment n of one image to query q; always computed in fp32.
 
     Args:
@@ -118,16 +129,18 @@ def matching_cost(class_logits: Tensor, mask_logits: Tensor, target: Target, poi
         points: (P, 2) xy in [0, 1], the same for all masks.
     """
     with torch.autocast(class_logits.device.type, enabled=False):
-        cost_class = -class_logits.float().softmax(-1)[:, target.labels]           # (Q, N)
-        target_values = target.sample_all(points)                                  # (N, P)
+        cost_class = -class_logits.float().softmax(-1)[:, target.labels]  # (Q, N)
+        target_values = target.sample_all(points)  # (N, P)
         # A pixel's logits of all queries, side by side, are a row of a table; a point mixes four rows. A few points at a time stay in the cache.
-        table = mask_logits.float().flatten(1).T.contiguous()                      # (hw, Q)
-        index, weight = _neighbours(points, *mask_logits.shape[-2:])               # (P, 4)
+        table = mask_logits.float().flatten(1).T.contiguous()  # (hw, Q)
+        index, weight = _neighbours(points, *mask_logits.shape[-2:])  # (P, 4)
         bce = overlap = area = 0.0
         for i, w, t in in_parts(table.shape[1], index, weight, target_values.T):
-            x = F.embedding_bag(i, table, per_sample_weights=w, mode="sum")        # (P', Q)
+            x = F.embedding_bag(i, table, per_sample_weights=w, mode="sum")  # (P', Q)
             p = x.sigmoid()
-            bce = bce + F.softplus(x).sum(0)[:, None] - (t.T @ x).T                # BCE(x, t) = softplus(x) - x t
+            bce = bce + F.softplus(x).sum(0)[:, None] - (t.T @ x).T  # BCE(x, t) = softplus(x) - x t
             overlap, area = overlap + (t.T @ p).T, area + p.sum(0)[:, None]
         cost_dice = 1 - (2 * overlap + 1) / (area + target_values.sum(-1) + 1)
-        return weights.label * cost_class + weights.mask * bce / len(points) + weights.dice * cost_dice
+        return (
+            weights.label * cost_class + weights.mask * bce / len(points) + weights.dice * cost_dice
+        )

@@ -20,9 +20,18 @@ from model import Segmenter, panoptic_inference, semantic_inference
 from optim import Broken, descend, require_finite
 
 
-def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.optim.Optimizer, labeled: Labeled,
-               unlabeled: Unlabeled | None, things: Tensor, cfg: Config, step: int, warm: bool = False,
-               precision: torch.dtype = torch.float32) -> dict[str, float]:
+def train_step(
+    student: Segmenter,
+    teacher: Segmenter | None,
+    optimizer: torch.optim.Optimizer,
+    labeled: Labeled,
+    unlabeled: Unlabeled | None,
+    things: Tensor,
+    cfg: Config,
+    step: int,
+    warm: bool = False,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, float]:
     """One Mean Teacher step, Eq. (1) and (2). Without unlabelled images: a supervised step.
 
     Args:
@@ -39,30 +48,58 @@ def train_step(student: Segmenter, teacher: Segmenter | None, optimizer: torch.o
             # 1 the views; a frozen backbone is shared and sees all of them in one pass
             strong = mix_images(unlabeled.strong, unlabeled.partner_strong, unlabeled.boxes)
             weak = torch.cat([unlabeled.weak, unlabeled.partner_weak])
-            f_labeled, f_strong, f_weak = backbone_features(student, teacher, labeled.images, strong, weak)
+            f_labeled, f_strong, f_weak = backbone_features(
+                student, teacher, labeled.images, strong, weak
+            )
             # 2 pseudo-labels: weak views, teacher, CLIP ensemble; then CutMix, the same boxes as on the images
-            pseudo = pseudo_labels(teacher, f_weak, things, weak.shape[-2:], teacher_alpha(cfg, step, warm))
-            pseudo = mix_targets(pseudo[:len(strong)], pseudo[len(strong):], unlabeled.boxes, things)
+            pseudo = pseudo_labels(
+                teacher, f_weak, things, weak.shape[-2:], teacher_alpha(cfg, step, warm)
+            )
+            pseudo = mix_targets(
+                pseudo[: len(strong)], pseudo[len(strong) :], unlabeled.boxes, things
+            )
     # 3 the student learns from both, without the ensemble: Eq. (3) for each, and Eq. (1) as a sum of gradients
     optimizer.zero_grad(set_to_none=True)
-    draws = point_generators(cfg.seed, step, ranks.share(cfg.labeled_batch).start, len(labeled.targets), device)
-    terms = {f"labeled/{k}": v for k, v in learn(student.head, f_labeled, labeled.targets, cfg.loss, draws, precision).items()}
+    draws = point_generators(
+        cfg.seed, step, ranks.share(cfg.labeled_batch).start, len(labeled.targets), device
+    )
+    terms = {
+        f"labeled/{k}": v
+        for k, v in learn(
+            student.head, f_labeled, labeled.targets, cfg.loss, draws, precision
+        ).items()
+    }
     if unlabeled is not None:
-        draws = point_generators(cfg.seed, step, cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start, len(pseudo), device)
-        terms |= {f"unlabeled/{k}": v for k, v in learn(student.head, f_strong, pseudo, cfg.loss, draws, precision, cfg.lambda_u).items()}
+        draws = point_generators(
+            cfg.seed,
+            step,
+            cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start,
+            len(pseudo),
+            device,
+        )
+        terms |= {
+            f"unlabeled/{k}": v
+            for k, v in learn(
+                student.head, f_strong, pseudo, cfg.loss, draws, precision, cfg.lambda_u
+            ).items()
+        }
     # 4 student by gradient, then teacher by average
     terms = require_finite(terms)
     loss = sum(terms.values())
     norm = descend(optimizer, cfg)
     if teacher is not None:
-        update_teacher(teacher, student, ema_decay(step, cfg, warm))                         # Eq. (2)
+        update_teacher(teacher, student, ema_decay(step, cfg, warm))  # Eq. (2)
     if unlabeled is not None:
-        segments, images = ranks.total(torch.tensor([sum(map(len, pseudo)), len(pseudo)], dtype=torch.float32, device=device)).tolist()
+        segments, images = ranks.total(
+            torch.tensor([sum(map(len, pseudo)), len(pseudo)], dtype=torch.float32, device=device)
+        ).tolist()
         terms["pseudo_segments"] = segments / images
     return {"loss": loss, **terms, "grad_norm": norm}
 
 
-def backbone_features(student: Segmenter, teacher: Segmenter, labeled: Tensor, strong: Tensor, weak: Tensor):
+def backbone_features(
+    student: Segmenter, teacher: Segmenter, labeled: Tensor, strong: Tensor, weak: Tensor
+):
     """Features of the three groups of images: one pass if the frozen backbone is shared, one each if it is trained."""
     if student.backbone is teacher.backbone:
         maps = student.backbone(torch.cat([labeled, strong, weak]))
@@ -73,7 +110,9 @@ def backbone_features(student: Segmenter, teacher: Segmenter, labeled: Tensor, s
 
 
 @torch.no_grad()
-def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, size, alpha: float) -> list[Target]:
+def pseudo_labels(
+    teacher: Segmenter, features: list[Tensor], things: Tensor, size, alpha: float
+) -> list[Target]:
     """Hard panoptic pseudo-labels of B images: Eq. (4)-(6), then panoptic inference at full resolution `size` = (H, W).
 
     No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
@@ -84,11 +123,19 @@ def pseudo_labels(teacher: Segmenter, features: list[Tensor], things: Tensor, si
     targets = []
     for p, m in zip(posterior, mask_logits):
         if teacher.cfg.labels == "semantic":
-            labels, segment_map = semantic_inference(p, m, (size, size, size)).unique(return_inverse=True)
+            labels, segment_map = semantic_inference(p, m, (size, size, size)).unique(
+                return_inverse=True
+            )
             targets.append(Target(labels, (segment_map + 1).int()))
             continue
-        segment_map, labels, _ = panoptic_inference(p, m, things, (size, size, size), teacher.cfg.object_mask_threshold,
-                                                    teacher.cfg.overlap_threshold)
+        segment_map, labels, _ = panoptic_inference(
+            p,
+            m,
+            things,
+            (size, size, size),
+            teacher.cfg.object_mask_threshold,
+            teacher.cfg.overlap_threshold,
+        )
         targets.append(Target(labels, segment_map))
     return targets
 
@@ -103,13 +150,20 @@ def mix_images(images: Tensor, partners: Tensor, boxes) -> Tensor:
     return mixed
 
 
-def mix_targets(targets: list[Target], partners: list[Target], boxes, things: Tensor) -> list[Target]:
+def mix_targets(
+    targets: list[Target], partners: list[Target], boxes, things: Tensor
+) -> list[Target]:
     """CutMix of pseudo-labels, with the boxes of the images; see `mix_target`."""
     partner = iter(partners)
-    return [t if box is None else mix_target(t, next(partner), box, things) for t, box in zip(targets, boxes)]
+    return [
+        t if box is None else mix_target(t, next(partner), box, things)
+        for t, box in zip(targets, boxes)
+    ]
 
 
-def mix_target(first: Target, second: Target, box: tuple[int, int, int, int], things: Tensor) -> Target:
+def mix_target(
+    first: Target, second: Target, box: tuple[int, int, int, int], things: Tensor
+) -> Target:
     """Paste the second partition into the box of the first, void included.
 
     Segments without a pixel left are dropped; stuff of one class from both images becomes one segment; things stay apart.
@@ -131,7 +185,9 @@ def mix_target(first: Target, second: Target, box: tuple[int, int, int, int], th
         lut[k + 1] = len(kept)
         if not things[label]:
             stuff[label] = len(kept)
-    return Target(labels[kept], torch.tensor(lut, dtype=mixed.dtype, device=mixed.device)[mixed.long()])
+    return Target(
+        labels[kept], torch.tensor(lut, dtype=mixed.dtype, device=mixed.device)[mixed.long()]
+    )
 
 
 def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
@@ -166,5 +222,7 @@ def update_teacher(teacher: Segmenter, student: Segmenter, decay: float) -> None
     norms = torch.stack(torch._foreach_norm(list(source.values())))
     if not torch.isfinite(norms).all():
         bad = [name for name, norm in zip(source, norms) if not torch.isfinite(norm)]
-        raise Broken(f"student weights are not finite: {', '.join(bad[:5])}; the teacher was left as it was")
+        raise Broken(
+            f"student weights are not finite: {', '.join(bad[:5])}; the teacher was left as it was"
+        )
     torch._foreach_lerp_([average[name] for name in source], list(source.values()), 1 - decay)

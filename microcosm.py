@@ -17,17 +17,38 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZE = 128          # pixels, side of the square images of the data set `mini`
-MIN_VISIBLE = 60    # pixels of a SIZE image; a thing that shows less is left out of the scene
+SIZE = 128  # pixels, side of the square images of the data set `mini`
+MIN_VISIBLE = 60  # pixels of a SIZE image; a thing that shows less is left out of the scene
 RADIUS = (11.0, 24.0)  # pixels, half the extent of a thing
 
 # Class names with synonyms, most frequent first. A thing is told by shape, pattern and colour together: any one of them may be
 # shared, so a hue shift or a loss of colour (the strong augmentation) does not turn one class into another.
-THINGS = ("tomato", "beach ball, striped ball", "gold star", "lifebuoy, life ring", "die, dice", "kite", "cookie, biscuit",
-          "gift, present", "starfish, sea star", "tire, wheel", "medical cross, green cross", "warning sign, danger sign")
-STUFF = ("grass, lawn", "water, sea", "brick, brick wall", "sand, beach", "sky", "wood, planks", "tiles, tiled floor", "snow")
-CLASSES = THINGS + STUFF                                           # contiguous index: things first
-THING_TAIL, STUFF_TAIL = 0.9, 0.5                                  # class frequency ~ rank ** -tail
+THINGS = (
+    "tomato",
+    "beach ball, striped ball",
+    "gold star",
+    "lifebuoy, life ring",
+    "die, dice",
+    "kite",
+    "cookie, biscuit",
+    "gift, present",
+    "starfish, sea star",
+    "tire, wheel",
+    "medical cross, green cross",
+    "warning sign, danger sign",
+)
+STUFF = (
+    "grass, lawn",
+    "water, sea",
+    "brick, brick wall",
+    "sand, beach",
+    "sky",
+    "wood, planks",
+    "tiles, tiled floor",
+    "snow",
+)
+CLASSES = THINGS + STUFF  # contiguous index: things first
+THING_TAIL, STUFF_TAIL = 0.9, 0.5  # class frequency ~ rank ** -tail
 
 # First seed of each collection; index i of a collection is drawn from SeedSequence((first, i)).
 SEEDS = {"train": 1, "dev": 2, "val": 3, "clip": 10, "clip-test": 11, "sam": 20, "sam-test": 21}
@@ -40,14 +61,21 @@ class Scene:
     image: (S, S, 3) uint8 RGB.   segment_map: (S, S) int32, every pixel k >= 1 = k-th segment (no void).
     labels: (N,) int64, index into CLASSES.   part_map: (S, S) int32, 0 or k = k-th part, a part lies inside one segment.
     """
+
     image: np.ndarray
     segment_map: np.ndarray
     labels: np.ndarray
     part_map: np.ndarray
 
 
-def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int] = (3, 6), stuff: tuple[int, int] = (1, 3),
-          tail: bool = True) -> Scene:
+def scene(
+    collection: str,
+    index: int,
+    size: int = SIZE,
+    things: tuple[int, int] = (3, 6),
+    stuff: tuple[int, int] = (1, 3),
+    tail: bool = True,
+) -> Scene:
     """Draw scene `index` of a collection (a key of SEEDS); the same arguments always give the same pixels.
 
     Args:
@@ -57,16 +85,18 @@ def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int]
     """
     rng = np.random.default_rng(np.random.SeedSequence((SEEDS[collection], index)))
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
-    image, stuff_labels, region = _stuff(rng, xx, yy, int(rng.integers(stuff[0], stuff[1] + 1)), tail)
-    owner = region + 1                                             # ids before renumbering: stuff first, then things
+    image, stuff_labels, region = _stuff(
+        rng, xx, yy, int(rng.integers(stuff[0], stuff[1] + 1)), tail
+    )
+    owner = region + 1  # ids before renumbering: stuff first, then things
     ids = list(len(THINGS) + stuff_labels)
     part_map, parts = np.zeros((size, size), np.int32), 0
-    for _ in range(int(rng.integers(0, 3))):                       # stains: not in the taxonomy, part of the stuff below
+    for _ in range(int(rng.integers(0, 3))):  # stains: not in the taxonomy, part of the stuff below
         inside = _blob(rng, xx, yy) < 0
         tint = rng.uniform(0.55, 1.35, 3).astype(np.float32)
         image[inside] *= tint
         parts += 1
-        if inside.any():                                           # a part lies inside one segment
+        if inside.any():  # a part lies inside one segment
             part_map[inside & (owner == owner[inside].min())] = parts
     weights = _tail(len(THINGS), THING_TAIL if tail else 0.0)
     for _ in range(int(rng.integers(things[0], things[1] + 1))):
@@ -82,27 +112,49 @@ def scene(collection: str, index: int, size: int = SIZE, things: tuple[int, int]
         if part is not None:
             parts += 1
             part_map[window][inside & part] = parts
-    image *= rng.uniform(0.8, 1.15) * rng.uniform(0.93, 1.07, 3).astype(np.float32)          # light and white balance
-    image += rng.normal(0, rng.uniform(2, 7), image.shape).astype(np.float32)                # sensor noise
+    image *= rng.uniform(0.8, 1.15) * rng.uniform(0.93, 1.07, 3).astype(
+        np.float32
+    )  # light and white balance
+    image += rng.normal(0, rng.uniform(2, 7), image.shape).astype(np.float32)  # sensor noise
     owner = _drop_slivers(owner, ids, len(stuff_labels))
     kept = np.unique(owner)
     lut = np.zeros(len(ids) + 1, np.int32)
     lut[kept] = np.arange(1, len(kept) + 1)
     areas = np.bincount(part_map.ravel(), minlength=parts + 1)
     part_lut = np.where(areas >= MIN_VISIBLE // 3, np.arange(parts + 1), 0).astype(np.int32)
-    return Scene(image.clip(0, 255).astype(np.uint8), lut[owner], np.array([ids[k - 1] for k in kept], np.int64),
-                 part_lut[part_map])
+    return Scene(
+        image.clip(0, 255).astype(np.uint8),
+        lut[owner],
+        np.array([ids[k - 1] for k in kept], np.int64),
+        part_lut[part_map],
+    )
 
 
-def caption(labels: np.ndarray, rng: np.random.Generator, drop_thing: float = 0.15, drop_stuff: float = 0.5) -> tuple[frozenset, str]:
+def caption(
+    labels: np.ndarray, rng: np.random.Generator, drop_thing: float = 0.15, drop_stuff: float = 0.5
+) -> tuple[frozenset, str]:
     """What somebody might write under a picture with these segments: some of its classes, by any synonym, in any order.
 
     Returns: the classes that are named, and the caption.
     """
-    said = [label for label in dict.fromkeys(labels.tolist()) if rng.random() > (drop_thing if label < len(THINGS) else drop_stuff)]
+    said = [
+        label
+        for label in dict.fromkeys(labels.tolist())
+        if rng.random() > (drop_thing if label < len(THINGS) else drop_stuff)
+    ]
     said = said or [int(rng.choice(labels))]
     names = [str(rng.choice(CLASSES[label].split(", "))) for label in rng.permutation(said)]
-    frame = str(rng.choice(["a photo of a {}.", "There is a {} in the scene.", "a {}", "This is a photo of a {}.", "{}"]))
+    frame = str(
+        rng.choice(
+            [
+                "a photo of a {}.",
+                "There is a {} in the scene.",
+                "a {}",
+                "This is a photo of a {}.",
+                "{}",
+            ]
+        )
+    )
     return frozenset(said), frame.format(" and a ".join(names))
 
 
@@ -126,9 +178,16 @@ def _noise(rng, size: int, cells: int, aspect: float = 1.0) -> np.ndarray:
 def _stuff(rng, xx, yy, regions: int, tail: bool):
     """Texture every pixel. Returns image (S, S, 3) float32, labels of the regions, region index (S, S)."""
     size = xx.shape[0]
-    labels = rng.choice(len(STUFF), regions, replace=False, p=_tail(len(STUFF), STUFF_TAIL if tail else 0.0))
-    scores = [rng.normal() * (xx - size / 2) / size * 2 + rng.normal() * (yy - size / 2) / size * 2 + 0.35 * _noise(rng, size, 4)
-              + rng.normal(0, 0.2) for _ in range(regions)]
+    labels = rng.choice(
+        len(STUFF), regions, replace=False, p=_tail(len(STUFF), STUFF_TAIL if tail else 0.0)
+    )
+    scores = [
+        rng.normal() * (xx - size / 2) / size * 2
+        + rng.normal() * (yy - size / 2) / size * 2
+        + 0.35 * _noise(rng, size, 4)
+        + rng.normal(0, 0.2)
+        for _ in range(regions)
+    ]
     region = np.argmax(scores, 0)
     image = np.zeros((size, size, 3), np.float32)
     for k, label in enumerate(labels):
@@ -142,8 +201,14 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
     """(S, S, 3) float32 in 0 to 255."""
     size = xx.shape[0]
     name = STUFF[label].split(",")[0]
-    phase, fine, coarse = rng.uniform(0, 6.28), rng.normal(0, 1, xx.shape).astype(np.float32), _noise(rng, size, 5)
-    rgb = lambda r, g, b: np.array([r, g, b], np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
+    phase, fine, coarse = (
+        rng.uniform(0, 6.28),
+        rng.normal(0, 1, xx.shape).astype(np.float32),
+        _noise(rng, size, 5),
+    )
+    rgb = lambda r, g, b: (
+        np.array([r, g, b], np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
+    )
     if name == "grass":
         blades = _noise(rng, size, size / 2, 0.25)
         return rgb(70, 135, 55) * (1 + 0.3 * blades + 0.15 * coarse)[..., None]
@@ -153,8 +218,14 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
     if name == "brick":
         height, width = rng.uniform(7, 9), rng.uniform(14, 18)
         row = np.floor(yy / height + phase)
-        mortar = ((yy / height + phase) % 1 < 0.17) | ((xx / width + 0.5 * (row % 2) + phase) % 1 < 0.09)
-        return np.where(mortar[..., None], rgb(180, 170, 160), rgb(150, 75, 55) * (1 + 0.12 * coarse + 0.05 * fine)[..., None])
+        mortar = ((yy / height + phase) % 1 < 0.17) | (
+            (xx / width + 0.5 * (row % 2) + phase) % 1 < 0.09
+        )
+        return np.where(
+            mortar[..., None],
+            rgb(180, 170, 160),
+            rgb(150, 75, 55) * (1 + 0.12 * coarse + 0.05 * fine)[..., None],
+        )
     if name == "sand":
         return rgb(215, 190, 135) * (1 + 0.09 * fine + 0.08 * coarse)[..., None]
     if name == "sky":
@@ -163,12 +234,17 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
     if name == "wood":
         grain = np.sin(xx * rng.uniform(0.5, 0.8) + 3 * _noise(rng, size, 4, 0.4) + phase)
         board = (xx / rng.uniform(20, 26) + phase) % 1 < 0.07
-        return rgb(160, 110, 60) * np.where(board, 0.55, 1 + 0.13 * grain + 0.08 * coarse)[..., None]
+        return (
+            rgb(160, 110, 60) * np.where(board, 0.55, 1 + 0.13 * grain + 0.08 * coarse)[..., None]
+        )
     if name == "tiles":
         side = rng.uniform(9, 12)
         check = (np.floor(xx / side + phase) + np.floor(yy / side + phase)) % 2
-        return np.where(check[..., None] > 0, rgb(205, 205, 200), rgb(95, 100, 105)) * (1 + 0.05 * coarse)[..., None]
-    return rgb(238, 243, 250) * (1 + 0.05 * coarse + 0.015 * fine)[..., None]                # snow
+        return (
+            np.where(check[..., None] > 0, rgb(205, 205, 200), rgb(95, 100, 105))
+            * (1 + 0.05 * coarse)[..., None]
+        )
+    return rgb(238, 243, 250) * (1 + 0.05 * coarse + 0.015 * fine)[..., None]  # snow
 
 
 def _thing(rng, xx, yy, label: int):
@@ -176,27 +252,37 @@ def _thing(rng, xx, yy, label: int):
     size, radius = xx.shape[0], rng.uniform(*RADIUS)
     cx, cy = rng.uniform(0.06 * size, 0.94 * size, 2)
     angle = rng.uniform(0, 2 * np.pi)
-    window = tuple(slice(max(0, int(c - 1.2 * radius - 2)), int(c + 1.2 * radius + 3)) for c in (cy, cx))             # no outline is farther from the centre
+    window = tuple(
+        slice(max(0, int(c - 1.2 * radius - 2)), int(c + 1.2 * radius + 3)) for c in (cy, cx)
+    )  # no outline is farther from the centre
     xx, yy = xx[window], yy[window]
     u = ((xx - cx) * np.cos(angle) + (yy - cy) * np.sin(angle)) / radius
     v = (-(xx - cx) * np.sin(angle) + (yy - cy) * np.cos(angle)) / radius
     shape, pattern, first, second = APPEARANCE[THINGS[label].split(",")[0]]
     distance = _outline(u, v, shape)
     cover = np.clip(0.5 - distance * radius, 0, 1)
-    mix = _pattern(u, v, pattern, distance, radius)[..., None]                               # 0 first colour, 1 second
-    first, second = (np.array(c, np.float32) + rng.normal(0, 12, 3).astype(np.float32) for c in (first, second))
+    mix = _pattern(u, v, pattern, distance, radius)[..., None]  # 0 first colour, 1 second
+    first, second = (
+        np.array(c, np.float32) + rng.normal(0, 12, 3).astype(np.float32) for c in (first, second)
+    )
     colour = first * (1 - mix) + second * mix
-    colour *= (1 - 0.22 * ((xx - cx) + (yy - cy)) / (2 * radius))[..., None]                 # lit from the upper left
+    colour *= (1 - 0.22 * ((xx - cx) + (yy - cy)) / (2 * radius))[
+        ..., None
+    ]  # lit from the upper left
     part = None
-    if rng.random() < 0.65:                                        # a cap or a hub: darker or lighter, same class
-        part = v > rng.uniform(0.05, 0.45) if rng.random() < 0.5 else u * u + v * v < rng.uniform(0.35, 0.55) ** 2
+    if rng.random() < 0.65:  # a cap or a hub: darker or lighter, same class
+        part = (
+            v > rng.uniform(0.05, 0.45)
+            if rng.random() < 0.5
+            else u * u + v * v < rng.uniform(0.35, 0.55) ** 2
+        )
         colour[part] *= rng.uniform(0.4, 0.6) if rng.random() < 0.6 else rng.uniform(1.3, 1.6)
         if not (part & (cover > 0.5)).any():
             part = None
     return window, cover.astype(np.float32), colour, part
 
 
-APPEARANCE = {                         # shape, pattern, two colours
+APPEARANCE = {  # shape, pattern, two colours
     "tomato": ("disc", "plain", (205, 45, 40), (205, 45, 40)),
     "beach ball": ("disc", "sectors", (235, 235, 230), (45, 95, 200)),
     "cookie": ("disc", "dots", (200, 150, 90), (70, 40, 25)),
@@ -241,8 +327,10 @@ def _outline(u, v, shape: str):
     if shape == "ring":
         return abs(r - 0.72) - 0.28
     if shape == "cross":
-        return np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.36), np.maximum(abs(u) - 0.36, abs(v) - 1))
-    return np.maximum(v - 0.6, abs(u) * 0.866 - v * 0.5 - 0.55)                              # triangle
+        return np.minimum(
+            np.maximum(abs(u) - 1, abs(v) - 0.36), np.maximum(abs(u) - 0.36, abs(v) - 1)
+        )
+    return np.maximum(v - 0.6, abs(u) * 0.866 - v * 0.5 - 0.55)  # triangle
 
 
 def _blob(rng, xx, yy):
@@ -250,7 +338,9 @@ def _blob(rng, xx, yy):
     cx, cy = rng.uniform(0, size, 2)
     r = rng.uniform(8, 20)
     a, b = rng.uniform(0.6, 1.6, 2)
-    return np.sqrt(((xx - cx) * a) ** 2 + ((yy - cy) * b) ** 2) - r * (1 + 0.3 * _noise(rng, size, 6))
+    return np.sqrt(((xx - cx) * a) ** 2 + ((yy - cy) * b) ** 2) - r * (
+        1 + 0.3 * _noise(rng, size, 6)
+    )
 
 
 def _drop_slivers(owner, ids, num_stuff: int):

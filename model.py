@@ -20,8 +20,10 @@ from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, z
 from config import Config
 from deformable import DeformableAttention, Pyramid
 
-
-CPU_CHUNK, GPU_CHUNK = 2 ** 21, 2 ** 27          # values of full-size masks at once, at inference: the cache, a small part of the memory
+CPU_CHUNK, GPU_CHUNK = (
+    2**21,
+    2**27,
+)  # values of full-size masks at once, at inference: the cache, a small part of the memory
 
 
 class Segmenter(nn.Module):
@@ -30,12 +32,14 @@ class Segmenter(nn.Module):
     vocabulary: of the K classes; None on a backbone without CLIP, which has a linear classifier and no ensemble.
     """
 
-    def __init__(self, backbone: Backbone, vocabulary: Vocabulary | None, cfg: Config, num_classes: int):
+    def __init__(
+        self, backbone: Backbone, vocabulary: Vocabulary | None, cfg: Config, num_classes: int
+    ):
         super().__init__()
         self.backbone, self.cfg = backbone, cfg
         self.vocabulary = vocabulary
         self.head = Mask2Former(backbone.channels, cfg, num_classes, vocabulary)
-        self.averaged = False          # a teacher: never trained by gradient, and always in eval mode
+        self.averaged = False  # a teacher: never trained by gradient, and always in eval mode
 
     def train(self, mode: bool = True):
         return super().train(mode and not self.averaged)
@@ -52,11 +56,15 @@ class Segmenter(nn.Module):
         [(class_logits, embeddings)], mask_features = self.head(features, last_only=True)
         return class_logits, mask_logits(embeddings, mask_features)
 
-    def posterior(self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, alpha: float) -> Tensor:
+    def posterior(
+        self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, alpha: float
+    ) -> Tensor:
         """Class probabilities (B, Q, K+1), Eq. (6). alpha: the decoder's share; 1 is the decoder alone, without asking CLIP."""
         if alpha == 1:
             return class_logits.float().softmax(-1)
-        clip_logits = zero_shot_logits(self.backbone, features[-1], mask_logits, self.vocabulary, self.cfg.clip_scale)
+        clip_logits = zero_shot_logits(
+            self.backbone, features[-1], mask_logits, self.vocabulary, self.cfg.clip_scale
+        )
         return geometric_ensemble(class_logits, clip_logits, alpha).exp()
 
     def teacher(self) -> "Segmenter":
@@ -68,25 +76,33 @@ class Segmenter(nn.Module):
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that training changes, by name: what the optimiser, the average and checkpoints hold."""
-        return {name: p for name, p in self.named_parameters()
-                if name.startswith("head.") or not self.backbone.frozen}
+        return {
+            name: p
+            for name, p in self.named_parameters()
+            if name.startswith("head.") or not self.backbone.frozen
+        }
 
 
 class Mask2Former(nn.Module):
     """The head: features of the backbone -> a list of (class_logits, mask embeddings), one a layer or (last_only, for inference) the
     last one's alone, and the mask_features (B, C, H/4, W/4)."""
 
-    def __init__(self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
+    def __init__(
+        self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary | None
+    ):
         super().__init__()
         self.pixel_decoder = PixelDecoder(channels, cfg)
         self.decoder = MaskedAttentionDecoder(cfg, num_classes, vocabulary)
 
-    def forward(self, features: list[Tensor], last_only: bool = False) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def forward(
+        self, features: list[Tensor], last_only: bool = False
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         mask_features, maps = self.pixel_decoder(features)
         return self.decoder(maps, mask_features, last_only), mask_features
 
 
 # ---------------------------------------------------------------------------------------------- pixel decoder
+
 
 class PixelDecoder(nn.Module):
     """Deformable attention over strides 8, 16, 32, then one FPN step to stride 4.
@@ -100,12 +116,17 @@ class PixelDecoder(nn.Module):
         c = cfg.hidden
         self.heads, self.points = cfg.heads, cfg.encoder_points
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(n, c, 1), nn.GroupNorm(32, c)) for n in reversed(channels[1:]))
+            nn.Sequential(nn.Conv2d(n, c, 1), nn.GroupNorm(32, c)) for n in reversed(channels[1:])
+        )
         self.level_embed = nn.Parameter(torch.randn(3, c))
         self.layers = nn.ModuleList(
-            DeformableLayer(c, cfg.heads, 3, cfg.encoder_points, cfg.encoder_ffn) for _ in range(cfg.encoder_layers))
+            DeformableLayer(c, cfg.heads, 3, cfg.encoder_points, cfg.encoder_ffn)
+            for _ in range(cfg.encoder_layers)
+        )
         self.lateral = nn.Sequential(nn.Conv2d(channels[0], c, 1, bias=False), nn.GroupNorm(32, c))
-        self.output = nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.GroupNorm(32, c), nn.ReLU())
+        self.output = nn.Sequential(
+            nn.Conv2d(c, c, 3, padding=1, bias=False), nn.GroupNorm(32, c), nn.ReLU()
+        )
         self.mask_features = nn.Conv2d(c, c, 1)
         for proj in self.input_proj:
             nn.init.xavier_uniform_(proj[0].weight)
@@ -117,14 +138,26 @@ class PixelDecoder(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         maps = [proj(f) for proj, f in zip(self.input_proj, reversed(features[1:]))]
         shapes = [m.shape[-2:] for m in maps]
-        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)                             # (B, S, C)
-        pos = torch.cat([sine_position(m).flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed)], 1)
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C)
+        pos = torch.cat(
+            [
+                sine_position(m).flatten(2).transpose(1, 2) + e
+                for m, e in zip(maps, self.level_embed)
+            ],
+            1,
+        )
         pyramid = Pyramid.of(shapes, self.heads, self.points, src.device)
         for layer in self.layers:
             src = layer(src, pos, pyramid)
-        maps = [s.transpose(1, 2).unflatten(2, shape) for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)]
+        maps = [
+            s.transpose(1, 2).unflatten(2, shape)
+            for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)
+        ]
         fine = self.lateral(features[0])
-        fine = self.output(fine + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False))
+        fine = self.output(
+            fine
+            + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        )
         return self.mask_features(fine), maps
 
 
@@ -150,14 +183,22 @@ def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
     half = maps.shape[1] // 2
     i = torch.arange(half, dtype=torch.float32, device=maps.device)
     period = temperature ** (2 * (i // 2) / half)
+
     def axis(n):
-        angle = (torch.arange(1, n + 1, dtype=torch.float32, device=maps.device) / (n + 1e-6) * 2 * math.pi)[:, None] / period
-        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)               # (n, half)
+        angle = (
+            torch.arange(1, n + 1, dtype=torch.float32, device=maps.device)
+            / (n + 1e-6)
+            * 2
+            * math.pi
+        )[:, None] / period
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)  # (n, half)
+
     y, x = axis(h)[:, None].expand(h, w, half), axis(w)[None].expand(h, w, half)
     return torch.cat([y, x], -1).permute(2, 0, 1)[None]
 
 
 # ------------------------------------------------------------------------------------ masked-attention decoder
+
 
 class MaskedAttentionDecoder(nn.Module):
     """Q queries, refined by masked cross-attention, self-attention and a feed-forward net, layer after layer.
@@ -171,30 +212,56 @@ class MaskedAttentionDecoder(nn.Module):
     def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
         super().__init__()
         c = cfg.hidden
-        self.query_feat, self.query_embed = nn.Embedding(cfg.num_queries, c), nn.Embedding(cfg.num_queries, c)
+        self.query_feat, self.query_embed = (
+            nn.Embedding(cfg.num_queries, c),
+            nn.Embedding(cfg.num_queries, c),
+        )
         self.level_embed = nn.Embedding(3, c)
-        self.layers = nn.ModuleList(DecoderLayer(c, cfg.heads, cfg.decoder_ffn) for _ in range(cfg.decoder_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(c, cfg.heads, cfg.decoder_ffn) for _ in range(cfg.decoder_layers)
+        )
         self.decoder_norm = nn.LayerNorm(c)
         self.mask_embed = MLP(c, c, c)
-        self.classify = LanguageClassifier(c, vocabulary) if cfg.classifier == "language" else LinearClassifier(c, num_classes)
+        self.classify = (
+            LanguageClassifier(c, vocabulary)
+            if cfg.classifier == "language"
+            else LinearClassifier(c, num_classes)
+        )
 
-    def forward(self, maps: list[Tensor], mask_features: Tensor, last_only: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, maps: list[Tensor], mask_features: Tensor, last_only: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
         b = len(mask_features)
-        pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]                            # (1, S_i, C)
-        src = [m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)]      # (B, S_i, C)
+        pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]  # (1, S_i, C)
+        src = [
+            m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)
+        ]  # (B, S_i, C)
         keys = [s + p for s, p in zip(src, pos)]
         queries, query_pos = self.query_feat.weight.expand(b, -1, -1), self.query_embed.weight
         with torch.no_grad():
-            coarse = [F.interpolate(mask_features, size=m.shape[-2:], mode="bilinear", align_corners=False) for m in maps]
+            coarse = [
+                F.interpolate(
+                    mask_features, size=m.shape[-2:], mode="bilinear", align_corners=False
+                )
+                for m in maps
+            ]
         states, masks = [], []
         for i in range(len(self.layers) + 1):
             states.append(self.decoder_norm(queries))
             masks.append(self.mask_embed(states[-1]))
             if i < len(self.layers):
                 level = i % len(maps)
-                queries = self.layers[i](queries, query_pos, src[level], keys[level], attention_mask(masks[-1], coarse[level]))
+                queries = self.layers[i](
+                    queries,
+                    query_pos,
+                    src[level],
+                    keys[level],
+                    attention_mask(masks[-1], coarse[level]),
+                )
         first = len(self.layers) if last_only else 0
-        return list(zip(self.classify(torch.stack(states[first:])), masks[first:]))                  # the classes of all layers at once
+        return list(
+            zip(self.classify(torch.stack(states[first:])), masks[first:])
+        )  # the classes of all layers at once
 
 
 def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
@@ -223,8 +290,12 @@ class DecoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, queries: Tensor, query_pos: Tensor, src: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
-        queries = self.cross_norm(queries + self.cross_attn(queries + query_pos, keys, src, allowed))
+    def forward(
+        self, queries: Tensor, query_pos: Tensor, src: Tensor, keys: Tensor, allowed: Tensor
+    ) -> Tensor:
+        queries = self.cross_norm(
+            queries + self.cross_attn(queries + query_pos, keys, src, allowed)
+        )
         placed = queries + query_pos
         queries = self.self_norm(queries + self.self_attn(placed, placed, queries))
         return self.ffn_norm(queries + self.linear2(self.linear1(queries).relu_()))
@@ -243,10 +314,18 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        heads = lambda x, w, b: F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, heads, ., d)
-        q, k, v = map(heads, (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        if q.device.type == "cpu":     # torch's attention in bf16 takes half as long again there, with its gradients
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
+        heads = lambda x, w, b: (
+            F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        )  # (B, heads, ., d)
+        q, k, v = map(
+            heads, (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        )
+        if (
+            q.device.type == "cpu"
+        ):  # torch's attention in bf16 takes half as long again there, with its gradients
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, enabled=False):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -258,7 +337,9 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, hidden: int, out: int):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(channels, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
+        self.layers = nn.ModuleList(
+            [nn.Linear(channels, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[2](self.layers[1](self.layers[0](x).relu_()).relu_())
@@ -289,16 +370,23 @@ class LanguageClassifier(nn.Module):
         """(..., Q, C) -> class_logits (..., Q, K+1)."""
         unit = F.normalize(self.class_embed(queries), dim=-1)
         void = unit @ F.normalize(self.void_embedding.weight, dim=-1).T
-        return self.logit_scale.exp().clamp(max=MAX_SCALE) * torch.cat([self.vocabulary.cosine(unit), void], -1)
+        return self.logit_scale.exp().clamp(max=MAX_SCALE) * torch.cat(
+            [self.vocabulary.cosine(unit), void], -1
+        )
 
 
 # ------------------------------------------------------------------------------------------------- inference
 
+
 @torch.no_grad()
-def resize_masks(mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int], output: tuple[int, int]) -> Tensor:
+def resize_masks(
+    mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int], output: tuple[int, int]
+) -> Tensor:
     """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the size asked for."""
-    full = F.interpolate(mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False)
-    full = full[..., :image[0], :image[1]]
+    full = F.interpolate(
+        mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False
+    )
+    full = full[..., : image[0], : image[1]]
     if tuple(output) != tuple(image):
         full = F.interpolate(full, size=output, mode="bilinear", align_corners=False)
     return full[0]
@@ -312,13 +400,20 @@ def full_masks(mask_logits: Tensor, sizes, given: bool = False):
     height, width = sizes[2]
     at_once = max(1, _chunk(mask_logits) // (height * width))
     for first in range(0, len(mask_logits), at_once):
-        part = mask_logits[first:first + at_once]
+        part = mask_logits[first : first + at_once]
         yield first, part if given else resize_masks(part, *sizes).sigmoid_()
 
 
 @torch.no_grad()
-def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, object_mask_threshold: float = 0.0,
-                       overlap_threshold: float = 0.8, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def panoptic_inference(
+    posterior: Tensor,
+    mask_logits: Tensor,
+    things: Tensor,
+    sizes,
+    object_mask_threshold: float = 0.0,
+    overlap_threshold: float = 0.8,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries compete for pixels; those that keep most of their mask become segments (arXiv:2107.06278, section 3.4).
 
     Args:
@@ -333,13 +428,21 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
     scores, labels = scores[keep], labels[keep]
     height, width = sizes[2]
     if len(labels) == 0:
-        return torch.zeros(height, width, dtype=torch.int32, device=posterior.device), labels, scores
+        return (
+            torch.zeros(height, width, dtype=torch.int32, device=posterior.device),
+            labels,
+            scores,
+        )
     n, own = len(labels), []
     best, winner, solid = scores.new_full((height, width), -1.0), None, None
-    for first, part in full_masks(mask_logits[keep] if masks is None else masks[keep], sizes, given=masks is not None):
+    for first, part in full_masks(
+        mask_logits[keep] if masks is None else masks[keep], sizes, given=masks is not None
+    ):
         inside = part >= 0.5
         own.append(inside.flatten(1).sum(1, dtype=torch.int32))
-        value, index = (part * scores[first:first + len(part), None, None]).max(0)                   # the first query wins a tie
+        value, index = (part * scores[first : first + len(part), None, None]).max(
+            0
+        )  # the first query wins a tie
         inside = inside.gather(0, index[None])[0]
         better = value > best
         best = torch.where(better, value, best)
@@ -349,7 +452,7 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
     won = torch.bincount(winner.flatten(), minlength=n)
     both = torch.bincount(winner[solid], minlength=n)
     survives = ((both > 0) & (own > 0) & ~(won / own < overlap_threshold)).tolist()
-    lut, stuff, kept = [0] * n, {}, []                                 # query -> segment id
+    lut, stuff, kept = [0] * n, {}, []  # query -> segment id
     for q, label in enumerate(labels.tolist()):
         if not survives[q]:
             continue
@@ -365,7 +468,9 @@ def panoptic_inference(posterior: Tensor, mask_logits: Tensor, things: Tensor, s
 
 
 @torch.no_grad()
-def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None) -> Tensor:
+def semantic_inference(
+    posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None
+) -> Tensor:
     """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void.
 
     Without masks at hand, they are made a few rows at a time: all of them at once would fill the memory with large images.
@@ -373,13 +478,19 @@ def semantic_inference(posterior: Tensor, mask_logits: Tensor, sizes, masks: Ten
     if masks is not None:
         return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).max(0).indices
     padded, image, (height, width) = sizes
-    whole, strips = resize_masks(mask_logits, padded, image, image), []                                  # (Q, *image)
-    centres = ((torch.arange(height, device=whole.device) + 0.5) * image[0] / height - 0.5).clamp(0, image[0] - 1)
+    whole, strips = resize_masks(mask_logits, padded, image, image), []  # (Q, *image)
+    centres = ((torch.arange(height, device=whole.device) + 0.5) * image[0] / height - 0.5).clamp(
+        0, image[0] - 1
+    )
     above, share = centres.long(), centres.frac()[:, None]
     below = (above + 1).clamp(max=image[0] - 1)
-    for rows in torch.arange(height, device=whole.device).split(max(1, _chunk(whole) // (len(whole) * width))):
+    for rows in torch.arange(height, device=whole.device).split(
+        max(1, _chunk(whole) // (len(whole) * width))
+    ):
         part = whole[:, above[rows]].lerp(whole[:, below[rows]], share[rows])
-        part = F.interpolate(part[None], size=(len(rows), width), mode="bilinear", align_corners=False)[0].sigmoid_()
+        part = F.interpolate(
+            part[None], size=(len(rows), width), mode="bilinear", align_corners=False
+        )[0].sigmoid_()
         strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).max(0).indices)
     return torch.cat(strips)
 

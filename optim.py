@@ -24,8 +24,14 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
             exempt = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding))
             factor = cfg.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0
             groups.setdefault((factor, 0.0 if exempt else cfg.weight_decay), []).append(param)
-    return torch.optim.AdamW([{"params": params, "lr": cfg.lr * factor, "lr_factor": factor, "weight_decay": decay}
-                              for (factor, decay), params in groups.items()], lr=cfg.lr, fused=True)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": cfg.lr * factor, "lr_factor": factor, "weight_decay": decay}
+            for (factor, decay), params in groups.items()
+        ],
+        lr=cfg.lr,
+        fused=True,
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config) -> float:
@@ -65,5 +71,8 @@ def require_finite(terms: dict[str, Tensor]) -> dict[str, float]:
     """The terms of a loss, summed over ranks, as numbers. Raises NotFinite, naming them, before a NaN reaches the weights."""
     values = dict(zip(terms, ranks.total(torch.stack(list(terms.values()))).tolist()))
     if not all(map(math.isfinite, values.values())):
-        raise NotFinite("loss is not finite: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+        raise NotFinite(
+            "loss is not finite: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        )
     return values

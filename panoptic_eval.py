@@ -23,8 +23,8 @@ Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 -
 
 import numpy as np
 
-MATCH_IOU = 0.5     # a match has more, arXiv:1801.00868 section 4.1
-FORGIVEN = 0.5      # share of void and crowd pixels above which an unmatched prediction is no false positive, section 4.2
+MATCH_IOU = 0.5  # a match has more, arXiv:1801.00868 section 4.1
+FORGIVEN = 0.5  # share of void and crowd pixels above which an unmatched prediction is no false positive, section 4.2
 
 
 class PanopticQuality:
@@ -32,10 +32,12 @@ class PanopticQuality:
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        self.iou = np.zeros(num_classes, np.float64)     # (C,) summed over true positives
+        self.iou = np.zeros(num_classes, np.float64)  # (C,) summed over true positives
         self.tp, self.fp, self.fn = (np.zeros(num_classes, np.int64) for _ in range(3))
 
-    def add(self, pred_map, pred_labels, true_map, true_labels, true_areas=None, true_crowd=None) -> None:
+    def add(
+        self, pred_map, pred_labels, true_map, true_labels, true_areas=None, true_crowd=None
+    ) -> None:
         """Count one image.
 
         Args:
@@ -48,37 +50,45 @@ class PanopticQuality:
             pixel, a label is not in [0, C), or shapes disagree.
         """
         # 1 overlaps: every pair of segments that share a pixel, with the number of pixels
-        pred_class = _integers("pred_labels", pred_labels, self.num_classes, dims=1).astype(np.int64)     # (P,)
-        true_class = _integers("true_labels", true_labels, self.num_classes, dims=1).astype(np.int64)     # (T,)
+        pred_class = _integers("pred_labels", pred_labels, self.num_classes, dims=1).astype(
+            np.int64
+        )  # (P,)
+        true_class = _integers("true_labels", true_labels, self.num_classes, dims=1).astype(
+            np.int64
+        )  # (T,)
         num_pred, num_true = len(pred_class), len(true_class)
-        p, t, overlap = _overlaps(pred_map, num_pred, true_map, num_true)                        # (M,) each; id 0 is void
-        pred_area = np.bincount(p, overlap, num_pred + 1)                                        # (P+1,)
-        true_area = np.bincount(t, overlap, num_true + 1)                                        # (T+1,)
+        p, t, overlap = _overlaps(pred_map, num_pred, true_map, num_true)  # (M,) each; id 0 is void
+        pred_area = np.bincount(p, overlap, num_pred + 1)  # (P+1,)
+        true_area = np.bincount(t, overlap, num_true + 1)  # (T+1,)
         if not pred_area[1:].all():
-            raise ValueError(f"pred_map: segment {1 + np.argmin(pred_area[1:])} of {num_pred} has a label but no pixel")
+            raise ValueError(
+                f"pred_map: segment {1 + np.argmin(pred_area[1:])} of {num_pred} has a label but no pixel"
+            )
         if true_areas is not None:
             true_area[1:] = _one_each("true_areas", true_areas, num_true)
         crowd = np.zeros(num_true, bool)
         if true_crowd is not None:
             crowd[:] = _one_each("true_crowd", true_crowd, num_true)
-        void = np.bincount(p[t == 0], overlap[t == 0], num_pred + 1)                             # (P+1,) pixels on void
+        void = np.bincount(p[t == 0], overlap[t == 0], num_pred + 1)  # (P+1,) pixels on void
 
         # 2 matches: same class, no crowd, IoU > 0.5
         pair = (p > 0) & (t > 0)
         p, t, overlap = p[pair], t[pair], overlap[pair]
         union = pred_area[p] + true_area[t] - overlap - void[p]
-        candidate = (pred_class[p - 1] == true_class[t - 1]) & ~crowd[t - 1] & (union > 0)       # else the JSON states no area
+        candidate = (
+            (pred_class[p - 1] == true_class[t - 1]) & ~crowd[t - 1] & (union > 0)
+        )  # else the JSON states no area
         iou = np.divide(overlap, union, out=np.zeros(len(p)), where=candidate)
         match = iou > MATCH_IOU
-        missed, unmatched = ~crowd, np.ones(num_pred, bool)                                      # (T,), (P,)
+        missed, unmatched = ~crowd, np.ones(num_pred, bool)  # (T,), (P,)
         missed[t[match] - 1] = False
         unmatched[p[match] - 1] = False
 
         # 3 false positives: unmatched, less those that lie mostly on void or on the crowd region of their class
-        crowd_of_class = np.zeros(self.num_classes, np.int64)                                    # (C,) true id, 0 = none
-        crowd_of_class[true_class[crowd]] = 1 + np.flatnonzero(crowd)                            # the last listed remains
+        crowd_of_class = np.zeros(self.num_classes, np.int64)  # (C,) true id, 0 = none
+        crowd_of_class[true_class[crowd]] = 1 + np.flatnonzero(crowd)  # the last listed remains
         on_crowd = crowd_of_class[pred_class[p - 1]] == t
-        forgiven = void + np.bincount(p[on_crowd], overlap[on_crowd], num_pred + 1)              # (P+1,)
+        forgiven = void + np.bincount(p[on_crowd], overlap[on_crowd], num_pred + 1)  # (P+1,)
         false = unmatched & ~(forgiven[1:] / pred_area[1:] > FORGIVEN)
 
         matched_class = pred_class[p[match] - 1]
@@ -103,11 +113,21 @@ class PanopticQuality:
         things = _one_each("things", things, self.num_classes).astype(bool)
         seen = self.tp + self.fp + self.fn > 0
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
-        table = {"pq": _ratio(self.iou, weight), "sq": _ratio(self.iou, self.tp), "rq": _ratio(self.tp, weight),
-                 "iou": self.iou, "tp": self.tp, "fp": self.fp, "fn": self.fn}
+        table = {
+            "pq": _ratio(self.iou, weight),
+            "sq": _ratio(self.iou, self.tp),
+            "rq": _ratio(self.tp, weight),
+            "iou": self.iou,
+            "tp": self.tp,
+            "fp": self.fp,
+            "fn": self.fn,
+        }
         groups = {"all": seen, "things": seen & things, "stuff": seen & ~things}
-        result = {group: {key: _mean(table[key][chosen]) for key in ("pq", "sq", "rq")} | {"n": int(chosen.sum())}
-                  for group, chosen in groups.items()}
+        result = {
+            group: {key: _mean(table[key][chosen]) for key in ("pq", "sq", "rq")}
+            | {"n": int(chosen.sum())}
+            for group, chosen in groups.items()
+        }
         return result | {"per_class": _per_class(table, names)}
 
 
@@ -119,18 +139,24 @@ class MeanIoU:
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        self.confusion = np.zeros((num_classes, num_classes), np.int64)      # (C, C) pixels, [truth, prediction]
+        self.confusion = np.zeros(
+            (num_classes, num_classes), np.int64
+        )  # (C, C) pixels, [truth, prediction]
 
     def add(self, pred, true, ignore: int = 255) -> None:
         """Count one image. pred: (H, W) in [0, C).    true: (H, W) in [0, C) or `ignore`, which itself is no class."""
         if 0 <= ignore < self.num_classes:
-            raise ValueError(f"ignore: {ignore} is also one of the {self.num_classes} classes; choose another value for void")
+            raise ValueError(
+                f"ignore: {ignore} is also one of the {self.num_classes} classes; choose another value for void"
+            )
         pred = _integers("pred", pred, self.num_classes)
         true = _integers("true", true, self.num_classes, ignore)
         _same_shape("pred", pred, "true", true)
         valid = true != ignore
         pair = _pair_ids(true[valid], pred[valid], self.num_classes)
-        self.confusion += np.bincount(pair, minlength=self.confusion.size).reshape(self.confusion.shape)
+        self.confusion += np.bincount(pair, minlength=self.confusion.size).reshape(
+            self.confusion.shape
+        )
 
     def merge(self, other: "MeanIoU") -> None:
         """Add the counts of another process."""
@@ -146,12 +172,19 @@ class MeanIoU:
         fp, fn = self.confusion.sum(0) - tp, self.confusion.sum(1) - tp
         table = {"iou": _ratio(tp, tp + fp + fn), "tp": tp, "fp": fp, "fn": fn}
         seen = tp + fn > 0
-        return {"miou": _mean(table["iou"][seen]), "n": int(seen.sum()), "per_class": _per_class(table, names)}
+        return {
+            "miou": _mean(table["iou"][seen]),
+            "n": int(seen.sum()),
+            "per_class": _per_class(table, names),
+        }
 
 
 def _overlaps(pred_map, num_pred: int, true_map, num_true: int):
     """All (pred id, true id, pixels) with at least one pixel, void included: three arrays (M,)."""
-    pred_map, true_map = _integers("pred_map", pred_map, num_pred + 1), _integers("true_map", true_map, num_true + 1)
+    pred_map, true_map = (
+        _integers("pred_map", pred_map, num_pred + 1),
+        _integers("true_map", true_map, num_true + 1),
+    )
     _same_shape("pred_map", pred_map, "true_map", true_map)
     # Pixels come in runs of one pair, so only the first of each run is looked up.
     p, t = pred_map.ravel(), true_map.ravel()
@@ -161,7 +194,7 @@ def _overlaps(pred_map, num_pred: int, true_map, num_true: int):
         count = np.bincount(pair, length)
         pair = np.flatnonzero(count)
         count = count[pair]
-    else:       # thousands of segments on both sides: the full table would be larger than the image, so sort instead
+    else:  # thousands of segments on both sides: the full table would be larger than the image, so sort instead
         pair, run = np.unique(pair, return_inverse=True)
         count = np.bincount(run, length)
     return pair // (num_true + 1), pair % (num_true + 1), count
@@ -178,16 +211,22 @@ def _integers(name, array, end, ignore=None, dims=2):
     """The array as numpy's, or ValueError if it does not hold integers in [0, end)."""
     array = np.asarray(array)
     if array.ndim != dims or (array.dtype.kind not in "iub" and array.size):
-        raise ValueError(f"{name}: expected {'(H, W)' if dims == 2 else '(N,)'} integers, got {array.shape} {array.dtype}")
+        raise ValueError(
+            f"{name}: expected {'(H, W)' if dims == 2 else '(N,)'} integers, got {array.shape} {array.dtype}"
+        )
     values = array if ignore is None else array[array != ignore]
     if values.size and (values.min() < 0 or values.max() >= end):
-        raise ValueError(f"{name}: expected values in [0, {end - 1}], got {values.min()} to {values.max()}")
+        raise ValueError(
+            f"{name}: expected values in [0, {end - 1}], got {values.min()} to {values.max()}"
+        )
     return array
 
 
 def _same_shape(name, array, other_name, other):
     if array.shape != other.shape:
-        raise ValueError(f"{name} and {other_name}: expected one shape, got {array.shape} and {other.shape}")
+        raise ValueError(
+            f"{name} and {other_name}: expected one shape, got {array.shape} and {other.shape}"
+        )
 
 
 def _same_classes(one, other):
@@ -214,5 +253,10 @@ def _per_class(table, names):
     number = len(table["iou"])
     names = range(number) if names is None else names
     if len(names) != number or len(set(names)) != number:
-        raise ValueError(f"names: expected {number} distinct names, got {len(names)}, {len(set(names))} distinct")
-    return {name: {key: column[c].item() for key, column in table.items()} for c, name in enumerate(names)}
+        raise ValueError(
+            f"names: expected {number} distinct names, got {len(names)}, {len(set(names))} distinct"
+        )
+    return {
+        name: {key: column[c].item() for key, column in table.items()}
+        for c, name in enumerate(names)
+    }

@@ -68,13 +68,14 @@ NUMBERS = (
     "test_max",
     "white",
 )  # of Config, that a prediction depends on
-CUT_OFF = 0.01                         # share of 16-bit values above the white point, said from here on
+CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
 
 
 @dataclass
 class Prediction:
     """What a model says of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) classes;  scores: (N,), 0 to 1, the class
     posterior;  semantic: (H, W) int64, a class for every pixel."""
+
     image: Image.Image
     segment_map: np.ndarray
     labels: np.ndarray
@@ -94,17 +95,40 @@ class Prediction:
     def segments_info(self) -> list[dict]:
         """As in COCO panoptic format, with a score."""
         areas = np.bincount(self.segment_map.ravel(), minlength=len(self.labels) + 1)[1:]
-        boxes = [(xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start) for ys, xs in ndimage.find_objects(self.segment_map)]
-        return [{"id": k + 1, "category_id": self.taxonomy.ids[label], "area": int(areas[k]), "bbox": [*boxes[k]], "iscrowd": 0,
-                 "score": round(float(self.scores[k]), 6)} for k, label in enumerate(self.labels)]
+        boxes = [
+            (xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start)
+            for ys, xs in ndimage.find_objects(self.segment_map)
+        ]
+        return [
+            {
+                "id": k + 1,
+                "category_id": self.taxonomy.ids[label],
+                "area": int(areas[k]),
+                "bbox": [*boxes[k]],
+                "iscrowd": 0,
+                "score": round(float(self.scores[k]), 6),
+            }
+            for k, label in enumerate(self.labels)
+        ]
 
 
 class Predictor:
     """A model with all that it takes to apply it. posterior: `decoder` or `ensemble`.   about: what `info` of the JSON shall say of its weights."""
 
-    def __init__(self, model: Segmenter, taxonomy: Taxonomy, cfg: Config, device: torch.device, posterior: str, about: dict):
+    def __init__(
+        self,
+        model: Segmenter,
+        taxonomy: Taxonomy,
+        cfg: Config,
+        device: torch.device,
+        posterior: str,
+        about: dict,
+    ):
         self.model, self.taxonomy, self.cfg, self.device = model.eval(), taxonomy, cfg, device
-        self.alpha, self.things = posterior_alphas(cfg)[posterior], torch.tensor(taxonomy.things, device=device)
+        self.alpha, self.things = (
+            posterior_alphas(cfg)[posterior],
+            torch.tensor(taxonomy.things, device=device),
+        )
         self.about = {**about, "posterior": posterior}
 
     @torch.no_grad()
@@ -115,9 +139,22 @@ class Predictor:
         if isinstance(image, (str, os.PathLike)):
             image = open_image(Path(image), white=self.white)
         image = as_rgb(image if isinstance(image, Image.Image) else from_array(image), self.white)
-        posterior, mask_logits, sizes = posterior_of(self.model, image, self.cfg, self.device, self.alpha)
-        found = panoptic_inference(posterior, mask_logits, self.things, sizes, self.cfg.object_mask_threshold, self.cfg.overlap_threshold)
-        return Prediction(image, *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))), self.taxonomy)
+        posterior, mask_logits, sizes = posterior_of(
+            self.model, image, self.cfg, self.device, self.alpha
+        )
+        found = panoptic_inference(
+            posterior,
+            mask_logits,
+            self.things,
+            sizes,
+            self.cfg.object_mask_threshold,
+            self.cfg.overlap_threshold,
+        )
+        return Prediction(
+            image,
+            *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))),
+            self.taxonomy,
+        )
 
     @property
     def white(self) -> int:
@@ -144,8 +181,10 @@ def from_array(values) -> Image.Image:
     values: uint8, (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), 0 to 255; or uint16 (H, W).
     Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at 255.
     """
-    expected = ("expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, "
-                "uint8, 0 to 255")
+    expected = (
+        "expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, "
+        "uint8, 0 to 255"
+    )
     if isinstance(values, (list, tuple)):
         raise TypeError(
             f"a {type(values).__name__}: {expected}; of several images, call it for each"
@@ -188,8 +227,17 @@ class Pictures:
     """
 
     def __init__(self, source: Path, output: Path, force: bool = False, resume: bool = False):
-        self.source, self.names, self.others, self.faults = Path(source), [Path(source).name], [], []
-        self.output, self.json, self.log = Path(output), Path(output) / "panoptic.json", Path(output) / "panoptic.jsonl"
+        self.source, self.names, self.others, self.faults = (
+            Path(source),
+            [Path(source).name],
+            [],
+            [],
+        )
+        self.output, self.json, self.log = (
+            Path(output),
+            Path(output) / "panoptic.json",
+            Path(output) / "panoptic.jsonl",
+        )
         if self.source.is_file():
             self.source = self.source.parent
         else:
@@ -202,11 +250,21 @@ class Pictures:
             for name, row in rows.items()
             if all(path.exists() for path in self.targets(name)) and not self._changed(name, row)
         }
-        wanted = [] if resume or force else [self.log, self.json, *(path for name in self.names for path in self.targets(name))]
+        wanted = (
+            []
+            if resume or force
+            else [
+                self.log,
+                self.json,
+                *(path for name in self.names for path in self.targets(name)),
+            ]
+        )
         there = next((path for path in wanted if path.exists()), None)
         if there:
             release(self.output)
-            raise UserError(f"{there}: exists already; go on with --resume if it is of an interrupted call, replace it with --force, or choose another --out")
+            raise UserError(
+                f"{there}: exists already; go on with --resume if it is of an interrupted call, replace it with --force, or choose another --out"
+            )
 
     def _list(self) -> None:
         if not self.source.is_dir():
@@ -220,10 +278,16 @@ class Pictures:
                 f"{', '.join(endings())}"
             )
         # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
-        bad = [path for path in images if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())]
+        bad = [
+            path
+            for path in images
+            if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())
+        ]
         self.names = [path.as_posix() for path in images if path not in bad]
-        self.faults = [f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its predictions, or has control characters; rename it"
-                       for path in bad]
+        self.faults = [
+            f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its predictions, or has control characters; rename it"
+            for path in bad
+        ]
 
     def _changed(self, name: str, row: dict) -> bool:
         """The picture of this name is another one by now. Older rows do not say of which they
@@ -241,16 +305,30 @@ class Pictures:
 
     def fill(self, model: Predictor) -> int:
         """Predict what is not done. Returns the number of pictures that were.   Raises: UserError at the end if some could not be read."""
-        todo, info, faults = [name for name in self.names if name not in self.rows], model.info(), [*self.faults]
+        todo, info, faults = (
+            [name for name in self.names if name not in self.rows],
+            model.info(),
+            [*self.faults],
+        )
         begun = {**BEFORE, **self.begun}
-        differs = [f"{key}: {begun.get(key)!s:.12} there, {info[key]!s:.12} now" for key in info
-                   if self.begun and begun.get(key) != info[key] and key != "weights"]
+        differs = [
+            f"{key}: {begun.get(key)!s:.12} there, {info[key]!s:.12} now"
+            for key in info
+            if self.begun and begun.get(key) != info[key] and key != "weights"
+        ]
         dark, cut_off = [], []
         try:
             if differs:
-                raise UserError(f"{self.output}: cannot go on with what another model began ({', '.join(differs)}); choose another folder with --out, "
-                                f"or begin anew with --force")
-            write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in ({"info": info}, *self.rows.values())).encode())
+                raise UserError(
+                    f"{self.output}: cannot go on with what another model began ({', '.join(differs)}); choose another folder with --out, "
+                    f"or begin anew with --force"
+                )
+            write_atomic(
+                self.log,
+                "".join(
+                    json.dumps(row) + "\n" for row in ({"info": info}, *self.rows.values())
+                ).encode(),
+            )
             with open(self.log, "ab", buffering=0) as log:
                 for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
                     try:
@@ -262,13 +340,23 @@ class Pictures:
                     dark += [name] * uses_little(image)
                     self.rows[name] = self._write(name, model(image))
                     append(log, self.rows[name])
-            columns = {key: [self.rows[name][key[:-1]] for name in sorted(self.rows)] for key in ("images", "annotations")}
-            write_atomic(self.json, json.dumps({"info": info, **columns, "categories": model.taxonomy.categories()}).encode())
+            columns = {
+                key: [self.rows[name][key[:-1]] for name in sorted(self.rows)]
+                for key in ("images", "annotations")
+            }
+            write_atomic(
+                self.json,
+                json.dumps(
+                    {"info": info, **columns, "categories": model.taxonomy.categories()}
+                ).encode(),
+            )
         finally:
             release(self.output)
         if self.others:
             listed = ", ".join([*map(brief, self.others[:5]), *["..."] * (len(self.others) > 5)])
-            print(f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}")
+            print(
+                f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}"
+            )
         for names, what in (
             (dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
             (cut_off, "of 16 bits that lose what is brighter"),
@@ -282,14 +370,20 @@ class Pictures:
         print("".join(f"warning: {fault}\n" for fault in faults), end="")
         if faults:
             every = len(self.names) + len(self.faults)
-            raise UserError(f"{self.source}: {len(faults)} of {every} pictures could not be read (see above)"
-                            + (f"; the others are in {self.output}" if len(faults) < every else ""))
+            raise UserError(
+                f"{self.source}: {len(faults)} of {every} pictures could not be read (see above)"
+                + (f"; the others are in {self.output}" if len(faults) < every else "")
+            )
         return len(todo)
 
     def _write(self, name: str, result: Prediction) -> dict:
         """Write the files of one picture. Returns its part of the JSON."""
-        classes = Image.fromarray((result.semantic + 1).astype(np.uint8 if len(result.taxonomy) < 256 else np.uint16))
-        for path, image in zip(self.targets(name), (encode(result.segment_map), classes, result.overlay())):
+        classes = Image.fromarray(
+            (result.semantic + 1).astype(np.uint8 if len(result.taxonomy) < 256 else np.uint16)
+        )
+        for path, image in zip(
+            self.targets(name), (encode(result.segment_map), classes, result.overlay())
+        ):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             write_atomic(path, buffer.getbuffer())

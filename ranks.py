@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(minutes=30)       # for another rank: one may have more images to evaluate or to label
+PATIENCE = timedelta(
+    minutes=30
+)  # for another rank: one may have more images to evaluate or to label
 
 
 def started_by_torchrun() -> bool:
@@ -35,7 +37,11 @@ def stop() -> None:
 
 def local_device(device: str) -> str:
     """`cuda` becomes this rank's own GPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" and started_by_torchrun() else device
+    return (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if device == "cuda" and started_by_torchrun()
+        else device
+    )
 
 
 def rank() -> int:

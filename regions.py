@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-LEVELS = 32            # grey levels at which an image is cut, evenly between its 0.5 and 99.8 percentiles
-STEP = 2               # levels between the cuts that are compared
-STABLE = 0.5           # least area(level + STEP) / area(level - STEP)
-MIN_AREA = 24          # pixels
-MAX_SHARE = 0.97       # of the image
-SAME = 0.75            # IoU from which two regions are one
-FILLED = 0.25          # of the image: smaller regions lose their holes
+LEVELS = 32  # grey levels at which an image is cut, evenly between its 0.5 and 99.8 percentiles
+STEP = 2  # levels between the cuts that are compared
+STABLE = 0.5  # least area(level + STEP) / area(level - STEP)
+MIN_AREA = 24  # pixels
+MAX_SHARE = 0.97  # of the image
+SAME = 0.75  # IoU from which two regions are one
+FILLED = 0.25  # of the image: smaller regions lose their holes
 
 
 class StableRegions:
@@ -37,15 +37,27 @@ class StableRegions:
     def generate(self, image: np.ndarray) -> list[dict]:
         """Image (H, W, 3) uint8 RGB -> records with segmentation (H, W) bool, area, predicted_iou and stability_score (the
         stability, 0 to 1), crop_box and point_coords, the most stable first; no two alike."""
-        grey = np.asarray(Image.fromarray(image).convert("L").filter(ImageFilter.GaussianBlur(1))).astype(np.float32)
-        found = sorted((region for side in (grey, -grey) for region in _one_side(side)), key=lambda region: -region[0])
+        grey = np.asarray(
+            Image.fromarray(image).convert("L").filter(ImageFilter.GaussianBlur(1))
+        ).astype(np.float32)
+        found = sorted(
+            (region for side in (grey, -grey) for region in _one_side(side)),
+            key=lambda region: -region[0],
+        )
         kept: list[tuple[float, tuple[slice, slice], np.ndarray]] = []
-        corners = np.zeros((len(found), 5))                                                 # top, left, bottom, right, area
+        corners = np.zeros((len(found), 5))  # top, left, bottom, right, area
         for stability, box, inside in found:
-            one = corners[len(kept)] = box[0].start, box[1].start, box[0].stop, box[1].stop, inside.sum()
-            others = corners[:len(kept)]
+            one = corners[len(kept)] = (
+                box[0].start,
+                box[1].start,
+                box[0].stop,
+                box[1].stop,
+                inside.sum(),
+            )
+            others = corners[: len(kept)]
             near = (np.minimum(others[:, 4], one[4]) >= SAME * np.maximum(others[:, 4], one[4])) & (
-                (others[:, :2] < one[2:4]) & (one[:2] < others[:, 2:4])).all(1)
+                (others[:, :2] < one[2:4]) & (one[:2] < others[:, 2:4])
+            ).all(1)
             if not any(_iou(box, inside, *kept[k][1:]) >= SAME for k in np.flatnonzero(near)):
                 kept.append((stability, box, inside))
         return [_record(grey.shape, *region) for region in kept]
@@ -53,8 +65,13 @@ class StableRegions:
 
 def _iou(box_a, a: np.ndarray, box_b, b: np.ndarray) -> float:
     """IoU of two masks, each given by the part inside its box."""
-    rows, columns = (slice(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(box_a, box_b))
-    cut = lambda box, m: m[rows.start - box[0].start:rows.stop - box[0].start, columns.start - box[1].start:columns.stop - box[1].start]
+    rows, columns = (
+        slice(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(box_a, box_b)
+    )
+    cut = lambda box, m: m[
+        rows.start - box[0].start : rows.stop - box[0].start,
+        columns.start - box[1].start : columns.stop - box[1].start,
+    ]
     both = (cut(box_a, a) & cut(box_b, b)).sum()
     return both / (a.sum() + b.sum() - both)
 
@@ -63,8 +80,14 @@ def _record(shape: tuple[int, int], stability: float, box, inside: np.ndarray) -
     mask = np.zeros(shape, bool)
     mask[box] = inside
     y, x = np.argwhere(mask)[inside.sum() // 2]
-    return {"segmentation": mask, "area": int(inside.sum()), "predicted_iou": stability, "stability_score": stability,
-            "crop_box": [0, 0, shape[1], shape[0]], "point_coords": [[int(x), int(y)]]}
+    return {
+        "segmentation": mask,
+        "area": int(inside.sum()),
+        "predicted_iou": stability,
+        "stability_score": stability,
+        "crop_box": [0, 0, shape[1], shape[0]],
+        "point_coords": [[int(x), int(y)]],
+    }
 
 
 def _one_side(grey: np.ndarray):
@@ -75,12 +98,20 @@ def _one_side(grey: np.ndarray):
     areas = [np.bincount(label.ravel()) for label in labels]
     for k in range(STEP, len(levels) - STEP):
         outer, inner = labels[k - STEP], grey > levels[k + STEP]
-        left = np.bincount(labels[k].ravel(), inner.ravel(), len(areas[k]))                 # pixels that survive the next cut
+        left = np.bincount(
+            labels[k].ravel(), inner.ravel(), len(areas[k])
+        )  # pixels that survive the next cut
         for c, box in enumerate(ndimage.find_objects(labels[k]), 1):
             if not MIN_AREA <= areas[k][c] <= MAX_SHARE * grey.size:
                 continue
             inside = labels[k][box] == c
-            around = areas[k - STEP][outer[box][inside][0]]                                 # the region it came from
+            around = areas[k - STEP][outer[box][inside][0]]  # the region it came from
             stability = float(left[c] / around)
             if stability >= STABLE:
-                yield stability, box, ndimage.binary_fill_holes(inside) if areas[k][c] < FILLED * grey.size else inside
+                yield (
+                    stability,
+                    box,
+                    ndimage.binary_fill_holes(inside)
+                    if areas[k][c] < FILLED * grey.size
+                    else inside,
+                )

@@ -17,8 +17,8 @@ from data import WHITE, Batches, DataSet
 from optim import NotFinite
 from trainer import memory_gb, to_device
 
-TRIED = 3                              # steps that are timed, of every part
-IMAGES = 4                             # validation images that are timed
+TRIED = 3  # steps that are timed, of every part
+IMAGES = 4  # validation images that are timed
 
 
 class Rehearsal:
@@ -27,15 +27,36 @@ class Rehearsal:
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
         self.folder, self.cfg, self.config, self.seconds = Path(folder), cfg, dict(identity), 0.0
         changed = changes(vars(cfg), preset)
-        if cfg.white == WHITE:         # nothing was measured
+        if cfg.white == WHITE:  # nothing was measured
             changed.pop("white", None)
         say("run", f"{folder} (nothing is written now)")
-        say("config", f"{identity['stage']}; " + (f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}" if changed else "the preset's numbers"))
+        say(
+            "config",
+            f"{identity['stage']}; "
+            + (
+                f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}"
+                if changed
+                else "the preset's numbers"
+            ),
+        )
 
-    def train(self, models: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, batches: Batches, step_fn: Callable, device: torch.device, title: str) -> None:
+    def train(
+        self,
+        models: dict[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+        batches: Batches,
+        step_fn: Callable,
+        device: torch.device,
+        title: str,
+    ) -> None:
         """As `Run.train`, but for a few steps of each part. Prints the time that all would take, the memory, and the size of a checkpoint."""
-        sizes = {name: sum(p.numel() for p in model.trained().values()) for name, model in models.items()}
-        say("model", ", ".join(f"{name}: {count:,} trained parameters" for name, count in sizes.items()))
+        sizes = {
+            name: sum(p.numel() for p in model.trained().values()) for name, model in models.items()
+        }
+        say(
+            "model",
+            ", ".join(f"{name}: {count:,} trained parameters" for name, count in sizes.items()),
+        )
         parts = [*batches.parts, len(batches)]
         for first, end in zip(parts, parts[1:]):
             loading, stepping = [], []
@@ -47,25 +68,35 @@ class Rehearsal:
                 for model in models.values():
                     model.train()
                 try:
-                    step_fn(to_device(batch, device), step)        # returns numbers: a GPU has finished
+                    step_fn(to_device(batch, device), step)  # returns numbers: a GPU has finished
                 except NotFinite as error:
-                    raise UserError(f"step {step}: {error}; a run would skip it or stop: lower --lr") from None
+                    raise UserError(
+                        f"step {step}: {error}; a run would skip it or stop: lower --lr"
+                    ) from None
                 stepping.append(time.perf_counter() - clock)
             load, take = (statistics.median(times[1:] or times) for times in (loading, stepping))
             each = max(take, load / self.cfg.workers) if self.cfg.workers else take + load
             self.seconds += (end - first) * each
-            behind = f"; making a batch takes {load:.2g} s" + (f" in one of {self.cfg.workers} loader processes" if self.cfg.workers else " more")
-            say("steps", f"{first + 1} to {end}: {take:.2g} s each{behind}{', and is what the run waits for: raise --workers' if self.cfg.workers and each > take else ''}")
+            behind = f"; making a batch takes {load:.2g} s" + (
+                f" in one of {self.cfg.workers} loader processes" if self.cfg.workers else " more"
+            )
+            say(
+                "steps",
+                f"{first + 1} to {end}: {take:.2g} s each{behind}{', and is what the run waits for: raise --workers' if self.cfg.workers and each > take else ''}",
+            )
         say("time", f"{duration(self.seconds)} of training")
         say_memory(device)
-        values = sum(sizes.values()) + 2 * sizes["student"]                                    # of AdamW: two averages
+        values = sum(sizes.values()) + 2 * sizes["student"]  # of AdamW: two averages
         say("disk", f"{4e-6 * values:,.0f} MB a checkpoint, of which the newest two are kept")
 
 
 def say_data(dataset: DataSet, split: str) -> None:
     things = sum(dataset.taxonomy.things)
-    say("data", f"{dataset.name}, split {split}: {len(dataset.taxonomy)} classes ({things} things), {len(dataset.labeled):,} labelled and {len(dataset.unlabeled):,} unlabelled "
-                f"images, {len(dataset.val):,} for validation")
+    say(
+        "data",
+        f"{dataset.name}, split {split}: {len(dataset.taxonomy)} classes ({things} things), {len(dataset.labeled):,} labelled and {len(dataset.unlabeled):,} unlabelled "
+        f"images, {len(dataset.val):,} for validation",
+    )
 
 
 def say_repeated(what: str, count: int, do: Callable[[int], object], tried: int = IMAGES) -> None:
@@ -80,7 +111,10 @@ def say_repeated(what: str, count: int, do: Callable[[int], object], tried: int 
 
 
 def say_memory(device: torch.device) -> None:
-    say("memory", f"{memory_gb(device):.1f} GB at most{' on the GPU' if device.type == 'cuda' else ', libraries included'}")
+    say(
+        "memory",
+        f"{memory_gb(device):.1f} GB at most{' on the GPU' if device.type == 'cuda' else ', libraries included'}",
+    )
 
 
 def duration(seconds: float) -> str:

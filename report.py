@@ -12,21 +12,49 @@ from tqdm import tqdm
 from colours import shade
 from data import Taxonomy
 
-COLUMNS = (("PQ", ("all", "pq")), ("PQ things", ("things", "pq")), ("PQ stuff", ("stuff", "pq")), ("SQ", ("all", "sq")),
-           ("RQ", ("all", "rq")), ("mIoU", ("miou",)))
-SIDES = (640, 2560)                    # pixels; the long side of an overlay lies between them
-PAINT = 0.55                           # share of the colour of a segment, the rest is the image
-ROOM = 0.6                             # share of a name that must lie on its segment
-FONT_SIZE, PIXELS_A_FONT_SIZE = (13, 48), 38       # in pixels; least and largest, and so much of the long side for each pixel of the font
+COLUMNS = (
+    ("PQ", ("all", "pq")),
+    ("PQ things", ("things", "pq")),
+    ("PQ stuff", ("stuff", "pq")),
+    ("SQ", ("all", "sq")),
+    ("RQ", ("all", "rq")),
+    ("mIoU", ("miou",)),
+)
+SIDES = (640, 2560)  # pixels; the long side of an overlay lies between them
+PAINT = 0.55  # share of the colour of a segment, the rest is the image
+ROOM = 0.6  # share of a name that must lie on its segment
+FONT_SIZE, PIXELS_A_FONT_SIZE = (
+    (13, 48),
+    38,
+)  # in pixels; least and largest, and so much of the long side for each pixel of the font
 # Files of usual systems (Linux, macOS, Windows) for class names that Pillow's own font has no
 # letters for; the first that has them all is taken.
 FONTS = (
-    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf",
-    "wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf",
-    "NotoSans-Regular.ttf", "DejaVuSans.ttf", "FreeSans.ttf", "NotoSansArabic-Regular.ttf",
-    "NotoNaskhArabic-Regular.ttf", "NotoSansDevanagari-Regular.ttf", "Lohit-Devanagari.ttf",
-    "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf",
-    "msyh.ttc", "msgothic.ttc", "malgun.ttf", "arial.ttf", "Nirmala.ttf", "Nirmala.ttc")
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "DroidSansFallback.ttf",
+    "NotoSans-Regular.ttf",
+    "DejaVuSans.ttf",
+    "FreeSans.ttf",
+    "NotoSansArabic-Regular.ttf",
+    "NotoNaskhArabic-Regular.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "Lohit-Devanagari.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "msgothic.ttc",
+    "malgun.ttf",
+    "arial.ttf",
+    "Nirmala.ttf",
+    "Nirmala.ttc",
+)
 
 
 def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:
@@ -56,8 +84,15 @@ def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
     return "\n".join(lines)
 
 
-def overlay(image: Image.Image, segment_map: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores=None, names: bool = True,
-            side: int | None = None) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    segment_map: np.ndarray,
+    labels: np.ndarray,
+    taxonomy: Taxonomy,
+    scores=None,
+    names: bool = True,
+    side: int | None = None,
+) -> Image.Image:
     """A panoptic map drawn on its image: colours by class, shades by instance, borders, and the names of segments that have room for them.
 
     Args: segment_map: (H, W) integers, 0 = void, k = k-th segment;  labels: (N,) classes.    scores: (N,), written behind the names.
@@ -65,13 +100,20 @@ def overlay(image: Image.Image, segment_map: np.ndarray, labels: np.ndarray, tax
     The n-th instance of a class has the same colour in every image. Void is grey and dark.
     """
     if segment_map.shape != image.size[::-1]:
-        raise ValueError(f"segment_map: expected {image.size[::-1]}, the size of the image, got {segment_map.shape}")
+        raise ValueError(
+            f"segment_map: expected {image.size[::-1]}, the size of the image, got {segment_map.shape}"
+        )
     long = max(image.size)
     scale = (side or min(max(long, SIDES[0]), SIDES[1])) / long
     size = [max(1, round(s * scale)) for s in image.size]
-    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
-    ys, xs = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size[::-1], segment_map.shape))
-    drawn = segment_map.take(ys, 0).take(xs, 1)                    # (H', W')
+    image = image.convert("RGB").resize(
+        size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
+    )
+    ys, xs = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip(size[::-1], segment_map.shape)
+    )
+    drawn = segment_map.take(ys, 0).take(xs, 1)  # (H', W')
     colours, seen = np.zeros((len(labels) + 1, 3), np.uint8), {}
     for k, label in enumerate(np.asarray(labels).tolist(), 1):
         colours[k] = shade(taxonomy.colours[label], seen.get(label, 0))
@@ -162,25 +204,29 @@ def _font(name: str | None, size: int):
         return None
 
 
-def _write_names(canvas: Image.Image, drawn: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores) -> None:
+def _write_names(
+    canvas: Image.Image, drawn: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores
+) -> None:
     """Write the name of each segment where the most of it lies on the segment and on no other name, near its middle; large ones first."""
     least, largest = FONT_SIZE
     size = min(max(max(canvas.size) // PIXELS_A_FONT_SIZE, least), largest)
     names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
     draw, boxes = ImageDraw.Draw(canvas), ndimage.find_objects(drawn, len(labels))
-    step = max(1, max(canvas.size) // 320)                         # names are placed on a coarser grid
-    coarse = drawn[step // 2::step, step // 2::step].copy()
+    step = max(1, max(canvas.size) // 320)  # names are placed on a coarser grid
+    coarse = drawn[step // 2 :: step, step // 2 :: step].copy()
     areas = np.bincount(coarse.ravel(), minlength=len(labels) + 1)[1:]
     for k in np.argsort(-areas, kind="stable"):
         if boxes[k] is None:
             continue
         text = names[labels[k]] + ("" if scores is None else f" {scores[k]:.2f}")
-        if font_of(text) is None:                                  # the font of the name has no digits
+        if font_of(text) is None:  # the font of the name has no digits
             text = names[labels[k]]
         font = _font(font_of(text), size)
         left, top, right, bottom = draw.textbbox((0, 0), text, font, anchor="lt", stroke_width=2)
         w, h = -(-(right - left) // step), -(-(bottom - top) // step)
-        (y0, y1), (x0, x1) = ((max(0, s.start // step - n), s.stop // step + n) for s, n in zip(boxes[k], (h, w)))
+        (y0, y1), (x0, x1) = (
+            (max(0, s.start // step - n), s.stop // step + n) for s, n in zip(boxes[k], (h, w))
+        )
         inside = (coarse[y0:y1, x0:x1] == k + 1).astype(np.int32)
         if areas[k] < ROOM * w * h or inside.shape[0] < h or inside.shape[1] < w:
             continue
@@ -191,12 +237,26 @@ def _write_names(canvas: Image.Image, drawn: np.ndarray, labels: np.ndarray, tax
         y, x = np.unravel_index(np.argmax(covered - 1e-4 * distance), covered.shape)
         if covered[y, x] < ROOM:
             continue
-        coarse[y0 + y:y0 + y + h, x0 + x:x0 + x + w] = 0           # taken
-        draw.text(((x0 + x) * step - left, (y0 + y) * step - top), text, "white", font, anchor="lt", stroke_width=2, stroke_fill=(25, 25, 25))
+        coarse[y0 + y : y0 + y + h, x0 + x : x0 + x + w] = 0  # taken
+        draw.text(
+            ((x0 + x) * step - left, (y0 + y) * step - top),
+            text,
+            "white",
+            font,
+            anchor="lt",
+            stroke_width=2,
+            stroke_fill=(25, 25, 25),
+        )
 
 
-def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]], titles: list[str], taxonomy: Taxonomy,
-            path: Path, caption: str = "", side: int = 256) -> None:
+def picture(
+    rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
+    titles: list[str],
+    taxonomy: Taxonomy,
+    path: Path,
+    caption: str = "",
+    side: int = 256,
+) -> None:
     """A PNG with one row an image: the image, then panoptic maps (segment_map, labels) under the titles, and a legend.
 
     Args: rows: image and maps, of one size each;  titles: of all columns, the image's first.   side: pixels of a cell.
@@ -209,13 +269,17 @@ def picture(rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
     width = columns * (side + gap) + gap
     per_line = max(1, width // 175)
     legend = (len(shown) + per_line - 1) // per_line * 22 + 12
-    canvas = Image.new("RGB", (width, head + len(rows) * (side + gap) + legend + (foot if caption else 0)), "white")
+    canvas = Image.new(
+        "RGB", (width, head + len(rows) * (side + gap) + legend + (foot if caption else 0)), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for c, title in enumerate(titles):
         draw.text((gap + c * (side + gap) + side / 2, head / 2), title, "black", font, anchor="mm")
     for r, (image, maps) in enumerate(rows):
         y = head + r * (side + gap)
-        cells = [ImageOps.contain(image, (side, side))] + [overlay(image, segment_map, labels, taxonomy, side=side) for segment_map, labels in maps]
+        cells = [ImageOps.contain(image, (side, side))] + [
+            overlay(image, segment_map, labels, taxonomy, side=side) for segment_map, labels in maps
+        ]
         for c, cell in enumerate(cells):
             canvas.paste(cell, (gap + c * (side + gap), y))
     y = head + len(rows) * (side + gap) + 6

@@ -36,14 +36,62 @@ import rehearsal
 import report
 import validate
 import watch
-from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, alpha_of_share, text_embeddings
-from command_line import DATASETS, MAKES, check, configure, given, parser
-from command_line import require_of_the_run, require_sense, steps_of
-from config import PAPERS_DATASETS, PRESETS, Config, UserError, ablations, choose, numbers_of, refuse, require_semi_supervised
-from data import DataSet, ImageFolder, LabeledBatches, SemiSupervisedBatches, Taxonomy, limits, load_folder, load_mini, mini_taxonomy
-from data import require_files, require_images, require_truth, see
+from clip_ensemble import (
+    TEMPLATES,
+    Backbone,
+    ClipBackbone,
+    Vocabulary,
+    alpha_of_share,
+    text_embeddings,
+)
+from command_line import (
+    DATASETS,
+    MAKES,
+    check,
+    configure,
+    given,
+    parser,
+    require_of_the_run,
+    require_sense,
+    steps_of,
+)
+from config import (
+    PAPERS_DATASETS,
+    PRESETS,
+    Config,
+    UserError,
+    ablations,
+    choose,
+    numbers_of,
+    refuse,
+    require_semi_supervised,
+)
+from data import (
+    DataSet,
+    ImageFolder,
+    LabeledBatches,
+    SemiSupervisedBatches,
+    Taxonomy,
+    limits,
+    load_folder,
+    load_mini,
+    mini_taxonomy,
+    require_files,
+    require_images,
+    require_truth,
+    see,
+)
 from downloads import default_root
-from evaluation import evaluate, flatten, frequency_groups, group_quality, papers_reading, posterior_alphas, predict, zero_shot
+from evaluation import (
+    evaluate,
+    flatten,
+    frequency_groups,
+    group_quality,
+    papers_reading,
+    posterior_alphas,
+    predict,
+    zero_shot,
+)
 from identity import differences, of_tensors
 from mean_teacher import train_step
 from model import Segmenter
@@ -74,13 +122,14 @@ MAKES_MASKS = (
     "stability_thresh",
     "mask_nms_thresh",
 )
-SHARED = ("masks", "dewa", "sup", "ssl", "eval")                 # stages that several ranks can work on
+SHARED = ("masks", "dewa", "sup", "ssl", "eval")  # stages that several ranks can work on
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What the command line asks for, beside the numbers in Config."""
+
     dataset: str = "mini"
     data_root: str = ""
     variant: str = ""
@@ -112,7 +161,7 @@ class Job:
     log: str = ""
     compare: tuple[Path, ...] = ()
     report_images: int = 12
-    state: dict | None = None          # what `weights` holds, read once (`read_run`)
+    state: dict | None = None  # what `weights` holds, read once (`read_run`)
     assets: Path | None = None
     format: str = "official"
     resume: bool = False
@@ -120,7 +169,7 @@ class Job:
     steps: int | None = None
     given: frozenset[str] = frozenset()  # fields of Config that the command line names
     evaluate: bool = True
-    later: bool = False                # train only: the same call without it evaluates
+    later: bool = False  # train only: the same call without it evaluates
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
     seeds: int = 3
@@ -138,6 +187,7 @@ class Job:
 
 
 # ------------------------------------------------------------------------------------------- data and model
+
 
 def load_data(
     job: Job, cfg: Config, complain=refuse, config: dict | None = None, source=None
@@ -164,7 +214,9 @@ def _load_data(job: Job, cfg: Config, complain) -> DataSet:
     if job.dataset == "mini":
         return load_mini(job.split, job.eval_on)
     if not job.data_root:
-        raise UserError(f"--dataset {job.dataset} needs --data-root DIR: a folder in COCO panoptic format")
+        raise UserError(
+            f"--dataset {job.dataset} needs --data-root DIR: a folder in COCO panoptic format"
+        )
     if job.dataset in PAPERS_DATASETS:
         dataset = datasets.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
     else:
@@ -197,7 +249,7 @@ def settle(cfg: Config, dataset: DataSet) -> Config:
     cfg = dataclasses.replace(cfg, white=dataset.train.white)
     if cfg.alpha != "labeled":
         return cfg
-    require_truth(dataset, measure=False)                          # no share without labelled images
+    require_truth(dataset, measure=False)  # no share without labelled images
     share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
     return dataclasses.replace(cfg, alpha=round(alpha_of_share(share), 3))
 
@@ -206,10 +258,14 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
     """A segmenter with a random decoder (by seed) on the backbone of the configuration, or of a checkpoint that brings its own."""
     if foundation.is_timm(cfg.backbone):
         if cfg.has_ensemble or clip_weights is not None:
-            raise UserError(f"backbone {cfg.backbone} has no text tower: it needs --classifier linear, and --method ssl in the semi-supervised stage")
+            raise UserError(
+                f"backbone {cfg.backbone} has no text tower: it needs --classifier linear, and --method ssl in the semi-supervised stage"
+            )
         trunk = foundation.load_timm(cfg)
         torch.manual_seed(cfg.seed)
-        return Segmenter(Backbone(trunk, frozen=not cfg.train_backbone), None, cfg, len(taxonomy)).to(job.device)
+        return Segmenter(
+            Backbone(trunk, frozen=not cfg.train_backbone), None, cfg, len(taxonomy)
+        ).to(job.device)
     clip, tokenize = foundation.load_clip(cfg, clip_weights)
     names = [name for names in taxonomy.synonyms for name in names]
     embed = lambda: text_embeddings(clip.to(job.device), tokenize, names)
@@ -231,25 +287,31 @@ def build(job: Job, cfg: Config, taxonomy: Taxonomy, clip_weights: dict | None =
         embeddings = checkpoint.cached(foundation.CACHE, key, embed)
     vocabulary = Vocabulary(embeddings, [len(s) for s in taxonomy.synonyms])
     torch.manual_seed(cfg.seed)
-    return Segmenter(ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg, len(taxonomy)).to(job.device)
+    return Segmenter(
+        ClipBackbone(clip, frozen=not cfg.train_backbone), vocabulary, cfg, len(taxonomy)
+    ).to(job.device)
 
 
 # ------------------------------------------------------------------------------------------------------ stages
+
 
 def stage_prepare(job: Job, cfg: Config) -> Path:
     """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
     choose("data set to prepare", job.dataset, PAPERS_DATASETS)
     folder = datasets.prepare(job.dataset, Path(job.data_root), job.assets, cfg.workers)
     dataset = datasets.load(job.dataset, Path(job.data_root), "1")
-    print(f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images")
+    print(
+        f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
+    )
     return folder
 
 
 def stage_import(job: Job, cfg: Config) -> Path:
     """Annotations of other tools, as a folder that every stage reads (`importer.py`)."""
     named = {"stuff": job.stuff, "masks_are": job.masks_are, "classes": job.classes}
-    result = importer.import_folder(job.source_format, job.input, job.out, job.background,
-                                    job.val_share, cfg.seed, **named)
+    result = importer.import_folder(
+        job.source_format, job.input, job.out, job.background, job.val_share, cfg.seed, **named
+    )
     print(importer.summary(result, job.out))
     return job.out
 
@@ -260,15 +322,23 @@ def stage_validate(job: Job, cfg: Config) -> dict:
     try:
         dataset = load_data(job, cfg, faults.append)
         result = validate.check(dataset, faults, cfg.workers, job.masks, cfg)
-    except UserError as error:                                     # so broken that it cannot be opened
+    except UserError as error:  # so broken that it cannot be opened
         result, dataset = {"refused": str(error)}, None
     if job.json:
-        checkpoint.write_atomic(job.json, json.dumps({"dataset": job.dataset, "data_root": job.data_root, "split": job.split, **result}, indent=1).encode())
+        checkpoint.write_atomic(
+            job.json,
+            json.dumps(
+                {"dataset": job.dataset, "data_root": job.data_root, "split": job.split, **result},
+                indent=1,
+            ).encode(),
+        )
     if dataset is None:
         raise UserError(result["refused"])
     print(validate.report(result, f"{job.name}, split {job.split}", job.data_root))
     if validate.summary(result):
-        raise UserError(f"{job.data_root or job.name}: {validate.summary(result)}, listed above{f' and in {job.json}' if job.json else ''}")
+        raise UserError(
+            f"{job.data_root or job.name}: {validate.summary(result)}, listed above{f' and in {job.json}' if job.json else ''}"
+        )
     return result
 
 
@@ -277,7 +347,9 @@ def stage_masks(job: Job, cfg: Config) -> Path:
     images, folder = load_images(job, cfg), job.out or job.runs / f"{job.name}-masks"
     if job.dry_run:
         generator = foundation.load_sam(cfg, job.precision)(job.device)
-        rehearsal.say_repeated("masks", len(images), lambda k: generator.generate(np.asarray(images.image(k))), 1)
+        rehearsal.say_repeated(
+            "masks", len(images), lambda k: generator.generate(np.asarray(images.image(k))), 1
+        )
         rehearsal.say_memory(job.device)
         return folder
     checkpoint.require_writable(folder)
@@ -288,7 +360,7 @@ def stage_masks(job: Job, cfg: Config) -> Path:
 
 def stage_dewa(job: Job, cfg: Config) -> Path:
     """Decoder warm-up, L_loc on all SAM masks."""
-    cfg = dataclasses.replace(cfg, teacher_posterior="decoder")                                # there is no teacher
+    cfg = dataclasses.replace(cfg, teacher_posterior="decoder")  # there is no teacher
     images, folder = load_images(job, cfg), job.out or job.folder("dewa", cfg)
     before = begun(job, folder)
     cfg = as_begun(job, dataclasses.replace(cfg, white=images.white), before, "dewa_steps")
@@ -424,10 +496,24 @@ def stage_sup(job: Job, cfg: Config) -> Path:
     student = build(job, cfg, dataset.taxonomy, start.get("clip"))
     run.config["foundation"] = require_foundation(before.config, student, folder)
     start_from(start, init, student, dataset)
-    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
-    step = lambda batch, t: train_step(student, None, optimizer, batch, None, things, cfg, t, precision=job.precision)
-    run.watch = watch.watcher(folder, {"student": student}, dataset, cfg, job.device, job.watch if job.evaluate else 0)
-    run.train({"student": student}, optimizer, LabeledBatches(dataset, cfg, cfg.sup_steps), step, job.device, "supervised")
+    optimizer, things = (
+        build_optimizer(student, cfg),
+        torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic"),
+    )
+    step = lambda batch, t: train_step(
+        student, None, optimizer, batch, None, things, cfg, t, precision=job.precision
+    )
+    run.watch = watch.watcher(
+        folder, {"student": student}, dataset, cfg, job.device, job.watch if job.evaluate else 0
+    )
+    run.train(
+        {"student": student},
+        optimizer,
+        LabeledBatches(dataset, cfg, cfg.sup_steps),
+        step,
+        job.device,
+        "supervised",
+    )
     finish(job, cfg, dataset, {"student": student}, folder)
     return folder
 
@@ -439,7 +525,9 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     dataset = load_data(job, cfg, config=before.config, source=folder)
     cfg = as_begun(job, settle(cfg, dataset), before, "ssl_steps")
     if not dataset.unlabeled:
-        raise UserError(f"--split {job.split}: all images of {job.name} are labelled, none is left for the semi-supervised stage; choose fewer, or --stage sup")
+        raise UserError(
+            f"--split {job.split}: all images of {job.name} are labelled, none is left for the semi-supervised stage; choose fewer, or --stage sup"
+        )
     require_training_files(dataset, cfg, job.evaluate)
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
     source = job.init
@@ -465,11 +553,25 @@ def stage_ssl(job: Job, cfg: Config) -> Path:
     run.config["foundation"] = require_foundation(before.config, student, folder)
     start_from(start, init, student, dataset)
     teacher = student.teacher()
-    optimizer, things = build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic")
+    optimizer, things = (
+        build_optimizer(student, cfg),
+        torch.tensor(dataset.taxonomy.things) & (cfg.labels == "panoptic"),
+    )
     models = {"student": student, "teacher": teacher}
-    step = lambda batch, t: train_step(student, teacher, optimizer, *batch, things, cfg, t, warm, job.precision)
-    run.watch = watch.watcher(folder, models, dataset, cfg, job.device, job.watch if job.evaluate else 0, warm)
-    run.train(models, optimizer, SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps, warm), step, job.device, job.method)
+    step = lambda batch, t: train_step(
+        student, teacher, optimizer, *batch, things, cfg, t, warm, job.precision
+    )
+    run.watch = watch.watcher(
+        folder, models, dataset, cfg, job.device, job.watch if job.evaluate else 0, warm
+    )
+    run.train(
+        models,
+        optimizer,
+        SemiSupervisedBatches(dataset, cfg, cfg.ssl_steps, warm),
+        step,
+        job.device,
+        job.method,
+    )
     finish(job, cfg, dataset, models, folder)
     return folder
 
@@ -578,16 +680,22 @@ def begun(job: Job, folder: Path) -> Begun:
 def as_begun(job: Job, cfg: Config, before: Begun, steps: str) -> Config:
     """With --resume, the length and the burn-in that the run was begun with, unless they are named. steps: the field of its length."""
     names = {steps, "ssl_steps", "burn_in", "burn_in_warm"} & before.config.keys()
-    stored = {name: before.config[name] for name in names if type(before.config[name]) in (int, float)}
+    stored = {
+        name: before.config[name] for name in names if type(before.config[name]) in (int, float)
+    }
     length = {name: stored[name] for name in {"ssl_steps"} & stored.keys()}
     begun = dataclasses.replace(cfg, **length).settled()
     kept = {}
     for name in stored:
         if name not in (job.given | {"ssl_steps"}) or name == steps and job.steps is None:
             kept[name] = stored[name]
-        elif name.startswith("burn_in") and getattr(begun, name) == stored[name]:              # named again as a share: what that share was
+        elif (
+            name.startswith("burn_in") and getattr(begun, name) == stored[name]
+        ):  # named again as a share: what that share was
             kept[name] = stored[name]
-    return dataclasses.replace(cfg, **kept).settled()              # the burn-in does not move when the run is made longer
+    return dataclasses.replace(
+        cfg, **kept
+    ).settled()  # the burn-in does not move when the run is made longer
 
 
 def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
@@ -669,6 +777,7 @@ def begin(
     run = Run(folder, cfg, identity, job.resume, before.state)
     if job.log and ranks.rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
+
         run.curves = SummaryWriter(folder)
     return run
 
@@ -678,9 +787,15 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     stored = job.state.get("config", {})
     dataset, folder = load_data(job, cfg, config=stored, source=job.weights), results_folder(job)
     cfg = settle(cfg, dataset)
-    others = [f"{name} {stored[name]} there, {value} now" for name, value in vars(cfg).items() if stored.get(name, value) != value and name not in MAY_CHANGE]
+    others = [
+        f"{name} {stored[name]} there, {value} now"
+        for name, value in vars(cfg).items()
+        if stored.get(name, value) != value and name not in MAY_CHANGE
+    ]
     if others and folder == job.weights:
-        raise UserError(f"{folder}: its results are of other numbers ({', '.join(others)}) and would be replaced; name a folder for the new ones with --out")
+        raise UserError(
+            f"{folder}: its results are of other numbers ({', '.join(others)}) and would be replaced; name a folder for the new ones with --out"
+        )
     if folder == job.weights and elsewhere(job, stored, dataset):
         raise UserError(
             f"{folder}: its results are of {stored['data_root']} and would be replaced by those of "
@@ -695,7 +810,13 @@ def stage_eval(job: Job, cfg: Config) -> Path:
     checkpoint.require_writable(folder)
     require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
-    finish(dataclasses.replace(job, evaluate=True), cfg, dataset, load_models(job, cfg, dataset.taxonomy), folder)
+    finish(
+        dataclasses.replace(job, evaluate=True),
+        cfg,
+        dataset,
+        load_models(job, cfg, dataset.taxonomy),
+        folder,
+    )
     return folder
 
 
@@ -724,20 +845,36 @@ def load(weights, **flags) -> Predictor:
     unknown = next((name for name in flags if not hasattr(args, name)), None)
     if unknown:
         raise TypeError(f"load: no flag {unknown}; available: {', '.join(vars(args))}")
-    return predictor(*resolve(argparse.Namespace(**{**vars(args), **flags, "flags": args.flags | flags.keys()})))
+    return predictor(
+        *resolve(argparse.Namespace(**{**vars(args), **flags, "flags": args.flags | flags.keys()}))
+    )
 
 
 def predictor(job: Job, cfg: Config) -> Predictor:
     """The student or the teacher of `job.state`, with its own classes."""
     if cfg.alpha == "labeled" or job.state.get("config", {}).get("stage") == "dewa":
-        raise UserError("--alpha labeled: expected a number, pictures have no labelled share" if cfg.alpha == "labeled" else
-                        f"{job.weights}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl")
+        raise UserError(
+            "--alpha labeled: expected a number, pictures have no labelled share"
+            if cfg.alpha == "labeled"
+            else f"{job.weights}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl"
+        )
     usual = papers_reading(cfg.teacher_posterior).split("/")[1]
     posterior = choose("posterior of this run", job.posterior or usual, posterior_alphas(cfg))
-    choose(f"model of {job.weights}", job.which, [name for name in ("student", "teacher") if name in job.state])
+    choose(
+        f"model of {job.weights}",
+        job.which,
+        [name for name in ("student", "teacher") if name in job.state],
+    )
     taxonomy = repainted(job, taxonomy_of(job, cfg))
     model = load_models(job, cfg, taxonomy)[job.which]
-    return Predictor(model, taxonomy, cfg, job.device, posterior, {"weights": str(job.weights), "which": job.which})
+    return Predictor(
+        model,
+        taxonomy,
+        cfg,
+        job.device,
+        posterior,
+        {"weights": str(job.weights), "which": job.which},
+    )
 
 
 def taxonomy_of(job: Job, cfg: Config) -> Taxonomy:
@@ -750,22 +887,42 @@ def taxonomy_of(job: Job, cfg: Config) -> Taxonomy:
     try:
         return load_data(job, cfg).taxonomy
     except UserError as error:
-        raise UserError(f"{job.weights}: does not store its classes, so they are read from the data set (--dataset, --data-root): {error}") from None
+        raise UserError(
+            f"{job.weights}: does not store its classes, so they are read from the data set (--dataset, --data-root): {error}"
+        ) from None
 
 
 def stage_report(job: Job, cfg: Config) -> Path:
     """report.html of a run, beside those of --compare; without its data or its weights, what can be said without them."""
     folder, warm_up = results_folder(job), job.state["config"].get("stage") == "dewa"
     checkpoint.require_writable(folder)
-    run, *others = [html_report.read(source, job.state["config"]) for source in (job.weights if job.weights.is_dir() else folder, *job.compare)]
+    run, *others = [
+        html_report.read(source, job.state["config"])
+        for source in (job.weights if job.weights.is_dir() else folder, *job.compare)
+    ]
     job = dataclasses.replace(job, eval_on=run.metrics.get("evaluated_on", "val"))
-    dataset, cards, missing = None, {}, "the warm-up knows no class" if warm_up else "" if run.reading else "the run was not evaluated"
+    dataset, cards, missing = (
+        None,
+        {},
+        "the warm-up knows no class"
+        if warm_up
+        else ""
+        if run.reading
+        else "the run was not evaluated",
+    )
     try:
         dataset = load_data(job, cfg, config=job.state["config"], source=job.weights)
         dataset.taxonomy = repainted(job, dataset.taxonomy)
         if not missing and job.report_images:
             cfg = settle(cfg, dataset)
-            cards = draw_cards(job, cfg, dataset, load_models(job, cfg, dataset.taxonomy), run, others_readings(job, cfg, dataset, others))
+            cards = draw_cards(
+                job,
+                cfg,
+                dataset,
+                load_models(job, cfg, dataset.taxonomy),
+                run,
+                others_readings(job, cfg, dataset, others),
+            )
     except UserError as error:
         missing = str(error)
         print(f"warning: no pictures: {error}")
@@ -773,7 +930,14 @@ def stage_report(job: Job, cfg: Config) -> Path:
     return folder
 
 
-def draw_cards(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], run: html_report.Stored, others=()) -> dict:
+def draw_cards(
+    job: Job,
+    cfg: Config,
+    dataset: DataSet,
+    models: dict[str, Segmenter],
+    run: html_report.Stored,
+    others=(),
+) -> dict:
     stage, data = run.config.get("stage"), run.config.get("data")
     own = data in (
         None,
@@ -806,7 +970,14 @@ def others_readings(job: Job, cfg: Config, dataset: DataSet, others: list) -> li
             own = settle(own, dataset)
             which, posterior = run.reading.split("/")
             theirs = dataclasses.replace(job, state=state, weights=run.folder)
-            readings.append(gallery.Reading(html_report.esc(run.name), load_models(theirs, own, dataset.taxonomy)[which], own, posterior_alphas(own)[posterior]))
+            readings.append(
+                gallery.Reading(
+                    html_report.esc(run.name),
+                    load_models(theirs, own, dataset.taxonomy)[which],
+                    own,
+                    posterior_alphas(own)[posterior],
+                )
+            )
         except (UserError, KeyError) as error:
             print(f"warning: no pictures of a run beside this one: {error}")
     return readings
@@ -877,7 +1048,14 @@ def require_foundation(config: dict, model: Segmenter, source) -> str:
 
 def identity(job: Job, stage: str, taxonomy: Taxonomy) -> dict:
     """What makes a run that run, beside its numbers: compared on --resume, read back by --stage eval and --stage predict."""
-    return {"stage": stage, "dataset": job.name, "data_root": job.data_root, "variant": job.variant, "split": job.split, "taxonomy": taxonomy.to_config()}
+    return {
+        "stage": stage,
+        "dataset": job.name,
+        "data_root": job.data_root,
+        "variant": job.variant,
+        "split": job.split,
+        "taxonomy": taxonomy.to_config(),
+    }
 
 
 def start_from(state: dict, init: dict | None, student: Segmenter, dataset: DataSet) -> None:
@@ -953,7 +1131,11 @@ def take(
     one."""
     if which not in state:
         raise UserError(f"{source}: holds no {which}")
-    into = {name: p for name, p in model.trained().items() if "clip" not in state or name.startswith("head.")}
+    into = {
+        name: p
+        for name, p in model.trained().items()
+        if "clip" not in state or name.startswith("head.")
+    }
     weights = dict(state[which])
     for name in (
         [
@@ -972,7 +1154,9 @@ def take(
 def read_run(folder: Path | None) -> dict:
     """A run's newest checkpoint, or an official or exported file: {"student" and / or "teacher": weights, "config" or "clip": ...}."""
     if folder is None:
-        raise UserError("this stage needs --weights runs/NAME, or a checkpoint of the official code")
+        raise UserError(
+            "this stage needs --weights runs/NAME, or a checkpoint of the official code"
+        )
     if Path(folder).is_dir():
         state = checkpoint.newest(folder)
         if state is None:
@@ -987,10 +1171,22 @@ def read_run(folder: Path | None) -> dict:
 
 def require_run(state: dict, source: Path) -> dict:
     """The state, if it is one that a run has saved; UserError otherwise."""
-    models, config = [state[name] for name in ("student", "teacher") if name in state], state.get("config")
-    if not models or not isinstance(config, dict) or not all(
-            isinstance(m, dict) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in m.items()) for m in models):
-        raise UserError(f"{source}: neither a checkpoint of a run (with config, and the weights of student or teacher) nor one of the official code")
+    models, config = (
+        [state[name] for name in ("student", "teacher") if name in state],
+        state.get("config"),
+    )
+    if (
+        not models
+        or not isinstance(config, dict)
+        or not all(
+            isinstance(m, dict)
+            and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in m.items())
+            for m in models
+        )
+    ):
+        raise UserError(
+            f"{source}: neither a checkpoint of a run (with config, and the weights of student or teacher) nor one of the official code"
+        )
     require_config(config, source)
     return state
 
@@ -998,8 +1194,12 @@ def require_run(state: dict, source: Path) -> dict:
 def require_config(config: dict, source: Path) -> dict:
     for field in dataclasses.fields(Config):
         value, kind = config.get(field.name, field.default), type(field.default)
-        if type(value) not in ({float, int} if kind is float else {kind}) | ({str} if field.name == "alpha" else set()):
-            raise UserError(f"{source}: its config has {field.name} = {value!r:.60}, expected {kind.__name__}")
+        if type(value) not in ({float, int} if kind is float else {kind}) | (
+            {str} if field.name == "alpha" else set()
+        ):
+            raise UserError(
+                f"{source}: its config has {field.name} = {value!r:.60}, expected {kind.__name__}"
+            )
     return config
 
 
@@ -1007,25 +1207,44 @@ def require_classes(state: dict, expected: int, source: Path) -> None:
     """Raise if an official file says that it was trained on another number of classes (a language head would not notice)."""
     found = state["weights"].num_classes if "weights" in state else None
     if found not in (None, expected):
-        raise UserError(f"{source}: trained on {found} classes, the data set has {expected}; choose the data set it belongs to")
+        raise UserError(
+            f"{source}: trained on {found} classes, the data set has {expected}; choose the data set it belongs to"
+        )
 
 
-def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path) -> None:
+def finish(
+    job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter], folder: Path
+) -> None:
     """Evaluate, write metrics.json and report.html, print the table."""
     if job.later:
         return
     if job.dry_run:
-        rehearsal.say_repeated("evaluation", len(dataset.val), lambda k: evaluate(models, dataset, cfg, job.device, 1, title=""))
+        rehearsal.say_repeated(
+            "evaluation",
+            len(dataset.val),
+            lambda k: evaluate(models, dataset, cfg, job.device, 1, title=""),
+        )
         return
     if job.evaluate:
         metrics = evaluate(models, dataset, cfg, job.device)
         if job.groups:
             groups = frequency_groups(dataset, job.groups)
             for reading in metrics:
-                metrics[reading]["groups"] = group_quality(metrics[reading], dataset.taxonomy, groups)
-                print(f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
-                      + ", ".join(f"{100 * group['pq']:.1f}" if group["n"] else "n/a" for group in metrics[reading]["groups"]))
-        content = {"evaluated_on": job.eval_on if job.dataset == "mini" else "val", "images": len(dataset.val), **metrics}
+                metrics[reading]["groups"] = group_quality(
+                    metrics[reading], dataset.taxonomy, groups
+                )
+                print(
+                    f"{reading}: PQ of {job.groups} groups of classes, least to most frequent: "
+                    + ", ".join(
+                        f"{100 * group['pq']:.1f}" if group["n"] else "n/a"
+                        for group in metrics[reading]["groups"]
+                    )
+                )
+        content = {
+            "evaluated_on": job.eval_on if job.dataset == "mini" else "val",
+            "images": len(dataset.val),
+            **metrics,
+        }
         if ranks.rank() == 0:
             checkpoint.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
         print(report.table([(reading, metrics[reading]) for reading in metrics]))
@@ -1034,45 +1253,75 @@ def finish(job: Job, cfg: Config, dataset: DataSet, models: dict[str, Segmenter]
         write_report(job, cfg, folder, dataset, models)
 
 
-def write_report(job: Job, cfg: Config, folder: Path, dataset: DataSet | None, models: dict[str, Segmenter] | None) -> None:
+def write_report(
+    job: Job,
+    cfg: Config,
+    folder: Path,
+    dataset: DataSet | None,
+    models: dict[str, Segmenter] | None,
+) -> None:
     """report.html at the end of a stage. models: None, if there is nothing to be drawn."""
     try:
-        run = html_report.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
-        cards = draw_cards(job, cfg, dataset, models, run) if models and run.reading and job.report_images else {}
+        run = html_report.read(
+            folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)}
+        )
+        cards = (
+            draw_cards(job, cfg, dataset, models, run)
+            if models and run.reading and job.report_images
+            else {}
+        )
         print(html_report.write(folder, [run], dataset, cards))
-    except Exception as error:                                     # a picture of the run is not worth the run
-        print(f"warning: {folder / 'report.html'}: not written ({type(error).__name__}: {error}); again with --stage report --weights {folder}")
+    except Exception as error:  # a picture of the run is not worth the run
+        print(
+            f"warning: {folder / 'report.html'}: not written ({type(error).__name__}: {error}); again with --stage report --weights {folder}"
+        )
 
 
 # ------------------------------------------------------------------------------------- demo and ladder (mini)
 
+
 @dataclasses.dataclass(frozen=True)
 class Rung:
     """A row of a table: what is trained, what is changed in the configuration, and the reading that the paper takes."""
+
     title: str
-    kind: str                          # sup, ssl, dear or dearli
+    kind: str  # sup, ssl, dear or dearli
     reading: str
     changes: tuple[tuple[str, object], ...] = ()
 
     @property
     def run(self) -> str:
         """Name of what is trained; rows that differ in the reading alone share it."""
-        return "-".join([self.kind, *(f"{key}-{value}".replace(":", "-") for key, value in self.changes)])
+        return "-".join(
+            [self.kind, *(f"{key}-{value}".replace(":", "-") for key, value in self.changes)]
+        )
 
 
-RUNGS = (Rung("M2F-Lang, supervised", "sup", "student/decoder"), Rung("  + P_ENS at evaluation", "sup", "student/ensemble"),   # Table 1
-         Rung("M2F-Lang + SSL", "ssl", "student/decoder"), Rung("DEAR", "dear", "student/ensemble"), Rung("DEARLi", "dearli", "student/ensemble"))
-ALPHAS = tuple(Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),)) for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled"))   # Table 8
+RUNGS = (
+    Rung("M2F-Lang, supervised", "sup", "student/decoder"),
+    Rung("  + P_ENS at evaluation", "sup", "student/ensemble"),  # Table 1
+    Rung("M2F-Lang + SSL", "ssl", "student/decoder"),
+    Rung("DEAR", "dear", "student/ensemble"),
+    Rung("DEARLi", "dearli", "student/ensemble"),
+)
+ALPHAS = tuple(
+    Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),))
+    for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled")
+)  # Table 8
 
 
 def require_rungs(cfg: Config, rungs: tuple["Rung", ...]) -> None:
     """Raise UserError for a configuration that some rung cannot be trained with, before the first one is."""
     if cfg.ssl_steps <= cfg.dewa_steps and any(rung.kind == "dearli" for rung in rungs):
-        raise UserError(f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them (--dewa-steps); expected more")
+        raise UserError(
+            f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them (--dewa-steps); expected more"
+        )
     for kind in {rung.kind for rung in rungs} - {"sup"}:
         require_semi_supervised(rung_config(cfg, kind), kind == "dearli")
     if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
-        raise UserError("the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl")
+        raise UserError(
+            "the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language and a CLIP; for others use --stage sup and --stage ssl"
+        )
 
 
 def run_rung(job: Job, cfg: Config, rung: Rung) -> dict | None:
@@ -1124,11 +1373,32 @@ def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
     logs = {job.folder(f"{rung.run}-{job.split}", cfg) / "log.jsonl" for cfg, rung in tasks}
     logs |= {job.folder("dewa", cfg) / "log.jsonl" for cfg, rung in tasks if rung.kind == "dearli"}
     taken = lambda: sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
-    with (ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _in_silence, (max(1, os.cpu_count() // jobs),)) as pool,
-          tqdm(total=sum(cfg.ssl_steps for cfg, _ in tasks), desc=f"{len(tasks)} runs, {jobs} at a time", unit="step", dynamic_ncols=True) as bar):
+    with (
+        ProcessPoolExecutor(
+            jobs,
+            multiprocessing.get_context("spawn"),
+            _in_silence,
+            (max(1, os.cpu_count() // jobs),),
+        ) as pool,
+        tqdm(
+            total=sum(cfg.ssl_steps for cfg, _ in tasks),
+            desc=f"{len(tasks)} runs, {jobs} at a time",
+            unit="step",
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         # the longest first: DEARLi has masks and warm-up to make, a supervised step is the shortest. What has been trained is evaluated by whichever process is free
-        longest = sorted(range(len(tasks)), key=lambda k: ("dearli", "dear", "ssl", "sup").index(tasks[k][1].kind))
-        running, metrics = {pool.submit(_rung, dataclasses.replace(job, later=True), *tasks[k]): k for k in longest}, {}
+        longest = sorted(
+            range(len(tasks)),
+            key=lambda k: ("dearli", "dear", "ssl", "sup").index(tasks[k][1].kind),
+        )
+        running, metrics = (
+            {
+                pool.submit(_rung, dataclasses.replace(job, later=True), *tasks[k]): k
+                for k in longest
+            },
+            {},
+        )
         try:
             while running:
                 for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
@@ -1138,7 +1408,7 @@ def run_rungs(job: Job, tasks: list[tuple[Config, Rung]]) -> list[dict]:
                         running[pool.submit(_rung, job, *tasks[k])] = k
                 bar.n = taken()
                 bar.refresh()
-        except BaseException:          # after Ctrl-C the processes have got it, too: each saves its run
+        except BaseException:  # after Ctrl-C the processes have got it, too: each saves its run
             pool.shutdown(cancel_futures=True)
             raise
     return [metrics[k] for k in range(len(tasks))]
@@ -1171,7 +1441,9 @@ def rung_config(cfg: Config, kind: str) -> Config:
     if kind == "sup":
         return dataclasses.replace(cfg, sup_steps=cfg.ssl_steps, teacher_posterior="decoder")
     steps = cfg.ssl_steps - (cfg.dewa_steps if kind == "dearli" else 0)
-    return dataclasses.replace(cfg, teacher_posterior="decoder" if kind == "ssl" else "ensemble", ssl_steps=steps)
+    return dataclasses.replace(
+        cfg, teacher_posterior="decoder" if kind == "ssl" else "ensemble", ssl_steps=steps
+    )
 
 
 def stage_demo(job: Job, cfg: Config) -> Path:
@@ -1179,7 +1451,7 @@ def stage_demo(job: Job, cfg: Config) -> Path:
     require_rungs(cfg, RUNGS)
     checkpoint.require_writable(job.out or job.runs)
     shown = [rung for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
-    trained = {rung.run: rung for rung in shown}                   # two rows read the same run
+    trained = {rung.run: rung for rung in shown}  # two rows read the same run
     metrics = dict(zip(trained, run_rungs(job, [(cfg, rung) for rung in trained.values()])))
     print("\n" + report.table([(rung.title, metrics[rung.run][rung.reading]) for rung in shown]))
     dataset = load_data(job, cfg)
@@ -1193,9 +1465,15 @@ def draw(job: Job, cfg: Config, dataset: DataSet, path: Path, images=(0, 1, 2, 3
     """A picture of the first validation images, their ground truth, and the prediction of each rung of the demo."""
     things = torch.tensor(dataset.taxonomy.things)
     titles, models = ["image", "ground truth"], []
-    for title, kind, posterior in (("supervised", "sup", "decoder"), ("DEAR", "dear", "ensemble"), ("DEARLi", "dearli", "ensemble")):
+    for title, kind, posterior in (
+        ("supervised", "sup", "decoder"),
+        ("DEAR", "dear", "ensemble"),
+        ("DEARLi", "dearli", "ensemble"),
+    ):
         model = build(job, cfg, dataset.taxonomy)
-        checkpoint.load_weights(model.trained(), read_run(job.folder(f"{kind}-{job.split}", cfg))["student"], kind)
+        checkpoint.load_weights(
+            model.trained(), read_run(job.folder(f"{kind}-{job.split}", cfg))["student"], kind
+        )
         titles, models = titles + [title], models + [(model, posterior_alphas(cfg)[posterior])]
     rows = []
     for i in images:
@@ -1205,8 +1483,10 @@ def draw(job: Job, cfg: Config, dataset: DataSet, path: Path, images=(0, 1, 2, 3
             segment_map, labels, _ = predict(model, image, things, cfg, job.device, alpha)
             maps.append((segment_map.cpu().numpy(), labels.cpu().numpy()))
         rows.append((image, maps))
-    caption = (f"Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, stuff is not; black: no answer. "
-               f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled images.")
+    caption = (
+        f"Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, stuff is not; black: no answer. "
+        f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled images."
+    )
     report.picture(rows, titles, dataset.taxonomy, path, caption)
 
 
@@ -1225,11 +1505,16 @@ def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
     require_rungs(cfg, rungs)
     checkpoint.require_writable(job.out or job.runs)
     if any(rung.kind == "dearli" for rung in rungs):
-        stage_masks(dataclasses.replace(job, out=None), cfg)       # all seeds share them
-    tasks = [(dataclasses.replace(cfg, seed=seed), rung) for rung in {r.run: r for r in rungs}.values() for seed in range(cfg.seed, cfg.seed + job.seeds)]
+        stage_masks(dataclasses.replace(job, out=None), cfg)  # all seeds share them
+    tasks = [
+        (dataclasses.replace(cfg, seed=seed), rung)
+        for rung in {r.run: r for r in rungs}.values()
+        for seed in range(cfg.seed, cfg.seed + job.seeds)
+    ]
     results: dict[str, list[dict]] = {}
     for (_, rung), metrics in zip(tasks, run_rungs(job, tasks)):
         results.setdefault(rung.run, []).append(metrics)
+
     def spread(run, reading, *keys):
         values = []
         for metrics in results[run]:
@@ -1237,20 +1522,59 @@ def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
                 metrics = metrics[key]
             values.append(100 * metrics)
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-    keys = (("PQ", ("all", "pq")), ("PQ things", ("things", "pq")), ("PQ stuff", ("stuff", "pq")), ("mIoU", ("miou",)))
-    lines = ["| rung (the paper's reading) | " + " | ".join(title for title, _ in keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    lines += [f"| {r.title.strip()} | " + " | ".join(spread(r.run, r.reading, *k) for _, k in keys) + " |" for r in rungs]
+
+    keys = (
+        ("PQ", ("all", "pq")),
+        ("PQ things", ("things", "pq")),
+        ("PQ stuff", ("stuff", "pq")),
+        ("mIoU", ("miou",)),
+    )
+    lines = [
+        "| rung (the paper's reading) | " + " | ".join(title for title, _ in keys) + " |",
+        "|---" * (len(keys) + 1) + "|",
+    ]
+    lines += [
+        f"| {r.title.strip()} | " + " | ".join(spread(r.run, r.reading, *k) for _, k in keys) + " |"
+        for r in rungs
+    ]
     readings = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
     lines += ["", "| PQ | " + " | ".join(readings) + " |", "|---" * 5 + "|"]
-    lines += [f"| {run} | " + " | ".join(spread(run, r, "all", "pq") if r in results[run][0] else "" for r in readings) + " |" for run in results]
+    lines += [
+        f"| {run} | "
+        + " | ".join(spread(run, r, "all", "pq") if r in results[run][0] else "" for r in readings)
+        + " |"
+        for run in results
+    ]
     print("\n" + "\n".join(lines))
-    slim = {run: [{r: {"pq": m[r]["all"]["pq"], "sq": m[r]["all"]["sq"], "rq": m[r]["all"]["rq"], "pq_things": m[r]["things"]["pq"],
-                       "pq_stuff": m[r]["stuff"]["pq"], "miou": m[r]["miou"]} for r in readings if r in m} for m in metrics]
-            for run, metrics in results.items()}
+    slim = {
+        run: [
+            {
+                r: {
+                    "pq": m[r]["all"]["pq"],
+                    "sq": m[r]["all"]["sq"],
+                    "rq": m[r]["all"]["rq"],
+                    "pq_things": m[r]["things"]["pq"],
+                    "pq_stuff": m[r]["stuff"]["pq"],
+                    "miou": m[r]["miou"],
+                }
+                for r in readings
+                if r in m
+            }
+            for m in metrics
+        ]
+        for run, metrics in results.items()
+    }
     path = (job.out or job.runs) / f"{name}.json"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    content = {"command": "python " + " ".join(sys.argv), "seeds": list(range(cfg.seed, cfg.seed + job.seeds)), "split": job.split,
-               "evaluated_on": job.eval_on, "versions": versions, "config": dataclasses.asdict(cfg), "results": slim}
+    content = {
+        "command": "python " + " ".join(sys.argv),
+        "seeds": list(range(cfg.seed, cfg.seed + job.seeds)),
+        "split": job.split,
+        "evaluated_on": job.eval_on,
+        "versions": versions,
+        "config": dataclasses.asdict(cfg),
+        "results": slim,
+    }
     checkpoint.write_atomic(path, json.dumps(content, indent=1).encode())
     print(f"\n{path}")
     return path
@@ -1258,12 +1582,17 @@ def compare(job: Job, cfg: Config, rungs: tuple[Rung, ...], name: str) -> Path:
 
 def stage_zeroshot(job: Job, cfg: Config) -> Path:
     """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
-    dataset, folder = load_data(job, cfg), job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg)
+    dataset, folder = (
+        load_data(job, cfg),
+        job.out or job.folder(f"zeroshot-{job.masks.name if job.masks else 'gt'}", cfg),
+    )
     checkpoint.require_writable(folder)
     require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation")
     if foundation.is_timm(cfg.backbone):
-        raise UserError(f"--stage zeroshot: backbone {cfg.backbone} has no text tower; expected an OpenCLIP ConvNeXt such as {', '.join(foundation.TAGS)}")
+        raise UserError(
+            f"--stage zeroshot: backbone {cfg.backbone} has no text tower; expected an OpenCLIP ConvNeXt such as {', '.join(foundation.TAGS)}"
+        )
     if job.masks is None or str(job.masks) == "gt":
         partition = lambda i: dataset.val.truth(i).segment_map
     else:
@@ -1277,7 +1606,10 @@ def stage_zeroshot(job: Job, cfg: Config) -> Path:
             )
         )
     metrics = zero_shot(build(job, cfg, dataset.taxonomy), dataset, cfg, job.device, partition)
-    checkpoint.write_atomic(folder / "metrics.json", json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode())
+    checkpoint.write_atomic(
+        folder / "metrics.json",
+        json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode(),
+    )
     print(report.table([("zero-shot", metrics)], report.COLUMNS[:-1]))
     print(f"{folder / 'metrics.json'}")
     return folder
@@ -1289,7 +1621,9 @@ def stage_export(job: Job, cfg: Config) -> Path:
     weights = state.get("weights")
     if weights is None:
         weights = whole_model(job, cfg, state)
-    path = job.out or Path(job.weights).with_suffix(".pth" if job.format == "official" else ".safetensors")
+    path = job.out or Path(job.weights).with_suffix(
+        ".pth" if job.format == "official" else ".safetensors"
+    )
     if path.exists():
         raise UserError(f"{path}: exists already; name another file with --out")
     official.write(path, weights, job.format)
@@ -1300,52 +1634,97 @@ def stage_export(job: Job, cfg: Config) -> Path:
 def whole_model(job: Job, cfg: Config, state: dict) -> official.Weights:
     """The student of a run with its CLIP and the criterion's buffers, which runs do not store."""
     if foundation.is_timm(cfg.backbone):
-        raise UserError(f"--stage export: a file holds a whole CLIP, and backbone {cfg.backbone} has none; its runs are used as they are (--weights, --init)")
+        raise UserError(
+            f"--stage export: a file holds a whole CLIP, and backbone {cfg.backbone} has none; its runs are used as they are (--weights, --init)"
+        )
     warm_up = state["config"]["stage"] == "dewa"
     taxonomy = dewa.TAXONOMY if warm_up else taxonomy_of(job, cfg)
     clip = foundation.load_clip(cfg, clip_of(job))[0].state_dict()
-    trained = {n.replace("backbone.", "visual.", 1): t for n, t in state["student"].items() if n.startswith("backbone.")}
+    trained = {
+        n.replace("backbone.", "visual.", 1): t
+        for n, t in state["student"].items()
+        if n.startswith("backbone.")
+    }
     kind = "dewa" if warm_up or state["config"]["stage"] == "sup" else "student"
-    return official.Weights(kind, {n: t for n, t in state["student"].items() if n.startswith("head.")}, {**clip, **trained},
-                            official.criterion(kind, len(taxonomy), cfg.no_object_weight))
+    return official.Weights(
+        kind,
+        {n: t for n, t in state["student"].items() if n.startswith("head.")},
+        {**clip, **trained},
+        official.criterion(kind, len(taxonomy), cfg.no_object_weight),
+    )
 
 
 def stage_mini_clip(job: Job, cfg: Config) -> None:
     import mini_clip
+
     mini_clip.train(job.out or mini_clip.WEIGHTS, seed=cfg.seed)
 
 
 def stage_mini_sam(job: Job, cfg: Config) -> None:
     import mini_sam
+
     mini_sam.train(job.out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-STAGES = {"prepare": stage_prepare, "import": stage_import, "validate": stage_validate, "masks": stage_masks, "dewa": stage_dewa, "sup": stage_sup, "ssl": stage_ssl,
-          "eval": stage_eval, "predict": stage_predict, "report": stage_report, "zeroshot": stage_zeroshot, "export": stage_export, "demo": stage_demo,
-          "ladder": stage_ladder, "alpha": stage_alpha, "mini-clip": stage_mini_clip, "mini-sam": stage_mini_sam}
+STAGES = {
+    "prepare": stage_prepare,
+    "import": stage_import,
+    "validate": stage_validate,
+    "masks": stage_masks,
+    "dewa": stage_dewa,
+    "sup": stage_sup,
+    "ssl": stage_ssl,
+    "eval": stage_eval,
+    "predict": stage_predict,
+    "report": stage_report,
+    "zeroshot": stage_zeroshot,
+    "export": stage_export,
+    "demo": stage_demo,
+    "ladder": stage_ladder,
+    "alpha": stage_alpha,
+    "mini-clip": stage_mini_clip,
+    "mini-sam": stage_mini_sam,
+}
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+
 
 def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     """Command line -> job and configuration: the preset of the data set (or the numbers of a run), then the flags."""
     check(args)
     state, stored = None, {}
     split, variant, data_root = args.split, args.variant, args.data_root
-    if args.stage == "report" and args.weights is None:            # its page goes where it is
+    if args.stage == "report" and args.weights is None:  # its page goes where it is
         args.weights = args.out
     if args.stage == "report" and args.weights and args.weights.is_dir():
-        state = read_run(args.weights) if checkpoint.steps(args.weights) else {"config": require_config(html_report.read(args.weights).config, args.weights)}
-        args.dataset = html_report.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
+        state = (
+            read_run(args.weights)
+            if checkpoint.steps(args.weights)
+            else {"config": require_config(html_report.read(args.weights).config, args.weights)}
+        )
+        args.dataset = (
+            html_report.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
+        )
     if args.stage in ("eval", "predict", "export", "report"):
         state = state or read_run(args.weights)
         stored = state.get("config", {})
-        own = args.stage == "predict" or args.stage in ("eval", "export") and "dataset" not in args.flags
-        if own and "dataset" in stored:                            # the run's own, under its name or as a folder of somebody's own
+        own = (
+            args.stage == "predict"
+            or args.stage in ("eval", "export")
+            and "dataset" not in args.flags
+        )
+        if (
+            own and "dataset" in stored
+        ):  # the run's own, under its name or as a folder of somebody's own
             args.dataset = stored["dataset"] if stored["dataset"] in DATASETS else "custom"
     if state is not None:
-        split, variant, data_root = split or stored.get("split"), variant or stored.get("variant", ""), data_root or stored.get("data_root", "")
-    if not data_root and args.dataset in PAPERS_DATASETS:          # of an official file, which does not say
+        split, variant, data_root = (
+            split or stored.get("split"),
+            variant or stored.get("variant", ""),
+            data_root or stored.get("data_root", ""),
+        )
+    if not data_root and args.dataset in PAPERS_DATASETS:  # of an official file, which does not say
         data_root = str(default_root(args.dataset))
     args.split = split
     cfg = configure(args, None if state is None else stored)
@@ -1353,23 +1732,37 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     if state is not None:
         require_of_the_run(args, stored)
     if ranks.started_by_torchrun() and args.stage not in SHARED:
-        raise UserError(f"--stage {args.stage}: works in one process; torchrun serves {', '.join(SHARED)}")
+        raise UserError(
+            f"--stage {args.stage}: works in one process; torchrun serves {', '.join(SHARED)}"
+        )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(ranks.local_device(device))
         torch.empty(0, device=device)
         ranks.start(device)
-    except (RuntimeError, AssertionError, ImportError):    # torch's own words are a wall of text
+    except (RuntimeError, AssertionError, ImportError):  # torch's own words are a wall of text
         there = ", ".join(devices())
         raise UserError(f"device '{device}': not available here; available: {there}") from None
     if args.precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
-        print("warning: --precision bf16: this CPU has no instructions for it and takes several "
-              "times as long as with fp32")
+        print(
+            "warning: --precision bf16: this CPU has no instructions for it and takes several "
+            "times as long as with fp32"
+        )
     keep = {f.name: getattr(args, f.name) for f in dataclasses.fields(Job) if hasattr(args, f.name)}
     numbers = given(args)
     keep |= {"steps": numbers.get(steps_of(args.stage)), "given": frozenset(numbers)}
-    return Job(**{**keep, "split": split or datasets.default_split(args.dataset), "variant": variant, "data_root": data_root, "method": args.method or Job.method, "state": state, "device": device,
-                  "precision": PRECISIONS[args.precision]}), cfg
+    return Job(
+        **{
+            **keep,
+            "split": split or datasets.default_split(args.dataset),
+            "variant": variant,
+            "data_root": data_root,
+            "method": args.method or Job.method,
+            "state": state,
+            "device": device,
+            "precision": PRECISIONS[args.precision],
+        }
+    ), cfg
 
 
 def devices() -> list[str]:

@@ -27,7 +27,7 @@ from data import (
     uses_little,
 )
 
-SHOWN, SHOWN_CLASSES = 5, 25           # faults of a kind and classes in the printed report; the JSON has all
+SHOWN, SHOWN_CLASSES = 5, 25  # faults of a kind and classes in the printed report; the JSON has all
 CUT_OFF = 0.01  # share of the values of a 16-bit image above the white point from which it is said
 # Kind of fault: what a report calls it, and what to do about it
 KINDS = {
@@ -102,11 +102,13 @@ class _Reading(torch.utils.data.Dataset):
         train = k < len(self.parts[0])
         images, i = (self.parts[0], k) if train else (self.parts[1], k - len(self.parts[0]))
         found: list[UserError] = []
+
         def attempt(read: Callable):
             try:
                 return read()
             except UserError as error:
                 found.append(error)
+
         image, truth, odd = attempt(lambda: images.image(i)), None, []
         if image is not None and uses_little(image):
             lows, highs = zip(*image.getextrema())
@@ -133,13 +135,27 @@ class _Reading(torch.utils.data.Dataset):
         segments, size = np.zeros((0, 2), np.int64), 0
         if truth is not None:
             pixels = np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:]
-            segments, size = np.stack([truth.labels, pixels], -1).astype(np.int64), truth.segment_map.size
+            segments, size = (
+                np.stack([truth.labels, pixels], -1).astype(np.int64),
+                truth.segment_map.size,
+            )
             # By ADE20K's rule the stated area counts what is hidden below other segments, too.
-            for n in np.flatnonzero(truth.areas < pixels if getattr(images, "hidden", False) else (truth.areas != pixels) & (pixels > 0)):
-                found.append(UserError(f"{images.name(i)}: segment {images.segments[images.starts[i] + n, 0]} has {pixels[n]} pixels, the JSON states "
-                                       f"{truth.areas[n]}", "area"))
+            for n in np.flatnonzero(
+                truth.areas < pixels
+                if getattr(images, "hidden", False)
+                else (truth.areas != pixels) & (pixels > 0)
+            ):
+                found.append(
+                    UserError(
+                        f"{images.name(i)}: segment {images.segments[images.starts[i] + n, 0]} has {pixels[n]} pixels, the JSON states "
+                        f"{truth.areas[n]}",
+                        "area",
+                    )
+                )
         # A segment that the JSON describes wrongly was left out on reading: that is one fault, not two.
-        faults = {str(e): e.kind for e in found if not (e.kind == "not in json" and i in images.refused)}
+        faults = {
+            str(e): e.kind for e in found if not (e.kind == "not in json" and i in images.refused)
+        }
         return segments, size, [(kind, text) for text, kind in faults.items()], odd
 
 
@@ -169,9 +185,17 @@ def check(
             ("stuff twice", f"{images.name(i)}: {count} segments of {taxonomy.short_names[c]}")
             for i, c, count in repeated_stuff(images)
         ]
-    tables = {part: np.zeros((len(taxonomy), 3), np.int64) for part in ("training", "labelled", "unlabelled", "validation")}   # pixels, segments, images
-    sizes, images = dict.fromkeys(tables, 0), dict(zip(tables, (train, len(labeled), len(unlabeled), len(dataset.val))))
-    loader = torch.utils.data.DataLoader(reading, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    tables = {
+        part: np.zeros((len(taxonomy), 3), np.int64)
+        for part in ("training", "labelled", "unlabelled", "validation")
+    }  # pixels, segments, images
+    sizes, images = (
+        dict.fromkeys(tables, 0),
+        dict(zip(tables, (train, len(labeled), len(unlabeled), len(dataset.val)))),
+    )
+    loader = torch.utils.data.DataLoader(
+        reading, batch_size=None, num_workers=workers, collate_fn=as_it_is
+    )
     try:
         for k, (segments, size, found, brightness) in enumerate(
             tqdm(loader, desc="reading", unit="image", dynamic_ncols=True, leave=False)
@@ -179,20 +203,62 @@ def check(
             listed += found
             for kind, text in brightness:
                 odd[kind].append(text)
-            for part in (["validation"] if k >= train else ["training", *["labelled"] * (k in labeled), *["unlabelled"] * (k in unlabeled)]):
+            for part in (
+                ["validation"]
+                if k >= train
+                else [
+                    "training",
+                    *["labelled"] * (k in labeled),
+                    *["unlabelled"] * (k in unlabeled),
+                ]
+            ):
                 table = tables[part]
-                np.add.at(table, segments[:, 0], np.stack([segments[:, 1], np.ones(len(segments), np.int64), np.zeros(len(segments), np.int64)], -1))
+                np.add.at(
+                    table,
+                    segments[:, 0],
+                    np.stack(
+                        [
+                            segments[:, 1],
+                            np.ones(len(segments), np.int64),
+                            np.zeros(len(segments), np.int64),
+                        ],
+                        -1,
+                    ),
+                )
                 table[np.unique(segments[segments[:, 1] > 0, 0]), 2] += 1
                 sizes[part] += size
     except RuntimeError as error:
-        raise UserError(f"a reading process ended ({str(error).splitlines()[0]}); --workers 0 reads in this process") from None
+        raise UserError(
+            f"a reading process ended ({str(error).splitlines()[0]}); --workers 0 reads in this process"
+        ) from None
     total = max(1, tables["training"][:, 0].sum())
-    classes = [{"name": name, "thing": thing, "share": float(row[0] / total), "images": int(row[2]), "segments": int(row[1]),
-                "labeled_images": int(tables["labelled"][k, 2]), "val_images": int(tables["validation"][k, 2])}
-               for k, (name, thing, row) in enumerate(zip(taxonomy.short_names, taxonomy.things, tables["training"]))]
-    counts = {part: {"images": images[part], "segments": int(table[:, 1].sum()), "void": float(1 - table[:, 0].sum() / sizes[part]) if sizes[part] else None}
-              for part, table in tables.items()}
-    problems = {kind: {"what": what, "do": do, "faults": rows} for kind, (what, do) in KINDS.items() if (rows := [text for k, text in listed if k == kind])}
+    classes = [
+        {
+            "name": name,
+            "thing": thing,
+            "share": float(row[0] / total),
+            "images": int(row[2]),
+            "segments": int(row[1]),
+            "labeled_images": int(tables["labelled"][k, 2]),
+            "val_images": int(tables["validation"][k, 2]),
+        }
+        for k, (name, thing, row) in enumerate(
+            zip(taxonomy.short_names, taxonomy.things, tables["training"])
+        )
+    ]
+    counts = {
+        part: {
+            "images": images[part],
+            "segments": int(table[:, 1].sum()),
+            "void": float(1 - table[:, 0].sum() / sizes[part]) if sizes[part] else None,
+        }
+        for part, table in tables.items()
+    }
+    problems = {
+        kind: {"what": what, "do": do, "faults": rows}
+        for kind, (what, do) in KINDS.items()
+        if (rows := [text for k, text in listed if k == kind])
+    }
     return {
         "classes": classes,
         "counts": counts,
@@ -223,8 +289,12 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
             f"brighter than --white {dataset.train.white}: {_some(odd['cut off'])}"
         )
     lines += _unlisted(dataset)
-    for images in (i for i in (dataset.train, dataset.val) if isinstance(i, PanopticFolder) and i.without_crowd):
-        lines.append(f"{images.annotations}: {_number(images.without_crowd, 'segment')} without iscrowd, taken as 0")
+    for images in (
+        i for i in (dataset.train, dataset.val) if isinstance(i, PanopticFolder) and i.without_crowd
+    ):
+        lines.append(
+            f"{images.annotations}: {_number(images.without_crowd, 'segment')} without iscrowd, taken as 0"
+        )
     if isinstance(dataset.train, PanopticFolder) and dataset.train.images == dataset.val.images:
         both = sorted(set(dataset.train.names.tolist()) & set(dataset.val.names.tolist()))
         if both:
@@ -270,19 +340,31 @@ def report(result: dict, title: str, root: str = "") -> str:
     lines = [title, "", f"{'':14}{'images':>10}{'segments':>10}{'void':>8}"]
     for part, row in result["counts"].items():
         void = "" if row["void"] is None else f"{100 * row['void']:.1f}%"
-        lines.append(f"{'  ' * (part in ('labelled', 'unlabelled')) + part:14}{row['images']:10}{row['segments']:10}{void:>8}")
+        lines.append(
+            f"{'  ' * (part in ('labelled', 'unlabelled')) + part:14}{row['images']:10}{row['segments']:10}{void:>8}"
+        )
     rows = sorted(result["classes"], key=lambda c: -c["share"])
     width = max(len("class"), *(min(len(c["name"]), 32) for c in rows[:SHOWN_CLASSES]))
-    lines += ["", f"{'':{width}}         of the training set     images that show the class",
-              f"{'class':{width}}  kind    pixels  segments  training  labelled  validation"]
-    lines += [f"{c['name'][:32]:{width}}  {'thing' if c['thing'] else 'stuff'}{100 * c['share']:7.2f}%{c['segments']:10}{c['images']:10}{c['labeled_images']:10}"
-              f"{c['val_images']:12}" for c in rows[:SHOWN_CLASSES]]
-    lines += [f"... and {len(rows) - SHOWN_CLASSES} more, with fewer pixels"] * (len(rows) > SHOWN_CLASSES)
+    lines += [
+        "",
+        f"{'':{width}}         of the training set     images that show the class",
+        f"{'class':{width}}  kind    pixels  segments  training  labelled  validation",
+    ]
+    lines += [
+        f"{c['name'][:32]:{width}}  {'thing' if c['thing'] else 'stuff'}{100 * c['share']:7.2f}%{c['segments']:10}{c['images']:10}{c['labeled_images']:10}"
+        f"{c['val_images']:12}"
+        for c in rows[:SHOWN_CLASSES]
+    ]
+    lines += [f"... and {len(rows) - SHOWN_CLASSES} more, with fewer pixels"] * (
+        len(rows) > SHOWN_CLASSES
+    )
     lines += ["", *(f"note: {line}" for line in result["notices"]), *[""] * bool(result["notices"])]
     for problem in result["problems"].values():
         lines.append(f"{len(problem['faults'])} x {problem['what']}: {problem['do']}")
         lines += [f"    {text}" for text in problem["faults"][:SHOWN]]
-        lines += [f"    ... and {len(problem['faults']) - SHOWN} more"] * (len(problem["faults"]) > SHOWN)
+        lines += [f"    ... and {len(problem['faults']) - SHOWN} more"] * (
+            len(problem["faults"]) > SHOWN
+        )
     text = "\n".join([*lines, *["no problem found"] * (not result["problems"])])
     return text.replace(f"{root.rstrip('/')}/", "") if root.strip("/") else text
 
@@ -290,7 +372,11 @@ def report(result: dict, title: str, root: str = "") -> str:
 def summary(result: dict) -> str:
     """One line, e.g. `3 problems of 2 kinds`; empty if there is none."""
     count = sum(len(p["faults"]) for p in result["problems"].values())
-    return f"{_number(count, 'problem')} of {_number(len(result['problems']), 'kind')}" if count else ""
+    return (
+        f"{_number(count, 'problem')} of {_number(len(result['problems']), 'kind')}"
+        if count
+        else ""
+    )
 
 
 def _number(count: int, what: str) -> str:

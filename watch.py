@@ -21,23 +21,42 @@ from mean_teacher import teacher_alpha
 from trainer import read_log
 
 
-def watcher(folder: Path, models: dict, dataset: DataSet, cfg: Config, device: torch.device, images: int, warm: bool = False):
+def watcher(
+    folder: Path,
+    models: dict,
+    dataset: DataSet,
+    cfg: Config,
+    device: torch.device,
+    images: int,
+    warm: bool = False,
+):
     """A function of the step for `trainer.Run.watch`. images: of the validation set, the first so many; 0 measures nothing and draws nothing."""
+
     def watch(step: int) -> None:
         try:
             metrics = evaluate(models, dataset, cfg, device, images, title="")
             if ranks.rank() == 0:
-                figures = {reading: report.figure(of, ("all", "pq"))
-                           for reading, of in metrics.items()}
+                figures = {
+                    reading: report.figure(of, ("all", "pq")) for reading, of in metrics.items()
+                }
                 row = {"step": step, "images": min(images, len(dataset.val)), **figures}
                 kept = [old for old in read(folder) if old["step"] < step]
-                write_atomic(file(folder), "".join(json.dumps(r) + "\n" for r in (*kept, row)).encode())
+                write_atomic(
+                    file(folder), "".join(json.dumps(r) + "\n" for r in (*kept, row)).encode()
+                )
                 if "teacher" in models and images:
-                    snapshot(folder, step, Reading("", models["teacher"], cfg, teacher_alpha(cfg, step, warm)), dataset, device)
-        except UserError as error:     # an image that cannot be read, a full disk: not worth the run, which says so itself if it matters
-            if ranks.count() > 1:      # the others are waiting for what this rank has not measured
+                    snapshot(
+                        folder,
+                        step,
+                        Reading("", models["teacher"], cfg, teacher_alpha(cfg, step, warm)),
+                        dataset,
+                        device,
+                    )
+        except UserError as error:  # an image that cannot be read, a full disk: not worth the run, which says so itself if it matters
+            if ranks.count() > 1:  # the others are waiting for what this rank has not measured
                 raise
             tqdm.write(f"warning: step {step}: not measured ({error})")
+
     return watch if images else lambda step: None
 
 
