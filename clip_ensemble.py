@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import alpha_at  # noqa: F401  Eq. (6)'s alpha at a time of the training
-
 TEMPLATES = (
     "a photo of a {}.",
     "This is a photo of a {}",

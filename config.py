@@ -4,8 +4,9 @@ Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8
 comment names both. `mini` differs from the paper's sizes in numbers only, never in code.
 """
 
-import difflib
 from dataclasses import dataclass, fields, replace
+
+from ground.errors import UserError
 
 # Weights that are taken with an OpenCLIP model unless --pretrained names others: those of the paper, and of the next larger model
 TAGS = {
@@ -28,37 +29,6 @@ ALIASES = {
     "objects": "coco-objects",
     "coco_objects": "coco-objects",
 }
-
-
-class UserError(Exception):
-    """Something that the person at the keyboard can mend: one line saying what, where, what was expected, what to do.
-
-    kind: of fault in a data set, by which `validate.py` groups them (`validate.KINDS`).
-    """
-
-    def __init__(self, message: str, kind: str = ""):
-        super().__init__(message)
-        self.kind = kind
-
-
-def choose(what: str, value: str, available) -> str:
-    """The value, if it is available; else UserError with all that is, and the nearest."""
-    if value not in available:
-        raise UserError(
-            f"unknown {what} '{value}'; available: {', '.join(available)}{nearest(value, available)}"
-        )
-    return value
-
-
-def nearest(value: str, available) -> str:
-    """A question to append to an error about a value that does not exist; empty if none is near."""
-    found = difflib.get_close_matches(value, available, 1)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-def refuse(error: UserError) -> None:
-    """What is done about a fault in the data unless somebody collects them (`validate.py`): nothing is read any further."""
-    raise error
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,16 @@
 The stages themselves are in `stages.py`, which is imported when the command line is sound: a page of help and a refusal wait for no library.
 """
 
+import importlib.metadata
 import os
 import sys
+
+from engine.command_line import check, help_page, parser, require_there, stopped
+from ground.errors import UserError
 
 if sys.version_info < (3, 10):
     here = f"{sys.version.split()[0]} ({sys.executable})"
     sys.exit(f"error: Python 3.10 or newer is needed, this is {here}")
-
-import importlib.metadata
-
-from command_line import check, help_page, parser, require_there, stopped
-from config import UserError
 
 __version__ = "0.1.0"
 PACKAGES = {
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--method {args.method}: the default for --dataset {args.dataset} with a linear "
                 "classifier; others are named with --method"
             )
-        import stages
+        from engine import stages
 
         return stages.run(args)
     except UserError as error:
@@ -110,7 +109,7 @@ def rank() -> str:
 
 def load(weights, **flags):
     """A run, or an official file, as a function of images, a `predict.Predictor`. flags: those of the command line, as `which="teacher", device="cpu"`."""
-    import stages
+    from engine import stages
 
     return stages.load(weights, **flags)
 

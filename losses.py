@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ranks
 from config import LossConfig
+from ground import ranks
 from matcher import Target, in_parts, match, matching_cost, point_sample
 
 

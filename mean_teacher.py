@@ -10,14 +10,13 @@ Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out r
 import torch
 from torch import Tensor
 
-import ranks
-from clip_ensemble import alpha_at
-from config import Config
+from config import Config, alpha_at
 from data import Labeled, Unlabeled
+from engine.optim import Broken, descend, require_finite
+from ground import ranks
 from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter, panoptic_inference, semantic_inference
-from optim import Broken, descend, require_finite
 
 
 def train_step(

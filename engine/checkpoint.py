@@ -1,0 +1,102 @@
+"""Files that hold a run: written whole or not at all, hashed, read without executing anything, and by one writer at a time.
+
+A checkpoint is step_STEP.pt, a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one file, so that content and
+sum cannot part. The two newest are kept. Who writes into a folder holds its file `lock`, which names process and host; the lock itself is
+the kernel's, so it ends with the process however that ends, and a process number that is used again means nothing.
+Try: `python test_dearli.py --soak 3` kills a run three times, in the middle of a write if it can, and compares what it ends with.
+"""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import torch
+
+from ground.errors import UserError
+from ground.files import write_atomic
+from ground.tensor_files import MARK, load
+
+KEEP = 2  # checkpoints of a run
+
+
+def save(folder: Path, step: int, state: dict) -> Path:
+    """Write folder/step_STEP.pt, then remove all but it and the newest KEEP - 1 before it (one of a later step is a damaged one)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with buffer.getbuffer() as content:
+        assert content[-2:] == b"\0\0", "a zip without a comment ends with the comment's length, 0"
+        comment = MARK + hashlib.sha256(content[:-2]).hexdigest().encode()
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(len(comment).to_bytes(2, "little") + comment)
+    path = Path(folder) / f"step_{step:07d}.pt"
+    write_atomic(path, buffer.getbuffer())
+    kept = [old for old in steps(folder) if old <= path][-KEEP:]
+    for old in steps(folder):
+        if old not in kept:
+            old.unlink()
+    return path
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    return sorted(Path(folder).glob("step_*.pt"))
+
+
+def newest(folder: Path) -> dict | None:
+    """The newest readable checkpoint of a run folder; None if there is none at all. A damaged one is said and passed over.
+
+    Raises: UserError if there are checkpoints and none can be read: to begin anew in silence would write over them.
+    """
+    found = steps(folder)
+    for path in reversed(found):
+        try:
+            return load(path)
+        except UserError as error:
+            print(f"warning: {error}; trying the one before")
+    if found:
+        raise UserError(
+            f"{folder}: none of its {len(found)} checkpoints can be read; choose another folder with --out, or delete them to begin anew"
+        )
+    return None
+
+
+@torch.no_grad()
+def load_weights(
+    into: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    source: str,
+    may_differ: tuple[str, ...] = (),
+) -> str:
+    """Copy weights into parameters by name. Returns a line that says how many were taken, and which were not and why.
+
+    may_differ: substrings of names that may be missing or of another shape (a linear class head after DeWa).
+    Raises: UserError listing what does not fit; then nothing was copied.
+    """
+    missing = [n for n in into if n not in weights]
+    extra = [n for n in weights if n not in into]
+    shapes = [n for n in into if n in weights and into[n].shape != weights[n].shape]
+    left = [n for n in missing + shapes + extra if any(part in n for part in may_differ)]
+    wrong = [n for n in missing + shapes + extra if n not in left]
+
+    def describe(n):
+        return (
+            f"{n} is missing"
+            if n in missing
+            else f"{n} is not a parameter of this model"
+            if n in extra
+            else f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}"
+        )
+
+    if wrong:
+        raise UserError(
+            f"{source}: fits another configuration ({len(wrong)} parameters): {'; '.join(describe(n) for n in wrong[:3])}; "
+            f"use the flags it was trained with (see config.json beside it)"
+        )
+    for name, param in into.items():
+        if name not in left:
+            param.copy_(weights[name])
+    return (
+        f"{source}: {len(into) - len([n for n in left if n in into])} of {len(into)} tensors taken"
+        + (f"; not taken: {'; '.join(map(describe, left))}" if left else "")
+    )

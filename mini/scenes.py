@@ -1,0 +1,96 @@
+"""."""
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+from ground import identity
+from ground.errors import UserError
+from readers.ground_truth import DataSet, Taxonomy, Truth
+from readers.sixteen_bit import WHITE
+
+
+class MiniImages:
+    """Scenes of one collection of the miniature world, each drawn when it is first asked for and kept in memory for all stages of a process."""
+
+    white = WHITE  # they have 8 bits
+
+    def __init__(self, collection: str, count: int):
+        self.collection, self.count, self.order = collection, count, None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, i: int) -> str:
+        return f"{self.collection}_{i:05d}.png"
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(_scene(self.collection, i).image)
+
+    def truth(self, i: int) -> Truth:
+        s = _scene(self.collection, i)
+        areas = np.bincount(s.segment_map.ravel(), minlength=len(s.labels) + 1)[1:]
+        labels = s.labels if self.order is None else self.order[s.labels]
+        return Truth(s.segment_map, labels, areas, np.zeros(len(s.labels), bool))
+
+    def follow(self, order: np.ndarray) -> None:
+        """Class k becomes class order[k]."""
+        self.order = order
+
+    def digest(self, i: int) -> str:
+        """SHA-256 of the pixels: there is no file."""
+        return identity.of_bytes(_scene(self.collection, i).image.tobytes())
+
+    def fingerprint(self, indices=None) -> str:
+        """Of a collection and a number of images: these scenes are what their names say."""
+        indices = range(self.count) if indices is None else indices
+        return identity.of_text("mini", self.collection, *map(str, sorted(indices)))
+
+    def segments_text(self, i: int, names: list[str]) -> str:
+        return ""
+
+    def truth_digest(self, i: int) -> str:
+        return ""
+
+
+@functools.lru_cache(maxsize=None)
+def _scene(collection: str, i: int):
+    from mini import microcosm
+
+    return microcosm.scene(collection, i)
+
+
+MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200  # images
+
+
+def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
+    """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
+    if not split.isdecimal() or not 0 < int(split) < MINI_TRAIN:
+        raise UserError(
+            f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}"
+        )
+    if evaluate_on not in ("dev", "val"):
+        raise UserError(
+            f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val"
+        )
+    n, val = int(split), MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
+    return DataSet(
+        "mini",
+        mini_taxonomy(),
+        MiniImages("train", MINI_TRAIN),
+        val,
+        list(range(n)),
+        list(range(n, MINI_TRAIN)),
+    )
+
+
+def mini_taxonomy() -> Taxonomy:
+    from mini import microcosm
+
+    k = len(microcosm.CLASSES)
+    return Taxonomy(
+        microcosm.CLASSES,
+        tuple(i < len(microcosm.THINGS) for i in range(k)),
+        tuple(range(1, k + 1)),
+    )

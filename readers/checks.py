@@ -1,0 +1,152 @@
+"""."""
+
+import os
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from config import Config
+from ground.errors import UserError, refuse
+from readers.ground_truth import DataSet
+from readers.panoptic import PanopticFolder
+
+
+def require_images(images) -> None:
+    """Raise UserError if a set has no image at all: SAM has nothing to segment, and the warm-up
+    nothing to learn from.
+    """
+    if not len(images):
+        raise UserError(f"{images.annotations}: its list of images is empty; expected at least one")
+
+
+def require_truth(
+    dataset: DataSet,
+    learn: bool = True,
+    measure: bool = True,
+    complain: Callable[[UserError], None] = refuse,
+) -> None:
+    """Raise UserError before a run begins if no image has what it could learn from, or be measured
+    on. Read from the index, no file is opened.
+
+    Segments of crowd do not count: they are neither learned nor found.
+    """
+    parts = (
+        [(dataset.train, dataset.labeled, "labelled", "learned", "annotate some")] if learn else []
+    )
+    if measure:
+        parts.append(
+            (
+                dataset.val,
+                range(len(dataset.val)),
+                "validation",
+                "measured",
+                "annotate some, or train with --no-eval",
+            )
+        )
+    for images, indices, what, done, do in parts:
+        if isinstance(images, PanopticFolder) and not objects(images, indices).any():
+            why = f"none of the {len(indices)} {what} images has a segment (crowd does not count)"
+            if not len(indices):
+                why = f"no image is {what}" if images.annotated else "no image is annotated"
+            complain(
+                UserError(f"{images.annotations}: {why}, so nothing can be {done}; {do}", "nothing")
+            )
+
+
+def objects(images: PanopticFolder, indices) -> np.ndarray:
+    """(n,) number of segments that are no crowd, of each of n annotated images, by the index."""
+    before = np.append(0, np.cumsum(images.segments[:, 3] == 0))[images.starts]
+    return np.diff(before)[np.asarray(indices, np.int64)]
+
+
+def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
+    """How many objects cannot be found because their image has more segments than the model has
+    queries, by the index: a line each, or none.
+    """
+    lines = []
+    for images, what, counts in _counted(dataset, cfg):
+        crowded = counts[counts > cfg.num_queries]
+        if len(crowded):
+            lines.append(
+                f"{len(crowded):,} of {len(counts):,} {what} images have more than "
+                f"{cfg.num_queries} segments (up to {crowded.max():,}): "
+                f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be "
+                f"found; raise --num-queries"
+            )
+    return lines
+
+
+def limits(dataset: DataSet, cfg: Config) -> list[str]:
+    """Why full PQ is out of reach, whatever is learned: `out_of_reach`, and several segments of one
+    stuff class, of which a model gives one.
+    """
+    lines = out_of_reach(dataset, cfg)
+    for images, what, counts in _counted(dataset, cfg):
+        chosen = set(dataset.labeled) if images is dataset.train else range(len(images))
+        repeated = [row for row in repeated_stuff(images) if row[0] in chosen]
+        if repeated:
+            i, k, count = repeated[0]
+            lines.append(
+                f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have "
+                f"several segments of one stuff class, as "
+                f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model "
+                f"gives one: join them, or call the class a thing"
+            )
+    return lines
+
+
+def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, np.ndarray]]:
+    """The sets whose index can be counted, and the segments of their images (semantic labels are
+    one segment a class, and never many).
+    """
+    parts = [(dataset.val, range(len(dataset.val)), "validation")]
+    if cfg.labels == "panoptic":
+        parts.insert(0, (dataset.train, dataset.labeled, "labelled"))
+    return [
+        (images, what, objects(images, indices))
+        for images, indices, what in parts
+        if isinstance(images, PanopticFolder)
+    ]
+
+
+def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
+    """(image, class, number of segments) where one image has several of a stuff class, which COCO
+    panoptic format does not know. Crowd does not count.
+    """
+    owner, classes = (
+        np.repeat(np.arange(images.annotated), np.diff(images.starts)),
+        images.segments[:, 1],
+    )
+    stuff = ~np.array(images.taxonomy.things)[classes] & (images.segments[:, 3] == 0)
+    pairs, counts = np.unique(
+        np.stack([owner[stuff], classes[stuff]], -1), axis=0, return_counts=True
+    )
+    return [
+        (*pair, count)
+        for pair, count in zip(pairs[counts > 1].tolist(), counts[counts > 1].tolist())
+    ]
+
+
+def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:
+    """Raise UserError before a run begins if images that it will need are not there, or their panoptic maps, or (if the data set has
+    its own) their class maps. Folders are listed, no file is opened."""
+    if not isinstance(images, PanopticFolder):
+        return
+    listed: dict[Path, set[str]] = {}
+
+    def there(path: Path) -> bool:
+        if path.parent not in listed:
+            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        return path.name in listed[path.parent]
+
+    kinds = [("image", lambda i: images.images / images.name(i))]
+    kinds += [("panoptic map", lambda i: images.maps / str(images.files[i]))] if maps else []
+    kinds += [("class map", images.class_file)] if classes and images.semantic is not None else []
+    for kind, path_of in kinds:
+        absent = [path for path in map(path_of, indices) if not there(path)]
+        if absent:
+            raise UserError(
+                f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
+                f"or take them from the list"
+            )

@@ -1,0 +1,73 @@
+"""The white point of a set of 16-bit images: the grey value that becomes 255."""
+
+import contextlib
+from pathlib import Path
+
+from PIL import Image
+
+from ground.errors import UserError
+from readers.pictures import _opened, endings
+from readers.sixteen_bit import DEEP_FORMATS, WHITE, sixteen_bits
+
+MEASURED = 1000  # files, at most, from which a white point is measured
+# Grey levels of 256: an image whose values differ by less uses less than 1/16 of its range.
+LITTLE = 16
+
+
+def white_point(images) -> int:
+    """The white point of a set of images: the least of 2^k - 1, k = 8 ... 16, that no 16-bit image
+    exceeds; WHITE if there is none.
+
+    A camera of 12 bits stores 0 to 4095 in 16. Only files that can have 16 bits are opened (by
+    their endings, so no JPEG), MEASURED of them at most, evenly spread, and only 16-bit ones are
+    decoded. What cannot be read is passed over, and what of its bits cannot be known counts as 16.
+    """
+    if not hasattr(images, "path"):  # drawn, not read
+        return WHITE
+    deep = tuple(endings(DEEP_FORMATS))
+    able = [i for i in range(len(images)) if images.name(i).lower().endswith(deep)]
+    count, largest = min(len(able), MEASURED), -1
+    for k in range(count):
+        with contextlib.suppress(UserError):
+            largest = max(largest, _largest(images.path(able[k * len(able) // count])))
+        if largest > WHITE // 2:  # no need to look any further
+            break
+    return WHITE if largest < 0 else max(255, (1 << largest.bit_length()) - 1)
+
+
+def _largest(path: Path) -> int:
+    """The largest value of a 16-bit image; -1 of one of 8 bits."""
+    with _opened(path) as image:
+        try:
+            values = sixteen_bits(image)
+        except ValueError:
+            return WHITE
+        return -1 if values is None else int(values.max())
+
+
+def above_white(path: Path, white: int) -> float:
+    """The share of the values of a 16-bit image that are above the white point, and are cut off; 0
+    of one of 8 bits.
+    """
+    if white == WHITE:
+        return 0.0
+    with _opened(path) as image:
+        values = sixteen_bits(image)
+        return 0.0 if values is None else float((values > white).mean())
+
+
+def see(white: int, *sets) -> None:
+    """Settle the white point of sets of images: the number given, or (0) the one of the first set,
+    which are those of training.
+    """
+    white = white or white_point(sets[0])
+    for images in sets:
+        images.white = white
+
+
+def uses_little(image: Image.Image) -> bool:
+    """An RGB image whose values lie within LITTLE grey levels: black, white, or a scan with few of
+    its bits.
+    """
+    lows, highs = zip(*image.getextrema())
+    return max(highs) - min(lows) < LITTLE

@@ -1,0 +1,267 @@
+"""."""
+
+import collections
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ground import identity
+from ground.errors import UserError
+from readers.sixteen_bit import WHITE, _scaled, sixteen_bits
+
+MAX_PIXELS = (
+    89_000_000  # of an image or a map; Pillow warns from here on and refuses only twice as much
+)
+# What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
+MAX_NAME = 255  # bytes of a file name, characters of a path are at most 4 times as many
+TURN = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        2,
+    )
+)  # by EXIF orientation, 1 = none
+
+
+class ImageFolder:
+    """All pictures of a folder, without ground truth: for SAM and the warm-up (SA-1B, where masks
+    lie beside them).
+    """
+
+    white = WHITE
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images")
+        passed = collections.Counter()
+
+        def passed_over(name):
+            passed[os.path.splitext(name)[1].lower() or name] += 1
+
+        self.names = np.array(pictures(self.folder, passed_over), str)
+        passed.pop(".json", 0)  # masks beside the images
+        if passed:
+            print(
+                f"{folder}: {passed.total()} files passed over, by their names no images: "
+                + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5))
+            )
+        if not len(self.names):
+            raise UserError(
+                f"{folder}: no images in this folder; expected files that end in "
+                f"{', '.join(endings())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        return str(self.names[i])
+
+    def path(self, i: int) -> Path:
+        return self.folder / self.name(i)
+
+    def image(self, i: int) -> Image.Image:
+        return open_image(self.path(i), white=self.white)
+
+    def digest(self, i: int) -> str:
+        """As `image_digest`."""
+        return image_digest(self.path(i), self.white)
+
+    def fingerprint(self, indices=None) -> str:
+        """As `PanopticFolder.fingerprint`."""
+        return _fingerprint(self, self.folder, range(len(self)) if indices is None else indices)
+
+
+def pictures(
+    folder: Path, others: Callable[[str], object] | None = None, without: set[str] = frozenset()
+) -> list[str]:
+    """The pictures of a folder and of the folders in it: paths below it, with slashes, sorted.
+
+    This is what a picture is, for every stage: a file that ends as one of FORMATS does. Hidden
+    files and folders (their names begin with a dot) and `__MACOSX`, which holds macOS's shadows of
+    the pictures beside it, are passed over. Links to folders are followed, but not to one that
+    they lie in.
+
+    Args:
+        others: called with the files that are no pictures, and with the folders that are passed
+            over, with a slash.
+        without: real paths of folders that are left out.
+    Raises: UserError if a folder cannot be listed.
+    """
+    found, known = [], set(endings())
+
+    def walk(place: str, below: str, above: tuple[str, ...]) -> None:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                name, hidden = (
+                    below + entry.name,
+                    entry.name.startswith(".") or entry.name == "__MACOSX",
+                )
+                real = os.path.realpath(entry.path) if entry.is_dir() else ""
+                if real and not hidden and real not in above and real not in without:
+                    walk(entry.path, f"{name}/", (*above, real))
+                elif not real and not hidden and os.path.splitext(entry.name)[1].lower() in known:
+                    found.append(name)
+                elif others is not None and real not in without:
+                    others(f"{name}/" if real else name)
+
+    try:
+        walk(str(folder), "", (os.path.realpath(folder),))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be listed ({error.strerror})"
+        ) from None
+    return sorted(found)
+
+
+def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
+    """The endings of pictures, in small letters, with their dots."""
+    return sorted(
+        ending for ending, kind in Image.registered_extensions().items() if kind in formats
+    )
+
+
+def _fingerprint(images, folder: Path, indices) -> str:
+    """What is not there counts as such; whoever needs it will say so."""
+    names = [images.name(i) for i in indices]
+
+    def digest(k: int) -> str:
+        return images.digest(indices[k]) if identity.bytes_of(folder / names[k]) >= 0 else "absent"
+
+    return identity.of_files(names, lambda k: identity.bytes_of(folder / names[k]), digest)
+
+
+def image_digest(path: Path, white: int) -> str:
+    """SHA-256 of the file of an image, and of its white point where one is known: with another one
+    it is another image."""
+    digest = file_digest(path)
+    return digest if white == WHITE else identity.of_text(digest, f"white {white}")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file. Raises: UserError if it cannot be read."""
+    try:
+        return identity.of_bytes(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "absent") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "unreadable") from None
+
+
+def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Image.Image:
+    """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it is stored (no palette is applied).
+
+    Of several frames the first; an alpha channel is dropped. Of 16 bits a channel, 0 to `white`
+    become 0 to 255, the same in every image of a data set, so that images stay comparable
+    (`white_point`); what is above is 255, too.
+    Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
+    """
+    with _opened(path) as image:
+        if mode != "RGB":
+            return image.convert(mode) if mode else image.copy()
+        turn = _turn(image)
+        image = as_rgb(image, white)
+        return image if turn is None else image.transpose(turn)
+
+
+def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
+    """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has
+    32 bits a channel, or a sign.
+    """
+    values = sixteen_bits(image) if white != WHITE or image.mode.startswith(("I", "F")) else None
+    if values is not None:
+        image = Image.fromarray(_scaled(white)[values])
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # before its file is closed; convert() would copy every pixel
+    return image
+
+
+def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """(width, height) of an image as `open_image` returns it, and how it will be turned; no pixel is read."""
+    with _opened(path) as image:
+        turn = _turn(image)
+        swapped = turn in (
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        )
+        return image.size[::-1] if swapped else image.size, turn
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "absent") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which no stage reads; cut it into tiles",
+            "large",
+        ) from None
+    except Exception as error:  # Pillow raises a dozen types for what is one thing to the user
+        reason = (
+            "of no known format, or no image at all"
+            if isinstance(error, UnidentifiedImageError)
+            else " ".join(str(error).split()) or type(error).__name__
+        )
+        reason = "empty file" if os.path.isfile(path) and not os.path.getsize(path) else reason
+        raise UserError(f"{path}: not a readable image ({reason})", "unreadable") from None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How EXIF wants an image turned that was opened but not read. A broken EXIF block wants nothing (as officially)."""
+    if (
+        image.format == "TIFF" or image.format == "PNG" and "exif" not in image.info
+    ):  # Pillow turns a TIFF itself; asking a PNG would read it
+        return None
+    try:
+        return TURN.get(image.getexif().get(0x0112))
+    except Exception:  # struct.error, SyntaxError, ... from inside
+        return None
+
+
+def name_fault(name) -> str | None:
+    """What is wrong with a file_name of a JSON; None if it is a path that stays in its folder."""
+    if not isinstance(name, str) or not name.strip("./ "):
+        return "is not a file name"
+    if os.path.isabs(name) or ".." in name and ".." in Path(name).parts:
+        return "leads out of its folder; expected a path below it"
+    if (
+        _UNPRINTABLE.search(name)
+        or len(name) > 4 * MAX_NAME
+        or max(len(part.encode()) for part in name.split("/")) > MAX_NAME
+    ):
+        return f"cannot be the name of a file; expected at most {MAX_NAME} bytes between slashes, without control characters"
+    return None
+
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f\ud800-\udfff]"
+)  # would also break the one line of an error
+
+
+def brief(value) -> str:
+    """A value from a file, as a message can show it."""
+    text = ascii(value) if not isinstance(value, str) else f"'{value}'"
+    text = _UNPRINTABLE.sub("?", text)
+    return text if len(text) <= 100 else f"{text[:100]}..."

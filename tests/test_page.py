@@ -1,0 +1,574 @@
+"""."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import dearli
+from engine import command_line, stages
+from mini import scenes
+from readers import sixteen_bit
+from report import gallery, page
+from tests.helpers import TINY_FLAGS, fitting, run, wait_for, write_coco_folder
+
+# ------------------------------------------------------------------------------------------------------ html_report.py
+
+EVIL = """<script>alert(1)</script>&"'"""
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """Folder of a run with masks, on a data set one of whose classes, one image and the folder of the run are named to break a page."""
+    root = write_coco_folder(tmp_path_factory.mktemp("reported") / "set")
+    name = "<img src=x onerror=alert(1)>&\"'.png"
+    for part in ("train", "val"):
+        path = root / f"panoptic_{part}.json"
+        content = json.loads(path.read_text())
+        content["categories"][-1]["name"], content["images"][0]["file_name"] = EVIL, f"{part}{name}"
+        (root / "images" / f"{part}0.png").rename(root / "images" / f"{part}{name}")
+        path.write_text(json.dumps(content))
+    flags = [*TINY_FLAGS[: TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu"]
+    own = ["--dataset", "custom", "--preset", "mini", "--data-root", root, "--runs", root.parent]
+    main = lambda *args: dearli.main(fitting([*own, *args], flags))
+    folder = root.parent / "a<b>&\"' run"
+    assert main("--stage", "masks", "--sam", "regions") == 0
+    assert (
+        main("--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder)
+        == 0
+    )
+    written = (folder / "report.html").read_bytes()
+    assert (
+        dearli.main(
+            [
+                "--stage",
+                "report",
+                "--out",
+                str(folder),
+                "--runs",
+                str(root.parent),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )  # a run knows its data and its numbers
+    assert (folder / "report.html").read_bytes() == written
+    metrics, rng = (
+        json.loads((folder / "metrics.json").read_text()),
+        random.Random(0),
+    )  # after 5 steps most figures are 0
+    tables = [
+        t
+        for reading in metrics.values()
+        if isinstance(reading, dict)
+        for t in (
+            reading,
+            *(reading[g] for g in ("all", "things", "stuff")),
+            *reading["per_class"].values(),
+        )
+    ]
+    for figures in tables:
+        figures |= {
+            k: rng.randint(1, 999) if isinstance(v, int) else rng.random()
+            for k, v in figures.items()
+            if isinstance(v, (int, float))
+        }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert (
+        dearli.main(
+            [
+                "--stage",
+                "report",
+                "--weights",
+                str(folder),
+                "--runs",
+                str(root.parent),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    return folder
+
+
+class Outline(html.parser.HTMLParser):
+    """Fails on a page whose elements are not closed in order; collects addresses, cells by table, and text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.addresses, self.cells, self.text, self.table = [], [], {}, "", None
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [
+            v
+            for k, v in attributes.items()
+            if k in ("src", "href", "action", "srcset", "data", "poster")
+        ]
+        assert not any(k.startswith("on") for k in attributes)
+        self.table = attributes.get("id") if tag == "table" else self.table
+        if tag == "td" and attributes.get("data-v"):
+            self.cells.setdefault(self.table, []).append(float(attributes["data-v"]))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass  # <line ... /> inside of an SVG
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def page_of(folder, runs=None, **kwargs):
+    return (
+        page.write(
+            folder,
+            runs or [page.read(folder)],
+            kwargs.pop("dataset", None),
+            kwargs.pop("cards", {}),
+            **kwargs,
+        )
+        .read_bytes()
+        .decode()
+    )
+
+
+def numbers_in_svg(page):
+    svgs = "".join(re.findall("<svg.*?</svg>", page, re.S))
+    return [
+        float(v)
+        for v in re.findall(r'\b(?:x|y|x1|x2|y1|y2|cx|cy)="([^"]*)"', svgs)
+        + re.split("[ML ]+", " ".join(re.findall(r'\bd="M([^"]*)"', svgs)))
+        if v
+    ]
+
+
+def test_fault_36_a_report_is_one_sound_file_whose_numbers_are_those_of_the_run_and_whose_names_are_text(
+    reported,
+):
+    page, metrics = (
+        (reported / "report.html").read_bytes().decode(),
+        json.loads((reported / "metrics.json").read_text()),
+    )
+    outline = Outline(page)
+    assert (
+        page.count("<script") == 1
+        and EVIL in outline.text
+        and "val<img src=x onerror=alert(1)>&\"'.png" in outline.text
+        and "<h1>a&lt;b&gt;&amp;" in page
+    )
+    assert all(a.startswith(("data:", "#")) for a in outline.addresses) and "//" not in re.sub(
+        '"data:[^"]*"', "", page
+    )
+    readings = ["student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble"]
+    figures = [("all", "pq"), ("things", "pq"), ("stuff", "pq"), ("all", "sq"), ("all", "rq")]
+    assert outline.cells["readings"] == [
+        v for r in readings for v in [*(metrics[r][a][b] for a, b in figures), metrics[r]["miou"]]
+    ]
+    rows = metrics["student/ensemble"]["per_class"].values()
+    assert {
+        row[k] for row in rows for k in ("pq", "sq", "rq", "semantic_iou", "tp", "fp", "fn")
+    } <= set(outline.cells["classes"]) and len(outline.cells["classes"]) == 8 * len(rows)
+    assert (
+        page.count("the paper’s reading</em>") == 1
+        and page.index("student, with the ensemble <em") > 0
+        and outline.text.count("SAM masks") == 3
+    )  # 3 unlabelled images
+    assert numbers_in_svg(page) and all(map(math.isfinite, numbers_in_svg(page)))
+
+
+def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini, tmp_path):
+    assert (
+        run(
+            "--stage",
+            "dewa",
+            "--images",
+            reported.parent / "set" / "images",
+            "--masks",
+            reported.parent / "set-masks",
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "dewa",
+        )
+        == 0
+    )
+    assert (
+        run(
+            "--stage",
+            "ssl",
+            "--method",
+            "dearli",
+            "--init",
+            tmp_path / "dewa",
+            "--steps",
+            1,
+            "--burn-in-warm",
+            0,
+            "--lambda-u",
+            0.5,
+            "--no-eval",
+            "--seed",
+            3,
+            "--out",
+            tmp_path / "warm",
+        )
+        == 0
+    )
+    assert (
+        run(
+            "--stage",
+            "ssl",
+            "--method",
+            "ssl",
+            "--preset",
+            "custom",
+            "--classifier",
+            "language",
+            "--alpha",
+            "0.4:0.8",
+            "--steps",
+            1,
+            "--no-eval",
+            "--out",
+            tmp_path / "custom",
+        )
+        == 0
+    )
+    for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
+        made = page.commands(page.read(folder))
+        assert len(made) == number
+        args = command_line.parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
+        job, cfg = stages.resolve(args)
+        stored = json.loads((folder / "config.json").read_text())
+        assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(
+            dataclasses.replace(cfg, white=sixteen_bit.WHITE).settled()
+        ) and job.out == folder
+        assert stages.identity(job, job.method, scenes.mini_taxonomy()) | {"taxonomy": 0} == {
+            k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")
+        } | {"taxonomy": 0}
+
+
+def test_runs_without_figures_log_or_weights_still_have_a_page(
+    reported, small_mini, tmp_path, capsys
+):
+    folder, log = tmp_path / "run", (reported / "log.jsonl").read_text().splitlines(keepends=True)
+    folder.mkdir()
+    shutil.copy(reported / "config.json", folder)
+    assert "no metrics.json" in page_of(folder) and "no log.jsonl" in page_of(folder)
+    for content, words in (
+        ("".join(log[:1]), "1 step;"),
+        ("".join(log)[:-30], "4 steps"),
+        (log[0].replace('"loss": ', '"loss": NaN, "was": '), "1 step;"),
+        (
+            "".join(log[:2])
+            + json.dumps(
+                {"step": 2, "lr": 1e-4, "time": 9.0, "skipped": "loss is nan", "images": [EVIL]}
+            )
+            + "\n",
+            "1 step skipped",
+        ),
+        ('{"step": 0}\n', "no log.jsonl with a finished step"),
+        (
+            '{"step": 0, "lr": 1e-4, "loss": 1e308, "time": 1}\n{"step": 1, "loss": -1e308, "time": 2}\n',
+            "2 steps",
+        ),
+    ):
+        (folder / "log.jsonl").write_text(content)
+        outline = Outline(page := page_of(folder))
+        assert (
+            words in outline.text
+            and page.count("<script") == 1
+            and all(map(math.isfinite, numbers_in_svg(page)))
+        ), content
+    shutil.copy(reported / "metrics.json", folder)
+    other = shutil.copytree(reported, tmp_path / "other", ignore=lambda *_: ["report.html"])
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps({**config, "stage": "ssl", "teacher_posterior": "decoder", "num_queries": 77})
+    )
+    assert (
+        dearli.main(
+            [
+                "--stage",
+                "report",
+                "--weights",
+                str(folder),
+                "--compare",
+                str(reported),
+                str(other),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    assert "no checkpoint" in capsys.readouterr().out
+    outline = Outline(page := (folder / "report.html").read_text())
+    assert (
+        "Without pictures" in page and len(outline.cells["runs"]) == 3 * 7 and "warm-up" not in page
+    )
+    differs = page[page.index("What differs") : page.index("Curves</h2>")]
+    assert (
+        "num_queries" in differs
+        and ">77<" in differs
+        and ">8<" in differs
+        and "<code>lr" not in differs
+        and "student, decoder alone</em>" in page
+    )
+    (folder / "metrics.json").write_text('{"images": ')
+    assert (
+        dearli.main(["--stage", "report", "--weights", str(folder), "--device", "cpu"]) == 2
+        and "metrics.json: not a readable JSON file" in capsys.readouterr().err
+    )
+    assert (
+        run(
+            "--stage",
+            "dewa",
+            "--masks",
+            reported.parent / "set-masks",
+            "--images",
+            reported.parent / "set" / "images",
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "dewa",
+        )
+        == 0
+    )
+    assert (
+        dearli.main(["--stage", "report", "--weights", str(tmp_path / "dewa"), "--device", "cpu"])
+        == 0
+        and "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
+    )
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_run(small_mini, tmp_path, capsys):
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    assert run("--stage", "sup", "--steps", 1, "--out", tmp_path / "run") == 0
+    assert (
+        "warning" in (said := capsys.readouterr().out)
+        and "again with --stage report" in said
+        and (tmp_path / "run" / "metrics.json").exists()
+    )
+
+
+def test_pictures_are_left_out_until_the_page_is_small_enough_and_many_classes_stay_readable(
+    tmp_path, monkeypatch
+):
+    names, rng = [f"class {k}" for k in range(150)], np.random.default_rng(0)
+    per_class = {
+        name: {
+            "pq": 0.5,
+            "sq": 0.5,
+            "rq": 1.0,
+            "iou": 1.0,
+            "tp": 2,
+            "fp": 0,
+            "fn": 0,
+            "semantic_iou": 0.5,
+        }
+        for name in names
+    }
+    group = {"pq": 0.5, "sq": 0.5, "rq": 1.0, "n": 150}
+    confusion = [
+        " ".join(map(str, row)) for row in (rng.random((150, 150)) ** 8 * 1000).astype(int).tolist()
+    ]
+    metrics = {
+        "images": 1,
+        "student/decoder": {
+            "all": group,
+            "things": group,
+            "stuff": group,
+            "per_class": per_class,
+            "miou": 0.5,
+            "confusion": confusion,
+        },
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    cards = {
+        "worst of 9": [
+            gallery.Card(f"{k}.png", "PQ 0.0", [("image", rng.bytes(30_000))]) for k in range(9)
+        ]
+    }
+    whole = page_of(tmp_path, cards=cards)
+    assert (
+        whole.count("<img ") == 9
+        and "28 of 150 classes" in whole
+        and whole.count('<g class="') <= 28 * 28
+    )
+    monkeypatch.setattr(page, "MAX_BYTES", 300_000)
+    small = page_of(tmp_path, cards=cards)
+    assert (
+        0 < small.count("<img ") < 9
+        and len(small.encode()) <= 300_000
+        and "0.png" in small
+        and "8.png" not in small
+    )
+
+
+class Browser:
+    """A headless Chromium, asked over a pipe (DevTools protocol): browser("Page.navigate", url=...)."""
+
+    def __init__(self, program, folder):
+        there, self.to = os.pipe()
+        self.back, here = os.pipe()
+        command = f'exec "$0" --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --user-data-dir="$1" about:blank 3<&{there} 4>&{here}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, program, str(folder)],
+            pass_fds=(there, here),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(there), os.close(here)
+        self.number, self.buffer, self.events, self.session = 0, b"", [], {}
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {
+            "sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        }
+
+    def __call__(self, method, **params):
+        self.number += 1
+        os.write(
+            self.to,
+            json.dumps(
+                {"id": self.number, "method": method, "params": params, **self.session}
+            ).encode()
+            + b"\0",
+        )
+        while (answer := self.message()).get("id") != self.number:
+            self.events.append(answer)
+        return answer["result"]
+
+    def message(self):
+        while b"\0" not in self.buffer:
+            self.buffer += (got := os.read(self.back, 1 << 16))
+            assert got, "the browser is gone"
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, address):
+        self.events = []
+        self("Page.navigate", url="about:blank"), self("Page.navigate", url=address)
+        while (
+            not any(e["method"] == "Page.loadEventFired" for e in self.events)
+            or self.ask("document.readyState + location.protocol") != "completefile:"
+        ):
+            self.events.append(self.message())
+
+    def ask(self, script):
+        answer = self("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+
+def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_tables(
+    reported, tmp_path
+):
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    if program is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    browser = Browser(program, tmp_path)
+    try:
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            browser(f"{domain}.enable")
+        address = (reported / "report.html").as_uri()
+        browser.open(f"{address}#sort=classes:fn:asc")
+        column = (
+            "[...document.querySelectorAll('#classes tbody tr')].map(r => r.cells[9 - 1].dataset.v)"
+        )
+        ascending = list(map(float, browser.ask(column)))
+        assert ascending == sorted(ascending) and ascending[0] < ascending[-1]
+        browser.ask("document.querySelector('#classes th[data-key=fn] button').click()")
+        wait_for(
+            lambda: (
+                browser.ask("location.hash") == "#sort=classes:fn:desc"
+                and list(map(float, browser.ask(column))) == ascending[::-1]
+            )
+        )
+        assert (
+            browser.ask("document.querySelector('#classes th[data-key=fn]').ariaSort")
+            == "descending"
+        )
+        browser.ask("document.querySelector('#classes th[data-key=class] button').click()")
+        names = "[...document.querySelectorAll('#classes tbody th')].map(h => h.textContent.trim())"
+        wait_for(
+            lambda: browser.ask(
+                f"{names}.join() === {names}.sort((a, b) => a.localeCompare(b)).join()"
+            )
+        )
+        assert (
+            browser.ask(
+                "[...document.images].every(i => i.complete && i.naturalWidth > 100) && document.images.length"
+            )
+            == 2 * 5 + 3 * 3 + 3 * 2
+        )
+        assert browser.ask("document.scripts.length") == 1 and any(
+            EVIL in name for name in browser.ask(names)
+        )
+        for width, scheme in ((320, "dark"), (1200, "light")):
+            browser(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=800,
+                deviceScaleFactor=1,
+                mobile=width < 600,
+            )
+            browser(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": scheme}],
+            )
+            assert (
+                browser.ask("document.documentElement.scrollWidth") <= width
+            )  # nothing hangs over
+            assert (
+                sum(
+                    map(
+                        int,
+                        re.findall(
+                            r"\d+", browser.ask("getComputedStyle(document.body).backgroundColor")
+                        ),
+                    )
+                )
+                < 200
+            ) == (scheme == "dark")
+        seen = {e["method"]: e["params"] for e in browser.events}
+        assert (
+            not {
+                "Page.javascriptDialogOpening",
+                "Runtime.exceptionThrown",
+                "Runtime.consoleAPICalled",
+                "Log.entryAdded",
+            }
+            & seen.keys()
+        ), seen
+        asked = [
+            e["params"]["request"]["url"]
+            for e in browser.events
+            if e["method"] == "Network.requestWillBeSent"
+        ]
+        assert asked and all(url.startswith(("data:", address, "about:")) for url in asked)
+    finally:
+        browser.process.kill()
+        browser.process.wait()

@@ -1,0 +1,417 @@
+"""."""
+
+import dataclasses
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import dearli
+import mean_teacher
+from config import MINI
+from engine import checkpoint, optim, stages
+from engine.evaluation import evaluate, frequency_groups, group_quality
+from ground import identity
+from ground.errors import UserError
+from mini import scenes
+from readers import panoptic
+from tests.helpers import (
+    REAL_DATA,
+    TINY,
+    TINY_FLAGS,
+    back_to,
+    fitting,
+    log_of,
+    needs_nuclei,
+    run,
+    same,
+    write_coco_folder,
+)
+from tools.zeroshot import flatten, zero_shot
+
+# ------------------------------------------------------------------------------------------------------ whole pipelines
+
+
+def test_two_images_can_be_learned_by_heart(small_mini):
+    cfg = dataclasses.replace(
+        MINI, labeled_batch=2, num_points=256, lr=1e-3, scale_min=1.0, scale_max=1.0
+    )
+    dataset = scenes.load_mini("2")
+    dataset.val = dataset.train
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
+    optimizer, things = optim.build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    batches = data.LabeledBatches(dataset, cfg, 140)
+    for step in range(140):
+        optim.set_lr(optimizer, step, 140, cfg)
+        mean_teacher.train_step(student, None, optimizer, batches[step], None, things, cfg, step)
+    metrics = evaluate({"student": student}, dataset, cfg, torch.device("cpu"), limit=2)[
+        "student/decoder"
+    ]
+    assert metrics["all"]["pq"] > 0.6, metrics["all"]
+
+
+def test_the_whole_pipeline_at_its_smallest(small_mini, tmp_path, capsys):
+    runs = ["--runs", tmp_path]
+    assert run("--stage", "ssl", "--no-make", *runs) == 2  # DEARLi without DeWa weights
+    message = capsys.readouterr().err
+    assert "--stage dewa" in message and "--method dear" in message and message.count("\n") == 1
+    assert (
+        run("--stage", "dewa", "--no-make", *runs) == 2
+        and "--stage masks" in capsys.readouterr().err
+    )
+    assert run("--stage", "masks", *runs, "--points-per-side", 4) == 0
+    assert len(list((tmp_path / "mini-masks").glob("*.json"))) == 12
+    assert run("--stage", "dewa", *runs, "--steps", 2) == 0
+    assert all(row["loss"] > 0 for row in log_of(tmp_path / "mini-dewa"))
+    for args in (
+        ["sup"],
+        ["ssl", "--method", "ssl"],
+        ["ssl", "--method", "dear"],
+        ["ssl", "--method", "dearli"],
+    ):
+        assert run("--stage", *args, *runs, "--steps", 4) == 0
+    metrics = json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text())
+    assert {"student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble"} <= set(
+        metrics
+    )
+    assert (
+        0 <= metrics["teacher/ensemble"]["all"]["pq"] <= 1
+        and len(metrics["student/decoder"]["per_class"]) == 20
+    )
+    (tmp_path / "mini-dearli-4" / "metrics.json").unlink()
+    assert (
+        dearli.main(
+            [
+                "--stage",
+                "eval",
+                "--dataset",
+                "mini",
+                "--weights",
+                str(tmp_path / "mini-dearli-4"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "mini-dearli-4" / "metrics.json").read_text()) == metrics
+    )  # every flag is remembered
+
+
+def test_a_stage_makes_what_an_earlier_one_has_not_made_or_goes_on_with_it(
+    small_mini, tmp_path, capsys
+):
+    ssl = [
+        "--stage",
+        "ssl",
+        "--runs",
+        tmp_path,
+        "--steps",
+        2,
+        "--dewa-steps",
+        4,
+        "--checkpoint-every",
+        2,
+        "--points-per-side",
+        2,
+        "--no-eval",
+    ]
+    assert run(*ssl, "--dry-run") == 0 and not list(tmp_path.rglob("*.json"))
+    said = capsys.readouterr().out
+    assert (
+        "mini-dewa: no DeWa weights; the warm-up would come first" in said
+        and "mini-masks: no SAM masks; they would be made first" in said
+    )
+    assert (
+        re.search(r"^masks +about \d+ seconds: 12 images", said, re.M)
+        and said.count("\ntime ") == 2
+    )
+    assert run(*ssl) == 0
+    said = capsys.readouterr().out
+    assert (
+        "mini-dewa: no DeWa weights; the warm-up comes first" in said
+        and "mini-masks: masks of 12 images, 12 of them made now" in said
+    )
+    warm = checkpoint.newest(tmp_path / "mini-dewa")
+    assert warm["step"] == 4 and checkpoint.newest(tmp_path / "mini-dearli-4")["config"]["init"][
+        "sha256"
+    ] == identity.of_tensors(warm["student"])
+    assert run(*ssl, "--dewa-steps", 9, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "that it began with; --dewa-steps, --points-per-side change nothing" in said
+    # what was stopped on the way goes on: a warm-up at its second step, masks at their eleventh
+    # image
+    back_to(tmp_path / "mini-dewa", 2)
+    (tmp_path / "mini-masks" / "train_00011.png.json").unlink()
+    assert (
+        run(*ssl, "--no-make", "--out", tmp_path / "not") == 2
+        and "mini-dewa: DeWa stopped at step 2 of 4" in capsys.readouterr().err
+    )
+    assert run(*ssl, "--out", tmp_path / "again") == 0
+    said = capsys.readouterr().out
+    assert (
+        "mini-dewa: DeWa stopped at step 2 of 4; the warm-up comes first" in said
+        and "masks of 12 images, 1 of them made now" in said
+    )
+    assert same(checkpoint.newest(tmp_path / "mini-dewa"), warm)
+    # by numbers that are asked for and are not those of what is there: refused; by numbers of the
+    # preset: said
+    for flags, words in (
+        (
+            ["--points-per-side", 3],
+            "masks made with other settings (points_per_side: 2 there, 3 now)",
+        ),
+        (["--dewa-steps", 5], "dewa_steps: 4 there, 5 now"),
+        (["--hidden", 64], "hidden: 32 there, 64 now"),
+    ):
+        assert run(*ssl, *flags, "--out", tmp_path / "not") == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
+    assert (
+        run(
+            "--stage",
+            "ssl",
+            "--runs",
+            tmp_path,
+            "--steps",
+            2,
+            "--no-eval",
+            "--out",
+            tmp_path / "preset",
+        )
+        == 0
+    )
+    assert (
+        "masks made with other settings than the preset's (points_per_side: 2 there, 12 now); "
+        "taken as they are" in capsys.readouterr().out
+    )
+
+
+def test_what_refuses_a_run_does_so_before_what_it_needs_is_made(
+    small_mini, tmp_path, monkeypatch, capsys
+):
+    assert run("--stage", "sup", "--steps", 1, "--no-eval", "--out", tmp_path / "there") == 0
+    monkeypatch.setattr(
+        stages, "stage_masks", lambda *args: pytest.fail("hours of work, and then an error")
+    )
+    timm = ["--backbone", "convnext_atto.d2_in1k", "--pretrained", "random"]
+    for flags, words in (
+        (["--out", tmp_path / "there"], "holds a run already"),
+        (["--out", "/proc/there"], "cannot be written"),
+        (["--pretrained", tmp_path / "no.pt"], "no such weights file"),
+        (["--backbone", "convnext_foo"], "unknown backbone"),
+    ):
+        for stage in (["dewa"], ["ssl", "--method", "dearli"]):
+            capsys.readouterr()
+            assert run("--stage", *stage, "--runs", tmp_path / "runs", *flags) == 2
+            assert words in capsys.readouterr().err
+    # a warm-up has no use for words, DEARLi has
+    linear = ["--stage", "ssl", "--method", "dearli", *timm, "--classifier", "linear"]
+    assert run(*linear, "--runs", tmp_path / "runs") == 2
+    assert "no text tower" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, tmp_path):
+    flags = [
+        "--dataset",
+        "mini",
+        "--split",
+        4,
+        "--device",
+        "cpu",
+        "--runs",
+        tmp_path,
+        "--stage",
+        "zeroshot",
+    ]
+    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+    assert main("--masks", "gt") == 0
+    metrics = json.loads((tmp_path / "mini-zeroshot-gt" / "metrics.json").read_text())["zero-shot"]
+    assert metrics["all"]["pq"] > 0.4
+    assert all(
+        c["sq"] == pytest.approx(1) for c in metrics["per_class"].values() if c["tp"]
+    )  # true masks, only the classes may be wrong
+    assert main("--masks", "sam", "--points-per-side", 4) == 0
+    sam = json.loads((tmp_path / "mini-zeroshot-sam" / "metrics.json").read_text())["zero-shot"]
+    assert 0 <= sam["all"]["pq"] < metrics["all"]["pq"]
+    dataset = scenes.load_mini("4")
+    model = stages.build(stages.Job(), MINI, dataset.taxonomy)
+    nothing = zero_shot(
+        model, dataset, MINI, torch.device("cpu"), lambda i: np.zeros((128, 128), np.int32)
+    )
+    assert nothing["all"]["pq"] == 0 and sum(c["fn"] for c in nothing["per_class"].values()) > 0
+    masks = np.zeros((4, 6, 3), bool)
+    masks[:, :, 1], masks[1:3, 1:4, 0], masks[1, 1, 2] = (
+        True,
+        True,
+        True,
+    )  # large, small on top, one pixel
+    assert flatten(masks, least=2).tolist() == [
+        [2] * 6,
+        [2, 0, 1, 1, 2, 2],
+        [2, 1, 1, 1, 2, 2],
+        [2] * 6,
+    ]
+
+
+def test_groups_of_classes_by_labelled_pixels(small_mini):
+    dataset = scenes.load_mini("4")
+    groups = frequency_groups(dataset, 5)
+    assert (
+        sorted(k for g in groups for k in g) == list(range(20))
+        and [len(g) for g in groups] == [4] * 5
+    )
+    pixels = sum(
+        np.bincount(dataset.train.truth(i).semantic().ravel().astype(int), minlength=20)
+        for i in dataset.labeled
+    )
+    assert max(pixels[groups[0]]) <= min(pixels[groups[-1]])
+    per_class = {
+        n: {"pq": k / 20, "tp": k % 2, "fp": 0, "fn": 0}
+        for k, n in enumerate(dataset.taxonomy.short_names)
+    }
+    rows = group_quality({"per_class": per_class}, dataset.taxonomy, groups)
+    for group, row in zip(groups, rows):
+        odd = [k for k in group if k % 2]
+        assert row["n"] == len(odd) and row["pq"] == pytest.approx(np.mean(odd) / 20 if odd else 0)
+
+
+def test_the_confusion_that_is_stored_is_that_of_the_stored_miou(small_mini):
+    dataset = scenes.load_mini("4")
+    result = evaluate(
+        {"student": stages.build(stages.Job(), MINI, dataset.taxonomy)},
+        dataset,
+        MINI,
+        torch.device("cpu"),
+    )["student/ensemble"]
+    confusion = np.array([[int(v) for v in row.split()] for row in result["confusion"]])
+    assert (
+        confusion.sum(1).tolist()
+        == sum(
+            np.bincount(dataset.val.truth(i).semantic().ravel().astype(int), minlength=20)
+            for i in range(4)
+        ).tolist()
+    )
+    iou = confusion.diagonal() / np.maximum(
+        confusion.sum(0) + confusion.sum(1) - confusion.diagonal(), 1
+    )
+    assert result["miou"] == pytest.approx(iou[confusion.sum(1) > 0].mean())
+
+
+def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, capsys):
+    sizes = [
+        "--runs",
+        tmp_path,
+        "--ssl-steps",
+        4,
+        "--dewa-steps",
+        2,
+        "--points-per-side",
+        4,
+        "--jobs",
+        1,
+    ]
+    assert run(*sizes) == 0
+    assert "DEARLi" in capsys.readouterr().out and Image.open(tmp_path / "demo.png").size[0] > 500
+    assert run("--stage", "ladder", "--seeds", 2, *sizes) == 0
+    content = json.loads((tmp_path / "ladder.json").read_text())
+    assert content["seeds"] == [0, 1] and {k: len(v) for k, v in content["results"].items()} == {
+        "sup": 2,
+        "ssl": 2,
+        "dear": 2,
+        "dearli": 2,
+    }
+    # equal optimiser steps: what DEARLi warms up is taken from its semi-supervised stage
+    assert len(log_of(tmp_path / "mini-sup-4")) == len(log_of(tmp_path / "mini-dear-4")) == 4
+    assert len(log_of(tmp_path / "mini-dewa")) + len(log_of(tmp_path / "mini-dearli-4")) == 4
+
+
+def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_path):
+    cfg = dataclasses.replace(TINY, ssl_steps=3, burn_in=1, eval_batch=32)
+    rungs = [(cfg, rung) for rung in stages.RUNGS if rung.title in ("M2F-Lang, supervised", "DEAR")]
+    torch.set_num_threads(1)  # as in the processes: sums in the same order
+    one, two = (
+        stages.run_rungs(
+            stages.Job(split="4", eval_on="dev", runs=tmp_path / str(jobs), jobs=jobs), rungs
+        )
+        for jobs in (1, 2)
+    )
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    assert one == two and len(one) == 2
+    with pytest.raises(UserError, match="unknown split '400' of data set mini"):
+        stages.run_rungs(stages.Job(split="400", runs=tmp_path / "3", jobs=2), rungs)
+
+
+def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):
+    root = write_coco_folder(tmp_path / "set")
+    own = ["--dataset", "custom", "--data-root", root, "--runs", tmp_path / "runs"]
+    flags = TINY_FLAGS[: TINY_FLAGS.index("--split")] + [
+        "--split",
+        "1_3",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    for args in (
+        ["masks"],
+        *(
+            [*stage, "--steps", 2]
+            for stage in (
+                ["dewa"],
+                ["sup"],
+                ["ssl", "--method", "ssl"],
+                ["ssl", "--method", "dearli"],
+            )
+        ),
+    ):
+        assert dearli.main(fitting(["--stage", *args, *own], flags)) == 0
+    metrics = json.loads((tmp_path / "runs" / "set-ssl-1_3" / "metrics.json").read_text())
+    assert 0 <= metrics["student/decoder"]["all"]["pq"] <= 1
+
+
+@needs_nuclei
+def test_real_microscopy_images_train_and_evaluate(tmp_path):
+    flags = TINY_FLAGS[: TINY_FLAGS.index("--split")] + [
+        "--split",
+        "1_32",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    dataset = panoptic.load_folder(REAL_DATA / "nuclei_panoptic", "1_32")
+    assert (len(dataset.train), len(dataset.val), len(dataset.labeled), len(dataset.unlabeled)) == (
+        513,
+        128,
+        16,
+        497,
+    )
+    for i in (0, 100):
+        truth = dataset.train.truth(i)
+        assert np.array_equal(
+            np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:], truth.areas
+        )
+    args = [
+        "--stage",
+        "ssl",
+        "--method",
+        "ssl",
+        "--dataset",
+        "custom",
+        "--data-root",
+        REAL_DATA / "nuclei_panoptic",
+        "--runs",
+        tmp_path,
+        "--steps",
+        3,
+        "--no-eval",
+    ]
+    assert dearli.main(fitting(args, flags)) == 0

@@ -1,0 +1,800 @@
+"""."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import signal
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+import dearli
+import model as m2f
+from config import Config
+from engine import checkpoint, command_line, evaluation, stages, training
+from engine.evaluation import evaluate
+from ground import colours, files, tensor_files
+from ground.errors import UserError
+from mini import microcosm, scenes
+from model import semantic_inference
+from panoptic_eval import MeanIoU, PanopticQuality
+from readers import ground_truth, panoptic
+from report import drawing
+from tests.helpers import (
+    ROOT,
+    TINY,
+    ended,
+    fingerprint,
+    fork,
+    png_of_16_bits,
+    predict_stage,
+    rewrite,
+    run,
+    square,
+    wait_for,
+    write_coco_folder,
+)
+from tools import predict, prepare
+
+
+def test_colours_of_classes_are_far_apart_for_every_eye_and_do_not_depend_on_their_number():
+    for count, least in ((7, 0.07), (20, 0.06), (150, 0.01)):
+        views = colours.seen(np.array(colours.palette(count)))
+        distances = np.linalg.norm(views[:, :, None] - views[:, None], axis=-1) + 9 * np.eye(count)
+        assert distances.min() > least, (count, distances.min((1, 2)))
+    assert colours.palette(20) == colours.palette(150)[:20] and colours.palette(3) == list(
+        colours.OKABE_ITO[:3]
+    )
+    red, green = colours.seen(np.array([[200, 60, 60], [100, 130, 60]])).transpose(1, 0, 2)
+    assert (
+        np.linalg.norm(red - green, axis=-1)[2] < 0.4 * np.linalg.norm(red - green, axis=-1)[0]
+    )  # an eye without green cones does mistake these
+    assert len({colours.shade(colours.OKABE_ITO[0], n) for n in range(40)}) == 40 and colours.shade(
+        (10, 20, 30), 0
+    ) == (10, 20, 30)
+
+
+def test_figures_over_nothing_are_not_printed_as_0():
+    quality = PanopticQuality(2)
+    quality.add(np.array([[1, 1]]), np.array([0]), np.array([[1, 1]]), np.array([0]))
+    metrics = {**quality.result([True, False]), "miou": 0.0, "miou_classes": 0}
+    assert [drawing.figure(metrics, keys) for _, keys in drawing.COLUMNS] == [
+        1.0,
+        1.0,
+        None,
+        1.0,
+        1.0,
+        None,
+    ]
+    assert drawing.table([("a run", metrics)]).splitlines()[1].split() == [
+        "a",
+        "run",
+        "100.0",
+        "100.0",
+        "n/a",
+        "100.0",
+        "100.0",
+        "n/a",
+    ]
+    assert (
+        drawing.figure({**metrics, "miou_classes": 1}, ("miou",)) == 0.0
+        and drawing.figure({}, ("things", "pq")) is None
+    )
+    del metrics["miou_classes"]  # as older versions stored it
+    assert drawing.figure(metrics, ("miou",)) == 0.0
+
+
+def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_image(tmp_path):
+    image, segment_map, labels = square()
+    taxonomy = ground_truth.Taxonomy(("cat", "grass"), (True, False), (1, 2))
+    drawn = np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False)).astype(
+        int
+    )  # ten times as large
+    assert drawn.shape == (640, 640, 3)
+    first, second, stuff, void = drawn[150, 50], drawn[150, 350], drawn[500, 100], drawn[300, 600]
+    mixed = lambda colour: np.round(128 * (1 - drawing.PAINT) + drawing.PAINT * np.array(colour))
+    assert (
+        np.abs(first - mixed(taxonomy.colours[0])).max() <= 1
+        and np.abs(stuff - mixed(taxonomy.colours[1])).max() <= 1
+    )
+    assert np.abs(first - second).max() > 20 and len(set(void)) == 1 and void[0] < 60
+    assert drawn[150, 240].min() > 240 and drawn[150, 235:246].min() < 80, (
+        "no white border with dark sides"
+    )
+    other = np.asarray(
+        drawing.overlay(image, segment_map[::-1].copy(), labels, taxonomy, names=False)
+    ).astype(int)
+    assert (other[490, 50] == first).all() and (other[490, 350] == second).all()
+    own = dataclasses.replace(taxonomy, palette=((1, 2, 3), (4, 5, 6)))
+    assert own.colours == [(1, 2, 3), (4, 5, 6)]
+    root = write_coco_folder(tmp_path / "set", images=1)
+    assert panoptic.load_folder(root, "1").taxonomy.palette is None
+    rewrite(
+        root / "panoptic_train.json",
+        lambda content: (
+            [c.update(color=[k, 7, 9]) for k, c in enumerate(content["categories"])] and None
+        ),
+    )
+    assert panoptic.load_folder(root, "1").taxonomy.colours[3] == (3, 7, 9)
+
+
+def test_names_are_written_on_segments_that_have_room_and_inside_the_image():
+    image, segment_map, labels = square()
+    taxonomy = ground_truth.Taxonomy(("cat, feline", "grass"), (True, False), (1, 2))
+    written = lambda **flags: (
+        np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, **flags))
+        != np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False))
+    ).any(-1)
+    plain, scored = written(), written(scores=[0.5, 0.75, 1.0])
+    for part in (np.s_[:320, :240], np.s_[:320, 240:480], np.s_[320:, :480]):
+        assert plain[part].sum() > 100 and scored[part].sum() > plain[part].sum()
+    assert not plain[:, 480:].any()  # nothing on void
+    long = dataclasses.replace(taxonomy, names=("cat" * 99, "grass"))
+    assert (
+        np.asarray(drawing.overlay(image, segment_map, labels, long))[:300]
+        == np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False))[:300]
+    ).all()
+    # a name that would hang over too far is not written, nor one whose place another name has taken
+    width = ImageFont.load_default(640 // drawing.PIXELS_A_FONT_SIZE).getlength("m" * 12) + 4
+
+    def names_of(*shares):
+        bars, x = (
+            np.zeros((640, 640), np.int32),
+            640 - sum(round(share * width) for share in shares),
+        )  # up to the right side of the image
+        for k, share in enumerate(shares, 1):
+            bars[300:322, x : x + round(share * width)] = k
+            x += round(share * width)
+        plain, named = (
+            np.asarray(
+                drawing.overlay(
+                    Image.new("RGB", (640, 640)),
+                    bars,
+                    np.zeros(len(shares), int),
+                    dataclasses.replace(taxonomy, names=("m" * 12, "grass")),
+                    names=names,
+                )
+            )
+            for names in (False, True)
+        )
+        return [(plain != named).any(-1)[bars == k].sum() > 500 for k in range(1, len(shares) + 1)]
+
+    assert names_of(1.1) == names_of(0.7) == [True] and names_of(0.5) == [False]
+    assert names_of(0.8, 0.02, 0.64)[::2] == [True, False] and names_of(1.1, 0.02, 0.7)[::2] == [
+        True,
+        True,
+    ]
+    for size in ((1, 1), (5000, 20), (20, 5000)):
+        image = Image.new("RGB", size)
+        for segment_map, labels in (
+            (np.ones(size[::-1], np.int32), np.array([1])),
+            (np.zeros(size[::-1], np.int32), np.zeros(0, int)),
+        ):
+            assert max(drawing.overlay(image, segment_map, labels, taxonomy).size) == (
+                640 if size == (1, 1) else 2560
+            )
+    with pytest.raises(ValueError, match="segment_map: expected"):
+        drawing.overlay(image, segment_map[1:], labels, taxonomy)
+
+
+def test_names_that_no_font_writes_are_category_ids_and_are_said_once(monkeypatch, capsys):
+    if drawing.font_of("cat") is None or drawing.FONTS is None:
+        pytest.skip("no scalable font")
+    monkeypatch.setattr(
+        drawing, "FONTS", ()
+    )  # a system without fonts: only Pillow's own, of Latin letters
+    for function in (drawing.font_of, drawing.written):
+        function.cache_clear()
+    image, segment_map, labels = square()
+    taxonomy = ground_truth.Taxonomy(("\u732b", "grass"), (True, False), (17, 2))
+    draw = lambda name: np.asarray(
+        drawing.overlay(
+            image, segment_map, labels, dataclasses.replace(taxonomy, names=(name, "grass"))
+        )
+    )
+    unknown = draw("\u732b")
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and "#17 \u732b" in said and "grass" not in said
+    assert np.array_equal(unknown, draw("#17")) and not np.array_equal(unknown, draw("#1"))
+    draw("\u732b")
+    assert capsys.readouterr().out == ""  # not for every picture
+    for text in (
+        "\u0642\u0637\u0629",
+        "\u0915\u0941\u0924\u094d\u0924\u093e",
+        "\ud55c\uad6d",
+        "cat \u732b",
+    ):
+        assert drawing.font_of(text) is None
+    assert drawing.font_of("traffic light (2)") == "" and drawing.written(
+        ("a b", "\u732b"), (1, 2)
+    ) == ("a b", "#2")
+    # scripts that must be shaped are in no font without what shapes them
+    monkeypatch.setattr(drawing, "FONTS", ("DejaVuSans.ttf",))
+    monkeypatch.setattr(drawing.features, "check", lambda name: False)
+    drawing.font_of.cache_clear()
+    assert drawing.font_of("\u0642\u0637\u0629") is None
+    for function in (drawing.font_of, drawing.written):
+        function.cache_clear()
+
+
+def test_names_are_written_by_a_font_of_the_system_that_has_their_letters(monkeypatch, capsys):
+    if drawing._font("DejaVuSans.ttf", 20) is None:
+        pytest.skip("no DejaVu Sans here")
+    monkeypatch.setattr(drawing, "FONTS", ("no such font.ttf", "DejaVuSans.ttf"))
+    for function in (drawing.font_of, drawing.written):
+        function.cache_clear()
+    name = "\u0441\u043e\u0431\u0430\u043a\u0430"  # dog, in Cyrillic
+    assert drawing.font_of(name) == "DejaVuSans.ttf" and drawing.written((name,), (3,)) == (name,)
+    image, segment_map, labels = square()
+    pictures = [
+        np.asarray(
+            drawing.overlay(
+                image,
+                segment_map,
+                labels,
+                ground_truth.Taxonomy((text, "grass"), (True, False), (3, 2)),
+            )
+        )
+        for text in (name, name[::-1], "#3")
+    ]
+    assert (
+        not any(np.array_equal(a, b) for a, b in itertools.combinations(pictures, 2))
+        and capsys.readouterr().out == ""
+    )
+    for function in (drawing.font_of, drawing.written):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "image, output",
+    [((16, 24), (50, 37)), ((16, 24), (16, 24)), ((16, 24), (3, 5)), ((1, 24), (2, 90))],
+)
+def test_semantic_inference_by_rows_is_that_of_the_whole(image, output, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    logits, posterior, sizes = (
+        torch.randn(4, 8, 8, generator=g),
+        torch.rand(4, 6, generator=g),
+        ((32, 32), image, output),
+    )
+    whole = semantic_inference(posterior, logits, sizes, m2f.resize_masks(logits, *sizes).sigmoid())
+    for values in (1, 4 * output[1] * 7, 10**9):  # one row, seven rows, all rows at once
+        monkeypatch.setattr(m2f, "CPU_CHUNK", values)
+        assert torch.equal(semantic_inference(posterior, logits, sizes), whole)
+
+
+def test_large_images_are_evaluated_in_parts_with_the_figures_of_the_whole(small_mini, monkeypatch):
+    # 100 queries: 1.6 GB at 2000 x 2000, for every model
+    large = evaluation.shared_masks(
+        torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000))
+    )
+    assert large is None
+    assert evaluation.shared_masks(
+        torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))
+    ).shape == (5, 30, 20)
+    cfg = dataclasses.replace(TINY, object_mask_threshold=0.0, overlap_threshold=0.0)
+    dataset = scenes.load_mini("4", "val")
+    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
+    models = {"student": student, "teacher": student.teacher()}
+    whole = evaluate(models, dataset, cfg, torch.device("cpu"), title="")
+
+    def made_whole(*args):
+        raise AssertionError("masks of all queries at once")
+
+    monkeypatch.setattr(evaluation, "SHARED_MASKS", 0)
+    monkeypatch.setattr(evaluation, "resize_masks", made_whole)
+    monkeypatch.setattr(m2f, "CPU_CHUNK", 2 * 128 * 128)  # two of six queries at a time
+    assert evaluate(models, dataset, cfg, torch.device("cpu"), title="") == whole
+    assert any(
+        reading["confusion"] != whole["student/decoder"]["confusion"] for reading in whole.values()
+    )
+
+
+def truth_of(folder, names, root):
+    """A data set of mini ground truth for these pictures."""
+    (root / "maps").mkdir(parents=True)
+    taxonomy, content = scenes.mini_taxonomy(), {"images": [], "annotations": []}
+    content["categories"] = [
+        {"id": i, "name": n, "isthing": int(t)}
+        for i, n, t in zip(taxonomy.ids, taxonomy.names, taxonomy.things)
+    ]
+    for i, name in enumerate(names):
+        s = microcosm.scene("val", i)
+        prepare.encode(s.segment_map).save(root / "maps" / f"{i}.png")
+        content["images"].append({"id": name, "file_name": name})
+        content["annotations"].append(
+            {
+                "image_id": name,
+                "file_name": f"{i}.png",
+                "segments_info": [
+                    {
+                        "id": k,
+                        "category_id": int(label) + 1,
+                        "area": int((s.segment_map == k).sum()),
+                        "iscrowd": 0,
+                    }
+                    for k, label in enumerate(s.labels, 1)
+                ],
+            }
+        )
+    (root / "truth.json").write_text(json.dumps(content))
+    return panoptic.PanopticFolder(
+        root / "truth.json", folder, root / "maps", taxonomy, validation=True
+    )
+
+
+@pytest.mark.parametrize("posterior, which", [("ensemble", "student"), ("decoder", "teacher")])
+def test_predictions_are_those_of_evaluation_and_valid_coco_panoptic_files(
+    posterior, which, small_run, tmp_path, monkeypatch
+):
+    pictures, out, names = (
+        small_run / "pictures",
+        tmp_path / "out",
+        ["a.png", "b.png", "more/c.png"],
+    )
+    flags = (
+        ["--posterior", "decoder", "--which", "teacher"] if which == "teacher" else []
+    )  # the others are the defaults
+    assert predict_stage(small_run, "--input", pictures, "--output", out, *flags) == 0
+    content, taxonomy = json.loads((out / "panoptic.json").read_text()), scenes.mini_taxonomy()
+    assert panoptic.read_taxonomy(out / "panoptic.json") == dataclasses.replace(
+        taxonomy, palette=tuple(taxonomy.colours)
+    )
+    predicted = panoptic.PanopticFolder(
+        out / "panoptic.json", pictures, out / "panoptic", taxonomy, validation=True
+    )
+    assert [predicted.name(i) for i in range(3)] == names and content["info"][
+        "posterior"
+    ] == posterior
+    # against itself: every segment is found; its area and box are those of its pixels
+    quality, mine = PanopticQuality(20), PanopticQuality(20)
+    truth = truth_of(pictures, names, tmp_path / "truth")
+    for i in range(3):
+        p, t = predicted.truth(i), truth.truth(i)
+        quality.add(p.segment_map, p.labels, p.segment_map, p.labels, p.areas, p.crowd)
+        mine.add(p.segment_map, p.labels, t.segment_map, t.labels, t.areas, t.crowd)
+        for k, segment in enumerate(content["annotations"][i]["segments_info"], 1):
+            assert (
+                segment["area"] == (p.segment_map == k).sum()
+                and segment["bbox"] == prepare.box(p.segment_map == k)
+                and 0 < segment["score"] <= 1
+            )
+    things = np.array(taxonomy.things)
+    found = sum(len(a["segments_info"]) for a in content["annotations"])
+    assert found > 3 and quality.result(things, taxonomy.short_names)["all"]["pq"] == 1
+    # evaluation on the same images sees the same maps, and the files have its PQ
+    seen = {"pq": [], "miou": []}
+    add, add_classes = PanopticQuality.add, MeanIoU.add
+    monkeypatch.setattr(
+        PanopticQuality, "add", lambda self, *a: (seen["pq"].append(a), add(self, *a))
+    )
+    monkeypatch.setattr(
+        MeanIoU, "add", lambda self, *a: (seen["miou"].append(a[0]), add_classes(self, *a))
+    )
+    state = checkpoint.newest(small_run / "run")
+    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
+    model = stages.build(stages.Job(), cfg, taxonomy)
+    stages.take(state, which, model, "run")
+    metrics = evaluate(
+        {"m": model},
+        ground_truth.DataSet("t", taxonomy, truth, truth, [], []),
+        cfg,
+        torch.device("cpu"),
+    )[f"m/{posterior}"]
+    of = ["decoder", "ensemble"].index(posterior)
+    for i, (name, segments) in enumerate(zip(names, seen["pq"][of::2])):
+        assert np.array_equal(segments[0], predicted.truth(i).segment_map) and np.array_equal(
+            segments[1], predicted.truth(i).labels
+        )
+        classes = np.asarray(Image.open(out / "semantic" / f"{name}.png"))
+        assert classes.dtype == np.uint8 and np.array_equal(
+            classes.astype(int) - 1, seen["miou"][of::2][i]
+        )
+    assert mine.result(things, taxonomy.short_names)["all"] == metrics["all"]
+
+
+def test_a_predictor_takes_a_path_and_arrays_that_mean_one_thing(small_run):
+    model, path = dearli.load(small_run / "run", device="cpu"), small_run / "pictures" / "a.png"
+    pixels = np.asarray(Image.open(path))
+    expected = model(Image.open(path)).segment_map
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    for same in (
+        path,
+        str(path),
+        pixels,
+        torch.from_numpy(pixels.copy()),
+        opaque,
+        pixels[:, ::-1][:, ::-1],
+    ):
+        assert np.array_equal(model(same).segment_map, expected)
+    grey = pixels[..., 0]
+    assert np.array_equal(model(grey[..., None]).segment_map, model(grey).segment_map)
+    for wrong, words in (
+        (
+            pixels / 255,
+            r"array \(128, 128, 3\) of float64: expected .* uint8, 0 to 255; of values from 0 to 1: \(255 \* x\)",
+        ),
+        (pixels.astype(np.float32), "of float32"),
+        (pixels.astype(np.int64), r"x.astype\(np.uint8\)"),
+        (pixels > 99, "of bool"),
+        (torch.from_numpy(pixels.copy()).permute(2, 0, 1), "channels come last"),
+        (pixels[None], "of a batch, call it for each image"),
+        ([pixels, pixels], "a list: .* call it for each"),
+        (pixels[..., :2], r"array \(128, 128, 2\)"),
+        (pixels[:0], r"array \(0, 128, 3\)"),
+        (None, "NoneType: expected"),
+    ):
+        with pytest.raises(TypeError, match=words) as error:
+            model(wrong)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="nowhere.png"):
+        model(small_run / "nowhere.png")
+
+
+def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no_image(
+    small_run, tmp_path, capsys, monkeypatch
+):
+    pictures, out = (
+        tmp_path / "pictures",
+        tmp_path / "pictures" / "out",
+    )  # predictions beside the pictures are not taken for pictures
+    shutil.copytree(small_run / "pictures", pictures)
+    Image.open(pictures / "a.png").convert("L").save(pictures / "a.jpg", quality=5)
+    Image.open(pictures / "b.png").save(pictures / "a.png.png")
+    for name, content in (
+        ("notes.txt", b"no image"),
+        (".hidden.jpg", b"no image"),
+        ("cut.png", (pictures / "a.png").read_bytes()[:500]),
+        ("empty.jpg", b""),
+        ("more/text.jpg", b"no image"),
+        (f"{'n' * 245}.png", (pictures / "a.png").read_bytes()),
+    ):
+        (pictures / name).write_bytes(content)
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
+    said, error = capsys.readouterr()
+    assert (
+        f"error: {pictures}: 4 of 9 pictures could not be read (see above); the others are in {out}\n"
+        in error
+    )
+    assert (
+        "2 files passed over, by their endings no images: '.hidden.jpg', 'notes.txt'\n" in said
+        and said.count("warning: ") == 4
+    )
+    for name in (
+        "cut.png: not a readable image",
+        "empty.jpg: not a readable image (empty file)",
+        "more/text.jpg: not a readable image",
+        "leaves no room for the names",
+    ):
+        assert name in said
+    names = ["a.jpg", "a.png", "a.png.png", "b.png", "more/c.png"]
+    content = json.loads((out / "panoptic.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == names
+    assert all(
+        {str(p.relative_to(out / kind)) for p in (out / kind).rglob("*.*")}
+        == {f"{name}.png" for name in names}
+        for kind in predict.KINDS
+    )
+    assert (out / "panoptic" / "a.jpg.png").read_bytes() != (
+        out / "panoptic" / "a.png.png"
+    ).read_bytes()
+    assert (
+        len(predict.Pictures(pictures, out, resume=True).names) == 8
+    )  # what was predicted is not taken for a picture
+    files.release(out)
+    # a second call changes nothing, and is refused before there is a model
+    monkeypatch.setattr(stages, "build", lambda *a: pytest.fail("a model was built"))
+    for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
+        before = fingerprint(pictures)
+        assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert (
+            f"error: {out / kept}: exists already; " in error
+            and "--force" in error
+            and error.count("\n") == 1
+        )
+        assert fingerprint(pictures) == before
+        for path in (
+            [p for p in out.rglob("*.png") if p != out / "overlay/b.png.png"]
+            if kept.startswith("panoptic/")
+            else [out / kept]
+        ):
+            path.unlink()
+        (out / "overlay/b.png.png").touch()
+    monkeypatch.undo()
+    assert predict_stage(small_run, "--input", pictures / "b.png", "--out", out, "--force") == 0
+    assert [image["id"] for image in json.loads((out / "panoptic.json").read_text())["images"]] == [
+        "b.png"
+    ] and Image.open(out / "overlay/b.png.png").size == (640, 640)
+
+
+def test_a_run_sees_16_bit_pictures_by_its_own_white_point(small_run, tmp_path, capsys):
+    eight = np.asarray(Image.open(small_run / "pictures" / "a.png").convert("L"))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "plain").mkdir()
+    Image.fromarray(eight).save(tmp_path / "plain" / "a.png")
+    png_of_16_bits(
+        tmp_path / "deep" / "a.png", eight.astype(np.uint16) << 4
+    )  # the same in 12 of 16 bits
+
+    def maps(name, *flags):
+        assert (
+            predict_stage(
+                small_run, "--input", tmp_path / name, "--out", tmp_path / "out", "--force", *flags
+            )
+            == 0
+        )
+        return (tmp_path / "out" / "panoptic" / "a.png.png").read_bytes(), capsys.readouterr().out
+
+    assert (
+        maps("deep", "--white", "4095")[0] == maps("plain")[0]
+        and "warning" not in maps("deep", "--white", "4095")[1]
+    )
+    dark = maps("deep")  # the run was trained on 8 bits: divided by 256
+    assert (
+        "warning: " in dark[1]
+        and "1 pictures that show next to nothing" in dark[1]
+        and "--white 65535: 'a.png'" in dark[1]
+    )
+    assert (
+        "1 pictures of 16 bits that lose what is brighter, by the run's --white 255"
+        in maps("deep", "--white", "255")[1]
+    )
+    model = dearli.load(small_run / "run", device="cpu", white=4095)
+    assert np.array_equal(
+        model(tmp_path / "deep" / "a.png").segment_map,
+        model(str(tmp_path / "plain" / "a.png")).segment_map,
+    )
+    assert np.array_equal(model(eight.astype(np.uint16) << 4).segment_map, model(eight).segment_map)
+
+
+def test_predictions_that_were_killed_are_continued_and_equal_those_that_were_not(
+    small_run, tmp_path, capsys
+):
+    pictures, out = small_run / "pictures", tmp_path / "out"
+    assert predict_stage(small_run, "--input", pictures, "--out", tmp_path / "whole") == 0
+    write = files.write_atomic
+
+    def slow(path, content):
+        write(path, content)
+        time.sleep(0.2)
+
+    def killed(*flags):
+        files.write_atomic = slow  # in the forked process only
+        return predict_stage(small_run, "--input", pictures, "--out", out, *flags)
+
+    for done, file, flags in (
+        (0, "semantic/a.png.png", []),
+        (1, "panoptic/b.png.png", ["--resume"]),
+    ):  # between the files of a picture
+        process = fork(lambda: killed(*flags), tmp_path / "said.txt")
+        try:
+            wait_for(lambda: (out / file).exists())
+        finally:
+            process.kill()
+        assert ended(process) == -signal.SIGKILL
+        assert (
+            len((out / "panoptic.jsonl").read_text().splitlines()) == 1 + done
+            and not (out / "panoptic.json").exists()
+        )
+    with open(out / "panoptic.jsonl", "a") as log:
+        log.write('{"image": {"id": "b.p')  # as if the power had gone in the middle of a line
+    (out / "panoptic" / ".a.png.png.1.tmp").write_text("half")
+    first = (out / "panoptic" / "a.png.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert (
+        predict_stage(small_run, "--input", pictures, "--out", out) == 2
+        and "--resume" in capsys.readouterr().err
+    )
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
+    assert (
+        "3 pictures, 2 of them made now" in capsys.readouterr().out
+        and (out / "panoptic" / "a.png.png").stat().st_mtime_ns == first
+    )
+    relative = lambda folder: {
+        path.replace(str(folder), ""): value
+        for path, value in fingerprint(folder).items()
+        if not path.endswith(".jsonl")
+    }
+    assert relative(out) == relative(tmp_path / "whole")
+    assert (
+        predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
+        and "0 of them made now" in capsys.readouterr().out
+    )
+    (out / "overlay" / "b.png.png").unlink()  # what is gone is made again
+    assert predict_stage(
+        small_run, "--input", pictures, "--out", out, "--resume"
+    ) == 0 and relative(out) == relative(tmp_path / "whole")
+    capsys.readouterr()
+    assert (
+        predict_stage(
+            small_run, "--input", pictures, "--out", out, "--resume", "--which", "teacher"
+        )
+        == 2
+    )
+    assert (
+        "cannot go on with what another model began (which: student there, teacher now"
+        in capsys.readouterr().err
+        and relative(out) == relative(tmp_path / "whole")
+    )
+
+
+def test_fault_43_a_picture_that_has_become_another_is_predicted_anew(small_run, tmp_path, capsys):
+    pictures, out = shutil.copytree(small_run / "pictures", tmp_path / "pictures"), tmp_path / "out"
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+    rows = {row["id"]: row for row in json.loads((out / "panoptic.json").read_text())["images"]}
+    assert rows["a.png"]["sha256"] == hashlib.sha256((pictures / "a.png").read_bytes()).hexdigest()
+    shutil.copy(pictures / "b.png", pictures / "a.png")
+    capsys.readouterr()
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
+    assert "3 pictures, 1 of them made now" in capsys.readouterr().out
+    assert (out / "panoptic" / "a.png.png").read_bytes() == (
+        out / "panoptic" / "b.png.png"
+    ).read_bytes()
+
+
+def test_pictures_of_any_size_and_mode_are_predicted_as_they_are_shown(small_run, tmp_path):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    scene = Image.fromarray(microcosm.scene("val", 0).image).resize((96, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene.convert("L").save(pictures / "grey.png")
+    Image.fromarray((np.asarray(scene.convert("L")).astype(np.uint16) << 8)).save(
+        pictures / "deep.png"
+    )
+    (
+        scene.convert("RGBA").save(pictures / "alpha.png"),
+        scene.convert("CMYK").save(pictures / "cmyk.tif"),
+        scene.save(pictures / "turned.jpg", exif=exif),
+    )
+    sizes = {
+        "grey.png": (64, 96),
+        "deep.png": (64, 96),
+        "alpha.png": (64, 96),
+        "cmyk.tif": (64, 96),
+        "turned.jpg": (96, 64),
+    }
+    for name, size in {"wide.png": (5000, 20), "one.png": (1, 1), "tall.png": (1, 50)}.items():
+        scene.resize(size).save(pictures / name)
+        sizes[name] = size[::-1]
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--test-max", 256) == 0
+    for image in json.loads((out / "panoptic.json").read_text())["images"]:
+        assert (image["height"], image["width"]) == sizes[image["id"]]
+        for kind in ("panoptic", "semantic"):
+            assert Image.open(out / kind / f"{image['id']}.png").size[::-1] == sizes[image["id"]]
+    ids = {name: panoptic.segment_ids(out / "panoptic" / f"{name}.png") for name in sizes}
+    assert (
+        np.array_equal(ids["grey.png"], ids["deep.png"]) and len(np.unique(ids["turned.jpg"])) > 1
+    )
+    model = dearli.load(small_run / "run", test_max=256, device="cpu")
+    array = np.asarray(scene)
+    for given in (scene, array, scene.convert("RGBA")):
+        assert np.array_equal(model(given).segment_map, ids["alpha.png"])
+    assert np.array_equal(
+        model(array[..., 0]).segment_map, model(Image.fromarray(array[..., 0])).segment_map
+    )
+    for given in (array.astype(np.float32)[..., 0], array[..., :2]):
+        with pytest.raises((ValueError, TypeError)):
+            model(given)
+    with pytest.raises(TypeError, match="no flag where"):
+        dearli.load(small_run / "run", where="here")
+
+
+def test_a_run_is_applied_without_its_data_set_and_an_older_one_asks_for_it(
+    small_run, tmp_path, capsys
+):
+    root, picture = write_coco_folder(tmp_path / "set"), small_run / "pictures" / "a.png"
+    flags = [
+        "--dataset",
+        "custom",
+        "--data-root",
+        root,
+        "--runs",
+        tmp_path / "runs",
+        "--steps",
+        1,
+        "--workers",
+        0,
+        "--no-eval",
+    ]
+    assert run("--stage", "sup", *flags) == 0
+    folder = tmp_path / "runs" / "set-sup-4"
+    assert json.loads((folder / "config.json").read_text())["taxonomy"]["ids"][:2] == [7, 17]
+    root.rename(tmp_path / "elsewhere")
+    assert predict_stage(None, "--input", picture, "--out", tmp_path / "out", weights=folder) == 0
+    assert {
+        s["category_id"] % 10
+        for a in json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]
+        for s in a["segments_info"]
+    } <= {7}
+    path = checkpoint.steps(folder)[-1]
+    state = tensor_files.load(path)
+    capsys.readouterr()
+
+    def change(taxonomy):
+        state["config"].pop("taxonomy", None)
+        state["config"] |= {} if taxonomy is None else {"taxonomy": taxonomy}
+        checkpoint.save(folder, state["step"], state)
+        return predict_stage(
+            None, "--input", picture, "--out", tmp_path / "out", "--force", weights=folder
+        ), capsys.readouterr().err.splitlines()[-1]
+
+    code, error = change(None)
+    assert (
+        code == 2
+        and f"error: {folder}: does not store its classes" in error
+        and f"{root}: no such folder" in error
+    )
+    (tmp_path / "elsewhere").rename(root)
+    assert change(None)[0] == 0
+    for broken in (
+        {},
+        [],
+        {"names": ["a"], "things": [True, False], "ids": [1], "palette": None},
+        {"names": [], "things": [], "ids": [], "palette": None},
+        {"names": ["a"], "things": [1], "ids": [1], "palette": None},
+        {"names": ["a"], "things": [True], "ids": [1], "palette": [[1, 2]]},
+        {"names": ["a"], "things": [True], "ids": [1], "palette": [[1, 2, 256]]},
+    ):
+        code, error = change(broken)
+        assert code == 2 and f"error: {folder}: its taxonomy is " in error, error
+    # an older run is resumed, one of other classes is not
+    differs = lambda stored: training.differing(
+        stored, {"stage": "sup", "taxonomy": {"names": ["b"]}}
+    )
+    assert differs({"stage": "sup"}) == [] and differs(
+        {"stage": "sup", "taxonomy": {"names": ["a"]}}
+    ) == ["taxonomy"]
+
+
+def test_an_official_file_predicts_what_its_run_predicts(small_run, tmp_path):
+    assert (
+        dearli.main(
+            [
+                "--stage",
+                "export",
+                "--weights",
+                str(small_run / "run"),
+                "--out",
+                str(tmp_path / "student.pth"),
+            ]
+        )
+        == 0
+    )
+    picture = Image.open(small_run / "pictures" / "a.png")
+    config = checkpoint.newest(small_run / "run")["config"]
+    numbers = {name: config[name] for name in command_line.READS["predict"]}
+    one, two = (
+        dearli.load(small_run / "run", device="cpu")(picture),
+        dearli.load(tmp_path / "student.pth", dataset="mini", device="cpu", **numbers)(picture),
+    )
+    assert (
+        np.array_equal(one.segment_map, two.segment_map)
+        and np.array_equal(one.semantic, two.semantic)
+        and one.names == two.names
+    )
+
+
+def test_the_snippets_of_the_documents_work(small_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(small_run / "run", tmp_path / "runs" / "mini-dearli-16")
+    shutil.copy(small_run / "pictures" / "a.png", tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    snippet = textwrap.dedent(
+        predict.__doc__.split("(`--stage predict`).")[1].split("For a picture")[0]
+    )
+    for snippet in [snippet, *re.findall(r"```python\n(.*?)```", readme, re.S)]:
+        (tmp_path / "overlay.png").unlink(missing_ok=True)
+        exec(snippet, {})
+        assert (
+            Image.open(tmp_path / "overlay.png").size == (640, 640)
+            and "(128, 128)" in capsys.readouterr().out
+        )

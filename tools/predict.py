@@ -1,0 +1,409 @@
+"""A trained run applied to pictures: to one from Python, to a folder from the command line (`--stage predict`).
+
+    import dearli
+
+    model = dearli.load("runs/mini-dearli-16")
+    result = model("picture.jpg")              # or a PIL image, or an array (H, W, 3) or (H, W)
+    print(result.segment_map.shape, result.names, result.scores)
+    result.overlay().save("overlay.png")
+
+For a picture PATH/a.jpg of the folder, OUTPUT/ holds (the whole name stays, so that a.jpg and a.png do not meet):
+
+    panoptic/PATH/a.jpg.png   segment ids R + 256 G + 65536 B, 0 = void
+    semantic/PATH/a.jpg.png   class + 1, the place among `categories` of the JSON; 8 bits, or 16 where there are more than 255 classes. By semantic
+                              inference, which knows no void: 0 does not occur, and a class need not be that of the panoptic map
+    overlay/PATH/a.jpg.png    for the eye, see `report.overlay`
+    panoptic.json             COCO panoptic format: ids of images are their names PATH/a.jpg, every
+                              segment has a score, `info` says what predicted;
+                              sha256 of a picture: of its file, so that --resume predicts one anew
+                              that has become another
+
+    panoptic.jsonl            the same, a line a picture; a line is written after the files of its picture, so a kill loses one picture at most
+
+Maps are as large as the picture as it is shown: turned as its EXIF block says. Every other file is written whole or not at all.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from tqdm import tqdm
+
+from config import BEFORE, Config
+from engine.evaluation import posterior_alphas, posterior_of
+from engine.training import append
+from ground.errors import UserError
+from ground.files import claim, release, write_atomic
+from model import Segmenter, panoptic_inference, semantic_inference
+from readers.exposure import above_white, uses_little
+from readers.ground_truth import Taxonomy
+from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
+from readers.sixteen_bit import WHITE
+from report import drawing
+from tools.prepare import encode
+
+KINDS = ("panoptic", "semantic", "overlay")
+NUMBERS = (
+    "alpha",
+    "clip_scale",
+    "object_mask_threshold",
+    "overlap_threshold",
+    "test_size",
+    "test_max",
+    "white",
+)  # of Config, that a prediction depends on
+CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
+
+
+@dataclass
+class Prediction:
+    """What a model says of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) classes;  scores: (N,), 0 to 1, the class
+    posterior;  semantic: (H, W) int64, a class for every pixel."""
+
+    image: Image.Image
+    segment_map: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    semantic: np.ndarray
+    taxonomy: Taxonomy
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of every segment."""
+        return [self.taxonomy.short_names[label] for label in self.labels]
+
+    def overlay(self, **flags) -> Image.Image:
+        """flags: as in `report.overlay`."""
+        return drawing.overlay(self.image, self.segment_map, self.labels, self.taxonomy, **flags)
+
+    def segments_info(self) -> list[dict]:
+        """As in COCO panoptic format, with a score."""
+        areas = np.bincount(self.segment_map.ravel(), minlength=len(self.labels) + 1)[1:]
+        boxes = [
+            (xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start)
+            for ys, xs in ndimage.find_objects(self.segment_map)
+        ]
+        return [
+            {
+                "id": k + 1,
+                "category_id": self.taxonomy.ids[label],
+                "area": int(areas[k]),
+                "bbox": [*boxes[k]],
+                "iscrowd": 0,
+                "score": round(float(self.scores[k]), 6),
+            }
+            for k, label in enumerate(self.labels)
+        ]
+
+
+class Predictor:
+    """A model with all that it takes to apply it. posterior: `decoder` or `ensemble`.   about: what `info` of the JSON shall say of its weights."""
+
+    def __init__(
+        self,
+        model: Segmenter,
+        taxonomy: Taxonomy,
+        cfg: Config,
+        device: torch.device,
+        posterior: str,
+        about: dict,
+    ):
+        self.model, self.taxonomy, self.cfg, self.device = model.eval(), taxonomy, cfg, device
+        self.alpha, self.things = (
+            posterior_alphas(cfg)[posterior],
+            torch.tensor(taxonomy.things, device=device),
+        )
+        self.about = {**about, "posterior": posterior}
+
+    @torch.no_grad()
+    def __call__(self, image) -> Prediction:
+        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that);
+        or what `from_array` takes.
+        16 bits become 8 by the white point of the run."""
+        if isinstance(image, (str, os.PathLike)):
+            image = open_image(Path(image), white=self.white)
+        image = as_rgb(image if isinstance(image, Image.Image) else from_array(image), self.white)
+        posterior, mask_logits, sizes = posterior_of(
+            self.model, image, self.cfg, self.device, self.alpha
+        )
+        found = panoptic_inference(
+            posterior,
+            mask_logits,
+            self.things,
+            sizes,
+            self.cfg.object_mask_threshold,
+            self.cfg.overlap_threshold,
+        )
+        return Prediction(
+            image,
+            *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))),
+            self.taxonomy,
+        )
+
+    @property
+    def white(self) -> int:
+        """Of 16-bit pictures, see `data.open_image`; an official file stores none."""
+        return self.cfg.white or WHITE
+
+    def info(self) -> dict:
+        """What a prediction depends on, beside the image. sha256: of the weights and the classes."""
+        digest = hashlib.sha256(repr(self.taxonomy).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        return {
+            **self.about,
+            "sha256": digest.hexdigest(),
+            **{name: getattr(self.cfg, name) for name in NUMBERS},
+            "white": self.white,
+        }
+
+
+def from_array(values) -> Image.Image:
+    """An array or a tensor as PIL, by its values and not by a guess.
+
+    values: uint8, (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), 0 to 255; or uint16 (H, W).
+    Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at 255.
+    """
+    expected = (
+        "expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, "
+        "uint8, 0 to 255"
+    )
+    if isinstance(values, (list, tuple)):
+        raise TypeError(
+            f"a {type(values).__name__}: {expected}; of several images, call it for each"
+        )
+    try:
+        x = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    except (TypeError, ValueError):
+        x = np.asarray(None)
+    if x.dtype.kind not in "buif":
+        raise TypeError(f"{type(values).__name__}: {expected}")
+    found = f"an array {x.shape} of {x.dtype}"
+    if x.ndim == 4:
+        raise TypeError(f"{found}: {expected}; of a batch, call it for each image")
+    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4):
+        raise TypeError(
+            f"{found}: {expected}; channels come last: x.transpose(1, 2, 0), of a tensor "
+            "x.permute(1, 2, 0)"
+        )
+    if x.ndim not in (2, 3) or not x.size or x.ndim == 3 and x.shape[2] not in (1, 3, 4):
+        raise TypeError(f"{found}: {expected}")
+    if x.dtype.kind == "f":
+        raise TypeError(
+            f"{found}: {expected}; of values from 0 to 1: (255 * x).round().astype(np.uint8), "
+            "from 0 to 255: x.round().astype(np.uint8)"
+        )
+    if x.ndim == 3 and x.shape[2] == 1:
+        x = x[..., 0]
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
+    if x.dtype != np.uint8 and not (x.ndim == 2 and x.dtype in (np.uint16, bool)):
+        raise TypeError(f"{found}: {expected}; of values from 0 to 255: x.astype(np.uint8)")
+    return Image.fromarray(np.ascontiguousarray(x))
+
+
+class Pictures:
+    """A picture, or those of a folder and of the folders in it, and where their predictions go.
+
+    What a picture is, `data.pictures` says; earlier predictions in the same folder are passed over,
+    too.
+    Raises: UserError if there is no picture, or something is there already that neither force allows to replace nor resume to continue.
+    """
+
+    def __init__(self, source: Path, output: Path, force: bool = False, resume: bool = False):
+        self.source, self.names, self.others, self.faults = (
+            Path(source),
+            [Path(source).name],
+            [],
+            [],
+        )
+        self.output, self.json, self.log = (
+            Path(output),
+            Path(output) / "panoptic.json",
+            Path(output) / "panoptic.jsonl",
+        )
+        if self.source.is_file():
+            self.source = self.source.parent
+        else:
+            self._list()
+        claim(self.output)
+        resume = resume and self.log.exists()
+        self.begun, rows = _read(self.log) if resume else ({}, {})
+        self.rows = {
+            name: row
+            for name, row in rows.items()
+            if all(path.exists() for path in self.targets(name)) and not self._changed(name, row)
+        }
+        wanted = (
+            []
+            if resume or force
+            else [
+                self.log,
+                self.json,
+                *(path for name in self.names for path in self.targets(name)),
+            ]
+        )
+        there = next((path for path in wanted if path.exists()), None)
+        if there:
+            release(self.output)
+            raise UserError(
+                f"{there}: exists already; go on with --resume if it is of an interrupted call, replace it with --force, or choose another --out"
+            )
+
+    def _list(self) -> None:
+        if not self.source.is_dir():
+            raise UserError(f"{self.source}: no such picture or folder of pictures")
+        own = {os.path.realpath(self.output / kind) for kind in KINDS}
+        images = [Path(name) for name in pictures(self.source, self.others.append, own)]
+        self.others.sort()
+        if not images:
+            raise UserError(
+                f"{self.source}: no pictures in this folder; expected files that end in "
+                f"{', '.join(endings())}"
+            )
+        # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
+        bad = [
+            path
+            for path in images
+            if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())
+        ]
+        self.names = [path.as_posix() for path in images if path not in bad]
+        self.faults = [
+            f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its predictions, or has control characters; rename it"
+            for path in bad
+        ]
+
+    def _changed(self, name: str, row: dict) -> bool:
+        """The picture of this name is another one by now. Older rows do not say of which they
+        are."""
+        return name in self.names and row["image"].get("sha256") not in (None, self._digest(name))
+
+    def _digest(self, name: str) -> str | None:
+        try:
+            return file_digest(self.source / name)
+        except UserError:  # whoever reads it will say so
+            return None
+
+    def targets(self, name: str) -> list[Path]:
+        return [self.output / kind / f"{name}.png" for kind in KINDS]
+
+    def fill(self, model: Predictor) -> int:
+        """Predict what is not done. Returns the number of pictures that were.   Raises: UserError at the end if some could not be read."""
+        todo, info, faults = (
+            [name for name in self.names if name not in self.rows],
+            model.info(),
+            [*self.faults],
+        )
+        begun = {**BEFORE, **self.begun}
+        differs = [
+            f"{key}: {begun.get(key)!s:.12} there, {info[key]!s:.12} now"
+            for key in info
+            if self.begun and begun.get(key) != info[key] and key != "weights"
+        ]
+        dark, cut_off = [], []
+        try:
+            if differs:
+                raise UserError(
+                    f"{self.output}: cannot go on with what another model began ({', '.join(differs)}); choose another folder with --out, "
+                    f"or begin anew with --force"
+                )
+            write_atomic(
+                self.log,
+                "".join(
+                    json.dumps(row) + "\n" for row in ({"info": info}, *self.rows.values())
+                ).encode(),
+            )
+            with open(self.log, "ab", buffering=0) as log:
+                for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
+                    try:
+                        image = open_image(self.source / name, white=model.white)
+                        cut_off += [name] * (above_white(self.source / name, model.white) > CUT_OFF)
+                    except UserError as error:
+                        faults.append(error)
+                        continue
+                    dark += [name] * uses_little(image)
+                    self.rows[name] = self._write(name, model(image))
+                    append(log, self.rows[name])
+            columns = {
+                key: [self.rows[name][key[:-1]] for name in sorted(self.rows)]
+                for key in ("images", "annotations")
+            }
+            write_atomic(
+                self.json,
+                json.dumps(
+                    {"info": info, **columns, "categories": model.taxonomy.categories()}
+                ).encode(),
+            )
+        finally:
+            release(self.output)
+        if self.others:
+            listed = ", ".join([*map(brief, self.others[:5]), *["..."] * (len(self.others) > 5)])
+            print(
+                f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}"
+            )
+        for names, what in (
+            (dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
+            (cut_off, "of 16 bits that lose what is brighter"),
+        ):
+            listed = ", ".join([*map(brief, names[:5]), *["..."] * (len(names) > 5)])
+            if names:
+                print(
+                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white "
+                    f"{model.white}: {listed}"
+                )
+        print("".join(f"warning: {fault}\n" for fault in faults), end="")
+        if faults:
+            every = len(self.names) + len(self.faults)
+            raise UserError(
+                f"{self.source}: {len(faults)} of {every} pictures could not be read (see above)"
+                + (f"; the others are in {self.output}" if len(faults) < every else "")
+            )
+        return len(todo)
+
+    def _write(self, name: str, result: Prediction) -> dict:
+        """Write the files of one picture. Returns its part of the JSON."""
+        classes = Image.fromarray(
+            (result.semantic + 1).astype(np.uint8 if len(result.taxonomy) < 256 else np.uint16)
+        )
+        for path, image in zip(
+            self.targets(name), (encode(result.segment_map), classes, result.overlay())
+        ):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            write_atomic(path, buffer.getbuffer())
+        height, width = result.segment_map.shape
+        return {
+            "image": {
+                "id": name,
+                "file_name": name,
+                "width": width,
+                "height": height,
+                "sha256": self._digest(name),
+            },
+            "annotation": {
+                "image_id": name,
+                "file_name": f"{name}.png",
+                "segments_info": result.segments_info(),
+            },
+        }
+
+
+def _read(log: Path) -> tuple[dict, dict]:
+    """What panoptic.jsonl knows: what predicted, and the finished pictures by name. A line that was cut short is left out."""
+    info, rows = {"sha256": "nothing"}, {}
+    for line in log.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if "info" in row:
+                info = dict(row["info"])
+            else:
+                rows[row["image"]["id"]] = {"image": row["image"], "annotation": row["annotation"]}
+    return info, rows
