@@ -1,32 +1,40 @@
 """DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
 
-    python dearli.py                                                    the demo: all stages on `mini`, a table, a picture
-    python dearli.py --stage import --from labelme --input DIR --out NEW   annotations of other tools as a data set of one's own
-    python dearli.py --stage validate --dataset custom --data-root DIR  read a whole data set, list what it holds and all that is wrong
-    python dearli.py --stage masks --dataset mini                       SAM's masks of all training images
-    python dearli.py --stage dewa --dataset mini                        decoder warm-up on them
-    python dearli.py --stage sup --dataset mini --split 16              supervised baseline
+    python dearli.py                                    the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage import --from labelme --input DIR --out NEW    annotations of other tools as a data set
+    python dearli.py --stage validate --dataset custom --data-root DIR      what a data set holds, and all that is wrong
+    python dearli.py --stage masks --dataset mini       SAM's masks of all training images
+    python dearli.py --stage dewa --dataset mini        decoder warm-up on them
+    python dearli.py --stage sup --dataset mini --split 16                  supervised baseline
     python dearli.py --stage ssl --dataset mini --split 16 --method dearli
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
-    python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions      a run applied to pictures
-    python dearli.py --stage report --weights runs/mini-dearli-16       its page anew: report.html; --compare runs/A runs/B puts others beside it
-    python dearli.py --stage ladder --dataset mini --seeds 3            the paper's Table 1 in miniature; `alpha`: its Table 8
+    python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions
+    python dearli.py --stage report --weights runs/mini-dearli-16           its page anew; --compare puts others beside it
+    python dearli.py --stage ladder --dataset mini --seeds 3                the paper's Table 1 in miniature; `alpha`: Table 8
 
-The stages themselves are in `stages.py`, which is imported when the command line is sound: a page of help and a refusal wait for no library.
+A stage is a function here, wiring only: its parameters are what it needs of the command line (`engine.request`), and it
+imports what it uses when it is called, so that a page of help and a refusal wait for no library.
 """
 
-import importlib.metadata
 import os
 import sys
-
-from engine.command_line import check, help_page, parser, require_there, stopped
-from ground.errors import UserError
 
 if sys.version_info < (3, 10):
     here = f"{sys.version.split()[0]} ({sys.executable})"
     sys.exit(f"error: Python 3.10 or newer is needed, this is {here}")
 
+import contextlib
+import dataclasses
+import importlib.metadata
+import inspect
+import io
+import json
+
+from engine.command_line import MAKES, check, help_page, parser, require_there, stopped
+from ground.errors import UserError, choose
+
 __version__ = "0.1.0"
+# Packages that some stages need, by the name that they are imported by.
 PACKAGES = {
     "open_clip": "open_clip_torch>=2.30",
     "timm": "timm>=1.0.12",
@@ -35,9 +43,408 @@ PACKAGES = {
     "tensorboard": "tensorboard",
     "pycocotools": "pycocotools>=2.0.7",
 }
-
 # Of every stage.
 REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def stage_prepare(source, cfg, assets):
+    """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
+    from pathlib import Path
+
+    from config import PAPERS_DATASETS
+    from tools import prepare
+
+    choose("data set to prepare", source.dataset, PAPERS_DATASETS)
+    folder = prepare.prepare(source.dataset, Path(source.data_root), assets, cfg.workers)
+    dataset = prepare.load(source.dataset, Path(source.data_root), "1")
+    print(
+        f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and "
+        f"{len(dataset.val)} validation images"
+    )
+    return folder
+
+
+def stage_import(input, out, source_format, background, val_share, stuff, masks_are, classes, cfg):
+    """Annotations of other tools, as a folder that every stage reads."""
+    from tools import importer
+
+    named = {"stuff": stuff, "masks_are": masks_are, "classes": classes}
+    result = importer.import_folder(
+        source_format, input, out, background, val_share, cfg.seed, **named
+    )
+    print(importer.summary(result, out))
+    return out
+
+
+def stage_validate(source, cfg, masks, json):
+    """Read the whole data set, list what it holds and all that is wrong with it. Raises UserError if anything is."""
+    from tools import validate
+
+    return validate.validate(source, cfg, masks, json)
+
+
+def stage_masks(source, place, machine, cfg, dry_run):
+    """SAM's masks of all training images, labelled and unlabelled alike."""
+    from engine import masks
+
+    folder = place.out or place.masks(source)
+    masks.make(source, folder, machine, cfg, dry_run)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------- training
+
+
+def stage_dewa(source, place, machine, cfg, course, masks=None):
+    """Decoder warm-up, L_loc on all SAM masks."""
+    import dewa
+    from engine.begin import as_begun, begin, begun, require_place
+    from engine.masks import provided, say_maker
+    from engine.stored import require_foundation
+    from pretrained.segmenter import build
+    from readers.mask_files import made_of
+    from report.finish import Pictures, write_report
+
+    cfg = dataclasses.replace(cfg, teacher_posterior="decoder")  # there is no teacher
+    folder = place.out or place.folder(source, "dewa", cfg.seed)
+    images = source.load_images(cfg)
+    before = begun(course, folder)
+    cfg = as_begun(course, dataclasses.replace(cfg, white=images.white), before, "dewa_steps")
+
+    def prepare():
+        require_place(folder, course.resume)
+        build(cfg, dewa.TAXONOMY, machine.device)  # its weights are asked for before hours of work
+
+    with provided(source, place, machine, cfg, course, images, masks, prepare) as (there, those):
+        made = made_of(there, images, those)
+        say_maker(course.given, cfg, made)
+        about = {
+            "stage": "dewa",
+            "dataset": source.name,
+            "data": images.fingerprint(),
+            "masks": made,
+        }
+        run = begin(course, folder, cfg, about, source.dataset, before)
+        method = dewa.Dewa(cfg, dewa.TAXONOMY, machine.device, machine.precision)
+        student = method.models["student"]
+        run.config["foundation"] = require_foundation(before.config, student, folder)
+        run.train(method, method.batches(dewa.MaskedImages(images, there, those)))
+    if not course.dry_run and first_rank():
+        write_report(method, None, folder, Pictures(0, there))
+    return folder
+
+
+def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
+    """The supervised baseline: labelled images only."""
+    from engine.begin import as_begun, beginning, begun, require_training_files, settle
+
+    folder = place.out or place.folder(source, f"sup-{source.split}", cfg.seed)
+    before = begun(course, folder)
+    dataset = source.load(cfg, config=before.config, origin=folder)
+    cfg = as_begun(course, settle(cfg, dataset), before, "sup_steps")
+    require_training_files(dataset, cfg, course.evaluate)
+    start, record = beginning(folder, before, init)
+    about = {
+        "data": dataset.train.fingerprint(dataset.labeled),
+        "truth": dataset.truth_fingerprint(unlabeled=False),
+        "init": record,
+    }
+    masks = masks or place.masks(source)
+    train("sup", source, machine, cfg, course, folder, dataset, before, start, about, masks)
+    return folder
+
+
+def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, masks=None):
+    """The semi-supervised stage, by one of the methods of `config.METHODS`."""
+    from config import require_semi_supervised
+    from engine.begin import as_begun, beginning, begun, require_training_files, settle
+    from readers.checks import require_files
+
+    folder = place.out or place.folder(source, f"{method}-{source.split}", cfg.seed)
+    before = begun(course, folder)
+    dataset = source.load(cfg, config=before.config, origin=folder)
+    cfg = as_begun(course, settle(cfg, dataset), before, "ssl_steps")
+    if not dataset.unlabeled:
+        raise UserError(
+            f"--split {source.split}: all images of {source.name} are labelled, none is left for "
+            "the semi-supervised stage; choose fewer, or --stage sup"
+        )
+    require_training_files(dataset, cfg, course.evaluate)
+    require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
+    if method == "dearli" and init is None and not before.knows_init:
+        init = warm_up(source, place, machine, cfg, course, dataset, folder, masks)
+    elif idle := sorted(course.given & MAKES["ssl"]):  # only with --resume: else they are refused
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        print(f"{folder}: goes on with the warm-up that it began with; {flags} change nothing")
+    start, record = beginning(folder, before, init)
+    # of a --dry-run there may be no DeWa weights yet: its steps are those of a run that has them
+    warm = record is not None or method == "dearli"
+    require_semi_supervised(cfg, warm)
+    about = {
+        "data": dataset.train.fingerprint(),
+        "truth": dataset.truth_fingerprint(),
+        "init": record,
+    }
+    masks = masks or place.masks(source)
+    train(method, source, machine, cfg, course, folder, dataset, before, start, about, masks, warm)
+    return folder
+
+
+def train(
+    name, source, machine, cfg, course, folder, dataset, before, start, about, masks, warm=False
+):
+    """A run of a method, from its begin to its figures. about: what it is made of;  start: what it starts from."""
+    from engine.begin import begin, identity, say_ablations, start_from
+    from engine.method import find
+    from engine.stored import require_foundation
+    from report.finish import Pictures, finish
+    from report.watch import watcher
+
+    about = {**identity(source, name, dataset.taxonomy), **about}
+    run = begin(course, folder, cfg, about, source.dataset, before, dataset)
+    say_ablations(cfg, "sup" if name == "sup" else "ssl", warm)
+    clip = start.state.get("clip") if start else None
+    method = find(name)(cfg, dataset.taxonomy, machine.device, machine.precision, clip, warm)
+    method.title = "supervised" if name == "sup" else name
+    student = method.models["student"]
+    run.config["foundation"] = require_foundation(before.config, student, folder)
+    start_from(start, about["init"], method, dataset)
+    run.watch = watcher(folder, method, dataset, course.watch if course.evaluate else 0)
+    run.train(method, method.batches(dataset))
+    pictures = Pictures(course.report_images, masks)
+    finish(method, dataset, folder, source, course, pictures)
+
+
+def warm_up(source, place, machine, cfg, course, dataset, run, masks):
+    """The DeWa run of a method that starts from one: the one of this name, if it is of these images, of this decoder and
+    finished; else it is made or goes on.
+
+    run: the folder of who needs it.   Returns: its folder; None with --dry-run, if there is none that is finished.
+    Raises: UserError if it is of something else, or may not be made.
+    """
+    from engine.begin import require_place, warm_up_there
+    from engine.rehearsal import say
+    from ground import ranks
+    from pretrained.segmenter import build
+
+    folder = place.folder(source, "dewa", cfg.seed)
+    what = warm_up_there(folder, source, cfg, course, dataset)
+    if not what:
+        return folder
+    if course.dry_run:
+        say("first", f"{folder}: {what}; the warm-up would come first (--no-make forbids it)")
+    else:
+        require_place(run, course.resume)
+        build(
+            cfg, dataset.taxonomy, machine.device
+        )  # its weights are asked for before hours of work
+        print(f"{folder}: {what}; the warm-up comes first (--no-make forbids it)")
+    ranks.wait()  # all have looked before one of them writes
+    steps = cfg.dewa_steps if "dewa_steps" in course.given else None
+    its_course = dataclasses.replace(course, resume=True, steps=steps)
+    stage_dewa(source, dataclasses.replace(place, out=None), machine, cfg, its_course, masks)
+    ranks.wait()  # the last checkpoint is written by one of them, and read by all
+    return None if course.dry_run else folder
+
+
+# --------------------------------------------------------------------------------------------- results
+
+
+def stage_eval(stored, source, place, machine, cfg, course, masks):
+    """The figures of a run, or of an official file: every metric of every reading."""
+    from engine.begin import require_own_results, settle
+    from engine.stored import restore
+    from ground.files import require_writable
+    from readers.checks import require_files, require_truth
+    from report.finish import Pictures, finish
+
+    dataset = source.load(cfg, config=stored.config, origin=stored.path)
+    cfg, folder = settle(cfg, dataset), results_folder(stored, place)
+    require_own_results(folder, stored, source, cfg, dataset)
+    require_writable(folder)
+    require_truth(dataset, learn=False)
+    require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
+    kind = method_of(stored)
+    method = restore(stored, kind, cfg, dataset.taxonomy, machine.device, source.name)
+    pictures = Pictures(course.report_images, masks or place.masks(source))
+    finish(method, dataset, folder, source, course, pictures, stored.config)
+    return folder
+
+
+def stage_predict(
+    stored, source, machine, cfg, out, input, which, posterior, palette, force, resume
+):
+    """A run, or an official file, applied to pictures of one's own."""
+    from pathlib import Path
+
+    from tools.predict import Pictures
+
+    folder = out or Path("predictions")
+    pictures = Pictures(input, folder, force, resume)
+    done = pictures.fill(predictor(stored, source, machine, cfg, which, posterior, palette))
+    print(f"{folder}: predictions of {len(pictures.names)} pictures, {done} of them made now")
+    return folder
+
+
+def predictor(stored, source, machine, cfg, which, posterior, palette):
+    """The student or the teacher of a run, with its own classes, as a function of images."""
+    from engine.stored import restore
+    from report.finish import repainted
+    from tools.predict import Predictor
+
+    if cfg.alpha == "labeled":
+        raise UserError("--alpha labeled: expected a number, pictures have no labelled share")
+    if stored.is_warm_up:
+        raise UserError(
+            f"{stored.path}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl"
+        )
+    choose(f"model of {stored.path}", which, stored.names)
+    taxonomy = repainted(stored.taxonomy(source, cfg), palette == "safe")
+    method = restore(stored, method_of(stored), cfg, taxonomy, machine.device, source.name)
+    posteriors = [r.split("/")[1] for r in method.readings if r.split("/")[0] == which]
+    usual = method.reading.split("/")[1]
+    posterior = choose("posterior of this run", posterior or usual, posteriors)
+    return Predictor(method, f"{which}/{posterior}", {"weights": str(stored.path)})
+
+
+def stage_report(stored, source, place, machine, cfg, compare, masks, report_images, palette):
+    """report.html of a run, beside those of --compare; without its data or weights, what can be said without them."""
+    from ground.files import require_writable
+    from report.finish import Pictures, report_again
+
+    folder = results_folder(stored, place)
+    require_writable(folder)
+    pictures = Pictures(report_images, masks or place.masks(source))
+    return report_again(
+        stored, source, machine.device, cfg, folder, compare, pictures, palette == "safe", method_of
+    )
+
+
+def stage_zeroshot(source, place, machine, cfg, masks):
+    """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
+    from tools import zeroshot
+
+    folder = place.out or place.folder(
+        source, f"zeroshot-{masks.name if masks else 'gt'}", cfg.seed
+    )
+    zeroshot.run(source, place, machine, cfg, masks, folder)
+    return folder
+
+
+def stage_export(stored, source, cfg, out, format):
+    """A run, or an official file, as one file: for the official code, or as safetensors."""
+    from tools.export import export
+
+    return export(stored, source, cfg, out, format)
+
+
+def method_of(stored):
+    """The class of the method of a run; official files are DEARLi's."""
+    from engine.method import find
+
+    return find(stored.config.get("stage", "dearli"))
+
+
+def results_folder(stored, place):
+    """Where the results of a run go, or of an official file."""
+    path = stored.path
+    return place.out or (path if path.is_dir() else place.runs / path.stem)
+
+
+# --------------------------------------------------------------------------- the paper's tables (mini)
+
+
+def stage_demo(source, place, machine, cfg, course, jobs):
+    """All stages on the miniature world, a table, and a picture of what each rung sees."""
+    from engine.begin import settle
+    from engine.stored import read, restore
+    from ground.files import require_writable
+    from report import drawing
+    from tools import ladder
+
+    ladder.require_rungs(cfg, ladder.RUNGS)
+    top = place.out or place.runs
+    require_writable(top)
+    rungs = {rung.run: rung for rung in ladder.SHOWN}  # two rows read the same run
+    metrics = run_rungs(source, place, machine, course, jobs, [(r, cfg) for r in rungs.values()])
+    metrics = dict(zip(rungs, metrics))
+    rows = [(rung.title, metrics[rung.run][rung.reading]) for rung in ladder.SHOWN]
+    print("\n" + drawing.table(rows))
+    dataset, methods = source.load(cfg), []
+    cfg = settle(cfg, dataset)
+    for rung in rungs.values():
+        stored = read(rung.folder(place, source, cfg))
+        kind = method_of(stored)
+        method = restore(stored, kind, cfg, dataset.taxonomy, machine.device, source.name)
+        title = "supervised" if rung.kind == "sup" else rung.title
+        methods.append((title, method, rung.reading))
+    ladder.picture(methods, dataset, top / "demo.png")
+    return top / "demo.png"
+
+
+def stage_ladder(source, place, machine, cfg, course, seeds, jobs):
+    """The paper's Table 1 in miniature."""
+    from tools.ladder import RUNGS
+
+    return table(source, place, machine, cfg, course, seeds, jobs, RUNGS, "ladder")
+
+
+def stage_alpha(source, place, machine, cfg, course, seeds, jobs):
+    """The paper's Table 8 in miniature, and an alpha that grows or follows the labelled share (supplement C)."""
+    from tools.ladder import ALPHAS
+
+    return table(source, place, machine, cfg, course, seeds, jobs, ALPHAS, "alpha")
+
+
+def table(source, place, machine, cfg, course, seeds, jobs, rungs, name):
+    """Every rung over several seeds: two tables, and the raw figures in NAME.json."""
+    from engine import masks
+    from ground.files import require_writable
+    from tools import ladder
+
+    ladder.require_rungs(cfg, rungs)
+    top = place.out or place.runs
+    require_writable(top)
+    if any(rung.kind == "dearli" for rung in rungs):
+        masks.make(source, place.masks(source), machine, cfg)  # all seeds share them
+    seeds = list(range(cfg.seed, cfg.seed + seeds))
+    trained = {rung.run: rung for rung in rungs}.values()
+    tasks = [(r, dataclasses.replace(cfg, seed=seed)) for r in trained for seed in seeds]
+    results: dict[str, list[dict]] = {}
+    metrics = run_rungs(source, place, machine, course, jobs, tasks)
+    for (rung, _), result in zip(tasks, metrics):
+        results.setdefault(rung.run, []).append(result)
+    print("\n" + ladder.tables(rungs, results))
+    ladder.write_results(top / f"{name}.json", results, source, cfg, seeds)
+    return top / f"{name}.json"
+
+
+def run_rungs(source, place, machine, course, jobs, tasks):
+    """The metrics of all rungs, `jobs` of them trained at a time."""
+    from tools.ladder import Trainer, run_rungs
+
+    trainer = Trainer(source, place, machine, course, stage_sup, stage_ssl, warm_up)
+    return run_rungs(trainer, tasks, jobs)
+
+
+def stage_mini_clip(out, cfg):
+    """Train the miniature CLIP anew."""
+    from mini import mini_clip
+
+    mini_clip.train(out or mini_clip.WEIGHTS, seed=cfg.seed)
+
+
+def stage_mini_sam(out, cfg):
+    """Train the miniature SAM anew."""
+    from mini import mini_sam
+
+    mini_sam.train(out or mini_sam.WEIGHTS, seed=cfg.seed)
+
+
+# ------------------------------------------------------------------------------------ the command line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,11 +455,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
-        if args.help:
-            print(help_page(args))
-            return 0
-        if args.version:
-            print(version())
+        if args.help or args.version:
+            print(help_page(args) if args.help else version())
             return 0
         said = args.method
         check(args)
@@ -63,9 +467,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--method {args.method}: the default for --dataset {args.dataset} with a linear "
                 "classifier; others are named with --method"
             )
-        from engine import stages
-
-        return stages.run(args)
+        return run(args)
     except UserError as error:
         print(f"{rank()}error: {error}", file=sys.stderr)
         return 2
@@ -73,32 +475,70 @@ def main(argv: list[str] | None = None) -> int:
         print(stopped(args), file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name in REQUIRED:
-            print(
-                f"error: {error.name} is not installed for {sys.executable}; activate the "
-                "environment that the README makes (source .venv/bin/activate), or make it: "
-                "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt",
-                file=sys.stderr,
-            )
-            return 2
-        if error.name not in PACKAGES:
+        advice = missing(error.name, args.stage)
+        if advice is None:
             raise
-        print(
-            f"error: {error.name} is not installed, and --stage {args.stage} needs it; python -m pip install '{PACKAGES[error.name]}'",
-            file=sys.stderr,
-        )
+        print(f"error: {advice}", file=sys.stderr)
         return 2
+
+
+def run(args) -> int:
+    """Do what the command line asks for; returns the exit code. Raises: UserError."""
+    from engine.resolve import resolve
+    from engine.training import Stopped
+    from ground import ranks
+
+    try:
+        request = resolve(args)
+        if args.print_config:
+            print(json.dumps(dataclasses.asdict(request["cfg"]), indent=1))
+            return 0
+        with contextlib.redirect_stdout(sys.stdout if first_rank() else io.StringIO()):
+            call(args.stage, request)
+        ranks.stop()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    return 0
+
+
+def call(stage: str, request: dict):
+    """A stage with what its parameters ask for. request: as `engine.resolve.resolve` returns."""
+    function = globals()[f"stage_{stage.replace('-', '_')}"]
+    return function(**{name: request[name] for name in inspect.signature(function).parameters})
+
+
+def first_rank() -> bool:
+    from ground import ranks
+
+    return ranks.rank() == 0
+
+
+def missing(package: str, stage: str) -> str | None:
+    """What to do about a package that is not installed; None if it is none of ours."""
+    if package in REQUIRED:
+        return (
+            f"{package} is not installed for {sys.executable}; activate the environment that the "
+            "README makes (source .venv/bin/activate), or make it: python3 -m venv .venv && "
+            ".venv/bin/python -m pip install -r requirements.txt"
+        )
+    if package in PACKAGES:
+        return (
+            f"{package} is not installed, and --stage {stage} needs it; python -m pip install "
+            f"'{PACKAGES[package]}'"
+        )
+    return None
 
 
 def version() -> str:
     """This program, Python and the libraries that decide on results; none of them is imported."""
-    found = [f"dearli {__version__}", f"python {sys.version.split()[0]}"]
+    parts = [f"dearli {__version__}", f"python {sys.version.split()[0]}"]
     for package in ("torch", "torchvision"):
         try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
+            parts.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{package} not installed")
-    return ", ".join(found)
+            parts.append(f"{package} not installed")
+    return ", ".join(parts)
 
 
 def rank() -> str:
@@ -108,10 +548,15 @@ def rank() -> str:
 
 
 def load(weights, **flags):
-    """A run, or an official file, as a function of images, a `predict.Predictor`. flags: those of the command line, as `which="teacher", device="cpu"`."""
-    from engine import stages
+    """A run, or an official file, as a function of images, a `tools.predict.Predictor`.
 
-    return stages.load(weights, **flags)
+    flags: those of the command line, as `which="teacher", device="cpu"`.
+    """
+    from engine.resolve import resolve_load
+
+    request = resolve_load(weights, flags)
+    names = inspect.signature(predictor).parameters
+    return predictor(**{name: request[name] for name in names})
 
 
 if __name__ == "__main__":

@@ -1,142 +1,201 @@
 """The semi-supervised step: a teacher labels weakly augmented images, the student learns them strongly augmented.
 
 Implements Eq. (1), labelled plus unlabelled loss, and Eq. (2), the teacher as moving average of the student; the teacher's
-class posteriors are ensembled with CLIP's (Eq. 6) before hard panoptic pseudo-labels are read off.
+class posteriors are ensembled with CLIP's (Eq. 6) before hard panoptic pseudo-labels are read off. `Supervised` is the
+baseline, `MeanTeacher` plain SSL, DEAR and DEARLi: they differ in the posterior and in what the student starts from.
 Differs from the paper: nothing. The burn-in (supervised steps before the first pseudo-label) is 0 officially.
 Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B images, N segments, S pixels of a side.
-Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out runs/try-burn-in`: a teacher that begins without having learned anything.
+Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out runs/try-burn-in`: a teacher that begins
+without having learned anything.
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from config import Config, alpha_at
-from data import Labeled, Unlabeled
-from engine.optim import Broken, descend, require_finite
+from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
+from engine.checkpoint import state_of
+from engine.optim import Broken, build_optimizer, descend, require_finite
 from ground import ranks
+from inference import (
+    POSTERIORS,
+    join_stuff,
+    panoptic_inference,
+    papers_reading,
+    predict,
+    semantic_inference,
+)
 from losses import learn, point_generators
 from matcher import Target
-from model import Segmenter, panoptic_inference, semantic_inference
+from model import Segmenter
+from panoptic_eval import PanopticScore, SemanticScore
+from pretrained.segmenter import build
 
 
-def train_step(
-    student: Segmenter,
-    teacher: Segmenter | None,
-    optimizer: torch.optim.Optimizer,
-    labeled: Labeled,
-    unlabeled: Unlabeled | None,
-    things: Tensor,
-    cfg: Config,
-    step: int,
-    warm: bool = False,
-    precision: torch.dtype = torch.float32,
-) -> dict[str, float]:
-    """One Mean Teacher step, Eq. (1) and (2). Without unlabelled images: a supervised step.
+class Supervised:
+    """The supervised baseline: labelled images only. A method as in `engine.method`, which says what its names mean."""
 
-    Args:
-        things: (K,) bool; none of them with semantic labels.     step: from 0.     warm: the teacher started from DeWa weights (constant decay).
-        precision: of the model's matrix products; losses, matching and the ensemble are always fp32.
-    Returns: the loss terms, weighted, and the gradient norm, as floats.
-    Raises: NotFinite, with both models as they were; Broken, with the teacher as it was, if the student is lost.
-    """
-    device = labeled.images.device
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        if unlabeled is None:
-            f_labeled = student.backbone(labeled.images)
-        else:
-            # 1 the views; a frozen backbone is shared and sees all of them in one pass
-            strong = mix_images(unlabeled.strong, unlabeled.partner_strong, unlabeled.boxes)
-            weak = torch.cat([unlabeled.weak, unlabeled.partner_weak])
-            f_labeled, f_strong, f_weak = backbone_features(
-                student, teacher, labeled.images, strong, weak
+    title = "supervised"
+    metrics = (PanopticScore, SemanticScore)
+
+    def __init__(self, cfg, taxonomy, device, precision=torch.float32, clip=None, warm=False):
+        self.cfg, self.taxonomy, self.device = cfg, taxonomy, device
+        self.precision, self.warm = precision, warm
+        self.models = {"student": build(cfg, taxonomy, device, clip)}
+        self.things = torch.tensor(taxonomy.things, device=device)
+        # Of what is learned: semantic labels have one segment a class.
+        self.counted = torch.tensor(taxonomy.things) & (cfg.labels == "panoptic")
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.models["student"], self.cfg)
+
+    def batches(self, dataset) -> LabeledBatches:
+        return LabeledBatches(dataset, self.cfg, self.cfg.sup_steps)
+
+    def step(self, labeled: Labeled, t: int) -> dict[str, float]:
+        """The labelled half of Eq. (1)."""
+        with self.autocast():
+            features = self.models["student"].backbone(labeled.images)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = require_finite(self.learn_labeled(features, labeled, t))
+        norm = descend(self.optimizer, self.cfg)
+        return {"loss": sum(terms.values()), **terms, "grad_norm": norm}
+
+    def learn_labeled(self, features, labeled: Labeled, t: int) -> dict[str, Tensor]:
+        first = ranks.share(self.cfg.labeled_batch).start
+        return self.learn("labeled", features, labeled.targets, t, first)
+
+    def learn(self, kind: str, features, targets, t: int, slot: int, weight=1.0) -> dict:
+        """Eq. (3) of the student and its gradient. slot: of the first image, for its sampled points."""
+        head, cfg = self.models["student"].head, self.cfg
+        generators = point_generators(cfg.seed, t, slot, len(targets), self.device)
+        losses = learn(head, features, targets, cfg.loss, generators, self.precision, weight)
+        return {f"{kind}/{name}": value for name, value in losses.items()}
+
+    def autocast(self):
+        """For the model's matrix products; losses, matching and the ensemble are always fp32."""
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=enabled)
+
+    @property
+    def readings(self) -> dict[str, str]:
+        posteriors = ("decoder", "ensemble") if self.cfg.has_ensemble else ("decoder",)
+        return {f"{model}/{p}": POSTERIORS[p] for model in self.models for p in posteriors}
+
+    @property
+    def reading(self) -> str:
+        """The paper reads DEAR and DEARLi with the ensemble, the others from the decoder alone (Table 1)."""
+        return papers_reading(self.cfg.teacher_posterior)
+
+    @property
+    def pictured(self) -> dict[str, str]:
+        captions = {"student/clip": POSTERIORS["clip"]} if self.cfg.has_ensemble else {}
+        if "teacher" in self.models:
+            captions["teacher/pseudo"] = POSTERIORS[self.cfg.teacher_posterior]
+        return captions
+
+    def predict(self, images, sizes, readings, t=None, semantic=True):
+        """See `inference.predict`."""
+        alphas = {reading: self._alpha(reading.split("/")[1], t) for reading in readings}
+        return predict(self.models, alphas, images, sizes, self.things, self.cfg, semantic)
+
+    def _alpha(self, posterior: str, t: int | None) -> float:
+        if posterior == "pseudo":
+            return teacher_alpha(self.cfg, self.cfg.ssl_steps if t is None else t, self.warm)
+        return {"decoder": 1.0, "clip": 0.0}.get(posterior, alpha_at(self.cfg.alpha, 1.0))
+
+
+class MeanTeacher(Supervised):
+    """SSL, DEAR and DEARLi. Subclasses that make other pseudo-labels replace `teacher_answer` or `pseudo_labels`."""
+
+    title = "Mean Teacher"
+
+    def __init__(self, cfg, taxonomy, device, precision=torch.float32, clip=None, warm=False):
+        super().__init__(cfg, taxonomy, device, precision, clip, warm)
+        self.models["teacher"] = self.models["student"].teacher()
+
+    def batches(self, dataset) -> SemiSupervisedBatches:
+        return SemiSupervisedBatches(dataset, self.cfg, self.cfg.ssl_steps, self.warm)
+
+    def step(self, batch: tuple[Labeled, Unlabeled | None], t: int) -> dict[str, float]:
+        """One step of Eq. (1) and (2). During burn-in there are no unlabelled images, and the teacher is the student."""
+        labeled, unlabeled = batch
+        cfg, student, teacher = self.cfg, self.models["student"], self.models["teacher"]
+        pseudo = []
+        with self.autocast():
+            if unlabeled is None:
+                f_labeled = student.backbone(labeled.images)
+            else:
+                # 1 the views; a frozen backbone is shared and sees all of them in one pass
+                strong = mix_images(unlabeled.strong, unlabeled.partner_strong, unlabeled.boxes)
+                weak = torch.cat([unlabeled.weak, unlabeled.partner_weak])
+                f_labeled, f_strong, f_weak = self.features(labeled.images, strong, weak)
+                # 2 pseudo-labels of the weak views; then CutMix, the same boxes as on the images
+                pseudo = self.pseudo_labels(f_weak, weak.shape[-2:], t)
+                first, partners = pseudo[: len(strong)], pseudo[len(strong) :]
+                pseudo = mix_targets(first, partners, unlabeled.boxes, self.counted)
+        # 3 the student learns from both, without the ensemble: Eq. (3) each, Eq. (1) as a sum of gradients
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.learn_labeled(f_labeled, labeled, t)
+        if unlabeled is not None:
+            slot = cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start
+            terms |= self.learn("unlabeled", f_strong, pseudo, t, slot, cfg.lambda_u)
+        # 4 student by gradient, then teacher by average
+        terms = require_finite(terms)
+        norm = descend(self.optimizer, cfg)
+        update_teacher(teacher, student, ema_decay(t, cfg, self.warm))  # Eq. (2)
+        row = {"loss": sum(terms.values()), **terms}
+        if unlabeled is not None:
+            row["pseudo_segments"] = _segments_an_image(pseudo, self.device)
+        return {**row, "grad_norm": norm}
+
+    def features(self, labeled: Tensor, strong: Tensor, weak: Tensor):
+        """Backbone features of three groups of images: one pass if the frozen backbone is shared, else one each."""
+        student, teacher = self.models["student"], self.models["teacher"]
+        if student.backbone is teacher.backbone:
+            maps = student.backbone(torch.cat([labeled, strong, weak]))
+            return zip(*(m.split([len(labeled), len(strong), len(weak)]) for m in maps))
+        with torch.no_grad():
+            of_teacher = teacher.backbone(weak)
+        return student.backbone(labeled), student.backbone(strong), of_teacher
+
+    def teacher_answer(self, features: list[Tensor], t: int) -> tuple[Tensor, Tensor]:
+        """What pseudo-labels of step t are made of: class posterior (B, Q, K+1), Eq. (4)-(6), and mask_logits (B, Q, h, w)."""
+        teacher = self.models["teacher"]
+        class_logits, mask_logits = teacher.predict(features)
+        alpha = teacher_alpha(self.cfg, t, self.warm)
+        return teacher.posterior(features, class_logits, mask_logits, alpha), mask_logits
+
+    @torch.no_grad()
+    def pseudo_labels(self, features: list[Tensor], size, t: int) -> list[Target]:
+        """Hard pseudo-labels of B images at full resolution, size = (H, W).
+
+        No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
+        Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
+        """
+        targets, sizes, cfg = [], (size, size, size), self.cfg
+        for posterior, mask_logits in zip(*self.teacher_answer(features, t)):
+            if cfg.labels == "semantic":
+                classes = semantic_inference(posterior, mask_logits, sizes)
+                labels, segment_map = classes.unique(return_inverse=True)
+                targets.append(Target(labels, (segment_map + 1).int()))
+                continue
+            thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
+            segment_map, labels, _ = panoptic_inference(
+                posterior, mask_logits, self.counted, sizes, *thresholds
             )
-            # 2 pseudo-labels: weak views, teacher, CLIP ensemble; then CutMix, the same boxes as on the images
-            pseudo = pseudo_labels(
-                teacher, f_weak, things, weak.shape[-2:], teacher_alpha(cfg, step, warm)
-            )
-            pseudo = mix_targets(
-                pseudo[: len(strong)], pseudo[len(strong) :], unlabeled.boxes, things
-            )
-    # 3 the student learns from both, without the ensemble: Eq. (3) for each, and Eq. (1) as a sum of gradients
-    optimizer.zero_grad(set_to_none=True)
-    draws = point_generators(
-        cfg.seed, step, ranks.share(cfg.labeled_batch).start, len(labeled.targets), device
-    )
-    terms = {
-        f"labeled/{k}": v
-        for k, v in learn(
-            student.head, f_labeled, labeled.targets, cfg.loss, draws, precision
-        ).items()
-    }
-    if unlabeled is not None:
-        draws = point_generators(
-            cfg.seed,
-            step,
-            cfg.labeled_batch + ranks.share(cfg.unlabeled_batch).start,
-            len(pseudo),
-            device,
-        )
-        terms |= {
-            f"unlabeled/{k}": v
-            for k, v in learn(
-                student.head, f_strong, pseudo, cfg.loss, draws, precision, cfg.lambda_u
-            ).items()
-        }
-    # 4 student by gradient, then teacher by average
-    terms = require_finite(terms)
-    loss = sum(terms.values())
-    norm = descend(optimizer, cfg)
-    if teacher is not None:
-        update_teacher(teacher, student, ema_decay(step, cfg, warm))  # Eq. (2)
-    if unlabeled is not None:
-        segments, images = ranks.total(
-            torch.tensor([sum(map(len, pseudo)), len(pseudo)], dtype=torch.float32, device=device)
-        ).tolist()
-        terms["pseudo_segments"] = segments / images
-    return {"loss": loss, **terms, "grad_norm": norm}
+            targets.append(Target(labels, segment_map))
+        return targets
 
 
-def backbone_features(
-    student: Segmenter, teacher: Segmenter, labeled: Tensor, strong: Tensor, weak: Tensor
-):
-    """Features of the three groups of images: one pass if the frozen backbone is shared, one each if it is trained."""
-    if student.backbone is teacher.backbone:
-        maps = student.backbone(torch.cat([labeled, strong, weak]))
-        return zip(*(m.split([len(labeled), len(strong), len(weak)]) for m in maps))
-    with torch.no_grad():
-        of_teacher = teacher.backbone(weak)
-    return student.backbone(labeled), student.backbone(strong), of_teacher
-
-
-@torch.no_grad()
-def pseudo_labels(
-    teacher: Segmenter, features: list[Tensor], things: Tensor, size, alpha: float
-) -> list[Target]:
-    """Hard panoptic pseudo-labels of B images: Eq. (4)-(6), then panoptic inference at full resolution `size` = (H, W).
-
-    No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
-    Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
-    """
-    class_logits, mask_logits = teacher.predict(features)
-    posterior = teacher.posterior(features, class_logits, mask_logits, alpha)
-    targets = []
-    for p, m in zip(posterior, mask_logits):
-        if teacher.cfg.labels == "semantic":
-            labels, segment_map = semantic_inference(p, m, (size, size, size)).unique(
-                return_inverse=True
-            )
-            targets.append(Target(labels, (segment_map + 1).int()))
-            continue
-        segment_map, labels, _ = panoptic_inference(
-            p,
-            m,
-            things,
-            (size, size, size),
-            teacher.cfg.object_mask_threshold,
-            teacher.cfg.overlap_threshold,
-        )
-        targets.append(Target(labels, segment_map))
-    return targets
+def _segments_an_image(targets: list[Target], device) -> float:
+    """Of all ranks."""
+    counts = torch.tensor([sum(map(len, targets)), len(targets)], dtype=torch.float32)
+    segments, images = ranks.total(counts.to(device)).tolist()
+    return segments / images
 
 
 def mix_images(images: Tensor, partners: Tensor, boxes) -> Tensor:
@@ -172,21 +231,10 @@ def mix_target(
     mixed = first.segment_map.clone()
     mixed[top:bottom, left:right] = shifted[top:bottom, left:right].to(mixed.dtype)
     labels = torch.cat([first.labels, second.labels])
-    present = torch.bincount(mixed.flatten(), minlength=len(labels) + 1).tolist()
-    lut, stuff, kept = [0] * (len(labels) + 1), {}, []
-    for k, label in enumerate(labels.tolist()):
-        if not present[k + 1]:
-            continue
-        if label in stuff:
-            lut[k + 1] = stuff[label]
-            continue
-        kept.append(k)
-        lut[k + 1] = len(kept)
-        if not things[label]:
-            stuff[label] = len(kept)
-    return Target(
-        labels[kept], torch.tensor(lut, dtype=mixed.dtype, device=mixed.device)[mixed.long()]
-    )
+    pixels = torch.bincount(mixed.flatten(), minlength=len(labels) + 1).tolist()
+    segments, number = join_stuff(labels.tolist(), [n > 0 for n in pixels[1:]], things)
+    number = torch.tensor([0, *number], dtype=mixed.dtype, device=mixed.device)
+    return Target(labels[segments], number[mixed.long()])
 
 
 def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
@@ -213,15 +261,20 @@ def ema_decay(step: int, cfg: Config, warm: bool) -> float:
 
 @torch.no_grad()
 def update_teacher(teacher: Segmenter, student: Segmenter, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, Eq. (2), over what is trained, paired by name.
+    """teacher <- decay * teacher + (1 - decay) * student, Eq. (2), over what training changes, paired by name.
 
+    Counters and other integers are copied.
     Raises: Broken if a weight of the student is not finite: an average would keep a NaN for ever.
     """
-    source, average = student.trained(), teacher.trained()
-    norms = torch.stack(torch._foreach_norm(list(source.values())))
+    source, average = state_of(student), state_of(teacher)
+    real = [name for name, value in source.items() if value.is_floating_point()]
+    values = [source[name] for name in real]
+    norms = torch.stack(torch._foreach_norm(values))
     if not torch.isfinite(norms).all():
-        bad = [name for name, norm in zip(source, norms) if not torch.isfinite(norm)]
+        bad = [name for name, norm in zip(real, norms) if not torch.isfinite(norm)]
         raise Broken(
             f"student weights are not finite: {', '.join(bad[:5])}; the teacher was left as it was"
         )
-    torch._foreach_lerp_([average[name] for name in source], list(source.values()), 1 - decay)
+    torch._foreach_lerp_([average[name] for name in real], values, 1 - decay)
+    for name in source.keys() - set(real):
+        average[name].copy_(source[name])

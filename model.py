@@ -1,4 +1,4 @@
-"""Mask2Former in plain torch on an OpenCLIP ConvNeXt: pixel decoder, masked-attention decoder, class heads, inference.
+"""Mask2Former in plain torch on an OpenCLIP ConvNeXt: pixel decoder, masked-attention decoder, class heads.
 
 The pixel decoder refines three feature maps by multi-scale deformable attention (`deformable.py`) and adds one FPN level for the mask
 features; the decoder lets Q learned queries attend to the maps, each only inside its own mask so far, and predicts after
@@ -19,11 +19,6 @@ from torch import Tensor, nn
 from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, zero_shot_logits
 from config import Config
 from deformable import DeformableAttention, Pyramid
-
-CPU_CHUNK, GPU_CHUNK = (
-    2**21,
-    2**27,
-)  # values of full-size masks at once, at inference: the cache, a small part of the memory
 
 
 class Segmenter(nn.Module):
@@ -74,13 +69,10 @@ class Segmenter(nn.Module):
         teacher.averaged = True
         return teacher.eval()
 
-    def trained(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name: what the optimiser, the average and checkpoints hold."""
-        return {
-            name: p
-            for name, p in self.named_parameters()
-            if name.startswith("head.") or not self.backbone.frozen
-        }
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Beginnings of names in state_dict() that training never changes (`engine.checkpoint.state_of`)."""
+        return ("backbone.",) if self.backbone.frozen else ("backbone.logit_scale",)
 
 
 class Mask2Former(nn.Module):
@@ -373,128 +365,3 @@ class LanguageClassifier(nn.Module):
         return self.logit_scale.exp().clamp(max=MAX_SCALE) * torch.cat(
             [self.vocabulary.cosine(unit), void], -1
         )
-
-
-# ------------------------------------------------------------------------------------------------- inference
-
-
-@torch.no_grad()
-def resize_masks(
-    mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int], output: tuple[int, int]
-) -> Tensor:
-    """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the size asked for."""
-    full = F.interpolate(
-        mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False
-    )
-    full = full[..., : image[0], : image[1]]
-    if tuple(output) != tuple(image):
-        full = F.interpolate(full, size=output, mode="bilinear", align_corners=False)
-    return full[0]
-
-
-def full_masks(mask_logits: Tensor, sizes, given: bool = False):
-    """Masks at the output size, a few queries at a time, as (first query, (q, H, W) probabilities).
-
-    All of them at once would fill the memory with large images; on a CPU a few stay in the cache.   given: they are masks already.
-    """
-    height, width = sizes[2]
-    at_once = max(1, _chunk(mask_logits) // (height * width))
-    for first in range(0, len(mask_logits), at_once):
-        part = mask_logits[first : first + at_once]
-        yield first, part if given else resize_masks(part, *sizes).sigmoid_()
-
-
-@torch.no_grad()
-def panoptic_inference(
-    posterior: Tensor,
-    mask_logits: Tensor,
-    things: Tensor,
-    sizes,
-    object_mask_threshold: float = 0.0,
-    overlap_threshold: float = 0.8,
-    masks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries compete for pixels; those that keep most of their mask become segments (arXiv:2107.06278, section 3.4).
-
-    Args:
-        posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).     things: (K,) bool.
-        sizes: (padded, image, output) as in `resize_masks`.
-        masks: (Q, H, W) probabilities at the output size, if they are at hand already.
-    Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,), the query's probability.
-        Stuff of one class is one segment (with the score of its first query); things stay apart.
-    """
-    scores, labels = posterior.max(-1)
-    keep = (labels != posterior.shape[-1] - 1) & (scores > object_mask_threshold)
-    scores, labels = scores[keep], labels[keep]
-    height, width = sizes[2]
-    if len(labels) == 0:
-        return (
-            torch.zeros(height, width, dtype=torch.int32, device=posterior.device),
-            labels,
-            scores,
-        )
-    n, own = len(labels), []
-    best, winner, solid = scores.new_full((height, width), -1.0), None, None
-    for first, part in full_masks(
-        mask_logits[keep] if masks is None else masks[keep], sizes, given=masks is not None
-    ):
-        inside = part >= 0.5
-        own.append(inside.flatten(1).sum(1, dtype=torch.int32))
-        value, index = (part * scores[first : first + len(part), None, None]).max(
-            0
-        )  # the first query wins a tie
-        inside = inside.gather(0, index[None])[0]
-        better = value > best
-        best = torch.where(better, value, best)
-        winner = index + first if winner is None else torch.where(better, index + first, winner)
-        solid = inside if solid is None else torch.where(better, inside, solid)
-    own = torch.cat(own)
-    won = torch.bincount(winner.flatten(), minlength=n)
-    both = torch.bincount(winner[solid], minlength=n)
-    survives = ((both > 0) & (own > 0) & ~(won / own < overlap_threshold)).tolist()
-    lut, stuff, kept = [0] * n, {}, []  # query -> segment id
-    for q, label in enumerate(labels.tolist()):
-        if not survives[q]:
-            continue
-        if label in stuff:
-            lut[q] = stuff[label]
-            continue
-        kept.append(q)
-        lut[q] = len(kept)
-        if not things[label]:
-            stuff[label] = len(kept)
-    segment_map = torch.tensor(lut, dtype=torch.int32, device=winner.device)[winner] * solid
-    return segment_map, labels[kept], scores[kept]
-
-
-@torch.no_grad()
-def semantic_inference(
-    posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None
-) -> Tensor:
-    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void.
-
-    Without masks at hand, they are made a few rows at a time: all of them at once would fill the memory with large images.
-    """
-    if masks is not None:
-        return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).max(0).indices
-    padded, image, (height, width) = sizes
-    whole, strips = resize_masks(mask_logits, padded, image, image), []  # (Q, *image)
-    centres = ((torch.arange(height, device=whole.device) + 0.5) * image[0] / height - 0.5).clamp(
-        0, image[0] - 1
-    )
-    above, share = centres.long(), centres.frac()[:, None]
-    below = (above + 1).clamp(max=image[0] - 1)
-    for rows in torch.arange(height, device=whole.device).split(
-        max(1, _chunk(whole) // (len(whole) * width))
-    ):
-        part = whole[:, above[rows]].lerp(whole[:, below[rows]], share[rows])
-        part = F.interpolate(
-            part[None], size=(len(rows), width), mode="bilinear", align_corners=False
-        )[0].sigmoid_()
-        strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).max(0).indices)
-    return torch.cat(strips)
-
-
-def _chunk(x: Tensor) -> int:
-    """Values of full-size masks at once, where x is."""
-    return CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK

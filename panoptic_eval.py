@@ -24,6 +24,7 @@ Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 -
 import numpy as np
 
 MATCH_IOU = 0.5  # a match has more, arXiv:1801.00868 section 4.1
+VOID = -1  # of a semantic map: no class
 FORGIVEN = 0.5  # share of void and crowd pixels above which an unmatched prediction is no false positive, section 4.2
 
 
@@ -176,6 +177,72 @@ class MeanIoU:
             "miou": _mean(table["iou"][seen]),
             "n": int(seen.sum()),
             "per_class": _per_class(table, names),
+        }
+
+
+class PanopticScore:
+    """PanopticQuality as the frame measures with: `add`, `merge`, `result` of predictions and truths.
+
+    columns: of tables: key, heading, and where the figure is in the result.
+    """
+
+    columns = (
+        ("pq", "PQ", ("all", "pq")),
+        ("pq_things", "PQ things", ("things", "pq")),
+        ("pq_stuff", "PQ stuff", ("stuff", "pq")),
+        ("sq", "SQ", ("all", "sq")),
+        ("rq", "RQ", ("all", "rq")),
+    )
+
+    def __init__(self, taxonomy):
+        self.taxonomy, self.quality = taxonomy, PanopticQuality(len(taxonomy))
+
+    def add(self, prediction, truth) -> None:
+        """prediction: has segment_map, labels;  truth: also areas and crowd (`PanopticQuality.add`)."""
+        self.quality.add(
+            prediction.segment_map,
+            prediction.labels,
+            truth.segment_map,
+            truth.labels,
+            truth.areas,
+            truth.crowd,
+        )
+
+    def merge(self, other: "PanopticScore") -> None:
+        self.quality.merge(other.quality)
+
+    def result(self) -> dict:
+        return self.quality.result(self.taxonomy.things, self.taxonomy.short_names)
+
+
+class SemanticScore:
+    """MeanIoU in the same shape. Its result has the pixels of every pair of classes, too."""
+
+    columns = (("miou", "mIoU", ("miou",)),)
+
+    def __init__(self, taxonomy):
+        self.taxonomy, self.pixels = taxonomy, MeanIoU(len(taxonomy))
+
+    def add(self, prediction, truth) -> None:
+        """prediction: has semantic (H, W);  truth: semantic() -> (H, W), VOID where it is no class."""
+        self.pixels.add(prediction.semantic, truth.semantic(), VOID)
+
+    def merge(self, other: "SemanticScore") -> None:
+        self.pixels.merge(other.pixels)
+
+    def result(self) -> dict:
+        """{"miou", "miou_classes": classes in the mean, "per_class": {name: {"semantic_iou"}}, "confusion"}.
+
+        confusion: a row of text for every true class: pixels taken for the first class, the second, ...; JSON with
+        indentation would give every number a line.
+        """
+        result = self.pixels.result(self.taxonomy.short_names)
+        per_class = {n: {"semantic_iou": row["iou"]} for n, row in result["per_class"].items()}
+        return {
+            "miou": result["miou"],
+            "miou_classes": result["n"],
+            "per_class": per_class,
+            "confusion": [" ".join(map(str, row)) for row in self.pixels.confusion.tolist()],
         }
 
 

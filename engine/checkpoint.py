@@ -20,6 +20,16 @@ from ground.tensor_files import MARK, load
 KEEP = 2  # checkpoints of a run
 
 
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes of a model, by name, without copying it: what is averaged, saved and resumed.
+
+    That is its state_dict(): parameters, and buffers such as statistics of batch norm, prototypes, queues; without what is
+    frozen and shared, whose names begin as `model.constant` says (a tuple; a model without it has nothing of the kind).
+    """
+    constant = getattr(model, "constant", ())
+    return {k: t for k, t in model.state_dict().items() if not k.startswith(constant)}
+
+
 def save(folder: Path, step: int, state: dict) -> Path:
     """Write folder/step_STEP.pt, then remove all but it and the newest KEEP - 1 before it (one of a later step is a damaged one)."""
     buffer = io.BytesIO()
@@ -59,6 +69,15 @@ def newest(folder: Path) -> dict | None:
             f"{folder}: none of its {len(found)} checkpoints can be read; choose another folder with --out, or delete them to begin anew"
         )
     return None
+
+
+def require_free(folder: Path, resume: bool) -> None:
+    """Raise UserError if a run is in the folder that is not to go on."""
+    if not resume and steps(folder):
+        raise UserError(
+            f"{folder}: holds a run already; go on with --resume, or choose another folder with "
+            f"--out"
+        )
 
 
 @torch.no_grad()

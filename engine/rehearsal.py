@@ -1,7 +1,7 @@
 """A rehearsal (--dry-run): what a run will cost, from a few of its steps, which are forgotten. Nothing is written.
 
-It stands in for `trainer.Run`: the same models, the same batches, the same steps. Parts of a run that differ in cost (a burn-in has no unlabelled
-images) are tried apart. Steps are those of untrained weights, and the first of each part, which warms up, is not counted.
+It stands in for `training.Run`: the same models, the same batches, the same steps. Parts of a run that differ in cost (a
+burn-in has no unlabelled images) are tried apart. Steps are those of untrained weights, and the first of each part, which warms up, is not counted.
 Try: `python dearli.py --stage ssl --method dear --dry-run`.
 """
 
@@ -14,8 +14,11 @@ import torch
 
 from config import Config, changes
 from data import Batches
+from engine.checkpoint import state_of
+from engine.method import Method
 from engine.optim import NotFinite
-from engine.training import memory_gb, to_device
+from engine.run_log import memory_gb
+from engine.training import to_device
 from ground.errors import UserError
 from readers.ground_truth import DataSet
 from readers.sixteen_bit import WHITE
@@ -25,72 +28,65 @@ IMAGES = 4  # validation images that are timed
 
 
 class Rehearsal:
-    """Has the face of `trainer.Run`. cfg: as there;  preset: what the configuration is compared with."""
+    """Has the face of `training.Run`. cfg: as there;  preset: what the configuration is compared with."""
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
-        self.folder, self.cfg, self.config, self.seconds = Path(folder), cfg, dict(identity), 0.0
+        self.folder, self.cfg, self.config = Path(folder), cfg, dict(identity)
+        self.watch = None
+        self.seconds = 0.0
         changed = changes(vars(cfg), preset)
         if cfg.white == WHITE:  # nothing was measured
             changed.pop("white", None)
+        numbers = ", ".join(f"{name} {value}" for name, value in changed.items())
+        numbers = f"other than the preset's: {numbers}" if numbers else "the preset's numbers"
         say("run", f"{folder} (nothing is written now)")
-        say(
-            "config",
-            f"{identity['stage']}; "
-            + (
-                f"other than the preset's: {', '.join(f'{k} {v}' for k, v in changed.items())}"
-                if changed
-                else "the preset's numbers"
-            ),
-        )
+        say("config", f"{identity['stage']}; {numbers}")
 
-    def train(
-        self,
-        models: dict[str, torch.nn.Module],
-        optimizer: torch.optim.Optimizer,
-        batches: Batches,
-        step_fn: Callable,
-        device: torch.device,
-        title: str,
-    ) -> None:
-        """As `Run.train`, but for a few steps of each part. Prints the time that all would take, the memory, and the size of a checkpoint."""
+    def train(self, method: Method, batches: Batches) -> None:
+        """As `Run.train`, but for a few steps of each part. Prints the time that all would take, the memory, and the size
+        of a checkpoint."""
         sizes = {
-            name: sum(p.numel() for p in model.trained().values()) for name, model in models.items()
+            name: sum(t.numel() for t in state_of(model).values())
+            for name, model in method.models.items()
         }
-        say(
-            "model",
-            ", ".join(f"{name}: {count:,} trained parameters" for name, count in sizes.items()),
-        )
+        counts = (f"{name}: {count:,} trained parameters" for name, count in sizes.items())
+        say("model", ", ".join(counts))
         parts = [*batches.parts, len(batches)]
         for first, end in zip(parts, parts[1:]):
-            loading, stepping = [], []
-            for step in range(first, min(first + TRIED + 1, end)):
-                clock = time.perf_counter()
-                batch = batches[step]
-                loading.append(time.perf_counter() - clock)
-                clock = time.perf_counter()
-                for model in models.values():
-                    model.train()
-                try:
-                    step_fn(to_device(batch, device), step)  # returns numbers: a GPU has finished
-                except NotFinite as error:
-                    raise UserError(
-                        f"step {step}: {error}; a run would skip it or stop: lower --lr"
-                    ) from None
-                stepping.append(time.perf_counter() - clock)
-            load, take = (statistics.median(times[1:] or times) for times in (loading, stepping))
-            each = max(take, load / self.cfg.workers) if self.cfg.workers else take + load
-            self.seconds += (end - first) * each
-            behind = f"; making a batch takes {load:.2g} s" + (
-                f" in one of {self.cfg.workers} loader processes" if self.cfg.workers else " more"
-            )
-            say(
-                "steps",
-                f"{first + 1} to {end}: {take:.2g} s each{behind}{', and is what the run waits for: raise --workers' if self.cfg.workers and each > take else ''}",
-            )
+            self._part(method, batches, first, end)
         say("time", f"{duration(self.seconds)} of training")
-        say_memory(device)
+        say_memory(method.device)
         values = sum(sizes.values()) + 2 * sizes["student"]  # of AdamW: two averages
         say("disk", f"{4e-6 * values:,.0f} MB a checkpoint, of which the newest two are kept")
+
+    def _part(self, method: Method, batches: Batches, first: int, end: int) -> None:
+        loading, stepping = [], []
+        for step in range(first, min(first + TRIED + 1, end)):
+            clock = time.perf_counter()
+            batch = batches[step]
+            loading.append(time.perf_counter() - clock)
+            clock = time.perf_counter()
+            for model in method.models.values():
+                model.train()
+            try:  # returns numbers: a GPU has finished
+                method.step(to_device(batch, method.device), step)
+            except NotFinite as error:
+                raise UserError(
+                    f"step {step}: {error}; a run would skip it or stop: lower --lr"
+                ) from None
+            stepping.append(time.perf_counter() - clock)
+        load, take = (statistics.median(times[1:] or times) for times in (loading, stepping))
+        text = f"{first + 1} to {end}: {take:.2g} s each; making a batch takes {load:.2g} s"
+        each, workers = take + load, self.cfg.workers
+        if workers:
+            each = max(take, load / workers)
+            text += f" in one of {workers} loader processes"
+            if each > take:
+                text += ", and is what the run waits for: raise --workers"
+        else:
+            text += " more"
+        self.seconds += (end - first) * each
+        say("steps", text)
 
 
 def say_data(dataset: DataSet, split: str) -> None:

@@ -22,8 +22,8 @@ from torchvision.ops import nms
 
 from config import Config
 from ground import identity
+from inference import resize_masks
 from matcher import in_parts
-from model import resize_masks
 
 OFFSET = 1.0  # logits: a mask is stable if it hardly changes when its threshold is raised and lowered by so much
 

@@ -1,22 +1,24 @@
 """Pictures of a run for its report: images, ground truth, what models say of them, pseudo-labels as training goes on, SAM's masks.
 
-The worst and the best validation images by their own PQ, and some unlabelled images. A picture is a small WebP with a panoptic map over it.
+The worst and the best validation images by their own PQ, and some unlabelled images. A picture is a small WebP with a
+panoptic map over it.
 """
 
-import dataclasses
+import html
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from config import Config, alpha_at
 from data import Sample, resize_part
-from engine.evaluation import posterior_alphas, predict
+from engine.evaluation import predict_image
+from engine.method import Method
 from ground.errors import UserError
 from ground.files import write_atomic
-from panoptic_eval import PanopticQuality
+from inference import Prediction
+from panoptic_eval import PanopticScore
 from readers import mask_files
 from readers.ground_truth import DataSet, Taxonomy
 from report import drawing
@@ -24,14 +26,12 @@ from report import drawing
 SAMPLE = 4  # validation images that are looked at, for every one that is shown
 SIDE = 320  # pixels, long side of a picture
 QUALITY = 80  # WebP
-SNAPSHOTS, SHOWN_SNAPSHOTS = (
-    4,
-    5,
-)  # unlabelled images that are followed through the training; steps of it that a card shows
-POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip": "CLIP alone"}
+SNAPSHOTS = 4  # unlabelled images that are followed through the training
+SHOWN_SNAPSHOTS = 5  # steps of it that a card shows
+PSEUDO = "teacher/pseudo"  # the reading that makes the pseudo-labels, of a method that has any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Card:
     """One image and what is said of it. cells: captions (HTML), each with a picture (WebP)."""
 
@@ -40,174 +40,125 @@ class Card:
     cells: list[tuple[str, bytes]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A model with its configuration and the alpha of its posterior. title: HTML, what stands below its pictures."""
+@dataclass(frozen=True)
+class Other:
+    """A run beside: its method with its weights, and the reading that the paper takes. title: what stands below its pictures."""
 
     title: str
-    model: torch.nn.Module
-    cfg: Config
-    alpha: float
-
-    def answer(
-        self, image: Image.Image, things: torch.Tensor, device
-    ) -> tuple[np.ndarray, np.ndarray]:
-        segment_map, labels, _ = predict(
-            self.model, image, things.to(device), self.cfg, device, self.alpha
-        )
-        return segment_map.cpu().numpy(), labels.cpu().numpy()
+    method: Method
+    reading: str
 
 
 def gallery(
-    models: dict,
+    method: Method,
     dataset: DataSet,
-    cfg: Config,
-    device,
     reading: str,
     count: int,
     masks: Path | None = None,
     folder: Path | None = None,
-    others: list[Reading] = (),
+    others: list[Other] = (),
 ) -> dict[str, list[Card]]:
-    """Cards of the `count` validation images with the lowest and the highest PQ among SAMPLE * count, and of some unlabelled images.
+    """Cards of the `count` validation images with the lowest and the highest PQ among SAMPLE * count, and of some unlabelled
+    images.
 
-    models: student, teacher or both.   reading: the one that PQ is of.   masks: of SAM;  folder: of the run, for its snapshots; if there are any.
-    others: models to put beside.
+    reading: the one that PQ is of.   masks: of SAM;  folder: of the run, for its snapshots; if there are any.
     """
-    taxonomy, things = dataset.taxonomy, torch.tensor(dataset.taxonomy.things)
-    which, first = reading.split("/")
-    alphas = {
-        first: 0.0,
-        **posterior_alphas(cfg),
-        **({"clip": 0.0} if cfg.has_ensemble else {}),
-    }  # in the order of the columns
-    own = [
-        Reading(POSTERIORS[posterior], models[which], cfg, alpha)
-        for posterior, alpha in alphas.items()
-    ]
-
-    def quality(i, answered):
-        truth, pq = dataset.val.truth(i), PanopticQuality(len(taxonomy))
-        pq.add(*answered, truth.segment_map, truth.labels, truth.areas, truth.crowd)
-        result = pq.result(taxonomy.things)["all"]
-        return result["pq"] if result["n"] else None
-
-    scored = [
-        (q, i)
-        for i in spread(range(len(dataset.val)), SAMPLE * count)
-        if (q := quality(i, own[0].answer(dataset.val.image(i), things, device))) is not None
-    ]
+    looked_at = spread(range(len(dataset.val)), SAMPLE * count)
+    scored = []
+    for i in looked_at:
+        answer = predict_image(method, dataset.val.image(i), [reading])[reading]
+        quality = _quality(dataset, i, answer)
+        if quality is not None:
+            scored.append((quality, i))
     scored.sort()
-
-    def card(q, i):
-        image, truth = dataset.val.image(i), dataset.val.truth(i)
-        cells = [
-            ("image", webp(image)),
-            ("ground truth", webp(image, truth.segment_map, truth.labels, taxonomy)),
-        ]
-        for one in (*own, *others):
-            answered = one.answer(image, things, device)
-            pq = quality(i, answered)
-            cells.append(
-                (
-                    f"{one.title} <b>{'–' if pq is None else f'{100 * pq:.1f}'}</b>",
-                    webp(image, *answered, taxonomy),
-                )
-            )
-        return Card(dataset.val.name(i), f"PQ {100 * q:.1f}", cells)
-
     shown = min(count, len(scored))
+    parts = {"worst": scored[: shown - shown // 2], "best": scored[::-1][: shown // 2]}
     cards = {
-        f"{name} of {len(scored)}": [card(q, i) for q, i in chosen]
-        for name, chosen in (
-            ("worst", scored[: shown - shown // 2]),
-            ("best", scored[::-1][: shown // 2]),
-        )
-    }
-    if "teacher" in models and dataset.unlabeled and count:
-        alpha = {"decoder": 1.0, "clip": 0.0}.get(cfg.teacher_posterior, alpha_at(cfg.alpha, 1.0))
-        teacher = Reading(
-            f"teacher, {POSTERIORS[cfg.teacher_posterior]}", models["teacher"], cfg, alpha
-        )
-        cards["unlabelled"] = [
-            _unlabelled(dataset, i, teacher, things, device, masks)
-            for i in spread(dataset.unlabeled, -(-count // 3))
+        f"{name} of {len(scored)}": [
+            _validation(method, dataset, reading, i, quality, others) for quality, i in part
         ]
+        for name, part in parts.items()
+    }
+    if PSEUDO in method.pictured and dataset.unlabeled and count:
+        images = spread(dataset.unlabeled, -(-count // 3))
+        cards["unlabelled"] = [_unlabelled(method, dataset, i, masks) for i in images]
         cards["training"] = _filmstrips(dataset, folder) if folder else []
     return cards
 
 
-def _unlabelled(
-    dataset: DataSet, i: int, teacher: Reading, things: torch.Tensor, device, masks: Path | None
-) -> Card:
+def _quality(dataset: DataSet, i: int, answer: Prediction) -> float | None:
+    """PQ of one validation image; None if there is nothing to measure."""
+    score = PanopticScore(dataset.taxonomy)
+    score.add(answer, dataset.val.truth(i))
+    result = score.result()["all"]
+    return result["pq"] if result["n"] else None
+
+
+def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, others) -> Card:
+    image, truth = dataset.val.image(i), dataset.val.truth(i)
+    model = reading.split("/")[0]
+    captions = {r: c for r, c in {**method.readings, **method.pictured}.items() if r != PSEUDO}
+    own = [reading, *(r for r in captions if r != reading and r.split("/")[0] == model)]
+    answers = predict_image(method, image, own)
+    columns = [(captions[r], answers[r]) for r in own]
+    for other in others:
+        answer = predict_image(other.method, image, [other.reading])[other.reading]
+        columns.append((other.title, answer))
+    cells = [("image", webp(image)), ("ground truth", webp(image, truth, dataset.taxonomy))]
+    for title, answer in columns:
+        pq = _quality(dataset, i, answer)
+        figure = "–" if pq is None else f"{100 * pq:.1f}"
+        caption = f"{html.escape(title)} <b>{figure}</b>"
+        cells.append((caption, webp(image, answer, dataset.taxonomy)))
+    return Card(dataset.val.name(i), f"PQ {100 * quality:.1f}", cells)
+
+
+def _unlabelled(method: Method, dataset: DataSet, i: int, masks: Path | None) -> Card:
     image, name = dataset.train.image(i), dataset.train.name(i)
-    cells = [
-        ("image", webp(image)),
-        (teacher.title, webp(image, *teacher.answer(image, things, device), dataset.taxonomy)),
-    ]
-    found = None
+    answer = predict_image(method, image, [PSEUDO])[PSEUDO]
+    title = f"teacher, {method.pictured[PSEUDO]}"
+    cells = [("image", webp(image)), (title, webp(image, answer, dataset.taxonomy))]
     if masks and mask_files.mask_file(masks, name).exists():
         try:
-            found = mask_files.read_masks(masks, name, image.size[::-1], dataset.train.digest(i))
+            size, digest = image.size[::-1], dataset.train.digest(i)
+            cells.append(_all_masks(image, mask_files.read_masks(masks, name, size, digest)))
         except UserError as error:  # of another image: the others can be shown
             print(f"warning: no picture of masks: {error}")
-    if found is not None:
-        n, order = found.shape[-1], np.argsort(-found.sum((0, 1)), kind="stable")
-        flat = np.zeros(found.shape[:2], np.int32)
-        for place, k in enumerate(order, 1):  # small ones on top
-            flat[found[..., k]] = place
-        cells.append(
-            (
-                f"{n} SAM masks",
-                webp(
-                    image,
-                    flat,
-                    np.arange(n),
-                    Taxonomy(("",) * n, (True,) * n, tuple(range(n))),
-                    names=False,
-                ),
-            )
-        )
     return Card(name, "", cells)
 
 
-def snapshot(folder: Path, step: int, teacher: Reading, dataset: DataSet, device) -> None:
+def _all_masks(image: Image.Image, masks: np.ndarray) -> tuple[str, bytes]:
+    """masks: (H, W, N) bool; small ones on top."""
+    n = masks.shape[-1]
+    stacked = np.zeros(masks.shape[:2], np.int32)
+    for place, k in enumerate(np.argsort(-masks.sum((0, 1)), kind="stable"), 1):
+        stacked[masks[..., k]] = place
+    nameless = Taxonomy(("",) * n, (True,) * n, tuple(range(n)))
+    answer = Prediction(stacked, np.arange(n), np.ones(n))
+    return f"{n} SAM masks", webp(image, answer, nameless, names=False)
+
+
+def snapshot(folder: Path, step: int, method: Method, dataset: DataSet) -> None:
     """Keep what the teacher says of a few unlabelled images at this step: FOLDER/pseudo/STEP-K.webp."""
-    things = torch.tensor(dataset.taxonomy.things)
     for k, i in enumerate(spread(dataset.unlabeled, SNAPSHOTS)):
         image = dataset.train.image(i)
-        write_atomic(
-            _film(folder) / f"{step:08d}-{k}.webp",
-            webp(image, *teacher.answer(image, things, device), dataset.taxonomy),
-        )
+        answer = predict_image(method, image, [PSEUDO], step)[PSEUDO]
+        picture = webp(image, answer, dataset.taxonomy)
+        write_atomic(_film(folder) / f"{step:08d}-{k}.webp", picture)
 
 
 def _filmstrips(dataset: DataSet, folder: Path) -> list[Card]:
     """What `snapshot` has kept of each image, at steps evenly spread."""
     cards = []
     for k, i in enumerate(spread(dataset.unlabeled, SNAPSHOTS)):
-        kept = sorted(_film(folder).glob(f"*-{k}.webp"))
-        kept = (
-            [
-                kept[j]
-                for j in np.unique(
-                    np.linspace(0, len(kept) - 1, SHOWN_SNAPSHOTS).round().astype(int)
-                )
-            ]
-            if kept
-            else []
-        )
-        if kept:
-            cards.append(
-                Card(
-                    dataset.train.name(i),
-                    "",
-                    [
-                        ("image", webp(dataset.train.image(i))),
-                        *((f"step {int(path.name[:8]):,}", path.read_bytes()) for path in kept),
-                    ],
-                )
-            )
+        pictures = sorted(_film(folder).glob(f"*-{k}.webp"))
+        if not pictures:
+            continue
+        places = np.linspace(0, len(pictures) - 1, SHOWN_SNAPSHOTS).round().astype(int)
+        cells = [("image", webp(dataset.train.image(i)))]
+        for path in (pictures[j] for j in np.unique(places)):
+            cells.append((f"step {int(path.name[:8]):,}", path.read_bytes()))
+        cards.append(Card(dataset.train.name(i), "", cells))
     return cards
 
 
@@ -221,24 +172,19 @@ def spread(indices, count: int) -> list[int]:
     return [indices[k * len(indices) // count] for k in range(count)]
 
 
-def webp(
-    image: Image.Image,
-    segment_map=None,
-    labels=None,
-    taxonomy: Taxonomy | None = None,
-    names: bool = True,
-) -> bytes:
-    """A small picture of an image, with a panoptic map over it if there is one."""
+def webp(image: Image.Image, segments=None, taxonomy=None, names: bool = True) -> bytes:
+    """A small picture of an image, with a panoptic map over it if there is one.
+
+    segments: what has segment_map and labels, a `Prediction` or a `Truth`.
+    """
     scale = SIDE / max(image.size)
     size = tuple(max(1, round(s * scale)) for s in image.size)
-    small = resize_part(
-        Sample(image, [] if segment_map is None else [segment_map]), size, (0, 0, *size)
-    )
-    shown = (
-        small.image
-        if segment_map is None
-        else drawing.overlay(small.image, small.layers[0], labels, taxonomy, names=names)
-    )
+    layers = [] if segments is None else [segments.segment_map]
+    small = resize_part(Sample(image, layers), size, (0, 0, *size))
+    shown = small.image
+    if segments is not None:
+        labels = segments.labels
+        shown = drawing.overlay(small.image, small.layers[0], labels, taxonomy, names=names)
     buffer = io.BytesIO()
     shown.save(buffer, "WEBP", quality=QUALITY)
     return buffer.getvalue()

@@ -20,13 +20,14 @@ import numpy as np
 
 from config import PAPERS_DATASETS, PRESETS, Config, changes
 from engine.command_line import READS, idle, parser
-from engine.evaluation import class_pixels, papers_reading
-from engine.training import read_log
+from engine.run_log import read_log
 from ground.errors import UserError
 from ground.files import write_atomic
+from inference import POSTERIORS, papers_reading
 from readers.ground_truth import DataSet
 from report import drawing, watch
-from report.gallery import POSTERIORS, Card, spread
+from report.gallery import Card, spread
+from report.groups import class_pixels
 
 MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larger
 FREQUENCY_IMAGES = 200  # labelled images, at most, that class frequencies are counted on

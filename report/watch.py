@@ -1,64 +1,51 @@
-"""Watching a run while it trains: at every checkpoint the PQ of a few validation images, and pictures of the pseudo-labels.
+"""Watching a run while it trains: at every checkpoint the figures of a few validation images, and pictures of the pseudo-labels.
 
-RUN/pq.jsonl gets a line a checkpoint: `step`, `images`, and the PQ (0 to 1) of every reading; RUN/pseudo/ the pictures (`gallery.snapshot`). They
-are looked at and decide nothing. Training does not notice: it draws nothing from what is drawn here, and its clock stands still.
+RUN/pq.jsonl gets a line a checkpoint: `step`, `images`, and the first figure (PQ, 0 to 1) of every reading; RUN/pseudo/ the
+pictures (`gallery.snapshot`). They are looked at and decide nothing. Training does not notice: it draws no random number
+from what is measured here, and its clock stands still.
 """
 
 import json
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from config import Config
 from engine.evaluation import evaluate
-from engine.training import read_log
+from engine.method import Method
+from engine.run_log import read_log
 from ground import ranks
 from ground.errors import UserError
 from ground.files import write_atomic
-from mean_teacher import teacher_alpha
 from readers.ground_truth import DataSet
 from report import drawing
-from report.gallery import Reading, snapshot
+from report.gallery import PSEUDO, snapshot
 
 
-def watcher(
-    folder: Path,
-    models: dict,
-    dataset: DataSet,
-    cfg: Config,
-    device: torch.device,
-    images: int,
-    warm: bool = False,
-):
-    """A function of the step for `trainer.Run.watch`. images: of the validation set, the first so many; 0 measures nothing and draws nothing."""
+def watcher(folder: Path, method: Method, dataset: DataSet, images: int):
+    """A function of the step for `training.Run.watch`. images: of the validation set, the first so many; 0: no function."""
 
     def watch(step: int) -> None:
         try:
-            metrics = evaluate(models, dataset, cfg, device, images, title="")
+            metrics = evaluate(method, dataset, images, title="")
             if ranks.rank() == 0:
-                figures = {
-                    reading: drawing.figure(of, ("all", "pq")) for reading, of in metrics.items()
-                }
-                row = {"step": step, "images": min(images, len(dataset.val)), **figures}
-                kept = [old for old in read(folder) if old["step"] < step]
-                write_atomic(
-                    file(folder), "".join(json.dumps(r) + "\n" for r in (*kept, row)).encode()
-                )
-                if "teacher" in models and images:
-                    snapshot(
-                        folder,
-                        step,
-                        Reading("", models["teacher"], cfg, teacher_alpha(cfg, step, warm)),
-                        dataset,
-                        device,
-                    )
-        except UserError as error:  # an image that cannot be read, a full disk: not worth the run, which says so itself if it matters
+                _write(folder, step, min(images, len(dataset.val)), method, metrics)
+                if PSEUDO in method.pictured:
+                    snapshot(folder, step, method, dataset)
+        except UserError as error:  # an image that cannot be read, a full disk: not worth the run
             if ranks.count() > 1:  # the others are waiting for what this rank has not measured
                 raise
             tqdm.write(f"warning: step {step}: not measured ({error})")
 
-    return watch if images else lambda step: None
+    return watch if images else None
+
+
+def _write(folder: Path, step: int, images: int, method: Method, metrics: dict) -> None:
+    """The line of a step; lines of later steps, of before a kill, go."""
+    where = method.metrics[0].columns[0][2]
+    figures = {reading: drawing.figure(result, where) for reading, result in metrics.items()}
+    row = {"step": step, "images": images, **figures}
+    rows = [*(old for old in read(folder) if old["step"] < step), row]
+    write_atomic(file(folder), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def file(folder: Path) -> Path:

@@ -12,6 +12,7 @@ import pytest
 import dearli
 from engine import command_line, stages
 from tests.helpers import ROOT, TINY_FLAGS, fitting, log_of
+from tests.test_house import FILES
 
 # ------------------------------------------------------------------------------------------------------------- documents
 

@@ -37,12 +37,12 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from config import BEFORE, Config
-from engine.evaluation import posterior_alphas, posterior_of
-from engine.training import append
+from config import BEFORE
+from engine.evaluation import predict_image
+from engine.method import Method
+from engine.run_log import append
 from ground.errors import UserError
 from ground.files import claim, release, write_atomic
-from model import Segmenter, panoptic_inference, semantic_inference
 from readers.exposure import above_white, uses_little
 from readers.ground_truth import Taxonomy
 from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
@@ -105,48 +105,24 @@ class Prediction:
 
 
 class Predictor:
-    """A model with all that it takes to apply it. posterior: `decoder` or `ensemble`.   about: what `info` of the JSON shall say of its weights."""
+    """A run as a function of images. reading: "student/ensemble", ...   about: what `info` of the JSON shall say of its weights."""
 
-    def __init__(
-        self,
-        model: Segmenter,
-        taxonomy: Taxonomy,
-        cfg: Config,
-        device: torch.device,
-        posterior: str,
-        about: dict,
-    ):
-        self.model, self.taxonomy, self.cfg, self.device = model.eval(), taxonomy, cfg, device
-        self.alpha, self.things = (
-            posterior_alphas(cfg)[posterior],
-            torch.tensor(taxonomy.things, device=device),
-        )
-        self.about = {**about, "posterior": posterior}
+    def __init__(self, method: Method, reading: str, about: dict):
+        self.method, self.reading = method, reading
+        self.taxonomy, self.cfg = method.taxonomy, method.cfg
+        which, posterior = reading.split("/")
+        self.model = method.models[which].eval()
+        self.about = {**about, "which": which, "posterior": posterior}
 
-    @torch.no_grad()
     def __call__(self, image) -> Prediction:
-        """image: a path; or PIL, of any size and mode, not turned (`data.open_image` does that);
-        or what `from_array` takes.
-        16 bits become 8 by the white point of the run."""
+        """image: a path; or PIL, of any size and mode, not turned (`readers.pictures.open_image` does that); or what
+        `from_array` takes. 16 bits become 8 by the white point of the run."""
         if isinstance(image, (str, os.PathLike)):
             image = open_image(Path(image), white=self.white)
         image = as_rgb(image if isinstance(image, Image.Image) else from_array(image), self.white)
-        posterior, mask_logits, sizes = posterior_of(
-            self.model, image, self.cfg, self.device, self.alpha
-        )
-        found = panoptic_inference(
-            posterior,
-            mask_logits,
-            self.things,
-            sizes,
-            self.cfg.object_mask_threshold,
-            self.cfg.overlap_threshold,
-        )
-        return Prediction(
-            image,
-            *(x.cpu().numpy() for x in (*found, semantic_inference(posterior, mask_logits, sizes))),
-            self.taxonomy,
-        )
+        answer = predict_image(self.method, image, [self.reading], semantic=True)[self.reading]
+        arrays = answer.segment_map, answer.labels, answer.scores, answer.semantic
+        return Prediction(image, *arrays, self.taxonomy)
 
     @property
     def white(self) -> int:

@@ -5,6 +5,7 @@ fault; here the faults are collected and grouped by kind. Nothing is changed.
 Axes: H W pixels, N segments, K classes.
 """
 
+import json
 from pathlib import Path
 from typing import Callable
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from config import Config
 from data import as_it_is
 from ground.errors import UserError
+from ground.files import write_atomic
 from mini.scenes import MiniImages
 from readers import mask_files
 from readers.checks import out_of_reach, repeated_stuff, require_truth
@@ -77,6 +79,30 @@ KINDS = {
         "delete what is damaged and run --stage masks again",
     ),
 }
+
+
+def validate(source, cfg: Config, masks, json_file) -> dict:
+    """Read the whole data set, print what it holds and all that is wrong with it. Raises UserError if anything is.
+
+    source: `engine.request.Source`.   masks: a folder to read, too.   json_file: gets the whole report.
+    """
+    faults: list[UserError] = []
+    dataset = None
+    try:
+        dataset = source.load(cfg, faults.append)
+        result = check(dataset, faults, cfg.workers, masks, cfg)
+    except UserError as error:  # so broken that it cannot be opened
+        result = {"refused": str(error)}
+    if json_file:
+        about = {key: getattr(source, key) for key in ("dataset", "data_root", "split")}
+        write_atomic(json_file, json.dumps({**about, **result}, indent=1).encode())
+    if dataset is None:
+        raise UserError(result["refused"])
+    print(report(result, f"{source.name}, split {source.split}", source.data_root))
+    if summary(result):
+        also = f" and in {json_file}" if json_file else ""
+        raise UserError(f"{source.data_root or source.name}: {summary(result)}, listed above{also}")
+    return result
 
 
 class _Reading(torch.utils.data.Dataset):

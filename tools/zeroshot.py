@@ -1,16 +1,58 @@
-"""."""
+"""CLIP alone on given masks: zero-shot recognition without any training (the paper's Figure 3 and section 3.3)."""
+
+import json
+from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from clip_ensemble import padded_size, zero_shot_logits
-from config import Config
+from config import TAGS, Config
 from data import Sample, resize
-from engine.evaluation import _tensor
+from engine.request import Machine, Place, Source
+from ground.errors import UserError
+from ground.files import require_writable, write_atomic
+from inference import Prediction, join_stuff
 from model import Segmenter
-from panoptic_eval import PanopticQuality
+from panoptic_eval import PanopticScore
+from pretrained import foundation
+from pretrained.segmenter import build
+from readers import mask_files
+from readers.checks import require_files, require_truth
 from readers.ground_truth import DataSet
+from report import drawing
+
+
+def run(source: Source, place: Place, machine: Machine, cfg: Config, masks, folder: Path) -> None:
+    """Measure, write metrics.json, print the table. masks: None or "gt": the true ones; "sam"; or a folder."""
+    dataset = source.load(cfg)
+    require_writable(folder)
+    require_truth(dataset, learn=False)
+    require_files(dataset.val, range(len(dataset.val)), "validation")
+    if foundation.is_timm(cfg.backbone):
+        raise UserError(
+            f"--stage zeroshot: backbone {cfg.backbone} has no text tower; expected an OpenCLIP "
+            f"ConvNeXt such as {', '.join(TAGS)}"
+        )
+    images = dataset.val
+    if str(masks) == "sam":
+        masks = place.runs / f"{source.name}-masks-{source.eval_on}"
+        mask_files.generate_masks(images, foundation.load_sam(cfg)(machine.device), masks)
+
+    def partition(i: int) -> np.ndarray:
+        if masks is None or str(masks) == "gt":
+            return images.truth(i).segment_map
+        size = images.image(i).size[::-1]
+        return flatten(mask_files.read_masks(masks, images.name(i), size, images.digest(i)))
+
+    model = build(cfg, dataset.taxonomy, machine.device)
+    metrics = zero_shot(model, dataset, cfg, machine.device, partition)
+    content = {"images": len(images), "zero-shot": metrics}
+    write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
+    print(drawing.table([("zero-shot", metrics)], drawing.COLUMNS[:-1]))
+    print(f"{folder / 'metrics.json'}")
 
 
 @torch.no_grad()
@@ -19,70 +61,45 @@ def zero_shot(
     dataset: DataSet,
     cfg: Config,
     device: torch.device,
-    partition,
+    partition: Callable[[int], np.ndarray],
     limit: int | None = None,
 ) -> dict:
-    """PQ of CLIP alone: given segments, each classified by Eq. (4) and (5); Figure 3 (true segments), section 3.3 (SAM's).
+    """PQ of given segments, each classified by Eq. (4) and (5).
 
-    partition(i) -> (H, W) integers of validation image i, 0 = no segment.   Segments that are given one class of stuff are joined.
-    Returns: {"all", "things", "stuff", "per_class"}, as `evaluate`.
+    partition(i) -> (H, W) integers of validation image i, 0 = no segment.   Segments that are given one class of stuff are
+    joined.   Returns: {"all", "things", "stuff", "per_class"}, as `panoptic_eval.PanopticQuality.result`.
     """
-    taxonomy, images = dataset.taxonomy, dataset.val
+    images = dataset.val
     model.eval()
-    pq = PanopticQuality(len(taxonomy))
-    for i in tqdm(
-        range(min(limit or len(images), len(images))),
-        desc="zero-shot",
-        unit="image",
-        dynamic_ncols=True,
-    ):
-        truth, given = images.truth(i), partition(i)
-        segment_map = np.searchsorted(np.unique(np.append(0, given)), given).astype(
-            np.int32
-        )  # 0 = none, 1 ... N
-        if not segment_map.any():
-            pq.add(
-                segment_map,
-                np.zeros(0, np.int64),
-                truth.segment_map,
-                truth.labels,
-                truth.areas,
-                truth.crowd,
-            )
-            continue
-        view = resize(Sample(images.image(i), [segment_map]), cfg.test_size, cfg.test_max)
-        batch = _tensor(view.image)[None].to(device)
-        grid = np.zeros(padded_size(*batch.shape[-2:]), np.int32)
-        grid[: view.layers[0].shape[0], : view.layers[0].shape[1]] = view.layers[0]
-        quarter = torch.from_numpy(grid[2::4, 2::4].copy()).to(
-            device
-        )  # as fine as the decoder's masks
-        number = torch.arange(1, int(segment_map.max()) + 1, device=device)
-        mask_logits = 2.0 * (quarter[None, None] == number[:, None, None]) - 1  # (1, N, H/4, W/4)
-        features = model.backbone(batch)
-        classes = (
-            zero_shot_logits(
-                model.backbone, features[-1], mask_logits, model.vocabulary, cfg.clip_scale
-            )[0]
-            .argmax(-1)
-            .cpu()
-            .numpy()
-        )
-        lut, labels, joined = np.zeros(len(classes) + 1, np.int32), [], {}
-        for k, label in enumerate(classes.tolist(), 1):
-            if taxonomy.things[label] or label not in joined:
-                labels.append(label)
-                joined[label] = len(labels)
-            lut[k] = len(labels) if taxonomy.things[label] else joined[label]
-        pq.add(
-            lut[segment_map],
-            np.array(labels, np.int64),
-            truth.segment_map,
-            truth.labels,
-            truth.areas,
-            truth.crowd,
-        )
-    return pq.result(np.array(taxonomy.things), taxonomy.short_names)
+    score = PanopticScore(dataset.taxonomy)
+    count = min(limit or len(images), len(images))
+    for i in tqdm(range(count), desc="zero-shot", unit="image", dynamic_ncols=True):
+        given = partition(i)
+        segment_map = np.searchsorted(np.unique(np.append(0, given)), given).astype(np.int32)
+        classes = np.zeros(0, np.int64)
+        if segment_map.any():
+            classes = _classes(model, images.image(i), segment_map, cfg, device)
+        first, number = join_stuff(classes.tolist(), [True] * len(classes), dataset.taxonomy.things)
+        number = np.array([0, *number], np.int32)
+        answer = Prediction(number[segment_map], classes[first], np.ones(len(first)))
+        score.add(answer, images.truth(i))
+    return score.result()
+
+
+def _classes(model: Segmenter, image, segment_map: np.ndarray, cfg: Config, device) -> np.ndarray:
+    """(N,) class of each segment of a map, 1 ... N, by CLIP."""
+    view = resize(Sample(image, [segment_map]), cfg.test_size, cfg.test_max)
+    batch = torch.from_numpy(np.array(view.image)).permute(2, 0, 1)[None].to(device)
+    height, width = view.layers[0].shape
+    grid = np.zeros(padded_size(*batch.shape[-2:]), np.int32)
+    grid[:height, :width] = view.layers[0]
+    quarter = torch.from_numpy(grid[2::4, 2::4].copy()).to(device)  # as fine as the decoder's masks
+    number = torch.arange(1, int(segment_map.max()) + 1, device=device)
+    mask_logits = 2.0 * (quarter[None, None] == number[:, None, None]) - 1  # (1, N, H/4, W/4)
+    backbone = model.backbone
+    features = backbone(batch)[-1]
+    logits = zero_shot_logits(backbone, features, mask_logits, model.vocabulary, cfg.clip_scale)
+    return logits[0].argmax(-1).cpu().numpy()
 
 
 def flatten(masks: np.ndarray, least: int = 512) -> np.ndarray:

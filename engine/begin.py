@@ -1,0 +1,300 @@
+"""How a run begins, or goes on: what is in its folder, what it starts from, and what it has to have in common with before.
+
+A run is what it was made of: its numbers, its images and their ground truth, its classes, the weights that it started from,
+its masks, its frozen backbone. All of it is stored, and on --resume it is compared, or taken from what is stored.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from clip_ensemble import alpha_of_share
+from config import PRESETS, Config, ablations
+from engine import checkpoint, masks, rehearsal, stored
+from engine.checkpoint import require_free
+from engine.method import Method
+from engine.request import Course, Source
+from engine.sameness import MAY_CHANGE
+from engine.stored import CLASS_HEAD, Stored
+from engine.training import Run
+from ground import files, ranks
+from ground.errors import UserError
+from ground.identity import differences, of_tensors
+from readers.checks import limits, require_files, require_truth
+from readers.ground_truth import DataSet, Taxonomy
+
+# What a decoder has to have in common with the one whose weights it takes.
+DECODER = (
+    "backbone pretrained train_backbone classifier num_queries hidden heads encoder_layers "
+    "encoder_ffn encoder_points decoder_layers decoder_ffn"
+).split()
+
+
+def require_place(folder: Path, resume: bool) -> None:
+    """Raise UserError if a run cannot go into its folder: asked before what it needs is made."""
+    require_free(folder, resume)
+    files.require_writable(folder)
+
+
+def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> None:
+    """What a training run reads of labelled and validation images is there: asked before the first step."""
+    require_truth(dataset, measure=evaluate)
+    require_files(dataset.train, dataset.labeled, "labelled", classes=cfg.labels == "semantic")
+    require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
+
+
+def settle(cfg: Config, dataset: DataSet) -> Config:
+    """What the data set decides, as numbers: `--white 0` and `--alpha labeled`."""
+    cfg = replace(cfg, white=dataset.train.white)
+    if cfg.alpha != "labeled":
+        return cfg
+    require_truth(dataset, measure=False)  # no share without labelled images
+    share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
+    return replace(cfg, alpha=round(alpha_of_share(share), 3))
+
+
+def identity(source: Source, stage: str, taxonomy: Taxonomy) -> dict:
+    """What makes a run that run, beside its numbers: compared on --resume, read back by the stages that use a run."""
+    return {
+        "stage": stage,
+        "dataset": source.name,
+        "data_root": source.data_root,
+        "variant": source.variant,
+        "split": source.split,
+        "taxonomy": taxonomy.to_config(),
+    }
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is in the folder of a run that goes on. state: its newest checkpoint;  config: what it stores of itself;
+    note: what an older run says of its --init."""
+
+    state: dict | None = None
+    config: dict = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def knows_init(self) -> bool:
+        """What the run began with is on record (an older run's is in the weights of its checkpoint, at least)."""
+        return self.state is not None or isinstance(self.config.get("init"), dict)
+
+
+def begun(course: Course, folder: Path) -> Begun:
+    """With --resume: what is there. The folder is held from here on, as by `training.Run`."""
+    if not course.resume:
+        return Begun()
+    written = stored.written_config(folder)
+    if not checkpoint.steps(folder):
+        return Begun(None, written)
+    if not course.dry_run:
+        if ranks.rank() == 0:
+            files.claim(folder)
+        ranks.wait()
+    state = checkpoint.newest(folder)
+    config, note = state.get("config"), written.get("init")
+    config = config if isinstance(config, dict) else {}
+    return Begun(state, config, note if isinstance(note, str) else "")
+
+
+def as_begun(course: Course, cfg: Config, before: Begun, steps: str) -> Config:
+    """With --resume, the length and the burn-in that the run was begun with, unless they are named.
+
+    steps: the field of its length.   A burn-in that is named as the share that it was is not a change; it does not move
+    when the run is made longer.
+    """
+    names = {steps, "ssl_steps", "burn_in", "burn_in_warm"} & before.config.keys()
+    numbers = {n: before.config[n] for n in names if type(before.config[n]) in (int, float)}
+    length = {"ssl_steps": numbers["ssl_steps"]} if "ssl_steps" in numbers else {}
+    asked = replace(cfg, **length).settled()
+    taken = {}
+    for name, value in numbers.items():
+        named = name in course.given | {"ssl_steps"} and not (
+            name == steps and course.steps is None
+        )
+        same_share = name.startswith("burn_in") and getattr(asked, name) == value
+        if not named or same_share:
+            taken[name] = value
+    return replace(cfg, **taken).settled()
+
+
+def beginning(
+    folder: Path, before: Begun, source: Path | None
+) -> tuple[Stored | None, dict | None]:
+    """What a run starts from, which is part of what it is: on --resume it is that of the run, with --init or without.
+
+    source: --init, or the DeWa run; None: nothing.
+    Returns: what there is to take (of a run that goes on, whose weights are in its checkpoint, only a CLIP that its start
+        brought along); and {"source", "sha256": of the weights, "clip": whether it brought one}, None for nothing.
+    Raises: UserError if the run began with something else, or what it needs is not there any more.
+    """
+    recorded = before.config.get("init")
+    recorded = recorded if isinstance(recorded, dict) else None
+    known = before.state is not None and "init" in before.config
+    if known and recorded is None and source is not None:
+        raise UserError(
+            f"{folder}: began without --init, and cannot be resumed with {source}; leave --init "
+            "out, or choose another folder with --out"
+        )
+    if known and source is None and not (recorded or {}).get("clip"):
+        return None, recorded
+    if source is None and recorded is not None:
+        source = Path(str(recorded.get("source")))
+        if not source.exists():
+            raise UserError(
+                f"{source}: not there any more; {folder} began with it and needs "
+                f"{'its CLIP' if known else 'its weights'}: name it with --init"
+            )
+    if source is None:
+        return None, _noted(before.note)
+    start = stored.read(source)
+    if "student" not in start.state:
+        raise UserError(f"{source}: holds no student")
+    clip = {f"clip.{name}": t for name, t in start.state.get("clip", {}).items()}
+    digest = of_tensors({**clip, **start.state["student"]})
+    init = {"source": str(source), "sha256": digest, "clip": "clip" in start.state}
+    if recorded is not None and recorded.get("sha256") not in (None, digest):
+        raise UserError(
+            f"{folder}: began with other weights than those of {source} now (with "
+            f"{recorded.get('source')}, SHA-256 {str(recorded['sha256'])[:12]}... there, "
+            f"{digest[:12]}... now); leave --init out, or choose another folder with --out"
+        )
+    if before.state is not None:
+        state = {key: start.state[key] for key in ("clip",) if key in start.state}
+        return Stored(source, state), recorded or init
+    return start, init
+
+
+def _noted(note: str) -> dict | None:
+    """What an older run's note of its --init says, in today's form."""
+    if not note:
+        return None
+    return {"source": note.rsplit(": ", 1)[0], "sha256": None, "clip": False, "taken": note}
+
+
+def begin(
+    course: Course,
+    folder: Path,
+    cfg: Config,
+    about: dict,
+    preset: str,
+    before: Begun,
+    dataset: DataSet | None = None,
+) -> "Run | rehearsal.Rehearsal":
+    """The run in `folder`, or with --dry-run what stands in for it. about: its identity.   preset: that of the data set."""
+    for line in limits(dataset, cfg) if dataset else ():
+        print(f"warning: {line}")
+    if course.dry_run:
+        if dataset is not None:
+            rehearsal.say_data(dataset, about["split"])
+        return rehearsal.Rehearsal(folder, cfg, about, PRESETS[course.preset or preset])
+    run = Run(folder, cfg, about, course.resume, before.state)
+    if course.log and ranks.rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.curves = SummaryWriter(folder)
+    return run
+
+
+def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
+    for line in ablations(cfg, stage, warm):
+        print(f"warning: {line}")
+
+
+def start_from(start: Stored | None, init: dict | None, method: Method, dataset: DataSet) -> None:
+    """Start from another run or file, if there is something to take (`beginning`), and note in `init` what was taken.
+
+    Classes are joined by name; a linear class head stays random after DeWa, which knows no classes.
+    """
+    if start is None or "student" not in start.state:
+        return
+    if start.is_warm_up:
+        if start.config.get("data") not in (None, dataset.train.fingerprint()):
+            print(
+                f"{start.path}: was warmed up on other images than the training images of this "
+                f"run ({start.config.get('dataset')})"
+            )
+    elif "weights" not in start.state or start.state["weights"].kind != "dewa":
+        stored.require_classes(start, len(dataset.taxonomy))
+    order = stored.class_order(start, dataset.taxonomy, dataset.name)
+    student, may_differ = method.models["student"], CLASS_HEAD
+    init["taken"] = stored.take(start, "student", student, str(start.path), may_differ, order)
+    print(init["taken"])
+
+
+def warm_up_there(
+    folder: Path, source: Source, cfg: Config, course: Course, dataset: DataSet
+) -> str:
+    """What is missing of the DeWa run in a folder, for a run that starts from it; empty if nothing is.
+
+    Raises: UserError if it is of other images or of another decoder, or something is missing and may not be made.
+    """
+    state = stored.read(folder).state if checkpoint.steps(folder) else None
+    taken, steps = (state.get("step"), state.get("steps")) if state else (0, cfg.dewa_steps)
+    if state:
+        _require_same_warm_up(folder, state["config"], cfg, course, dataset)
+        masks.say_maker(course.given, cfg, state["config"].get("masks"))
+        if steps is None or taken >= steps:
+            return ""
+    what = f"DeWa stopped at step {taken} of {steps}" if state else "no DeWa weights"
+    if not course.make:
+        go_on = "; --resume goes on" if state else ""
+        raise UserError(
+            f"{folder}: {what} for --method dearli; make them with `python dearli.py --stage dewa "
+            f"--dataset {source.dataset}` (same --seed and --data-root{go_on}), or go without: "
+            "--method dear"
+        )
+    return what
+
+
+def _require_same_warm_up(folder: Path, config: dict, cfg: Config, course: Course, dataset) -> None:
+    fields = [*DECODER, *sorted(name for name in course.given if name.startswith("dewa_"))]
+    fields = [name for name in fields if name in config]
+    there, now = ({name: of.get(name) for name in fields} for of in (config, vars(cfg)))
+    differs = differences(there, now)
+    if config.get("data") is None:
+        print(f"warning: {folder}: an older DeWa run, which does not say of which images it is")
+    elif config["data"] != dataset.train.fingerprint():
+        other = f"other training images, those of a data set called {config.get('dataset')}"
+        differs = f"{other}; {differs}" if differs else other
+    if differs:
+        raise UserError(
+            f"{folder}: a DeWa run of something else ({differs}); name the one to start from with "
+            "--init, choose other folders with --runs, or delete it, and it is made anew"
+        )
+
+
+def require_own_results(
+    folder: Path, run: Stored, source: Source, cfg: Config, dataset: DataSet
+) -> None:
+    """Raise UserError if results in a folder would be replaced by those of something else."""
+    own = folder == run.path
+    others = [
+        f"{name} {run.config[name]} there, {value} now"
+        for name, value in vars(cfg).items()
+        if run.config.get(name, value) != value and name not in MAY_CHANGE
+    ]
+    if own and others:
+        raise UserError(
+            f"{folder}: its results are of other numbers ({', '.join(others)}) and would be "
+            "replaced; name a folder for the new ones with --out"
+        )
+    if own and elsewhere(run.config, source, dataset):
+        raise UserError(
+            f"{folder}: its results are of {run.config['data_root']} and would be replaced by "
+            f"those of {source.data_root}, which has other training images; name a folder for the "
+            "new ones with --out"
+        )
+    if checkpoint.steps(folder) and folder.resolve() != run.path.resolve():
+        raise UserError(
+            f"{folder}: holds another run, whose results would be replaced by those of "
+            f"{run.path}; choose another folder with --out"
+        )
+
+
+def elsewhere(config: dict, source: Source, dataset: DataSet) -> bool:
+    """Whether a data set is another one than that of a run: in another place, and not the same training images."""
+    there = config.get("data_root")
+    if not there or Path(source.data_root).resolve() == Path(there).resolve():
+        return False
+    indices = dataset.labeled if config.get("stage") == "sup" else None
+    return config.get("data") not in (None, dataset.train.fingerprint(indices))

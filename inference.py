@@ -1,0 +1,238 @@
+"""From queries to an answer: panoptic and semantic inference, and the readings of a model.
+
+A query is a class posterior and a mask. Panoptic inference lets queries compete for pixels (arXiv:2107.06278, section 3.4);
+semantic inference adds their masks up, class by class. A reading is a model with a posterior: the student's or the
+teacher's, the decoder alone (P_MT), CLIP alone (P_CLIP) or their ensemble (P_ENS, Eq. 6).
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, h w mask grid (stride 4), H W image.
+Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --overlap-threshold 0 --out runs/try-overlap`:
+queries that others cover stay segments.
+"""
+
+from dataclasses import dataclass
+from typing import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_ensemble import padded_size
+from config import Config
+
+# Values of full-size masks at once: on a CPU they stay in the cache, on a GPU they are a small part of the memory.
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**27
+# Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a larger image are made
+# anew by every reading, a part at a time: they would fill the memory.
+SHARED_MASKS = 2**27
+# The posteriors that readings take, in words.
+POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip": "CLIP alone"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a reading says of an image of H x W pixels.
+
+    segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores: (N,) posterior of the class,
+    0 to 1;  semantic: (H, W) int64, a class for every pixel; None where nobody asked.
+    """
+
+    segment_map: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    semantic: np.ndarray | None = None
+
+
+@torch.no_grad()
+def predict(
+    models: dict[str, nn.Module],
+    alphas: dict[str, float],
+    images: Tensor,
+    sizes: list[tuple],
+    things: Tensor,
+    cfg: Config,
+    semantic: bool = True,
+) -> Iterator[tuple[int, str, Prediction]]:
+    """What readings say of B images, one at a time: (index of the image, reading, prediction).
+
+    Args:
+        models: segmenters by name; those that share a backbone share its pass.   alphas: of each reading, "student/ensemble",
+            whose first part names the model: the decoder's share in its posterior.
+        images: (B, 3, S, S') uint8.    sizes: for each (its size in the batch, the size of the answer), (H, W) both.
+        things: (K,) bool.    semantic: whether anybody wants the semantic map.
+    """
+    padded = padded_size(*images.shape[-2:])
+    names = list(dict.fromkeys(reading.split("/")[0] for reading in alphas))
+    features, mask_logits, posteriors = {}, {}, {}
+    for name in names:
+        model = models[name].eval()
+        if id(model.backbone) not in features:
+            features[id(model.backbone)] = model.backbone(images)
+        maps = features[id(model.backbone)]
+        class_logits, mask_logits[name] = model.predict(maps)
+        for reading in _of(name, alphas):
+            posteriors[reading] = model.posterior(
+                maps, class_logits, mask_logits[name], alphas[reading]
+            )
+    del features
+    for k, size in enumerate(sizes):
+        for name in names:
+            logits, all_sizes = mask_logits[name][k], (padded, *size)
+            masks = shared_masks(logits, all_sizes)
+            for reading in _of(name, alphas):
+                p = posteriors[reading][k]
+                thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
+                segments = panoptic_inference(p, logits, things, all_sizes, *thresholds, masks)
+                classes = semantic_inference(p, logits, all_sizes, masks) if semantic else None
+                arrays = (None if x is None else x.cpu().numpy() for x in (*segments, classes))
+                yield k, reading, Prediction(*arrays)
+            del masks  # before those of the next model are made
+
+
+def papers_reading(teacher_posterior: str) -> str:
+    """Which reading the paper reports for a method (Table 1). teacher_posterior: as in Config."""
+    return "student/decoder" if teacher_posterior == "decoder" else "student/ensemble"
+
+
+def _of(name: str, readings: Iterable[str]) -> list[str]:
+    """The readings of a model."""
+    return [reading for reading in readings if reading.split("/")[0] == name]
+
+
+def shared_masks(mask_logits: Tensor, sizes) -> Tensor | None:
+    """(Q, H, W) probabilities at the output size, or None if there are more than SHARED_MASKS.
+
+    mask_logits: (Q, h, w);  sizes: as in `resize_masks`.
+    """
+    if len(mask_logits) * max(height * width for height, width in sizes) > SHARED_MASKS:
+        return None
+    return resize_masks(mask_logits, *sizes).sigmoid_()
+
+
+@torch.no_grad()
+def resize_masks(
+    mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int], output: tuple[int, int]
+) -> Tensor:
+    """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the output size."""
+    full = F.interpolate(
+        mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False
+    )
+    full = full[..., : image[0], : image[1]]
+    if tuple(output) != tuple(image):
+        full = F.interpolate(full, size=output, mode="bilinear", align_corners=False)
+    return full[0]
+
+
+def full_masks(mask_logits: Tensor, sizes, given: bool = False):
+    """Masks at the output size, a few queries at a time, as (first query, (q, H, W) probabilities).
+
+    All of them at once would fill the memory with large images.   given: they are masks already.
+    """
+    height, width = sizes[2]
+    at_once = max(1, _chunk(mask_logits) // (height * width))
+    for first in range(0, len(mask_logits), at_once):
+        part = mask_logits[first : first + at_once]
+        yield first, part if given else resize_masks(part, *sizes).sigmoid_()
+
+
+@torch.no_grad()
+def panoptic_inference(
+    posterior: Tensor,
+    mask_logits: Tensor,
+    things: Tensor,
+    sizes,
+    object_mask_threshold: float = 0.0,
+    overlap_threshold: float = 0.8,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries compete for pixels; those that keep most of their mask become segments.
+
+    Args:
+        posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).     things: (K,) bool.
+        sizes: (padded, image, output) as in `resize_masks`.
+        masks: (Q, H, W) probabilities at the output size, if they are at hand already.
+    Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,), the query's probability.
+        Stuff of one class is one segment (with the score of its first query); things stay apart.
+    """
+    scores, labels = posterior.max(-1)
+    keep = (labels != posterior.shape[-1] - 1) & (scores > object_mask_threshold)
+    scores, labels = scores[keep], labels[keep]
+    if len(labels) == 0:
+        return torch.zeros(sizes[2], dtype=torch.int32, device=posterior.device), labels, scores
+    candidates = mask_logits[keep] if masks is None else masks[keep]
+    winner, solid, own = _competition(candidates, scores, sizes, masks is not None)
+    won = torch.bincount(winner.flatten(), minlength=len(labels))
+    both = torch.bincount(winner[solid], minlength=len(labels))
+    survives = (both > 0) & (own > 0) & ~(won / own < overlap_threshold)
+    first, number = join_stuff(labels.tolist(), survives.tolist(), things)
+    number = torch.tensor(number, dtype=torch.int32, device=winner.device)
+    return number[winner] * solid, labels[first], scores[first]
+
+
+def _competition(masks: Tensor, scores: Tensor, sizes, given: bool):
+    """The query with the largest score * mask at every pixel (the first one wins a tie).
+
+    Returns: winner (H, W) int64;  solid (H, W) bool, whether the pixel is inside the winner's mask;  own (Q,) pixels of
+        every mask.
+    """
+    own = []
+    best, winner, solid = scores.new_full(sizes[2], -1.0), None, None
+    for first, part in full_masks(masks, sizes, given):
+        inside = part >= 0.5
+        own.append(inside.flatten(1).sum(1, dtype=torch.int32))
+        value, index = (part * scores[first : first + len(part), None, None]).max(0)
+        inside = inside.gather(0, index[None])[0]
+        better = value > best
+        best = torch.where(better, value, best)
+        winner = index + first if winner is None else torch.where(better, index + first, winner)
+        solid = inside if solid is None else torch.where(better, inside, solid)
+    return winner, solid, torch.cat(own)
+
+
+def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int], list[int]]:
+    """Candidates that are present become segments: each thing one of its own, all stuff of a class one together.
+
+    Args: labels: classes of n candidates.   present: n flags.   things: (K,) bool.
+    Returns: first: the first candidate of each segment;  number: for each candidate its segment, from 1; 0 = none.
+    """
+    first, number, stuff = [], [], {}
+    for k, label in enumerate(labels):
+        if not present[k]:
+            number.append(0)
+        elif label in stuff:
+            number.append(stuff[label])
+        else:
+            first.append(k)
+            number.append(len(first))
+            if not things[label]:
+                stuff[label] = len(first)
+    return first, number
+
+
+@torch.no_grad()
+def semantic_inference(
+    posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None
+) -> Tensor:
+    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void.
+
+    Without masks at hand, they are made a few rows at a time: all of them at once would fill the memory with large images.
+    """
+    if masks is not None:
+        return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).max(0).indices
+    padded, image, (height, width) = sizes
+    whole, strips = resize_masks(mask_logits, padded, image, image), []  # (Q, *image)
+    rows_of = torch.arange(height, device=whole.device)
+    centres = ((rows_of + 0.5) * image[0] / height - 0.5).clamp(0, image[0] - 1)
+    above, share = centres.long(), centres.frac()[:, None]
+    below = (above + 1).clamp(max=image[0] - 1)
+    for rows in rows_of.split(max(1, _chunk(whole) // (len(whole) * width))):
+        part = whole[:, above[rows]].lerp(whole[:, below[rows]], share[rows])
+        size = len(rows), width
+        part = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)
+        part = part[0].sigmoid_()
+        strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).max(0).indices)
+    return torch.cat(strips)
+
+
+def _chunk(x: Tensor) -> int:
+    """Values of full-size masks at once, where x is."""
+    return CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK

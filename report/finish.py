@@ -1,0 +1,170 @@
+"""The end of a stage: figures, a table, metrics.json and report.html; and the page again, later, beside other runs."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, numbers_of
+from engine import rehearsal
+from engine.begin import settle
+from engine.evaluation import evaluate
+from engine.method import Method
+from engine.request import Course, Source
+from engine.stored import Stored, read, restore
+from ground import ranks
+from ground.errors import UserError
+from ground.files import write_atomic
+from readers.ground_truth import DataSet, Taxonomy
+from report import drawing, page
+from report.gallery import Other, gallery
+from report.groups import frequency_groups, group_quality
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the page shows. count: validation images;  masks: folder of SAM's, for pictures of them."""
+
+    count: int
+    masks: Path
+
+
+def finish(
+    method: Method,
+    dataset: DataSet,
+    folder: Path,
+    source: Source,
+    course: Course,
+    pictures: Pictures,
+    config: dict | None = None,
+) -> None:
+    """Evaluate, write metrics.json and report.html, print the table. config: of a stored run, for the page."""
+    if course.later:
+        return
+    if course.dry_run:
+
+        def one(k):
+            evaluate(method, dataset, 1, title="")
+
+        rehearsal.say_repeated("evaluation", len(dataset.val), one)
+        return
+    if course.evaluate:
+        metrics = evaluate(method, dataset)
+        if course.groups:
+            _add_groups(metrics, dataset, course.groups)
+        content = {"evaluated_on": source.evaluated_on, "images": len(dataset.val), **metrics}
+        if ranks.rank() == 0:
+            write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
+        print(drawing.table(list(metrics.items())))
+        print(f"{folder / 'metrics.json'}")
+    if ranks.rank() == 0:
+        write_report(method, dataset, folder, pictures, config)
+
+
+def _add_groups(metrics: dict, dataset: DataSet, count: int) -> None:
+    groups = frequency_groups(dataset, count)
+    for reading, result in metrics.items():
+        result["groups"] = group_quality(result, dataset.taxonomy, groups)
+        figures = (f"{100 * g['pq']:.1f}" if g["n"] else "n/a" for g in result["groups"])
+        print(
+            f"{reading}: PQ of {count} groups of classes, least to most frequent: "
+            + ", ".join(figures)
+        )
+
+
+def write_report(
+    method: Method,
+    dataset: DataSet | None,
+    folder: Path,
+    pictures: Pictures,
+    config: dict | None = None,
+) -> None:
+    """report.html at the end of a stage. dataset: None, if there is nothing to be drawn."""
+    try:
+        run = page.read(folder, {**(config or {}), **dataclasses.asdict(method.cfg)})
+        shown = dataset is not None and run.reading and pictures.count
+        cards = draw_cards(method, dataset, run, pictures) if shown else {}
+        print(page.write(folder, [run], dataset, cards))
+    except Exception as error:  # a picture of the run is not worth the run
+        print(
+            f"warning: {folder / 'report.html'}: not written ({type(error).__name__}: {error}); "
+            f"again with --stage report --weights {folder}"
+        )
+
+
+def draw_cards(
+    method: Method, dataset: DataSet, run: "page.Stored", pictures: Pictures, others=()
+) -> dict:
+    data = run.config.get("data")
+    indices = dataset.labeled if run.config.get("stage") == "sup" else None
+    own = data in (None, dataset.train.fingerprint(indices))
+    folder = run.folder if own else None  # its pseudo-labels were made on its own images
+    return gallery(method, dataset, run.reading, pictures.count, pictures.masks, folder, others)
+
+
+def report_again(
+    stored: Stored,
+    source: Source,
+    device,
+    cfg: Config,
+    folder: Path,
+    compare: tuple[Path, ...],
+    pictures: Pictures,
+    safe: bool,
+    method_of,
+) -> Path:
+    """report.html of a run, beside those of `compare`; without its data or its weights, what can be said without them.
+
+    method_of(stored): the class of the method of a run.   safe: colours that colour-blind people can tell apart.
+    """
+    own = stored.path if stored.path.is_dir() else folder
+    run, *others = [page.read(path, stored.config) for path in (own, *compare)]
+    source = dataclasses.replace(source, eval_on=run.metrics.get("evaluated_on", "val"))
+    dataset, cards = None, {}
+    missing = "" if run.reading else "the run was not evaluated"
+    if stored.is_warm_up:
+        missing = "the warm-up knows no class"
+    try:
+        dataset = source.load(cfg, config=stored.config, origin=stored.path)
+        dataset.taxonomy = repainted(dataset.taxonomy, safe)
+        if not missing and pictures.count:
+            method = restore(
+                stored,
+                method_of(stored),
+                settle(cfg, dataset),
+                dataset.taxonomy,
+                device,
+                source.name,
+            )
+            beside = _others(others, cfg, dataset, device, source.name, method_of)
+            cards = draw_cards(method, dataset, run, pictures, beside)
+    except UserError as error:
+        missing = str(error)
+        print(f"warning: no pictures: {error}")
+    print(page.write(folder, [run, *others], dataset, cards, missing))
+    return folder
+
+
+def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str, method_of) -> list[Other]:
+    """What the runs of --compare say of an image, in the paper's reading of each; one without weights, or of other classes,
+    says nothing."""
+    others = []
+    for run in runs:
+        try:
+            if not any(Path(run.folder).glob("step_*.pt")) or not run.reading:
+                raise UserError(f"{run.folder}: no weights, or not evaluated")
+            stored = read(run.folder)
+            own = dataclasses.replace(cfg, **numbers_of(stored.config))
+            if own.white not in (0, dataset.val.white):
+                raise UserError(f"{run.folder}: sees 16-bit images by another white point")
+            own = settle(own, dataset)
+            method = restore(stored, method_of(stored), own, dataset.taxonomy, device, name)
+            others.append(Other(run.name, method, run.reading))
+        except (UserError, KeyError) as error:
+            print(f"warning: no pictures of a run beside this one: {error}")
+    return others
+
+
+def repainted(taxonomy: Taxonomy, safe: bool) -> Taxonomy:
+    """With colours that colour-blind people can tell apart, instead of the data set's."""
+    return dataclasses.replace(taxonomy, palette=None) if safe else taxonomy

@@ -1,0 +1,311 @@
+"""Tables of the paper on the miniature world: rungs that are trained over several seeds, several at a time.
+
+Every rung takes the same number of optimiser steps in all; one that is there already, of the same numbers and images, is not
+trained again.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+from tqdm import tqdm
+
+from config import Config, require_semi_supervised
+from engine.begin import Begun, beginning, identity, settle
+from engine.evaluation import predict_image
+from engine.method import Method
+from engine.request import Course, Machine, Place, Source
+from engine.sameness import differing
+from engine.training import Stopped
+from ground.errors import UserError
+from ground.files import write_atomic
+from pretrained import foundation
+from readers.ground_truth import DataSet
+from report import drawing
+
+LONGEST = (
+    "dearli",
+    "dear",
+    "ssl",
+    "sup",
+)  # kinds, the longest first: DEARLi has masks and warm-up to make
+MAX_JOBS = 8
+READINGS = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
+FIGURES = (
+    ("PQ", ("all", "pq")),
+    ("PQ things", ("things", "pq")),
+    ("PQ stuff", ("stuff", "pq")),
+    ("mIoU", ("miou",)),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A row of a table: what is trained, what is changed in the configuration, and the reading that the paper takes."""
+
+    title: str
+    kind: str  # sup, ssl, dear or dearli
+    reading: str
+    changes: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def run(self) -> str:
+        """Name of what is trained; rows that differ in the reading alone share it."""
+        changes = (f"{key}-{value}".replace(":", "-") for key, value in self.changes)
+        return "-".join([self.kind, *changes])
+
+    def folder(self, place: Place, source: Source, cfg: Config) -> Path:
+        return place.folder(source, f"{self.run}-{source.split}", cfg.seed)
+
+    def config(self, cfg: Config) -> Config:
+        """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage. A burn-in is a
+        share of all of them."""
+        cfg = dataclasses.replace(cfg, **dict(self.changes)).settled()
+        if self.kind == "sup":
+            steps = {"sup_steps": cfg.ssl_steps}
+        else:
+            steps = {"ssl_steps": cfg.ssl_steps - (cfg.dewa_steps if self.kind == "dearli" else 0)}
+        posterior = "decoder" if self.kind in ("sup", "ssl") else "ensemble"
+        return dataclasses.replace(cfg, teacher_posterior=posterior, **steps)
+
+
+RUNGS = (
+    Rung("M2F-Lang, supervised", "sup", "student/decoder"),
+    Rung("  + P_ENS at evaluation", "sup", "student/ensemble"),  # Table 1
+    Rung("M2F-Lang + SSL", "ssl", "student/decoder"),
+    Rung("DEAR", "dear", "student/ensemble"),
+    Rung("DEARLi", "dearli", "student/ensemble"),
+)
+ALPHAS = tuple(
+    Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),))
+    for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled")
+)  # Table 8
+SHOWN = tuple(rung for rung in RUNGS if rung.kind != "ssl")  # of the demo
+
+
+def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
+    """Raise UserError for a configuration that some rung cannot be trained with, before the first one is."""
+    if cfg.ssl_steps <= cfg.dewa_steps and any(rung.kind == "dearli" for rung in rungs):
+        raise UserError(
+            f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them "
+            "(--dewa-steps); expected more"
+        )
+    for rung in rungs:
+        if rung.kind != "sup":
+            require_semi_supervised(rung.config(cfg), rung.kind == "dearli")
+    if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
+        raise UserError(
+            "the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language "
+            "and a CLIP; for others use --stage sup and --stage ssl"
+        )
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains rungs by the stages of `dearli`, in folders of their own."""
+
+    source: Source
+    place: Place
+    machine: Machine
+    course: Course
+    stage_sup: Callable
+    stage_ssl: Callable
+    warm_up: Callable
+
+    def __call__(self, rung: Rung, cfg: Config, later: bool) -> dict | None:
+        """The metrics of a rung, which is trained unless they are there. later: train only, and return None."""
+        folder, numbers = rung.folder(self.place, self.source, cfg), rung.config(cfg)
+        # a table is of the numbers that it says: masks and a warm-up of others are refused, as if all flags were given
+        given = frozenset(vars(cfg))
+        course = dataclasses.replace(
+            self.course, resume=True, steps=cfg.ssl_steps, given=given, later=later
+        )
+        metrics = self.finished(rung, numbers, course, folder)
+        if metrics is not None:
+            return metrics
+        place = dataclasses.replace(self.place, out=folder)
+        if rung.kind == "sup":
+            self.stage_sup(self.source, place, self.machine, numbers, course)
+        else:
+            self.stage_ssl(self.source, place, self.machine, numbers, course, rung.kind)
+        return None if later else json.loads((folder / "metrics.json").read_text())
+
+    def finished(self, rung: Rung, cfg: Config, course: Course, folder: Path) -> dict | None:
+        """The metrics of a rung that is there, of the same numbers, images, ground truth and start; else None."""
+        if not (folder / "metrics.json").exists():
+            return None
+        metrics = json.loads((folder / "metrics.json").read_text())
+        stored = json.loads((folder / "config.json").read_text())
+        source, dataset = self.source, self.source.load(cfg)
+        about = {
+            "data": dataset.train.fingerprint(dataset.labeled if rung.kind == "sup" else None),
+            "truth": dataset.truth_fingerprint(unlabeled=rung.kind != "sup"),
+        }
+        if rung.kind == "dearli":
+            place = dataclasses.replace(self.place, out=None)
+            init = self.warm_up(source, place, self.machine, cfg, course, dataset, folder, None)
+            about["init"] = beginning(folder, Begun(), init)[1]
+        numbers = dataclasses.asdict(settle(cfg, dataset))
+        expected = {**identity(source, rung.kind, dataset.taxonomy), **about, **numbers}
+        same = (
+            about.keys() <= stored.keys()
+            and not differing(stored, expected)
+            and all(stored[k] == expected[k] for k in ("sup_steps", "ssl_steps", "dewa_steps"))
+            and metrics.get("evaluated_on") == source.evaluated_on
+        )
+        return metrics if same else None
+
+    def logs(self, tasks: list[tuple[Rung, Config]]) -> set[Path]:
+        """The log.jsonl of all runs."""
+        folders = {rung.folder(self.place, self.source, cfg) for rung, cfg in tasks}
+        for rung, cfg in tasks:
+            if rung.kind == "dearli":
+                folders.add(self.place.folder(self.source, "dewa", cfg.seed))
+        return {folder / "log.jsonl" for folder in folders}
+
+
+def run_rungs(train: Trainer, tasks: list[tuple[Rung, Config]], jobs: int) -> list[dict]:
+    """Train rungs that do not depend on each other, several at a time, each in a process of its own; their metrics, in order.
+
+    jobs: 0: as many as there are CPU cores, MAX_JOBS at most; one on a GPU.
+    """
+    usual = min(os.cpu_count(), MAX_JOBS) if train.machine.device.type == "cpu" else 1
+    jobs = min(jobs or usual, len(tasks))
+    if jobs == 1:
+        return [train(rung, cfg, False) for rung, cfg in tasks]
+    spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
+    total, logs = sum(cfg.ssl_steps for _, cfg in tasks), train.logs(tasks)
+    title = f"{len(tasks)} runs, {jobs} at a time"
+    with (
+        ProcessPoolExecutor(jobs, spawn, _in_silence, (threads,)) as pool,
+        tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) as bar,
+    ):
+        order = sorted(range(len(tasks)), key=lambda k: LONGEST.index(tasks[k][0].kind))
+        running = {pool.submit(_rung, train, *tasks[k], True): k for k in order}
+        metrics = {}
+        try:
+            while running:
+                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                    k = running.pop(future)
+                    metrics[k] = future.result()
+                    if metrics[k] is None:  # trained; whichever process is free evaluates it
+                        running[pool.submit(_rung, train, *tasks[k], False)] = k
+                bar.n = sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
+                bar.refresh()
+        except BaseException:  # after Ctrl-C the processes have got it, too: each saves its run
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [metrics[k] for k in range(len(tasks))]
+
+
+def _rung(train: Trainer, rung: Rung, cfg: Config, later: bool) -> dict | None:
+    """`train` in a process of `run_rungs`, which after Ctrl-C takes no other: the pool has handed out one more than it can
+    cancel."""
+    global _stopped
+    if _stopped:
+        raise Stopped(signal.SIGINT, "not begun, stopped")
+    try:
+        return train(rung, cfg, later)
+    except (Stopped, KeyboardInterrupt):
+        _stopped = True
+        raise
+
+
+_stopped = False
+
+
+def _in_silence(threads: int) -> None:
+    """A process of `run_rungs`: its lines would run into those of the others; what matters is in the run's folder."""
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def tables(rungs: tuple[Rung, ...], results: dict[str, list[dict]]) -> str:
+    """Mean and standard deviation over seeds: the paper's reading of every rung, and all readings of every run."""
+    heads = [title for title, _ in FIGURES]
+    lines = _head(["rung (the paper's reading)", *heads])
+    for rung in rungs:
+        cells = [_spread(results[rung.run], (rung.reading, *where)) for _, where in FIGURES]
+        lines.append(f"| {rung.title.strip()} | {' | '.join(cells)} |")
+    lines += ["", *_head(["PQ", *READINGS])]
+    for run, metrics in results.items():
+        cells = [_spread(metrics, (r, "all", "pq")) if r in metrics[0] else "" for r in READINGS]
+        lines.append(f"| {run} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _head(titles: list[str]) -> list[str]:
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
+def _spread(metrics: list[dict], where: tuple[str, ...]) -> str:
+    """Mean ± standard deviation of a figure, in percent."""
+    values = []
+    for value in metrics:
+        for key in where:
+            value = value[key]
+        values.append(100 * value)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def write_results(
+    path: Path, results: dict[str, list[dict]], source: Source, cfg: Config, seeds: list[int]
+) -> None:
+    """The raw figures of all runs and seeds, with the command that made them."""
+    content = {
+        "command": "python " + " ".join(sys.argv),
+        "seeds": seeds,
+        "split": source.split,
+        "evaluated_on": source.eval_on,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "config": dataclasses.asdict(cfg),
+        "results": {run: [_slim(m) for m in metrics] for run, metrics in results.items()},
+    }
+    write_atomic(path, json.dumps(content, indent=1).encode())
+    print(f"\n{path}")
+
+
+def _slim(metrics: dict) -> dict:
+    slim = {}
+    for reading in READINGS:
+        if reading in metrics:
+            of = metrics[reading]
+            slim[reading] = {key: of["all"][key] for key in ("pq", "sq", "rq")}
+            slim[reading] |= {f"pq_{kind}": of[kind]["pq"] for kind in ("things", "stuff")}
+            slim[reading]["miou"] = of["miou"]
+    return slim
+
+
+def picture(
+    methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path, images=(0, 1, 2, 3)
+) -> None:
+    """A picture of the first validation images, their ground truth, and what each method says of them.
+
+    methods: (title, method, reading).
+    """
+    rows = []
+    for i in images:
+        image, truth = dataset.val.image(i), dataset.val.truth(i)
+        maps = [(truth.segment_map, truth.labels)]
+        for _, method, reading in methods:
+            answer = predict_image(method, image, [reading])[reading]
+            maps.append((answer.segment_map, answer.labels))
+        rows.append((image, maps))
+    titles = ["image", "ground truth", *(title for title, _, _ in methods)]
+    caption = (
+        "Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, "
+        "stuff is not; black: no answer. "
+        f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled images."
+    )
+    drawing.picture(rows, titles, dataset.taxonomy, path, caption)
+    print(f"\n{path}: images, ground truth and predictions side by side")
