@@ -1,19 +1,20 @@
 """DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
 
-    python dearli.py                                    the demo: all stages on `mini`, a table, a picture
-    python dearli.py --stage import --from labelme --input DIR --out NEW    annotations of other tools as a data set
-    python dearli.py --stage validate --dataset custom --data-root DIR      what a data set holds, and all that is wrong
-    python dearli.py --stage masks --dataset mini       SAM's masks of all training images
-    python dearli.py --stage dewa --dataset mini        decoder warm-up on them
-    python dearli.py --stage sup --dataset mini --split 16                  supervised baseline
-    python dearli.py --stage ssl --dataset mini --split 16 --method dearli
+    python dearli.py                              the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage import --from labelme --input DIR --out NEW       annotations as a data set
+    python dearli.py --stage validate --dataset custom --data-root DIR         what is in it, and wrong
+    python dearli.py --stage masks --dataset mini                              SAM's masks of all images
+    python dearli.py --stage dewa --dataset mini                               decoder warm-up on them
+    python dearli.py --stage sup --dataset mini --split 16                     supervised baseline
+    python dearli.py --stage ssl --dataset mini --split 16 --method dearli     the semi-supervised stage
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
     python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions
-    python dearli.py --stage report --weights runs/mini-dearli-16           its page anew; --compare puts others beside it
-    python dearli.py --stage ladder --dataset mini --seeds 3                the paper's Table 1 in miniature; `alpha`: Table 8
+    python dearli.py --stage report --weights runs/mini-dearli-16 --compare runs/mini-sup-16
+    python dearli.py --stage ladder --dataset mini --seeds 3                   Table 1 in miniature
 
-A stage is a function here, wiring only: its parameters are what it needs of the command line (`engine.request`), and it
-imports what it uses when it is called, so that a page of help and a refusal wait for no library.
+A stage is a function here, wiring only: its parameters are what it needs of the command line
+(`engine.request`), and it imports what it uses when it is called, so that a page of help and a
+refusal wait for no library.
 """
 
 import os
@@ -47,11 +48,13 @@ PACKAGES = {
 REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")
 
 
-# ------------------------------------------------------------------------------------------------ data
+# -------------------------------------------------------------------------------------------- data
 
 
 def stage_prepare(source, cfg, assets):
-    """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
+    """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic
+    ground truth.
+    """
     from pathlib import Path
 
     from config import PAPERS_DATASETS
@@ -80,7 +83,9 @@ def stage_import(input, out, source_format, background, val_share, stuff, masks_
 
 
 def stage_validate(source, cfg, masks, json):
-    """Read the whole data set, list what it holds and all that is wrong with it. Raises UserError if anything is."""
+    """Read the whole data set, list what it holds and all that is wrong with it. Raises UserError
+    if anything is.
+    """
     from tools import validate
 
     return validate.validate(source, cfg, masks, json)
@@ -95,7 +100,7 @@ def stage_masks(source, place, machine, cfg, dry_run):
     return folder
 
 
-# -------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 def stage_dewa(source, place, machine, cfg, course, masks=None):
@@ -196,7 +201,9 @@ def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, m
 def train(
     name, source, machine, cfg, course, folder, dataset, before, start, about, masks, warm=False
 ):
-    """A run of a method, from its begin to its figures. about: what it is made of;  start: what it starts from."""
+    """A run of a method, from its begin to its figures. about: what it is made of;  start: what it
+    starts from.
+    """
     from engine.begin import begin, identity, say_ablations, start_from
     from engine.method import find
     from engine.stored import require_foundation
@@ -219,10 +226,11 @@ def train(
 
 
 def warm_up(source, place, machine, cfg, course, dataset, run, masks):
-    """The DeWa run of a method that starts from one: the one of this name, if it is of these images, of this decoder and
-    finished; else it is made or goes on.
+    """The DeWa run of a method that starts from one: the one of this name, if it is of these
+    images, of this decoder and finished; else it is made or goes on.
 
-    run: the folder of who needs it.   Returns: its folder; None with --dry-run, if there is none that is finished.
+    run: the folder of who needs it.   Returns: its folder; None with --dry-run, if there is none
+    that is finished.
     Raises: UserError if it is of something else, or may not be made.
     """
     from engine.begin import require_place, warm_up_there
@@ -250,7 +258,7 @@ def warm_up(source, place, machine, cfg, course, dataset, run, masks):
     return None if course.dry_run else folder
 
 
-# --------------------------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------------------- results
 
 
 def stage_eval(stored, source, place, machine, cfg, course, masks):
@@ -299,7 +307,8 @@ def predictor(stored, source, machine, cfg, which, posterior, palette):
         raise UserError("--alpha labeled: expected a number, pictures have no labelled share")
     if stored.is_warm_up:
         raise UserError(
-            f"{stored.path}: a DeWa run knows no classes; expected one of --stage sup or --stage ssl"
+            f"{stored.path}: a DeWa run knows no classes; expected one of --stage sup or --stage "
+            "ssl"
         )
     choose(f"model of {stored.path}", which, stored.names)
     taxonomy = repainted(stored.taxonomy(source, cfg), palette == "safe")
@@ -311,7 +320,9 @@ def predictor(stored, source, machine, cfg, which, posterior, palette):
 
 
 def stage_report(stored, source, place, machine, cfg, compare, masks, report_images, palette):
-    """report.html of a run, beside those of --compare; without its data or weights, what can be said without them."""
+    """report.html of a run, beside those of --compare; without its data or weights, what can be
+    said without them.
+    """
     from ground.files import require_writable
     from report.finish import Pictures, report_again
 
@@ -324,7 +335,9 @@ def stage_report(stored, source, place, machine, cfg, compare, masks, report_ima
 
 
 def stage_zeroshot(source, place, machine, cfg, masks):
-    """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's (section 3.3)."""
+    """PQ of CLIP alone on given masks of the validation images: the true ones (Figure 3) or SAM's
+    (section 3.3).
+    """
     from tools import zeroshot
 
     folder = place.out or place.folder(
@@ -354,7 +367,7 @@ def results_folder(stored, place):
     return place.out or (path if path.is_dir() else place.runs / path.stem)
 
 
-# --------------------------------------------------------------------------- the paper's tables (mini)
+# ----------------------------------------------------------------------- the paper's tables (mini)
 
 
 def stage_demo(source, place, machine, cfg, course, jobs):
@@ -393,7 +406,9 @@ def stage_ladder(source, place, machine, cfg, course, seeds, jobs):
 
 
 def stage_alpha(source, place, machine, cfg, course, seeds, jobs):
-    """The paper's Table 8 in miniature, and an alpha that grows or follows the labelled share (supplement C)."""
+    """The paper's Table 8 in miniature, and an alpha that grows or follows the labelled share
+    (supplement C).
+    """
     from tools.ladder import ALPHAS
 
     return table(source, place, machine, cfg, course, seeds, jobs, ALPHAS, "alpha")
@@ -444,11 +459,13 @@ def stage_mini_sam(out, cfg):
     mini_sam.train(out or mini_sam.WEIGHTS, seed=cfg.seed)
 
 
-# ------------------------------------------------------------------------------------ the command line
+# -------------------------------------------------------------------------------- the command line
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 2 after an error that the user can mend, 128 + signal after a stop."""
+    """Run one stage; returns the exit code: 0, 2 after an error that the user can mend, 128 +
+    signal after a stop.
+    """
     args = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that a console cannot show stops no run

@@ -1,11 +1,13 @@
-"""Decoder warm-up (DeWa, section 3.3): SAM's masks on all training images, and a decoder that learns to draw them.
+"""Decoder warm-up (DeWa, section 3.3): SAM's masks on all training images, and a decoder that
+learns to draw them.
 
-SAM is asked everywhere, knows no class and overlaps itself; only L_loc of Eq. (3) is learned (class weight 0, in the loss
-and in the matching). Which of the masks are segments of the taxonomy is left to the semi-supervised stage.
+SAM is asked everywhere, knows no class and overlaps itself; only L_loc of Eq. (3) is learned (class
+weight 0, in the loss and in the matching). Which of the masks are segments of the taxonomy is left
+to the semi-supervised stage.
 Differs from the paper: nothing.    Source: Segment Anything (arXiv:2304.02643).
 Axes: N masks, H W pixels, B images.
-Try, after the demo: `python dearli.py --stage sup --steps 100 --init runs/mini-dewa --out runs/try-dewa`, against the same
-without --init.
+Try, after the demo: `python dearli.py --stage sup --steps 100 --init runs/mini-dewa --out
+runs/try-dewa`, against the same without --init.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +34,8 @@ TAXONOMY = Taxonomy(("segment, object, regular shape",), (True,), (1,))
 
 @dataclass(frozen=True)
 class MaskedImages:
-    """Images and the folder of their masks (`readers.mask_files.generate_masks`). indices: of the images to learn from.
+    """Images and the folder of their masks (`readers.mask_files.generate_masks`). indices: of the
+    images to learn from.
 
     images: has len, name(i), image(i) and digest(i), as `readers.pictures.ImageFolder`.
     """
@@ -85,7 +88,9 @@ class Dewa:
 
 
 class DewaBatches(Batches):
-    """Images with all of their SAM masks; one that the crop empties stays a target (official), or not."""
+    """Images with all of their SAM masks; one that the crop empties stays a target (official), or
+    not.
+    """
 
     def __init__(self, dataset: MaskedImages, cfg: Config, steps: int):
         super().__init__(replace(cfg, crop=cfg.dewa_crop or cfg.crop), steps)

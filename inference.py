@@ -1,11 +1,13 @@
 """From queries to an answer: panoptic and semantic inference, and the readings of a model.
 
-A query is a class posterior and a mask. Panoptic inference lets queries compete for pixels (arXiv:2107.06278, section 3.4);
-semantic inference adds their masks up, class by class. A reading is a model with a posterior: the student's or the
-teacher's, the decoder alone (P_MT), CLIP alone (P_CLIP) or their ensemble (P_ENS, Eq. 6).
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, h w mask grid (stride 4), H W image.
-Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --overlap-threshold 0 --out runs/try-overlap`:
-queries that others cover stay segments.
+A query is a class posterior and a mask. Panoptic inference lets queries compete for pixels
+(arXiv:2107.06278, section 3.4); semantic inference adds their masks up, class by class. A reading
+is a model with a posterior: the student's or the teacher's, the decoder alone (P_MT), CLIP alone
+(P_CLIP) or their ensemble (P_ENS, Eq. 6).
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, h w mask grid
+(stride 4), H W image.
+Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --overlap-threshold 0
+--out runs/try-overlap`: queries that others cover stay segments.
 """
 
 from dataclasses import dataclass
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 from clip_ensemble import padded_size
 from config import Config
 
-# Values of full-size masks at once: on a CPU they stay in the cache, on a GPU they are a small part of the memory.
+# Values of full-size masks at once: on a CPU they stay in the cache, on a GPU they are a small part
+# of the memory.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**27
-# Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a larger image are made
+# Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a
+# larger image are made
 # anew by every reading, a part at a time: they would fill the memory.
 SHARED_MASKS = 2**27
 # The posteriors that readings take, in words.
@@ -32,7 +36,8 @@ POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip
 class Prediction:
     """What a reading says of an image of H x W pixels.
 
-    segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores: (N,) posterior of the class,
+    segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores:
+    (N,) posterior of the class,
     0 to 1;  semantic: (H, W) int64, a class for every pixel; None where nobody asked.
     """
 
@@ -55,9 +60,11 @@ def predict(
     """What readings say of B images, one at a time: (index of the image, reading, prediction).
 
     Args:
-        models: segmenters by name; those that share a backbone share its pass.   alphas: of each reading, "student/ensemble",
-            whose first part names the model: the decoder's share in its posterior.
-        images: (B, 3, S, S') uint8.    sizes: for each (its size in the batch, the size of the answer), (H, W) both.
+        models: segmenters by name; those that share a backbone share its pass.   alphas: of each
+            reading, "student/ensemble", whose first part names the model: the decoder's share in
+            its posterior.
+        images: (B, 3, S, S') uint8.    sizes: for each (its size in the batch, the size of the
+        answer), (H, W) both.
         things: (K,) bool.    semantic: whether anybody wants the semantic map.
     """
     padded = padded_size(*images.shape[-2:])
@@ -112,7 +119,9 @@ def shared_masks(mask_logits: Tensor, sizes) -> Tensor | None:
 def resize_masks(
     mask_logits: Tensor, padded: tuple[int, int], image: tuple[int, int], output: tuple[int, int]
 ) -> Tensor:
-    """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the output size."""
+    """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the output
+    size.
+    """
     full = F.interpolate(
         mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False
     )
@@ -150,8 +159,9 @@ def panoptic_inference(
         posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).     things: (K,) bool.
         sizes: (padded, image, output) as in `resize_masks`.
         masks: (Q, H, W) probabilities at the output size, if they are at hand already.
-    Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,), the query's probability.
-        Stuff of one class is one segment (with the score of its first query); things stay apart.
+    Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,),
+        the query's probability. Stuff of one class is one segment (with the score of its first
+        query); things stay apart.
     """
     scores, labels = posterior.max(-1)
     keep = (labels != posterior.shape[-1] - 1) & (scores > object_mask_threshold)
@@ -171,8 +181,8 @@ def panoptic_inference(
 def _competition(masks: Tensor, scores: Tensor, sizes, given: bool):
     """The query with the largest score * mask at every pixel (the first one wins a tie).
 
-    Returns: winner (H, W) int64;  solid (H, W) bool, whether the pixel is inside the winner's mask;  own (Q,) pixels of
-        every mask.
+    Returns: winner (H, W) int64;  solid (H, W) bool, whether the pixel is inside the winner's mask;
+        own (Q,) pixels of every mask.
     """
     own = []
     best, winner, solid = scores.new_full(sizes[2], -1.0), None, None
@@ -189,10 +199,12 @@ def _competition(masks: Tensor, scores: Tensor, sizes, given: bool):
 
 
 def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int], list[int]]:
-    """Candidates that are present become segments: each thing one of its own, all stuff of a class one together.
+    """Candidates that are present become segments: each thing one of its own, all stuff of a class
+    one together.
 
     Args: labels: classes of n candidates.   present: n flags.   things: (K,) bool.
-    Returns: first: the first candidate of each segment;  number: for each candidate its segment, from 1; 0 = none.
+    Returns: first: the first candidate of each segment;  number: for each candidate its segment,
+        from 1; 0 = none.
     """
     first, number, stuff = [], [], {}
     for k, label in enumerate(labels):
@@ -212,9 +224,11 @@ def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int
 def semantic_inference(
     posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None
 ) -> Tensor:
-    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask); never void.
+    """(H, W) int64: the class with the largest sum over queries of probability * sigmoid(mask);
+    never void.
 
-    Without masks at hand, they are made a few rows at a time: all of them at once would fill the memory with large images.
+    Without masks at hand, they are made a few rows at a time: all of them at once would fill the
+    memory with large images.
     """
     if masks is not None:
         return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).max(0).indices

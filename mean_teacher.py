@@ -1,12 +1,16 @@
-"""The semi-supervised step: a teacher labels weakly augmented images, the student learns them strongly augmented.
+"""The semi-supervised step: a teacher labels weakly augmented images, the student learns them
+strongly augmented.
 
-Implements Eq. (1), labelled plus unlabelled loss, and Eq. (2), the teacher as moving average of the student; the teacher's
-class posteriors are ensembled with CLIP's (Eq. 6) before hard panoptic pseudo-labels are read off. `Supervised` is the
-baseline, `MeanTeacher` plain SSL, DEAR and DEARLi: they differ in the posterior and in what the student starts from.
-Differs from the paper: nothing. The burn-in (supervised steps before the first pseudo-label) is 0 officially.
-Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B images, N segments, S pixels of a side.
-Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out runs/try-burn-in`: a teacher that begins
-without having learned anything.
+Implements Eq. (1), labelled plus unlabelled loss, and Eq. (2), the teacher as moving average of the
+student; the teacher's class posteriors are ensembled with CLIP's (Eq. 6) before hard panoptic
+pseudo-labels are read off. `Supervised` is the baseline, `MeanTeacher` plain SSL, DEAR and DEARLi:
+they differ in the posterior and in what the student starts from.
+Differs from the paper: nothing. The burn-in (supervised steps before the first pseudo-label) is 0
+officially.
+Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B images, N segments,
+    S pixels of a side.
+Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out runs/try-burn-in`: a
+teacher that begins without having learned anything.
 """
 
 from functools import cached_property
@@ -35,7 +39,9 @@ from pretrained.segmenter import build
 
 
 class Supervised:
-    """The supervised baseline: labelled images only. A method as in `engine.method`, which says what its names mean."""
+    """The supervised baseline: labelled images only. A method as in `engine.method`, which says
+    what its names mean.
+    """
 
     title = "supervised"
     metrics = (PanopticScore, SemanticScore)
@@ -69,7 +75,9 @@ class Supervised:
         return self.learn("labeled", features, labeled.targets, t, first)
 
     def learn(self, kind: str, features, targets, t: int, slot: int, weight=1.0) -> dict:
-        """Eq. (3) of the student and its gradient. slot: of the first image, for its sampled points."""
+        """Eq. (3) of the student and its gradient. slot: of the first image, for its sampled
+        points.
+        """
         head, cfg = self.models["student"].head, self.cfg
         generators = point_generators(cfg.seed, t, slot, len(targets), self.device)
         losses = learn(head, features, targets, cfg.loss, generators, self.precision, weight)
@@ -87,7 +95,9 @@ class Supervised:
 
     @property
     def reading(self) -> str:
-        """The paper reads DEAR and DEARLi with the ensemble, the others from the decoder alone (Table 1)."""
+        """The paper reads DEAR and DEARLi with the ensemble, the others from the decoder alone
+        (Table 1).
+        """
         return papers_reading(self.cfg.teacher_posterior)
 
     @property
@@ -109,7 +119,9 @@ class Supervised:
 
 
 class MeanTeacher(Supervised):
-    """SSL, DEAR and DEARLi. Subclasses that make other pseudo-labels replace `teacher_answer` or `pseudo_labels`."""
+    """SSL, DEAR and DEARLi. Subclasses that make other pseudo-labels replace `teacher_answer` or
+    `pseudo_labels`.
+    """
 
     title = "Mean Teacher"
 
@@ -121,7 +133,9 @@ class MeanTeacher(Supervised):
         return SemiSupervisedBatches(dataset, self.cfg, self.cfg.ssl_steps, self.warm)
 
     def step(self, batch: tuple[Labeled, Unlabeled | None], t: int) -> dict[str, float]:
-        """One step of Eq. (1) and (2). During burn-in there are no unlabelled images, and the teacher is the student."""
+        """One step of Eq. (1) and (2). During burn-in there are no unlabelled images, and the
+        teacher is the student.
+        """
         labeled, unlabeled = batch
         cfg, student, teacher = self.cfg, self.models["student"], self.models["teacher"]
         pseudo = []
@@ -137,7 +151,8 @@ class MeanTeacher(Supervised):
                 pseudo = self.pseudo_labels(f_weak, weak.shape[-2:], t)
                 first, partners = pseudo[: len(strong)], pseudo[len(strong) :]
                 pseudo = mix_targets(first, partners, unlabeled.boxes, self.counted)
-        # 3 the student learns from both, without the ensemble: Eq. (3) each, Eq. (1) as a sum of gradients
+        # 3 the student learns from both, without the ensemble: Eq. (3) each, Eq. (1) as a sum of
+        # gradients
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.learn_labeled(f_labeled, labeled, t)
         if unlabeled is not None:
@@ -153,7 +168,9 @@ class MeanTeacher(Supervised):
         return {**row, "grad_norm": norm}
 
     def features(self, labeled: Tensor, strong: Tensor, weak: Tensor):
-        """Backbone features of three groups of images: one pass if the frozen backbone is shared, else one each."""
+        """Backbone features of three groups of images: one pass if the frozen backbone is shared,
+        else one each.
+        """
         student, teacher = self.models["student"], self.models["teacher"]
         if student.backbone is teacher.backbone:
             maps = student.backbone(torch.cat([labeled, strong, weak]))
@@ -163,7 +180,9 @@ class MeanTeacher(Supervised):
         return student.backbone(labeled), student.backbone(strong), of_teacher
 
     def teacher_answer(self, features: list[Tensor], t: int) -> tuple[Tensor, Tensor]:
-        """What pseudo-labels of step t are made of: class posterior (B, Q, K+1), Eq. (4)-(6), and mask_logits (B, Q, h, w)."""
+        """What pseudo-labels of step t are made of: class posterior (B, Q, K+1), Eq. (4)-(6), and
+        mask_logits (B, Q, h, w).
+        """
         teacher = self.models["teacher"]
         class_logits, mask_logits = teacher.predict(features)
         alpha = teacher_alpha(self.cfg, t, self.warm)
@@ -173,8 +192,9 @@ class MeanTeacher(Supervised):
     def pseudo_labels(self, features: list[Tensor], size, t: int) -> list[Target]:
         """Hard pseudo-labels of B images at full resolution, size = (H, W).
 
-        No confidence threshold and no area filter: a segment is in or out by the rules of panoptic inference alone.
-        Semantic ones (cfg.labels) are the classes of semantic inference, a segment each; no pixel is void.
+        No confidence threshold and no area filter: a segment is in or out by the rules of panoptic
+        inference alone. Semantic ones (cfg.labels) are the classes of semantic inference, a segment
+        each; no pixel is void.
         """
         targets, sizes, cfg = [], (size, size, size), self.cfg
         for posterior, mask_logits in zip(*self.teacher_answer(features, t)):
@@ -199,7 +219,9 @@ def _segments_an_image(targets: list[Target], device) -> float:
 
 
 def mix_images(images: Tensor, partners: Tensor, boxes) -> Tensor:
-    """CutMix of images (B, 3, S, S): inside its box, each image shows its partner. Partners only of images with a box."""
+    """CutMix of images (B, 3, S, S): inside its box, each image shows its partner. Partners only of
+    images with a box.
+    """
     mixed, partner = images.clone(), iter(partners)
     for image, box in zip(mixed, boxes):
         if box is not None:
@@ -224,7 +246,8 @@ def mix_target(
 ) -> Target:
     """Paste the second partition into the box of the first, void included.
 
-    Segments without a pixel left are dropped; stuff of one class from both images becomes one segment; things stay apart.
+    Segments without a pixel left are dropped; stuff of one class from both images becomes one
+    segment; things stay apart.
     """
     top, bottom, left, right = box
     shifted = torch.where(second.segment_map > 0, second.segment_map + len(first), 0)
@@ -238,7 +261,9 @@ def mix_target(
 
 
 def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
-    """The decoder's share in the posterior that makes the pseudo-labels of a step: P_MT, P_CLIP or P_ENS (Table 7)."""
+    """The decoder's share in the posterior that makes the pseudo-labels of a step: P_MT, P_CLIP or
+    P_ENS (Table 7).
+    """
     if cfg.teacher_posterior != "ensemble":
         return {"decoder": 1.0, "clip": 0.0}[cfg.teacher_posterior]
     burn_in = cfg.burn_in_steps(warm)
@@ -248,8 +273,8 @@ def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
 def ema_decay(step: int, cfg: Config, warm: bool) -> float:
     """The decay of Eq. (2) at a step, from 0.
 
-    During burn-in 0: the teacher is the student. From a random start min(1 - 1/(t+1), ema_decay), so the first step copies
-    the student; after a burn-in, or from DeWa weights, constant.
+    During burn-in 0: the teacher is the student. From a random start min(1 - 1/(t+1), ema_decay),
+    so the first step copies the student; after a burn-in, or from DeWa weights, constant.
     """
     burn_in = cfg.burn_in_steps(warm)
     if step < burn_in:
@@ -261,7 +286,8 @@ def ema_decay(step: int, cfg: Config, warm: bool) -> float:
 
 @torch.no_grad()
 def update_teacher(teacher: Segmenter, student: Segmenter, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, Eq. (2), over what training changes, paired by name.
+    """teacher <- decay * teacher + (1 - decay) * student, Eq. (2), over what training changes,
+    paired by name.
 
     Counters and other integers are copied.
     Raises: Broken if a weight of the student is not finite: an average would keep a NaN for ever.

@@ -1,12 +1,16 @@
-"""Mask2Former in plain torch on an OpenCLIP ConvNeXt: pixel decoder, masked-attention decoder, class heads.
+"""Mask2Former in plain torch on an OpenCLIP ConvNeXt: pixel decoder, masked-attention decoder,
+class heads.
 
-The pixel decoder refines three feature maps by multi-scale deformable attention (`deformable.py`) and adds one FPN level for the mask
-features; the decoder lets Q learned queries attend to the maps, each only inside its own mask so far, and predicts after
-every layer. M2F-Lang (section 3.2) classifies a query by its cosine with the text embeddings of the classes.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint image-text space, S pixels.
+The pixel decoder refines three feature maps by multi-scale deformable attention (`deformable.py`)
+and adds one FPN level for the mask features; the decoder lets Q learned queries attend to the maps,
+each only inside its own mask so far, and predicts after every layer. M2F-Lang (section 3.2)
+classifies a query by its cosine with the text embeddings of the classes.
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint
+image-text space, S pixels.
 Sources: Mask2Former (arXiv:2112.01527), FC-CLIP (arXiv:2308.02487).
 Parameters are laid out as in the official code, so its files load by renaming (`official.py`).
-Try: `python dearli.py --stage sup --steps 250 --decoder-layers 0 --out runs/try-decoder`: queries that never look at the image.
+Try: `python dearli.py --stage sup --steps 250 --decoder-layers 0 --out runs/try-decoder`: queries
+that never look at the image.
 """
 
 import copy
@@ -22,9 +26,11 @@ from deformable import DeformableAttention, Pyramid
 
 
 class Segmenter(nn.Module):
-    """A backbone and a Mask2Former head, with all that inference needs: what student and teacher are.
+    """A backbone and a Mask2Former head, with all that inference needs: what student and teacher
+    are.
 
-    vocabulary: of the K classes; None on a backbone without CLIP, which has a linear classifier and no ensemble.
+    vocabulary: of the K classes; None on a backbone without CLIP, which has a linear classifier and
+    no ensemble.
     """
 
     def __init__(
@@ -54,7 +60,9 @@ class Segmenter(nn.Module):
     def posterior(
         self, features: list[Tensor], class_logits: Tensor, mask_logits: Tensor, alpha: float
     ) -> Tensor:
-        """Class probabilities (B, Q, K+1), Eq. (6). alpha: the decoder's share; 1 is the decoder alone, without asking CLIP."""
+        """Class probabilities (B, Q, K+1), Eq. (6). alpha: the decoder's share; 1 is the decoder
+        alone, without asking CLIP.
+        """
         if alpha == 1:
             return class_logits.float().softmax(-1)
         clip_logits = zero_shot_logits(
@@ -63,7 +71,9 @@ class Segmenter(nn.Module):
         return geometric_ensemble(class_logits, clip_logits, alpha).exp()
 
     def teacher(self) -> "Segmenter":
-        """A copy that is never trained by gradient, in eval mode for ever. A frozen backbone is shared, not copied."""
+        """A copy that is never trained by gradient, in eval mode for ever. A frozen backbone is
+        shared, not copied.
+        """
         memo = {id(self.backbone): self.backbone} if self.backbone.frozen else {}
         teacher = copy.deepcopy(self, memo).requires_grad_(False)
         teacher.averaged = True
@@ -71,13 +81,15 @@ class Segmenter(nn.Module):
 
     @property
     def constant(self) -> tuple[str, ...]:
-        """Beginnings of names in state_dict() that training never changes (`engine.checkpoint.state_of`)."""
+        """Beginnings of names in state_dict() that training never changes
+        (`engine.checkpoint.state_of`).
+        """
         return ("backbone.",) if self.backbone.frozen else ("backbone.logit_scale",)
 
 
 class Mask2Former(nn.Module):
-    """The head: features of the backbone -> a list of (class_logits, mask embeddings), one a layer or (last_only, for inference) the
-    last one's alone, and the mask_features (B, C, H/4, W/4)."""
+    """The head: features of the backbone -> a list of (class_logits, mask embeddings), one a layer
+    or (last_only, for inference) the last one's alone, and the mask_features (B, C, H/4, W/4)."""
 
     def __init__(
         self, channels: list[int], cfg: Config, num_classes: int, vocabulary: Vocabulary | None
@@ -93,14 +105,14 @@ class Mask2Former(nn.Module):
         return self.decoder(maps, mask_features, last_only), mask_features
 
 
-# ---------------------------------------------------------------------------------------------- pixel decoder
+# ---------------------------------------------------------------------------------------------- pix
 
 
 class PixelDecoder(nn.Module):
     """Deformable attention over strides 8, 16, 32, then one FPN step to stride 4.
 
-    forward: four maps (B, C_i, H/2^i, W/2^i), i = 2..5 -> mask_features (B, C, H/4, W/4) and three maps (B, C, ., .),
-    coarsest first.
+    forward: four maps (B, C_i, H/2^i, W/2^i), i = 2..5 -> mask_features (B, C, H/4, W/4) and three
+    maps (B, C, ., .), coarsest first.
     """
 
     def __init__(self, channels: list[int], cfg: Config):
@@ -170,7 +182,9 @@ class DeformableLayer(nn.Module):
 
 
 def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
-    """(1, C, h, w) sine embedding of the position of each pixel, both axes normalised to (0, 2 pi]; half the channels a axis."""
+    """(1, C, h, w) sine embedding of the position of each pixel, both axes normalised to (0, 2 pi];
+    half the channels a axis.
+    """
     h, w = maps.shape[-2:]
     half = maps.shape[1] // 2
     i = torch.arange(half, dtype=torch.float32, device=maps.device)
@@ -189,16 +203,19 @@ def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
     return torch.cat([y, x], -1).permute(2, 0, 1)[None]
 
 
-# ------------------------------------------------------------------------------------ masked-attention decoder
+# ------------------------------------------------------------------------------------ masked-attent
 
 
 class MaskedAttentionDecoder(nn.Module):
-    """Q queries, refined by masked cross-attention, self-attention and a feed-forward net, layer after layer.
+    """Q queries, refined by masked cross-attention, self-attention and a feed-forward net, layer
+    after layer.
 
-    forward: three maps (B, C, ., .) coarsest first and mask_features (B, C, H/4, W/4) -> a list of layers + 1 predictions
-    (class_logits (B, Q, K+1), mask embeddings (B, Q, C)); the last is the result, all are supervised. With last_only there is one.
-    A query's mask is the product of its embedding with the mask features. Resizing is linear, so the mask on a coarse grid, where the
-    query may look next, is the product with mask features of that size: no mask of full size is made here.
+    forward: three maps (B, C, ., .) coarsest first and mask_features (B, C, H/4, W/4) -> a list of
+    layers + 1 predictions (class_logits (B, Q, K+1), mask embeddings (B, Q, C)); the last is the
+    result, all are supervised. With last_only there is one. A query's mask is the product of its
+    embedding with the mask features. Resizing is linear, so the mask on a coarse grid, where the
+    query may look next, is the product with mask features of that size: no mask of full size is
+    made here.
     """
 
     def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
@@ -263,7 +280,8 @@ def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_mask(embeddings: Tensor, coarse: Tensor) -> Tensor:
-    """(B, 1, Q, S) bool: True where a query may look, that is inside its own mask; everywhere, if that is nowhere.
+    """(B, 1, Q, S) bool: True where a query may look, that is inside its own mask; everywhere, if
+    that is nowhere.
 
     embeddings (B, Q, C); coarse (B, C, h, w), the mask features on the grid of the keys, S = h w.
     """
@@ -272,7 +290,7 @@ def attention_mask(embeddings: Tensor, coarse: Tensor) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention first, then self-attention, then feed-forward; post-norm throughout."""
+    """Masked cross-attention first, then self-attention, then feed-forward; post-norm."""
 
     def __init__(self, channels: int, heads: int, ffn: int):
         super().__init__()
@@ -294,7 +312,9 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameter layout of nn.MultiheadAttention, batch first, mask (B, 1, Q, S) or None."""
+    """Multi-head attention with the parameter layout of nn.MultiheadAttention, batch first, mask
+    (B, 1, Q, S) or None.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -345,9 +365,11 @@ class LinearClassifier(nn.Linear):
 
 
 class LanguageClassifier(nn.Module):
-    """M2F-Lang: class_logits = scale * cosine with the text embeddings; no-object has a learned embedding.
+    """M2F-Lang: class_logits = scale * cosine with the text embeddings; no-object has a learned
+    embedding.
 
-    Queries are mapped to the joint space by an MLP; text embeddings are fixed; the scale is learned (exp, at most 100).
+    Queries are mapped to the joint space by an MLP; text embeddings are fixed; the scale is learned
+    (exp, at most 100).
     """
 
     def __init__(self, channels: int, vocabulary: Vocabulary):

@@ -1,31 +1,41 @@
 """Panoptic quality (PQ, SQ, RQ) and mean IoU, numpy only.
 
-PQ is the metric of Kirillov et al., "Panoptic Segmentation" (arXiv:1801.00868, section 4). Of one class:
+PQ is the metric of Kirillov et al., "Panoptic Segmentation" (arXiv:1801.00868, section 4). Of one
+class:
 
-    PQ = sum of IoU over matches / (TP + FP/2 + FN/2) = SQ * RQ,   SQ = that sum / TP,   RQ = TP / (TP + FP/2 + FN/2)
+    PQ = sum of IoU over matches / (TP + FP/2 + FN/2) = SQ * RQ,   SQ = that sum / TP,   RQ = TP /
+    (TP + FP/2 + FN/2)
 
-Counts are summed over all images first, PQ is formed once per class, and classes are averaged last. The rules are those of
-the COCO panoptic API, written afresh; several surprise:
-* A match needs the same class and IoU > 0.5, strictly, which makes it unique: there is nothing to assign.
-* Void (truth id 0) is no mistake: a prediction's pixels on it leave the union, and an unmatched prediction with more than
-  half of its pixels (strictly) on void is no false positive.
-* Crowd truth is never matched and never missed. An unmatched prediction is forgiven as above for void and crowd of ITS
-  class together, but crowd, unlike void, stays in the union of a prediction that does match another segment.
+Counts are summed over all images first, PQ is formed once per class, and classes are averaged last.
+The rules are those of the COCO panoptic API, written afresh; several surprise:
+* A match needs the same class and IoU > 0.5, strictly, which makes it unique: there is nothing to
+assign.
+* Void (truth id 0) is no mistake: a prediction's pixels on it leave the union, and an unmatched
+  prediction with more than half of its pixels (strictly) on void is no false positive.
+* Crowd truth is never matched and never missed. An unmatched prediction is forgiven as above for
+  void and crowd of ITS class together, but crowd, unlike void, stays in the union of a prediction
+  that does match another segment.
 * One crowd region a class and image: of several, only the last listed forgives.
-* The truth's area is the one stated in the data set's JSON, the prediction's is counted. Where JSON and map disagree, IoU may
-  exceed 1 and a segment may match twice, as in the API.
-* A class that occurs nowhere (TP + FP + FN = 0) is left out of the mean; one that is only wrongly predicted counts as 0.
-Differs from the API: results are never inf, NaN or a division by zero, and what it refuses by KeyError is a ValueError here.
+* The truth's area is the one stated in the data set's JSON, the prediction's is counted. Where JSON
+  and map disagree, IoU may exceed 1 and a segment may match twice, as in the API.
+* A class that occurs nowhere (TP + FP + FN = 0) is left out of the mean; one that is only wrongly
+predicted counts as 0.
+Differs from the API: results are never inf, NaN or a division by zero, and what it refuses by
+KeyError is a ValueError here.
 
-Axes: H W image, P predicted segments, T true segments, C classes (contiguous), M pairs of segments that overlap.
-Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --object-mask-threshold 0.9 --out runs/try-sure`: what is not sure is missed.
+Axes: H W image, P predicted segments, T true segments, C classes (contiguous), M pairs of segments
+that overlap.
+Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16
+--object-mask-threshold 0.9 --out runs/try-sure`: what is not sure is missed.
 """
 
 import numpy as np
 
 MATCH_IOU = 0.5  # a match has more, arXiv:1801.00868 section 4.1
 VOID = -1  # of a semantic map: no class
-FORGIVEN = 0.5  # share of void and crowd pixels above which an unmatched prediction is no false positive, section 4.2
+# share of void and crowd pixels above which an unmatched prediction is no false positive, section
+# 4.2
+FORGIVEN = 0.5
 
 
 class PanopticQuality:
@@ -43,12 +53,14 @@ class PanopticQuality:
 
         Args:
             pred_map, true_map: (H, W) integers, 0 = void, k = k-th segment.
-            pred_labels: (P,) classes in [0, C).        true_labels: (T,) likewise, in the order of the JSON (see crowd above).
+            pred_labels: (P,) classes in [0, C).        true_labels: (T,) likewise, in the order of
+            the JSON (see crowd above).
             true_areas: (T,) pixels, as the JSON states them; None: counted from true_map.
             true_crowd: (T,) bool; None: no crowd.
-        A true segment without a pixel is a false negative. A predicted one is refused: it could be neither right nor wrong.
-        Raises: ValueError, before anything is counted, if a map holds an id without a label, a predicted segment has no
-            pixel, a label is not in [0, C), or shapes disagree.
+        A true segment without a pixel is a false negative. A predicted one is refused: it could be
+        neither right nor wrong.
+        Raises: ValueError, before anything is counted, if a map holds an id without a label, a
+            predicted segment has no pixel, a label is not in [0, C), or shapes disagree.
         """
         # 1 overlaps: every pair of segments that share a pixel, with the number of pixels
         pred_class = _integers("pred_labels", pred_labels, self.num_classes, dims=1).astype(
@@ -63,7 +75,8 @@ class PanopticQuality:
         true_area = np.bincount(t, overlap, num_true + 1)  # (T+1,)
         if not pred_area[1:].all():
             raise ValueError(
-                f"pred_map: segment {1 + np.argmin(pred_area[1:])} of {num_pred} has a label but no pixel"
+                f"pred_map: segment {1 + np.argmin(pred_area[1:])} of {num_pred} has a label but "
+                "no pixel"
             )
         if true_areas is not None:
             true_area[1:] = _one_each("true_areas", true_areas, num_true)
@@ -85,7 +98,8 @@ class PanopticQuality:
         missed[t[match] - 1] = False
         unmatched[p[match] - 1] = False
 
-        # 3 false positives: unmatched, less those that lie mostly on void or on the crowd region of their class
+        # 3 false positives: unmatched, less those that lie mostly on void or on the crowd region of
+        # their class
         crowd_of_class = np.zeros(self.num_classes, np.int64)  # (C,) true id, 0 = none
         crowd_of_class[true_class[crowd]] = 1 + np.flatnonzero(crowd)  # the last listed remains
         on_crowd = crowd_of_class[pred_class[p - 1]] == t
@@ -99,7 +113,7 @@ class PanopticQuality:
         self.fn += np.bincount(true_class[missed], minlength=self.num_classes)
 
     def merge(self, other: "PanopticQuality") -> None:
-        """Add the counts of another process; the order of merging does not matter beyond rounding."""
+        """Add the counts of another process, in any order (but for rounding)."""
         _same_classes(self, other)
         for name in ("iou", "tp", "fp", "fn"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -107,9 +121,11 @@ class PanopticQuality:
     def result(self, things, names=None) -> dict:
         """PQ, SQ and RQ in [0, 1], of plain Python numbers, ready for JSON.
 
-        Args: things: (C,) bool.        names: C distinct class names; None: the keys of per_class are indices.
-        Returns: {"all" | "things" | "stuff": {"pq", "sq", "rq", "n"}, "per_class": {name: {"pq", "sq", "rq", "iou", "tp",
-            "fp", "fn"}}}; n classes are in the mean, n = 0 gives zeros; "iou" is the sum over the class's true positives.
+        Args: things: (C,) bool.        names: C distinct class names; None: the keys of per_class
+            are indices.
+        Returns: {"all" | "things" | "stuff": {"pq", "sq", "rq", "n"}, "per_class": {name: {"pq",
+            "sq", "rq", "iou", "tp", "fp", "fn"}}}; n classes are in the mean, n = 0 gives zeros;
+            "iou" is the sum over the class's true positives.
         """
         things = _one_each("things", things, self.num_classes).astype(bool)
         seen = self.tp + self.fp + self.fn > 0
@@ -135,7 +151,8 @@ class PanopticQuality:
 class MeanIoU:
     """Pixel confusion between classes, over images (`add`) and processes (`merge`).
 
-    As in detectron2's SemSegEvaluator: void pixels count nowhere, and the mean is over the classes that occur in the truth.
+    As in detectron2's SemSegEvaluator: void pixels count nowhere, and the mean is over the classes
+    that occur in the truth.
     """
 
     def __init__(self, num_classes: int):
@@ -145,10 +162,13 @@ class MeanIoU:
         )  # (C, C) pixels, [truth, prediction]
 
     def add(self, pred, true, ignore: int = 255) -> None:
-        """Count one image. pred: (H, W) in [0, C).    true: (H, W) in [0, C) or `ignore`, which itself is no class."""
+        """Count one image. pred: (H, W) in [0, C).    true: (H, W) in [0, C) or `ignore`, which
+        itself is no class.
+        """
         if 0 <= ignore < self.num_classes:
             raise ValueError(
-                f"ignore: {ignore} is also one of the {self.num_classes} classes; choose another value for void"
+                f"ignore: {ignore} is also one of the {self.num_classes} classes; choose another "
+                "value for void"
             )
         pred = _integers("pred", pred, self.num_classes)
         true = _integers("true", true, self.num_classes, ignore)
@@ -165,9 +185,11 @@ class MeanIoU:
         self.confusion = self.confusion + other.confusion
 
     def result(self, names=None) -> dict:
-        """{"miou": [0, 1], "n": classes in the mean, "per_class": {name: {"iou", "tp", "fp", "fn"}}}, counts in pixels.
+        """{"miou": [0, 1], "n": classes in the mean, "per_class": {name: {"iou", "tp", "fp",
+        "fn"}}}, counts in pixels.
 
-        A class with tp + fn = 0 is not in the mean; its iou is given as 0. names: as in PanopticQuality.result.
+        A class with tp + fn = 0 is not in the mean; its iou is given as 0. names: as in
+        PanopticQuality.result.
         """
         tp = self.confusion.diagonal()
         fp, fn = self.confusion.sum(0) - tp, self.confusion.sum(1) - tp
@@ -181,7 +203,8 @@ class MeanIoU:
 
 
 class PanopticScore:
-    """PanopticQuality as the frame measures with: `add`, `merge`, `result` of predictions and truths.
+    """PanopticQuality as the frame measures with: `add`, `merge`, `result` of predictions and
+    truths.
 
     columns: of tables: key, heading, and where the figure is in the result.
     """
@@ -198,7 +221,9 @@ class PanopticScore:
         self.taxonomy, self.quality = taxonomy, PanopticQuality(len(taxonomy))
 
     def add(self, prediction, truth) -> None:
-        """prediction: has segment_map, labels;  truth: also areas and crowd (`PanopticQuality.add`)."""
+        """prediction: has segment_map, labels;  truth: also areas and crowd
+        (`PanopticQuality.add`).
+        """
         self.quality.add(
             prediction.segment_map,
             prediction.labels,
@@ -224,17 +249,18 @@ class SemanticScore:
         self.taxonomy, self.pixels = taxonomy, MeanIoU(len(taxonomy))
 
     def add(self, prediction, truth) -> None:
-        """prediction: has semantic (H, W);  truth: semantic() -> (H, W), VOID where it is no class."""
+        """prediction: has semantic (H, W);  truth: semantic() -> (H, W), VOID for no class."""
         self.pixels.add(prediction.semantic, truth.semantic(), VOID)
 
     def merge(self, other: "SemanticScore") -> None:
         self.pixels.merge(other.pixels)
 
     def result(self) -> dict:
-        """{"miou", "miou_classes": classes in the mean, "per_class": {name: {"semantic_iou"}}, "confusion"}.
+        """{"miou", "miou_classes": classes in the mean, "per_class": {name: {"semantic_iou"}},
+        "confusion"}.
 
-        confusion: a row of text for every true class: pixels taken for the first class, the second, ...; JSON with
-        indentation would give every number a line.
+        confusion: a row of text for every true class: pixels taken for the first class, the second,
+        ...; JSON with indentation would give every number a line.
         """
         result = self.pixels.result(self.taxonomy.short_names)
         per_class = {n: {"semantic_iou": row["iou"]} for n, row in result["per_class"].items()}
@@ -261,14 +287,18 @@ def _overlaps(pred_map, num_pred: int, true_map, num_true: int):
         count = np.bincount(pair, length)
         pair = np.flatnonzero(count)
         count = count[pair]
-    else:  # thousands of segments on both sides: the full table would be larger than the image, so sort instead
+    # thousands of segments on both sides: the full table would be larger than the image, so sort
+    # instead
+    else:
         pair, run = np.unique(pair, return_inverse=True)
         count = np.bincount(run, length)
     return pair // (num_true + 1), pair % (num_true + 1), count
 
 
 def _pair_ids(a, b, num_b):
-    """a * num_b + b in int64 whatever the types (8 or 16 bits would overflow), with one temporary of their size."""
+    """a * num_b + b in int64 whatever the types (8 or 16 bits would overflow), with one temporary
+    of their size.
+    """
     pair = a.astype(np.int64)
     pair *= num_b
     return np.add(pair, b, out=pair, casting="unsafe")
@@ -279,7 +309,8 @@ def _integers(name, array, end, ignore=None, dims=2):
     array = np.asarray(array)
     if array.ndim != dims or (array.dtype.kind not in "iub" and array.size):
         raise ValueError(
-            f"{name}: expected {'(H, W)' if dims == 2 else '(N,)'} integers, got {array.shape} {array.dtype}"
+            f"{name}: expected {'(H, W)' if dims == 2 else '(N,)'} integers, got {array.shape} "
+            f"{array.dtype}"
         )
     values = array if ignore is None else array[array != ignore]
     if values.size and (values.min() < 0 or values.max() >= end):

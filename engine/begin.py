@@ -1,7 +1,9 @@
-"""How a run begins, or goes on: what is in its folder, what it starts from, and what it has to have in common with before.
+"""How a run begins, or goes on: what is in its folder, what it starts from, and what it has to have
+in common with before.
 
-A run is what it was made of: its numbers, its images and their ground truth, its classes, the weights that it started from,
-its masks, its frozen backbone. All of it is stored, and on --resume it is compared, or taken from what is stored.
+A run is what it was made of: its numbers, its images and their ground truth, its classes, the
+weights that it started from, its masks, its frozen backbone. All of it is stored, and on --resume
+it is compared, or taken from what is stored.
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,7 +38,9 @@ def require_place(folder: Path, resume: bool) -> None:
 
 
 def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> None:
-    """What a training run reads of labelled and validation images is there: asked before the first step."""
+    """What a training run reads of labelled and validation images is there: asked before the first
+    step.
+    """
     require_truth(dataset, measure=evaluate)
     require_files(dataset.train, dataset.labeled, "labelled", classes=cfg.labels == "semantic")
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
@@ -53,7 +57,9 @@ def settle(cfg: Config, dataset: DataSet) -> Config:
 
 
 def identity(source: Source, stage: str, taxonomy: Taxonomy) -> dict:
-    """What makes a run that run, beside its numbers: compared on --resume, read back by the stages that use a run."""
+    """What makes a run that run, beside its numbers: compared on --resume, read back by the stages
+    that use a run.
+    """
     return {
         "stage": stage,
         "dataset": source.name,
@@ -66,7 +72,8 @@ def identity(source: Source, stage: str, taxonomy: Taxonomy) -> dict:
 
 @dataclass(frozen=True)
 class Begun:
-    """What is in the folder of a run that goes on. state: its newest checkpoint;  config: what it stores of itself;
+    """What is in the folder of a run that goes on. state: its newest checkpoint;  config: what it
+    stores of itself;
     note: what an older run says of its --init."""
 
     state: dict | None = None
@@ -75,7 +82,9 @@ class Begun:
 
     @property
     def knows_init(self) -> bool:
-        """What the run began with is on record (an older run's is in the weights of its checkpoint, at least)."""
+        """What the run began with is on record (an older run's is in the weights of its checkpoint,
+        at least).
+        """
         return self.state is not None or isinstance(self.config.get("init"), dict)
 
 
@@ -99,8 +108,8 @@ def begun(course: Course, folder: Path) -> Begun:
 def as_begun(course: Course, cfg: Config, before: Begun, steps: str) -> Config:
     """With --resume, the length and the burn-in that the run was begun with, unless they are named.
 
-    steps: the field of its length.   A burn-in that is named as the share that it was is not a change; it does not move
-    when the run is made longer.
+    steps: the field of its length.   A burn-in that is named as the share that it was is not a
+    change; it does not move when the run is made longer.
     """
     names = {steps, "ssl_steps", "burn_in", "burn_in_warm"} & before.config.keys()
     numbers = {n: before.config[n] for n in names if type(before.config[n]) in (int, float)}
@@ -120,11 +129,13 @@ def as_begun(course: Course, cfg: Config, before: Begun, steps: str) -> Config:
 def beginning(
     folder: Path, before: Begun, source: Path | None
 ) -> tuple[Stored | None, dict | None]:
-    """What a run starts from, which is part of what it is: on --resume it is that of the run, with --init or without.
+    """What a run starts from, which is part of what it is: on --resume it is that of the run, with
+    --init or without.
 
     source: --init, or the DeWa run; None: nothing.
-    Returns: what there is to take (of a run that goes on, whose weights are in its checkpoint, only a CLIP that its start
-        brought along); and {"source", "sha256": of the weights, "clip": whether it brought one}, None for nothing.
+    Returns: what there is to take (of a run that goes on, whose weights are in its checkpoint, only
+        a CLIP that its start brought along); and {"source", "sha256": of the weights, "clip":
+        whether it brought one}, None for nothing.
     Raises: UserError if the run began with something else, or what it needs is not there any more.
     """
     recorded = before.config.get("init")
@@ -180,7 +191,9 @@ def begin(
     before: Begun,
     dataset: DataSet | None = None,
 ) -> "Run | rehearsal.Rehearsal":
-    """The run in `folder`, or with --dry-run what stands in for it. about: its identity.   preset: that of the data set."""
+    """The run in `folder`, or with --dry-run what stands in for it. about: its identity.   preset:
+    that of the data set.
+    """
     for line in limits(dataset, cfg) if dataset else ():
         print(f"warning: {line}")
     if course.dry_run:
@@ -201,7 +214,8 @@ def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
 
 
 def start_from(start: Stored | None, init: dict | None, method: Method, dataset: DataSet) -> None:
-    """Start from another run or file, if there is something to take (`beginning`), and note in `init` what was taken.
+    """Start from another run or file, if there is something to take (`beginning`), and note in
+    `init` what was taken.
 
     Classes are joined by name; a linear class head stays random after DeWa, which knows no classes.
     """
@@ -224,9 +238,11 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
 def warm_up_there(
     folder: Path, source: Source, cfg: Config, course: Course, dataset: DataSet
 ) -> str:
-    """What is missing of the DeWa run in a folder, for a run that starts from it; empty if nothing is.
+    """What is missing of the DeWa run in a folder, for a run that starts from it; empty if nothing
+    is.
 
-    Raises: UserError if it is of other images or of another decoder, or something is missing and may not be made.
+    Raises: UserError if it is of other images or of another decoder, or something is missing and
+        may not be made.
     """
     state = stored.read(folder).state if checkpoint.steps(folder) else None
     taken, steps = (state.get("step"), state.get("steps")) if state else (0, cfg.dewa_steps)
@@ -292,7 +308,9 @@ def require_own_results(
 
 
 def elsewhere(config: dict, source: Source, dataset: DataSet) -> bool:
-    """Whether a data set is another one than that of a run: in another place, and not the same training images."""
+    """Whether a data set is another one than that of a run: in another place, and not the same
+    training images.
+    """
     there = config.get("data_root")
     if not there or Path(source.data_root).resolve() == Path(there).resolve():
         return False

@@ -1,9 +1,8 @@
-"""Files that hold a run: written whole or not at all, hashed, read without executing anything, and by one writer at a time.
+"""Checkpoints of a run: what is in them, which of them stay, and how weights come back by name.
 
-A checkpoint is step_STEP.pt, a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one file, so that content and
-sum cannot part. The two newest are kept. Who writes into a folder holds its file `lock`, which names process and host; the lock itself is
-the kernel's, so it ends with the process however that ends, and a process number that is used again means nothing.
-Try: `python test_dearli.py --soak 3` kills a run three times, in the middle of a write if it can, and compares what it ends with.
+A checkpoint is step_STEP.pt, as `ground.tensor_files` reads and hashes it; the two newest are kept.
+Try: `python test_dearli.py --soak 3` kills a run three times, in the middle of a write if it can,
+and compares what it ends with.
 """
 
 import hashlib
@@ -21,17 +20,21 @@ KEEP = 2  # checkpoints of a run
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes of a model, by name, without copying it: what is averaged, saved and resumed.
+    """What training changes of a model, by name, without copying it: what is averaged, saved and
+    resumed.
 
-    That is its state_dict(): parameters, and buffers such as statistics of batch norm, prototypes, queues; without what is
-    frozen and shared, whose names begin as `model.constant` says (a tuple; a model without it has nothing of the kind).
+    That is its state_dict(): parameters, and buffers such as statistics of batch norm, prototypes,
+    queues; without what is frozen and shared, whose names begin as `model.constant` says (a tuple;
+    a model without it has nothing of the kind).
     """
     constant = getattr(model, "constant", ())
     return {k: t for k, t in model.state_dict().items() if not k.startswith(constant)}
 
 
 def save(folder: Path, step: int, state: dict) -> Path:
-    """Write folder/step_STEP.pt, then remove all but it and the newest KEEP - 1 before it (one of a later step is a damaged one)."""
+    """Write folder/step_STEP.pt, then remove all but it and the newest KEEP - 1 before it (one of a
+    later step is a damaged one).
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with buffer.getbuffer() as content:
@@ -54,19 +57,22 @@ def steps(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> dict | None:
-    """The newest readable checkpoint of a run folder; None if there is none at all. A damaged one is said and passed over.
+    """The newest readable checkpoint of a run folder; None if there is none at all. A damaged one
+    is said and passed over.
 
-    Raises: UserError if there are checkpoints and none can be read: to begin anew in silence would write over them.
+    Raises: UserError if there are checkpoints and none can be read: to begin anew in silence would
+        write over them.
     """
-    found = steps(folder)
-    for path in reversed(found):
+    paths = steps(folder)
+    for path in reversed(paths):
         try:
             return load(path)
         except UserError as error:
             print(f"warning: {error}; trying the one before")
-    if found:
+    if paths:
         raise UserError(
-            f"{folder}: none of its {len(found)} checkpoints can be read; choose another folder with --out, or delete them to begin anew"
+            f"{folder}: none of its {len(paths)} checkpoints can be read; choose another folder "
+            "with --out, or delete them to begin anew"
         )
     return None
 
@@ -87,9 +93,11 @@ def load_weights(
     source: str,
     may_differ: tuple[str, ...] = (),
 ) -> str:
-    """Copy weights into parameters by name. Returns a line that says how many were taken, and which were not and why.
+    """Copy weights into parameters by name. Returns a line that says how many were taken, and which
+    were not and why.
 
-    may_differ: substrings of names that may be missing or of another shape (a linear class head after DeWa).
+    may_differ: substrings of names that may be missing or of another shape (a linear class head
+    after DeWa).
     Raises: UserError listing what does not fit; then nothing was copied.
     """
     missing = [n for n in into if n not in weights]
@@ -98,19 +106,18 @@ def load_weights(
     left = [n for n in missing + shapes + extra if any(part in n for part in may_differ)]
     wrong = [n for n in missing + shapes + extra if n not in left]
 
-    def describe(n):
-        return (
-            f"{n} is missing"
-            if n in missing
-            else f"{n} is not a parameter of this model"
-            if n in extra
-            else f"{n}: expected {tuple(into[n].shape)}, found {tuple(weights[n].shape)}"
-        )
+    def describe(name: str) -> str:
+        if name in missing:
+            return f"{name} is missing"
+        if name in extra:
+            return f"{name} is not a parameter of this model"
+        return f"{name}: expected {tuple(into[name].shape)}, found {tuple(weights[name].shape)}"
 
     if wrong:
+        listed = "; ".join(map(describe, wrong[:3]))
         raise UserError(
-            f"{source}: fits another configuration ({len(wrong)} parameters): {'; '.join(describe(n) for n in wrong[:3])}; "
-            f"use the flags it was trained with (see config.json beside it)"
+            f"{source}: fits another configuration ({len(wrong)} parameters): {listed}; use the "
+            "flags it was trained with (see config.json beside it)"
         )
     for name, param in into.items():
         if name not in left:

@@ -1,8 +1,10 @@
-"""From a method to its figures: every metric of every reading, on the validation images at their original size.
+"""From a method to its figures: every metric of every reading, on the validation images at their
+original size.
 
-DEARLi's readings are student and teacher, each with the decoder's posterior and with the ensemble; its metrics PQ and mIoU.
-Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --alpha 0 --out runs/try-alpha`: masks of the
-decoder, classes of CLIP alone.
+DEARLi's readings are student and teacher, each with the decoder's posterior and with the ensemble;
+its metrics PQ and mIoU.
+Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --alpha 0 --out
+runs/try-alpha`: masks of the decoder, classes of CLIP alone.
 """
 
 from typing import Iterable
@@ -24,10 +26,12 @@ from readers.ground_truth import DataSet
 def evaluate(
     method: Method, dataset: DataSet, limit: int | None = None, title: str = "evaluation"
 ) -> dict[str, dict]:
-    """The results of all metrics of the method by reading, from the validation images, or the first `limit` of them.
+    """The results of all metrics of the method by reading, from the validation images, or the first
+    `limit` of them.
 
-    Several ranks share the images; all return the same. Values are 0 to 1; where `n` or `miou_classes` is 0, a mean over
-    nothing is given as 0 and is no figure (`report.tables.figure`).   title: of the progress bar; empty: none.
+    Several ranks share the images; all return the same. Values are 0 to 1; where `n` or
+    `miou_classes` is 0, a mean over nothing is given as 0 and is no figure
+    (`report.tables.figure`).   title: of the progress bar; empty: none.
     """
     images, cfg = dataset.val, method.cfg
     scores = {r: [metric(dataset.taxonomy) for metric in method.metrics] for r in method.readings}
@@ -70,7 +74,8 @@ def _together(scores: list) -> dict:
 
 
 def views(images: list[Image.Image], cfg: Config, shapes: list | None = None):
-    """Images of one size as a batch at the size of evaluation: (B, 3, h, w) uint8, and the sizes that `predict` takes.
+    """Images of one size as a batch at the size of evaluation: (B, 3, h, w) uint8, and the sizes
+    that `predict` takes.
 
     shapes: (H, W) of the answers; None: those of the images.
     """

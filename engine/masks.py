@@ -20,7 +20,9 @@ from readers import mask_files
 def make(
     source: Source, folder: Path, machine: Machine, cfg: Config, dry_run: bool = False
 ) -> None:
-    """SAM's masks of all training images, labelled and unlabelled alike; what is there already stays."""
+    """SAM's masks of all training images, labelled and unlabelled alike; what is there already
+    stays.
+    """
     images = source.load_images(cfg)
     if dry_run:
         generator = foundation.load_sam(cfg, machine.precision)(machine.device)
@@ -48,12 +50,13 @@ def provided(
     masks: Path | None,
     prepare,
 ):
-    """SAM's masks of all images: the folder, and the indices of the images that it holds masks of. Those that are missing
-    are made first, with the numbers of this run.
+    """SAM's masks of all images: the folder, and the indices of the images that it holds masks of.
+    Those that are missing are made first, with the numbers of this run.
 
-    masks: --masks; None: beside the images (as in SA-1B), or RUNS/DATASET-masks. Folders of somebody's own are not added to.
-    prepare(): called before any are made: what else the run needs is asked for before hours of work.
-    With --dry-run a few are made, in a folder that does not stay, and it is said how long all of them would take.
+    masks: --masks; None: beside the images (as in SA-1B), or RUNS/DATASET-masks. Folders of
+    somebody's own are not added to. prepare(): called before any are made: what else the run needs
+    is asked for before hours of work. With --dry-run a few are made, in a folder that does not
+    stay, and it is said how long all of them would take.
     Raises: UserError if masks are missing and may not be made.
     """
     beside = source.images and mask_files.mask_file(source.images, images.name(0)).exists()

@@ -1,7 +1,9 @@
-"""What a method is to the frame. The frame (steps, checkpoints, evaluation, report, predict, dry run) knows nothing else of it.
+"""What a method is to the frame. The frame (steps, checkpoints, evaluation, report, predict, dry
+run) knows nothing else of it.
 
-To add one: its file at the top level with a class that has these names, a line in `config.METHODS`, its numbers in `Config`.
-`mean_teacher.MeanTeacher` and `dewa.Dewa` are the first users, and `mean_teacher.Supervised` the shortest.
+To add one: its file at the top level with a class that has these names, a line in `config.METHODS`,
+its numbers in `Config`. `mean_teacher.MeanTeacher` and `dewa.Dewa` are the first users, and
+`mean_teacher.Supervised` the shortest.
 """
 
 import importlib
@@ -23,7 +25,9 @@ METHOD_CLASSES = {
 
 
 class Metric(Protocol):
-    """A figure over many images, and over processes. columns: (key, heading, path in the result) of the tables."""
+    """A figure over many images, and over processes. columns: (key, heading, path in the result) of
+    the tables.
+    """
 
     columns: tuple[tuple[str, str, tuple[str, ...]], ...]
 
@@ -34,17 +38,20 @@ class Metric(Protocol):
     def merge(self, other: "Metric") -> None: ...
 
     def result(self) -> dict:
-        """Plain numbers for JSON, 0 to 1; "per_class" by name. Results of several metrics are put together."""
+        """Plain numbers for JSON, 0 to 1; "per_class" by name. Results of several metrics are put
+        together.
+        """
 
 
 class Method(Protocol):
     """One method on one set of classes.
 
-    title: of the progress bar.   models: by name, "student" first; whatever has state: what training changes of it
-    (`engine.checkpoint.state_of`) is saved and resumed.   optimizer: of those that learn by gradient.
-    metrics: what is measured of every reading.   readings: names such as "student/ensemble" of ways to predict, each with
-    its caption;  reading: the one that the paper reports;  pictured: further ones that pictures show; "teacher/pseudo" is
-    what makes the pseudo-labels.
+    title: of the progress bar.   models: by name, "student" first; whatever has state: what
+    training changes of it (`engine.checkpoint.state_of`) is saved and resumed.   optimizer: of
+    those that learn by gradient.
+    metrics: what is measured of every reading.   readings: names such as "student/ensemble" of ways
+    to predict, each with its caption;  reading: the one that the paper reports;  pictured: further
+    ones that pictures show; "teacher/pseudo" is what makes the pseudo-labels.
     """
 
     title: str
@@ -61,11 +68,14 @@ class Method(Protocol):
     def __init__(self, cfg, taxonomy, device, precision=torch.float32, clip=None, warm=False):
         """Precision, device and all schedules are settled here, before the first step.
 
-        clip: weights of a whole CLIP that a file brings along, instead of the configuration's.   warm: starts from DeWa.
+        clip: weights of a whole CLIP that a file brings along, instead of the configuration's.
+        warm: starts from DeWa.
         """
 
     def batches(self, dataset: DataSet) -> Batches:
-        """The training set as a map from step to batch, which has `to(device)` and `names`, or is a tuple of such."""
+        """The training set as a map from step to batch, which has `to(device)` and `names`, or is a
+        tuple of such.
+        """
 
     def step(self, batch, t: int) -> dict[str, float]:
         """One step of training, t from 0. Returns its terms; "loss" is their sum.
@@ -81,7 +91,9 @@ class Method(Protocol):
         t: int | None = None,
         semantic: bool = True,
     ) -> Iterator[tuple[int, str, Prediction]]:
-        """As `inference.predict`. t: the step whose pseudo-labels "teacher/pseudo" means; None: the last."""
+        """As `inference.predict`. t: the step whose pseudo-labels "teacher/pseudo" means; None: the
+        last.
+        """
 
 
 def find(name: str) -> "type[Method]":

@@ -1,8 +1,11 @@
-"""The optimiser of every stage: AdamW with Mask2Former's parameter groups, poly schedule, clipping of the whole gradient.
+"""The optimiser of every stage: AdamW with Mask2Former's parameter groups, poly schedule, clipping
+of the whole gradient.
 
-Source: the official training scripts. Norm layers and nn.Embedding weights have no weight decay; bare parameters (logit_scale,
+Source: the official training scripts. Norm layers and nn.Embedding weights have no weight decay;
+    bare parameters (logit_scale,
 level_embed of the pixel decoder) do. A trained backbone learns at a fraction of the rate.
-Try: `python dearli.py --stage sup --steps 250 --clip-norm 0.01 --out runs/try-clip`: the paper's clipping, a hundredth of what this small decoder is given.
+Try: `python dearli.py --stage sup --steps 250 --clip-norm 0.01 --out runs/try-clip`: the paper's
+clipping, a hundredth of what this small decoder is given.
 """
 
 import math
@@ -15,7 +18,9 @@ from ground import ranks
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over the parameters of `model` that require gradients; each group keeps its own `lr_factor` of the schedule."""
+    """AdamW over the parameters of `model` that require gradients; each group keeps its own
+    `lr_factor` of the schedule.
+    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for module_name, module in model.named_modules():
         for param in module.parameters(recurse=False):
@@ -43,10 +48,11 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config)
 
 
 def descend(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
-    """One step down the gradients, summed over ranks, whose total L2 norm is clipped. Returns the norm before clipping.
+    """One step down the gradients, summed over ranks, whose total L2 norm is clipped. Returns the
+    norm before clipping.
 
-    Raises: NotFinite if that norm is not, with weights and optimiser untouched: clipped, an infinite gradient is NaN;
-        Broken if the step itself left a weight that is not finite.
+    Raises: NotFinite if that norm is not, with weights and optimiser untouched: clipped, an
+        infinite gradient is NaN; Broken if the step itself left a weight that is not finite.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     ranks.add_gradients(params)
@@ -60,15 +66,21 @@ def descend(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a gradient became NaN or infinite, weights are as they were; `trainer.Run` adds the step and its images."""
+    """A loss or a gradient became NaN or infinite, weights are as they were; `trainer.Run` adds the
+    step and its images.
+    """
 
 
 class Broken(NotFinite):
-    """A weight became NaN or infinite, which no later step can mend: skipping this one would not do."""
+    """A weight became NaN or infinite, which no later step can mend: skipping this one would not
+    do.
+    """
 
 
 def require_finite(terms: dict[str, Tensor]) -> dict[str, float]:
-    """The terms of a loss, summed over ranks, as numbers. Raises NotFinite, naming them, before a NaN reaches the weights."""
+    """The terms of a loss, summed over ranks, as numbers. Raises NotFinite, naming them, before a
+    NaN reaches the weights.
+    """
     values = dict(zip(terms, ranks.total(torch.stack(list(terms.values()))).tolist()))
     if not all(map(math.isfinite, values.values())):
         raise NotFinite(

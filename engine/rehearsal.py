@@ -1,7 +1,9 @@
-"""A rehearsal (--dry-run): what a run will cost, from a few of its steps, which are forgotten. Nothing is written.
+"""A rehearsal (--dry-run): what a run will cost, from a few of its steps, which are forgotten.
+Nothing is written.
 
-It stands in for `training.Run`: the same models, the same batches, the same steps. Parts of a run that differ in cost (a
-burn-in has no unlabelled images) are tried apart. Steps are those of untrained weights, and the first of each part, which warms up, is not counted.
+It stands in for `training.Run`: the same models, the same batches, the same steps. Parts of a run
+that differ in cost (a burn-in has no unlabelled images) are tried apart. Steps are those of
+untrained weights, and the first of each part, which warms up, is not counted.
 Try: `python dearli.py --stage ssl --method dear --dry-run`.
 """
 
@@ -28,7 +30,9 @@ IMAGES = 4  # validation images that are timed
 
 
 class Rehearsal:
-    """Has the face of `training.Run`. cfg: as there;  preset: what the configuration is compared with."""
+    """Has the face of `training.Run`. cfg: as there;  preset: what the configuration is compared
+    with.
+    """
 
     def __init__(self, folder: Path, cfg: Config, identity: dict, preset: Config):
         self.folder, self.cfg, self.config = Path(folder), cfg, dict(identity)
@@ -43,8 +47,8 @@ class Rehearsal:
         say("config", f"{identity['stage']}; {numbers}")
 
     def train(self, method: Method, batches: Batches) -> None:
-        """As `Run.train`, but for a few steps of each part. Prints the time that all would take, the memory, and the size
-        of a checkpoint."""
+        """As `Run.train`, but for a few steps of each part. Prints the time that all would take,
+        the memory, and the size of a checkpoint."""
         sizes = {
             name: sum(t.numel() for t in state_of(model).values())
             for name, model in method.models.items()
@@ -93,7 +97,8 @@ def say_data(dataset: DataSet, split: str) -> None:
     things = sum(dataset.taxonomy.things)
     say(
         "data",
-        f"{dataset.name}, split {split}: {len(dataset.taxonomy)} classes ({things} things), {len(dataset.labeled):,} labelled and {len(dataset.unlabeled):,} unlabelled "
+        f"{dataset.name}, split {split}: {len(dataset.taxonomy)} classes ({things} things), "
+        f"{len(dataset.labeled):,} labelled and {len(dataset.unlabeled):,} unlabelled "
         f"images, {len(dataset.val):,} for validation",
     )
 
@@ -110,10 +115,8 @@ def say_repeated(what: str, count: int, do: Callable[[int], object], tried: int 
 
 
 def say_memory(device: torch.device) -> None:
-    say(
-        "memory",
-        f"{memory_gb(device):.1f} GB at most{' on the GPU' if device.type == 'cuda' else ', libraries included'}",
-    )
+    what = " on the GPU" if device.type == "cuda" else ", libraries included"
+    say("memory", f"{memory_gb(device):.1f} GB at most{what}")
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,5 @@
-"""What the command line asks for, beside the numbers of `Config`: which images, where results go, on what machine, and how a
-run is to go on. A stage takes those of these that it needs.
+"""What the command line asks for, beside the numbers of `Config`: which images, where results go,
+on what machine, and how a run is to go on. A stage takes those of these that it needs.
 """
 
 import dataclasses
@@ -49,8 +49,9 @@ class Source:
     ) -> DataSet:
         """The data set.
 
-        complain: called with every fault that allows to read on.   config: of a run, whose order and names of classes the
-        data set then takes; origin: where that is from.   Raises: UserError if it has other classes.
+        complain: called with every fault that allows to read on.   config: of a run, whose order
+        and names of classes the data set then takes; origin: where that is from.   Raises:
+        UserError if it has other classes.
         """
         dataset = self._read(cfg, complain)
         classes = classes_of(config or {}, origin)
@@ -74,7 +75,9 @@ class Source:
         return dataset
 
     def load_images(self, cfg: Config):
-        """What SAM segments and the decoder is warmed up on: the folder of images, or all training images."""
+        """What SAM segments and the decoder is warmed up on: the folder of images, or all training
+        images.
+        """
         if self.images:
             images = ImageFolder(self.images)
             see(cfg.white, images)
@@ -119,8 +122,10 @@ class Machine:
 class Course:
     """How a training run is to go.
 
-    given: fields of Config that the command line names;  steps: the length of the stage, if it is one of them.
-    make: first what an earlier stage has not made.   evaluate, report_images, groups, watch: what is measured and shown.
+    given: fields of Config that the command line names;  steps: the length of the stage, if it is
+    one of them.
+    make: first what an earlier stage has not made.   evaluate, report_images, groups, watch: what
+    is measured and shown.
     later: train only, the same call without it evaluates.
     """
 
@@ -139,7 +144,9 @@ class Course:
 
 
 def machine(device: str | None, precision: str) -> Machine:
-    """This process's share of it, which joins the others of torchrun. Raises: UserError if the device is not there."""
+    """This process's share of it, which joins the others of torchrun. Raises: UserError if the
+    device is not there.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(ranks.local_device(device))
@@ -163,7 +170,9 @@ def _devices() -> list[str]:
 
 
 def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bf16 itself, as Linux says; elsewhere nobody says, and it is taken to."""
+    """Whether the CPU multiplies bf16 itself, as Linux says; elsewhere nobody says, and it is taken
+    to.
+    """
     try:
         flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.M)
     except OSError:

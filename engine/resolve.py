@@ -1,4 +1,6 @@
-"""From the command line to what a stage needs: the preset of the data set, or the numbers of a run, and then the flags."""
+"""From the command line to what a stage needs: the preset of the data set, or the numbers of a run,
+and then the flags.
+"""
 
 import argparse
 from pathlib import Path
@@ -26,7 +28,8 @@ SHARED = ("masks", "dewa", "sup", "ssl", "eval")  # stages that several ranks ca
 
 
 def resolve(args: argparse.Namespace) -> dict:
-    """Flags by name, and what is made of several of them: source, place, machine, course, cfg, stored.
+    """Flags by name, and what is made of several of them: source, place, machine, course, cfg,
+    stored.
 
     Raises: UserError for what does not go together, or with the run that is named.
     """
@@ -79,8 +82,8 @@ def _stored(args: argparse.Namespace) -> Stored | None:
 
 
 def data_set(config: dict) -> str:
-    """--dataset of a run that is stored, for its page: the images of somebody's own are stored under their name. Of a folder
-    of images (--images) a run knows the name only."""
+    """--dataset of a run that is stored, for its page: the images of somebody's own are stored
+    under their name. Of a folder of images (--images) a run knows the name only."""
     name, root = config.get("dataset", "mini"), config.get("data_root")
     if not root and name != "mini":
         return "mini"

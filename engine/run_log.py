@@ -35,7 +35,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def summary(row: dict, device: torch.device) -> str:
-    """The loss of a step, the sums of its labelled and its unlabelled terms, and the memory so far, for the progress bar."""
+    """The loss of a step, the sums of its labelled and its unlabelled terms, and the memory so far,
+    for the progress bar.
+    """
     parts = {
         kind: sum(v for k, v in row.items() if k.startswith(f"{kind}/"))
         for kind in ("labeled", "unlabeled")
@@ -50,7 +52,9 @@ def summary(row: dict, device: torch.device) -> str:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most memory that this process has used up to here: on a GPU what tensors took, else all of it."""
+    """The most memory that this process has used up to here: on a GPU what tensors took, else all
+    of it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

@@ -6,7 +6,8 @@ from config import BEFORE, Config
 from engine.command_line import READS
 from ground.identity import differences
 
-# What may change on --resume: how far to go, how fast, and how masks are made, which is another stage's business.
+# What may change on --resume: how far to go, how fast, and how masks are made, which is another
+# stage's business.
 MAY_CHANGE = set(
     "ssl_steps sup_steps dewa_steps workers checkpoint_every log_every eval_batch sam sam_weights "
     "points_per_side points_per_batch pred_iou_thresh stability_thresh mask_nms_thresh".split()
@@ -17,7 +18,9 @@ LATER = {"taxonomy", "data", "truth", "init", "masks"}
 
 
 def differing(stored: dict, config: dict) -> list[str]:
-    """Keys that make a stored run another run than the one asked for; numbers that its stage does not read make none."""
+    """Keys that make a stored run another run than the one asked for; numbers that its stage does
+    not read make none.
+    """
     # a run of stage ssl is named after its method; runs did not always store everything
     read = READS.get(config["stage"], READS["ssl"])
     idle = (

@@ -1,7 +1,8 @@
-"""A run, or a file of the official code, as it is stored: what it says of itself, and its weights in a method.
+"""A run, or a file of the official code, as it is stored: what it says of itself, and its weights
+in a method.
 
-What is stored is compared by name and by content, never by place: classes by their names, a frozen backbone by the SHA-256
-of its weights.
+What is stored is compared by name and by content, never by place: classes by their names, a frozen
+backbone by the SHA-256 of its weights.
 """
 
 import contextlib
@@ -30,8 +31,9 @@ CLASS_HEAD = ("decoder.classify.weight", "decoder.classify.bias")
 
 @dataclass(frozen=True)
 class Stored:
-    """path: a run folder or a file.   state: {"student" and / or "teacher": weights, "config"; of official files "clip",
-    "weights"}; of a run whose checkpoints are gone its configuration alone."""
+    """path: a run folder or a file.   state: {"student" and / or "teacher": weights, "config"; of
+    official files "clip", "weights"}; of a run whose checkpoints are gone its configuration
+    alone."""
 
     path: Path
     state: dict = field(default_factory=dict)
@@ -65,7 +67,9 @@ class Stored:
 
 
 def read(path: Path | None) -> Stored:
-    """A run's newest checkpoint, or an official or exported file. Raises: UserError if it is neither."""
+    """A run's newest checkpoint, or an official or exported file. Raises: UserError if it is
+    neither.
+    """
     if path is None:
         raise UserError(
             "this stage needs --weights runs/NAME, or a checkpoint of the official code"
@@ -122,7 +126,9 @@ def require_config(config: dict, source: Path) -> dict:
 
 
 def restore(stored: Stored, make: type[Method], cfg: Config, taxonomy: Taxonomy, device, name: str):
-    """A method with the weights of a run or file in it, of those models that it stores. name: of the data set."""
+    """A method with the weights of a run or file in it, of those models that it stores. name: of
+    the data set.
+    """
     if not stored.names:
         raise UserError(f"{stored.path}: no checkpoint (step_*.pt) in this folder")
     method = make(cfg, taxonomy, device, clip=clip_of(stored), warm=bool(stored.config.get("init")))
@@ -136,8 +142,8 @@ def restore(stored: Stored, make: type[Method], cfg: Config, taxonomy: Taxonomy,
 
 
 def clip_of(stored: Stored) -> dict | None:
-    """The CLIP that it brings along: an official file its own; a run that began with such a file, which stores no frozen
-    CLIP, that of the file."""
+    """The CLIP that it brings along: an official file its own; a run that began with such a file,
+    which stores no frozen CLIP, that of the file."""
     init = stored.config.get("init")
     if "clip" in stored.state or not (isinstance(init, dict) and init.get("clip")):
         return stored.state.get("clip")
@@ -151,7 +157,8 @@ def clip_of(stored: Stored) -> dict | None:
 
 
 def require_foundation(config: dict, model: torch.nn.Module, source) -> str:
-    """SHA-256 of what of a model is not trained, its CLIP's image tower as a rule, which no checkpoint stores.
+    """SHA-256 of what of a model is not trained, its CLIP's image tower as a rule, which no
+    checkpoint stores.
 
     config: of a run, which says which it had.   Raises: UserError if that was another.
     """
@@ -169,7 +176,9 @@ def require_foundation(config: dict, model: torch.nn.Module, source) -> str:
 
 
 def require_classes(stored: Stored, expected: int) -> None:
-    """Raise if an official file says that it was trained on another number of classes (a language head would not notice)."""
+    """Raise if an official file says that it was trained on another number of classes (a language
+    head would not notice).
+    """
     count = stored.state["weights"].num_classes if "weights" in stored.state else None
     if count not in (None, expected):
         raise UserError(
@@ -204,10 +213,12 @@ def class_order(stored: Stored, taxonomy: Taxonomy, here: str) -> np.ndarray | N
 
 
 def take(stored: Stored, which: str, model, source: str, may_differ=(), order=None) -> str:
-    """Weights of the student or the teacher into a model; a backbone that came with its whole CLIP is in it already.
+    """Weights of the student or the teacher into a model; a backbone that came with its whole CLIP
+    is in it already.
 
-    may_differ: parts of names that may be missing or of another shape.   order: of `class_order`: the rows of a linear
-    class head follow it, no-object stays the last one.   Returns: a line that says what was taken.
+    may_differ: parts of names that may be missing or of another shape.   order: of `class_order`:
+    the rows of a linear class head follow it, no-object stays the last one.   Returns: a line that
+    says what was taken.
     """
     if which not in stored.state:
         raise UserError(f"{source}: holds no {which}")

@@ -1,14 +1,16 @@
-"""A run: its folder, its configuration, its steps, its log, its checkpoints, and going on after a stop. Knows no method.
+"""A run: its folder, its configuration, its steps, its log, its checkpoints, and going on after a
+stop. Knows no method.
 
-runs/NAME/ holds config.json, log.jsonl (a line a step), step_*.pt and, after evaluation, metrics.json. A batch depends on
-(seed, step, slot) only, so a run that was stopped and resumed takes the same steps as one that was not.
+runs/NAME/ holds config.json, log.jsonl (a line a step), step_*.pt and, after evaluation,
+metrics.json. A batch depends on (seed, step, slot) only, so a run that was stopped and resumed
+takes the same steps as one that was not.
 
-A line of the log: `step`, `lr`, `time` (seconds of training up to here, all sessions together; a step that is taken again
-after a kill counts once), and what the step says of itself (losses, grad_norm); or `skipped`, the reason, and `images`, the
-files of the batch. A line is written before the checkpoint that knows of it, so a log has no hole; later lines are dropped
-on --resume.
-Try: `python dearli.py --stage sup --steps 100 --no-eval --out runs/try-stop`, Ctrl-C at any time, and the same again with
---resume.
+A line of the log: `step`, `lr`, `time` (seconds of training up to here, all sessions together; a
+step that is taken again after a kill counts once), and what the step says of itself (losses,
+grad_norm); or `skipped`, the reason, and `images`, the files of the batch. A line is written before
+the checkpoint that knows of it, so a log has no hole; later lines are dropped on --resume.
+Try: `python dearli.py --stage sup --steps 100 --no-eval --out runs/try-stop`, Ctrl-C at any time,
+and the same again with --resume.
 """
 
 import contextlib
@@ -39,7 +41,9 @@ MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, before t
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C ended a run, after a whole step and its checkpoint. code: the exit code that says so, 128 + signal."""
+    """SIGTERM or Ctrl-C ended a run, after a whole step and its checkpoint. code: the exit code
+    that says so, 128 + signal.
+    """
 
     def __init__(self, number: int, where: str):
         super().__init__(number, where)
@@ -50,14 +54,17 @@ class Stopped(Exception):
 
 
 class Run:
-    """A run folder, of which this process (of several: rank 0) is the one writer from here to the end of `train`.
+    """A run folder, of which this process (of several: rank 0) is the one writer from here to the
+    end of `train`.
 
     Only what is trained is stored; all ranks read it.
-    state: the newest checkpoint, where it has been read already (by who holds the folder, `files.claim`).
-    notes: what config.json shall say beside the configuration.   watch: called with the step after every checkpoint, by all
-    ranks.   curves: a SummaryWriter of TensorBoard, which gets what log.jsonl gets.
-    Raises: UserError if the folder cannot be written, another process writes there, it holds a run already and resume is
-        off, or the configuration differs.
+    state: the newest checkpoint, where it has been read already (by who holds the folder,
+    `files.claim`).
+    notes: what config.json shall say beside the configuration.   watch: called with the step after
+    every checkpoint, by all ranks.   curves: a SummaryWriter of TensorBoard, which gets what
+    log.jsonl gets.
+    Raises: UserError if the folder cannot be written, another process writes there, it holds a run
+        already and resume is off, or the configuration differs.
     """
 
     def __init__(
@@ -101,10 +108,12 @@ class Run:
     def train(self, method: Method, batches: Batches) -> None:
         """Take the steps from where the run stands to the last one, and keep checkpoints.
 
-        Models are in training mode at every step, whatever was done with them in between (a teacher has its own mind).
-        A step that raises NotFinite is skipped; one that raises Broken ends the run.
-        Raises: Stopped, after SIGTERM or Ctrl-C;  UserError if nothing can be written, MAX_SKIPPED steps in a row were not
-            finite, a weight is not, or a loader process died: the checkpoints that were there are intact.
+        Models are in training mode at every step, whatever was done with them in between (a teacher
+        has its own mind). A step that raises NotFinite is skipped; one that raises Broken ends the
+        run.
+        Raises: Stopped, after SIGTERM or Ctrl-C;  UserError if nothing can be written, MAX_SKIPPED
+            steps in a row were not finite, a weight is not, or a loader process died: the
+            checkpoints that were there are intact.
         """
         start, seconds = self._restore(method, len(batches))
         ranks.agree([t for model in method.models.values() for t in model.state_dict().values()])
@@ -211,8 +220,8 @@ class Run:
             bar.set_postfix_str(summary(row, device), refresh=False)
 
     def _begin(self, start: int) -> None:
-        """Bring the folder to the step of the checkpoint: its evaluation is of another state, and later lines of the log are
-        taken again."""
+        """Bring the folder to the step of the checkpoint: its evaluation is of another state, and
+        later lines of the log are taken again."""
         if ranks.rank() > 0:
             return
         (self.folder / "metrics.json").unlink(missing_ok=True)
@@ -231,7 +240,9 @@ class Run:
         checkpoint.save(self.folder, progress["step"], {**progress, **optimizer, **weights})
 
     def _require_whole(self, method: Method, step: int, images=()) -> None:
-        """Raise UserError if a weight is not finite, after so many steps: no further step can mend it."""
+        """Raise UserError if a weight is not finite, after so many steps: no further step can mend
+        it.
+        """
         broken = [
             f"{name}: {key}"
             for name, model in method.models.items()
@@ -246,7 +257,7 @@ class Run:
             )
 
     def _restore(self, method: Method, steps: int) -> tuple[int, float]:
-        """Fill models and optimiser from the checkpoint; returns (steps taken, seconds they took)."""
+        """Fill models and optimiser from the checkpoint: (steps taken, seconds they took)."""
         state, self.state = self.state, None
         if not state:
             return 0, 0.0
@@ -268,7 +279,9 @@ def _skipped(row: dict) -> str:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that receives the number of a SIGTERM or SIGINT (Ctrl-C); the second one acts as if nobody listened."""
+    """A list that receives the number of a SIGTERM or SIGINT (Ctrl-C); the second one acts as if
+    nobody listened.
+    """
     asked: list[int] = []
     main = threading.current_thread() is threading.main_thread()  # no other may listen
     before = {
@@ -280,10 +293,8 @@ def signals() -> Iterator[list[int]]:
     def note(number, frame):
         asked.append(number)
         signal.signal(number, before[number])
-        os.write(
-            2,
-            f"\n{signal.Signals(number).name}: the step at hand is finished and saved; once more to stop at once\n".encode(),
-        )
+        text = "the step at hand is finished and saved; once more to stop at once"
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
 
     for number in before:
         signal.signal(number, note)

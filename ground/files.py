@@ -1,4 +1,9 @@
-"""."""
+"""Files that are written whole or not at all, and folders with one writer at a time.
+
+Who writes into a folder holds its file `lock`, which names process and host; the lock itself is the
+kernel's, so it ends with the process however that ends, and a process number that is used again
+means nothing.
+"""
 
 import contextlib
 import errno
@@ -14,13 +19,14 @@ try:
 except ImportError:  # not on Windows: no locks there
     fcntl = None
 
-_held: dict[
-    tuple[int, Path], object
-] = {}  # open lock files by process and folder: to close one of two would release both
+# Open lock files by process and folder: to close one of two would release both.
+_held: dict[tuple[int, Path], object] = {}
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part, whenever the power goes."""
+    """Write a file so that a reader sees the old content or the new one, never a part, whenever the
+    power goes.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -45,21 +51,26 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder, and raise UserError if no file can be written there: asked before hours of work, not after them."""
+    """Make a folder, and raise UserError if no file can be written there: asked before hours of
+    work, not after them.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror}), expected a folder for results; choose another with --out or --runs"
+            f"{folder}: cannot be written ({error.strerror}), expected a folder for results; "
+            "choose another with --out or --runs"
         ) from None
 
 
 def claim(folder: Path) -> None:
-    """Be the one writer of a folder until `release` or the end of the process; remove what a killed writer left half-written.
+    """Be the one writer of a folder until `release` or the end of the process; remove what a killed
+    writer left half-written.
 
-    Raises: UserError if the folder cannot be written, or another process holds it (on a network disk: of any machine).
+    Raises: UserError if the folder cannot be written, or another process holds it (on a network
+        disk: of any machine).
     """
     require_writable(folder)
     folder = Path(folder).resolve()
@@ -71,10 +82,12 @@ def claim(folder: Path) -> None:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise UserError(
-                    f"{folder}: {file.read().strip() or 'another process'} is writing there; wait for it, or choose another folder with --out"
+                    f"{folder}: {file.read().strip() or 'another process'} is writing there; wait "
+                    "for it, or choose another folder with --out"
                 ) from None
             print(
-                f"warning: {folder}: cannot be locked ({error.strerror}); make sure that no other process writes there"
+                f"warning: {folder}: cannot be locked ({error.strerror}); make sure that no other "
+                "process writes there"
             )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -85,7 +98,9 @@ def claim(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Let others write into a folder. The lock file stays, empty: to remove it would let two processes lock two files of one name."""
+    """Let others write into a folder. The lock file stays, empty: to remove it would let two
+    processes lock two files of one name.
+    """
     file = _held.pop((os.getpid(), Path(folder).resolve()), None)
     if file:
         file.truncate(0)

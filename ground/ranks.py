@@ -1,9 +1,13 @@
-"""Several processes that work as one, started by torchrun: who takes which share, and how shares become a whole.
+"""Several processes that work as one, started by torchrun: who takes which share, and how shares
+become a whole.
 
-A rank is a process with a device of its own. Losses are normalised by counts of the whole batch, so the ranks' losses and gradients add
-up to those of one process with that batch; no figure of the method depends on the number of ranks.
-Source: PyTorch's distributed package (gloo on CPUs, NCCL on GPUs). With a single process nothing here does anything.
-Try: `torchrun --nproc_per_node=2 dearli.py --stage sup --steps 20 --no-eval --out runs/try-ranks`: the log.jsonl of one process, up to rounding.
+A rank is a process with a device of its own. Losses are normalised by counts of the whole batch, so
+the ranks' losses and gradients add up to those of one process with that batch; no figure of the
+method depends on the number of ranks.
+Source: PyTorch's distributed package (gloo on CPUs, NCCL on GPUs). With a single process nothing
+    here does anything.
+Try: `torchrun --nproc_per_node=2 dearli.py --stage sup --steps 20 --no-eval --out runs/try-ranks`:
+the log.jsonl of one process, up to rounding.
 """
 
 import os
@@ -13,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(
-    minutes=30
-)  # for another rank: one may have more images to evaluate or to label
+# For another rank: one may have more images to evaluate or to label.
+PATIENCE = timedelta(minutes=30)
 
 
 def started_by_torchrun() -> bool:
@@ -23,7 +26,9 @@ def started_by_torchrun() -> bool:
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one (it sets WORLD_SIZE). device: this rank's own, see `local_device`."""
+    """Join the other processes if torchrun started this one (it sets WORLD_SIZE). device: this
+    rank's own, see `local_device`.
+    """
     if started_by_torchrun() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -53,7 +58,9 @@ def count() -> int:
 
 
 def share(n: int, of: int | None = None, among: int | None = None) -> range:
-    """The part of 0 ... n-1 that this rank takes (or rank `of` of `among`), in one piece; parts differ by at most one."""
+    """The part of 0 ... n-1 that this rank takes (or rank `of` of `among`), in one piece; parts
+    differ by at most one.
+    """
     of, among = rank() if of is None else of, among or count()
     return range(of * n // among, (of + 1) * n // among)
 
@@ -67,7 +74,9 @@ def total(x: Tensor) -> Tensor:
 
 
 def add_gradients(params: list[Tensor]) -> None:
-    """Every gradient becomes the sum of the ranks'. All of them have one (a loss reaches every trained parameter)."""
+    """Every gradient becomes the sum of the ranks'. All of them have one (a loss reaches every
+    trained parameter).
+    """
     if count() == 1:
         return
     grads = [p.grad for p in params]

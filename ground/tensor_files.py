@@ -1,4 +1,8 @@
-"""."""
+"""Files of tensors: hashed, and read without executing anything.
+
+A checkpoint is a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one file,
+so that content and sum cannot part; a .safetensors file has the SHA-256 of its tensors in its header.
+"""
 
 import hashlib
 import io
@@ -17,18 +21,19 @@ MARK = b"sha256:"  # a zip comment of ours: the mark, then 64 hexadecimal digits
 
 
 def load(path: Path) -> dict:
-    """Read one checkpoint; UserError if it is damaged. Only tensors and plain values are ever unpickled."""
+    """Read one checkpoint; UserError if it is damaged. Only tensors and plain values are ever
+    unpickled.
+    """
     path = Path(path)
     try:
         content = path.read_bytes()
         comment, zipped = content[-len(MARK) - 64 :], content.startswith(b"PK")
-        bare = (
-            zipped and content[-22:-18] == b"PK\5\6" and content.endswith(b"\0\0")
-        )  # a zip of others ends so, without a comment
-        if (comment.startswith(MARK) or zipped and not bare) and comment != MARK + hashlib.sha256(
-            memoryview(content)[: -len(comment) - 2]
-        ).hexdigest().encode():
-            raise UserError(f"{path}: damaged, it does not end with its own SHA-256")
+        # a zip of others ends so, without a comment
+        bare = zipped and content[-22:-18] == b"PK\5\6" and content.endswith(b"\0\0")
+        if comment.startswith(MARK) or zipped and not bare:
+            digest = hashlib.sha256(memoryview(content)[: -len(comment) - 2]).hexdigest()
+            if comment != MARK + digest.encode():
+                raise UserError(f"{path}: damaged, it does not end with its own SHA-256")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise UserError(f"{path}: holds a {type(state).__name__}, expected values by name")
@@ -44,7 +49,8 @@ def load(path: Path) -> dict:
 
 
 def cached(folder: Path, key: list, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """make(), or what it returned when it was called with this key before (the text tower of a large CLIP takes minutes on a CPU).
+    """make(), or what it returned when it was called with this key before (the text tower of a
+    large CLIP takes minutes on a CPU).
 
     key: JSON values, everything that the tensor depends on. A file that is damaged is made anew.
     """
@@ -62,7 +68,9 @@ def cached(folder: Path, key: list, make: Callable[[], torch.Tensor]) -> torch.T
 def hashed_tensors(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> bytes:
-    """A .safetensors file with the SHA-256 of its tensors in the header: a flipped bit in a weight goes unnoticed otherwise."""
+    """A .safetensors file with the SHA-256 of its tensors in the header: a flipped bit in a weight
+    goes unnoticed otherwise.
+    """
     tensors = {name: t.contiguous() for name, t in tensors.items()}
     return save_tensors(
         tensors,
@@ -75,15 +83,15 @@ def hashed_tensors(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file. Raises: UserError if it is missing, damaged, or not what its header says (`hashed_tensors`)."""
+    """Tensors and metadata of a .safetensors file. Raises: UserError if it is missing, damaged, or
+    not what its header says (`hashed_tensors`).
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if (
-            metadata.get("sha256", "")
-            and hashlib.sha256(_body(Path(path).read_bytes())).hexdigest() != metadata["sha256"]
-        ):
+        stated = metadata.get("sha256", "")
+        if stated and hashlib.sha256(_body(Path(path).read_bytes())).hexdigest() != stated:
             raise UserError(
                 f"{path}: damaged, the SHA-256 of its tensors differs from the one in its header"
             )
@@ -104,7 +112,9 @@ def _body(content: bytes) -> memoryview:
 
 
 def read_weights(path: Path, hint: str) -> dict:
-    """What a .safetensors or a plain torch file holds. Raises: UserError if it is missing (hint says how to get it) or damaged."""
+    """What a .safetensors or a plain torch file holds. Raises: UserError if it is missing (hint
+    says how to get it) or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; {hint}")
@@ -115,16 +125,18 @@ def read_weights(path: Path, hint: str) -> dict:
 
 
 def load_foundation(module: torch.nn.Module, path: Path, hint: str) -> torch.nn.Module:
-    """Fill a foundation model (CLIP, SAM) from a .safetensors or a plain torch file, in fp32; in eval mode afterwards.
+    """Fill a foundation model (CLIP, SAM) from a .safetensors or a plain torch file, in fp32; in
+    eval mode afterwards.
 
-    Raises: UserError if the file is missing (hint says how to get it), damaged, or of another model; never executes pickled code.
+    Raises: UserError if the file is missing (hint says how to get it), damaged, or of another
+        model; never executes pickled code.
     """
     weights = read_weights(path, hint)
     try:
         module.load_state_dict({name: value.float() for name, value in weights.items()})
     except (RuntimeError, AttributeError) as error:
+        words = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{path}: weights of another model than {type(module).__name__} ({' '.join(str(error).split())[:160]} ...); "
-            f"{hint}"
+            f"{path}: weights of another model than {type(module).__name__} ({words} ...); {hint}"
         ) from None
     return module.eval()

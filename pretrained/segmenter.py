@@ -1,4 +1,6 @@
-"""A segmenter on a pretrained backbone: the image tower of a CLIP with the words of the classes, or a timm ConvNeXt."""
+"""A segmenter on a pretrained backbone: the image tower of a CLIP with the words of the classes, or
+a timm ConvNeXt.
+"""
 
 import torch
 
@@ -17,8 +19,10 @@ def build(
 ) -> Segmenter:
     """A segmenter with a random decoder (by seed).
 
-    clip_weights: of a whole CLIP that a checkpoint brings along, instead of those that the configuration names.
-    Raises: UserError if weights cannot be had, or a backbone without text tower is asked for its opinion on classes.
+    clip_weights: of a whole CLIP that a checkpoint brings along, instead of those that the
+    configuration names.
+    Raises: UserError if weights cannot be had, or a backbone without text tower is asked for its
+        opinion on classes.
     """
     if foundation.is_timm(cfg.backbone):
         if cfg.has_ensemble or clip_weights is not None:
@@ -38,7 +42,9 @@ def build(
 
 
 def _vocabulary(clip, tokenize, name: str, taxonomy, device, lasting: bool) -> Vocabulary:
-    """The text embeddings of all classes. lasting: kept on disk, by what is in the text tower and not by its name."""
+    """The text embeddings of all classes. lasting: kept on disk, by what is in the text tower and
+    not by its name.
+    """
     names = [name for names in taxonomy.synonyms for name in names]
 
     def embed() -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The end of a stage: figures, a table, metrics.json and report.html; and the page again, later, beside other runs."""
+"""The end of a stage: figures, a table, metrics.json and report.html; and the page again, later,
+beside other runs.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,7 @@ from report.groups import frequency_groups, group_quality
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the page shows. count: validation images;  masks: folder of SAM's, for pictures of them."""
+    """What the page shows. count: validation images;  masks: folder of SAM's masks."""
 
     count: int
     masks: Path
@@ -38,7 +40,9 @@ def finish(
     pictures: Pictures,
     config: dict | None = None,
 ) -> None:
-    """Evaluate, write metrics.json and report.html, print the table. config: of a stored run, for the page."""
+    """Evaluate, write metrics.json and report.html, print the table. config: of a stored run, for
+    the page.
+    """
     if course.later:
         return
     if course.dry_run:
@@ -113,9 +117,11 @@ def report_again(
     safe: bool,
     method_of,
 ) -> Path:
-    """report.html of a run, beside those of `compare`; without its data or its weights, what can be said without them.
+    """report.html of a run, beside those of `compare`; without its data or its weights, what can be
+    said without them.
 
-    method_of(stored): the class of the method of a run.   safe: colours that colour-blind people can tell apart.
+    method_of(stored): the class of the method of a run.   safe: colours that colour-blind people
+    can tell apart.
     """
     own = stored.path if stored.path.is_dir() else folder
     run, *others = [page.read(path, stored.config) for path in (own, *compare)]
@@ -146,8 +152,8 @@ def report_again(
 
 
 def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str, method_of) -> list[Other]:
-    """What the runs of --compare say of an image, in the paper's reading of each; one without weights, or of other classes,
-    says nothing."""
+    """What the runs of --compare say of an image, in the paper's reading of each; one without
+    weights, or of other classes, says nothing."""
     others = []
     for run in runs:
         try:

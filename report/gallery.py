@@ -1,7 +1,8 @@
-"""Pictures of a run for its report: images, ground truth, what models say of them, pseudo-labels as training goes on, SAM's masks.
+"""Pictures of a run for its report: images, ground truth, what models say of them, pseudo-labels as
+training goes on, SAM's masks.
 
-The worst and the best validation images by their own PQ, and some unlabelled images. A picture is a small WebP with a
-panoptic map over it.
+The worst and the best validation images by their own PQ, and some unlabelled images. A picture is a
+small WebP with a panoptic map over it.
 """
 
 import html
@@ -42,7 +43,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Other:
-    """A run beside: its method with its weights, and the reading that the paper takes. title: what stands below its pictures."""
+    """A run beside: its method with its weights, and the reading that the paper takes. title: what
+    stands below its pictures.
+    """
 
     title: str
     method: Method
@@ -58,10 +61,11 @@ def gallery(
     folder: Path | None = None,
     others: list[Other] = (),
 ) -> dict[str, list[Card]]:
-    """Cards of the `count` validation images with the lowest and the highest PQ among SAMPLE * count, and of some unlabelled
-    images.
+    """Cards of the `count` validation images with the lowest and the highest PQ among SAMPLE *
+    count, and of some unlabelled images.
 
-    reading: the one that PQ is of.   masks: of SAM;  folder: of the run, for its snapshots; if there are any.
+    reading: the one that PQ is of.   masks: of SAM;  folder: of the run, for its snapshots; if
+    there are any.
     """
     looked_at = spread(range(len(dataset.val)), SAMPLE * count)
     scored = []
@@ -139,7 +143,9 @@ def _all_masks(image: Image.Image, masks: np.ndarray) -> tuple[str, bytes]:
 
 
 def snapshot(folder: Path, step: int, method: Method, dataset: DataSet) -> None:
-    """Keep what the teacher says of a few unlabelled images at this step: FOLDER/pseudo/STEP-K.webp."""
+    """Keep what the teacher says of a few unlabelled images at this step:
+    FOLDER/pseudo/STEP-K.webp.
+    """
     for k, i in enumerate(spread(dataset.unlabeled, SNAPSHOTS)):
         image = dataset.train.image(i)
         answer = predict_image(method, image, [PSEUDO], step)[PSEUDO]

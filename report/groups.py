@@ -6,7 +6,9 @@ from readers.ground_truth import DataSet
 
 
 def frequency_groups(dataset: DataSet, groups: int) -> list[list[int]]:
-    """Classes by their share of the pixels of the labelled images, least to most frequent, in groups of one size (Figure 5)."""
+    """Classes by their share of the pixels of the labelled images, least to most frequent, in
+    groups of one size (Figure 5).
+    """
     pixels = class_pixels(dataset, dataset.labeled)
     return [part.tolist() for part in np.array_split(np.argsort(pixels, kind="stable"), groups)]
 
@@ -25,7 +27,9 @@ def class_pixels(dataset: DataSet, images: list[int]) -> np.ndarray:
 
 
 def group_quality(result: dict, taxonomy, groups: list[list[int]]) -> list[dict]:
-    """Mean PQ of each group of classes, over the n that are in the ground truth or predicted: [{"pq", "n", "classes"}]."""
+    """Mean PQ of each group of classes, over the n that are in the ground truth or predicted:
+    [{"pq", "n", "classes"}].
+    """
     rows = []
     for group in groups:
         names = [taxonomy.short_names[k] for k in group]

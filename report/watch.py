@@ -1,8 +1,10 @@
-"""Watching a run while it trains: at every checkpoint the figures of a few validation images, and pictures of the pseudo-labels.
+"""Watching a run while it trains: at every checkpoint the figures of a few validation images, and
+pictures of the pseudo-labels.
 
-RUN/pq.jsonl gets a line a checkpoint: `step`, `images`, and the first figure (PQ, 0 to 1) of every reading; RUN/pseudo/ the
-pictures (`gallery.snapshot`). They are looked at and decide nothing. Training does not notice: it draws no random number
-from what is measured here, and its clock stands still.
+RUN/pq.jsonl gets a line a checkpoint: `step`, `images`, and the first figure (PQ, 0 to 1) of every
+reading; RUN/pseudo/ the pictures (`gallery.snapshot`). They are looked at and decide nothing.
+Training does not notice: it draws no random number from what is measured here, and its clock stands
+still.
 """
 
 import json
@@ -22,7 +24,9 @@ from report.gallery import PSEUDO, snapshot
 
 
 def watcher(folder: Path, method: Method, dataset: DataSet, images: int):
-    """A function of the step for `training.Run.watch`. images: of the validation set, the first so many; 0: no function."""
+    """A function of the step for `training.Run.watch`. images: of the validation set, the first so
+    many; 0: no function.
+    """
 
     def watch(step: int) -> None:
         try:

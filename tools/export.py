@@ -11,7 +11,9 @@ from pretrained import foundation, official
 
 
 def export(stored: Stored, source: Source, cfg: Config, out: Path | None, form: str) -> Path:
-    """Write the file; `out` None: beside the run, under its name. form: "official" or "safetensors"."""
+    """Write the file; `out` None: beside the run, under its name. form: "official" or
+    "safetensors".
+    """
     weights = stored.state.get("weights") or whole_model(stored, source, cfg)
     ending = ".pth" if form == "official" else ".safetensors"
     path = out or Path(stored.path).with_suffix(ending)

@@ -1,7 +1,8 @@
-"""Tables of the paper on the miniature world: rungs that are trained over several seeds, several at a time.
+"""Tables of the paper on the miniature world: rungs that are trained over several seeds, several at
+a time.
 
-Every rung takes the same number of optimiser steps in all; one that is there already, of the same numbers and images, is not
-trained again.
+Every rung takes the same number of optimiser steps in all; one that is there already, of the same
+numbers and images, is not trained again.
 """
 
 import dataclasses
@@ -50,7 +51,9 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Rung:
-    """A row of a table: what is trained, what is changed in the configuration, and the reading that the paper takes."""
+    """A row of a table: what is trained, what is changed in the configuration, and the reading that
+    the paper takes.
+    """
 
     title: str
     kind: str  # sup, ssl, dear or dearli
@@ -67,8 +70,8 @@ class Rung:
         return place.folder(source, f"{self.run}-{source.split}", cfg.seed)
 
     def config(self, cfg: Config) -> Config:
-        """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its semi-supervised stage. A burn-in is a
-        share of all of them."""
+        """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its
+        semi-supervised stage. A burn-in is a share of all of them."""
         cfg = dataclasses.replace(cfg, **dict(self.changes)).settled()
         if self.kind == "sup":
             steps = {"sup_steps": cfg.ssl_steps}
@@ -93,7 +96,9 @@ SHOWN = tuple(rung for rung in RUNGS if rung.kind != "ssl")  # of the demo
 
 
 def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
-    """Raise UserError for a configuration that some rung cannot be trained with, before the first one is."""
+    """Raise UserError for a configuration that some rung cannot be trained with, before the first
+    one is.
+    """
     if cfg.ssl_steps <= cfg.dewa_steps and any(rung.kind == "dearli" for rung in rungs):
         raise UserError(
             f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them "
@@ -122,9 +127,12 @@ class Trainer:
     warm_up: Callable
 
     def __call__(self, rung: Rung, cfg: Config, later: bool) -> dict | None:
-        """The metrics of a rung, which is trained unless they are there. later: train only, and return None."""
+        """The metrics of a rung, which is trained unless they are there. later: train only, and
+        return None.
+        """
         folder, numbers = rung.folder(self.place, self.source, cfg), rung.config(cfg)
-        # a table is of the numbers that it says: masks and a warm-up of others are refused, as if all flags were given
+        # a table is of the numbers that it says: masks and a warm-up of others are refused, as if
+        # all flags were given
         given = frozenset(vars(cfg))
         course = dataclasses.replace(
             self.course, resume=True, steps=cfg.ssl_steps, given=given, later=later
@@ -140,7 +148,9 @@ class Trainer:
         return None if later else json.loads((folder / "metrics.json").read_text())
 
     def finished(self, rung: Rung, cfg: Config, course: Course, folder: Path) -> dict | None:
-        """The metrics of a rung that is there, of the same numbers, images, ground truth and start; else None."""
+        """The metrics of a rung that is there, of the same numbers, images, ground truth and start;
+        else None.
+        """
         if not (folder / "metrics.json").exists():
             return None
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -174,7 +184,8 @@ class Trainer:
 
 
 def run_rungs(train: Trainer, tasks: list[tuple[Rung, Config]], jobs: int) -> list[dict]:
-    """Train rungs that do not depend on each other, several at a time, each in a process of its own; their metrics, in order.
+    """Train rungs that do not depend on each other, several at a time, each in a process of its
+    own; their metrics, in order.
 
     jobs: 0: as many as there are CPU cores, MAX_JOBS at most; one on a GPU.
     """
@@ -208,8 +219,8 @@ def run_rungs(train: Trainer, tasks: list[tuple[Rung, Config]], jobs: int) -> li
 
 
 def _rung(train: Trainer, rung: Rung, cfg: Config, later: bool) -> dict | None:
-    """`train` in a process of `run_rungs`, which after Ctrl-C takes no other: the pool has handed out one more than it can
-    cancel."""
+    """`train` in a process of `run_rungs`, which after Ctrl-C takes no other: the pool has handed
+    out one more than it can cancel."""
     global _stopped
     if _stopped:
         raise Stopped(signal.SIGINT, "not begun, stopped")
@@ -224,13 +235,17 @@ _stopped = False
 
 
 def _in_silence(threads: int) -> None:
-    """A process of `run_rungs`: its lines would run into those of the others; what matters is in the run's folder."""
+    """A process of `run_rungs`: its lines would run into those of the others; what matters is in
+    the run's folder.
+    """
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def tables(rungs: tuple[Rung, ...], results: dict[str, list[dict]]) -> str:
-    """Mean and standard deviation over seeds: the paper's reading of every rung, and all readings of every run."""
+    """Mean and standard deviation over seeds: the paper's reading of every rung, and all readings
+    of every run.
+    """
     heads = [title for title, _ in FIGURES]
     lines = _head(["rung (the paper's reading)", *heads])
     for rung in rungs:
@@ -289,7 +304,8 @@ def _slim(metrics: dict) -> dict:
 def picture(
     methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path, images=(0, 1, 2, 3)
 ) -> None:
-    """A picture of the first validation images, their ground truth, and what each method says of them.
+    """A picture of the first validation images, their ground truth, and what each method says of
+    them.
 
     methods: (title, method, reading).
     """
@@ -305,7 +321,8 @@ def picture(
     caption = (
         "Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, "
         "stuff is not; black: no answer. "
-        f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled images."
+        f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled "
+        "images."
     )
     drawing.picture(rows, titles, dataset.taxonomy, path, caption)
     print(f"\n{path}: images, ground truth and predictions side by side")

@@ -1,4 +1,5 @@
-"""A trained run applied to pictures: to one from Python, to a folder from the command line (`--stage predict`).
+"""A trained run applied to pictures: to one from Python, to a folder from the command line
+(`--stage predict`).
 
     import dearli
 
@@ -7,20 +8,24 @@
     print(result.segment_map.shape, result.names, result.scores)
     result.overlay().save("overlay.png")
 
-For a picture PATH/a.jpg of the folder, OUTPUT/ holds (the whole name stays, so that a.jpg and a.png do not meet):
+For a picture PATH/a.jpg of the folder, OUTPUT/ holds (the whole name stays, so that a.jpg and a.png
+do not meet):
 
     panoptic/PATH/a.jpg.png   segment ids R + 256 G + 65536 B, 0 = void
-    semantic/PATH/a.jpg.png   class + 1, the place among `categories` of the JSON; 8 bits, or 16 where there are more than 255 classes. By semantic
-                              inference, which knows no void: 0 does not occur, and a class need not be that of the panoptic map
-    overlay/PATH/a.jpg.png    for the eye, see `report.overlay`
+    semantic/PATH/a.jpg.png   class + 1, the place among `categories` of the JSON; 8 bits, or 16
+                              where there are more than 255 classes. By semantic inference, which
+                              knows no void: 0 does not occur, and a class need not be that of the
+                              panoptic map
+    overlay/PATH/a.jpg.png    for the eye, see `report.drawing.overlay`
     panoptic.json             COCO panoptic format: ids of images are their names PATH/a.jpg, every
                               segment has a score, `info` says what predicted;
                               sha256 of a picture: of its file, so that --resume predicts one anew
                               that has become another
+    panoptic.jsonl            the same, a line a picture, written after the files of its picture:
+                              a kill loses one picture at most
 
-    panoptic.jsonl            the same, a line a picture; a line is written after the files of its picture, so a kill loses one picture at most
-
-Maps are as large as the picture as it is shown: turned as its EXIF block says. Every other file is written whole or not at all.
+Maps are as large as the picture as it is shown: turned as its EXIF block says. Every other file is
+written whole or not at all.
 """
 
 import contextlib
@@ -43,6 +48,7 @@ from engine.method import Method
 from engine.run_log import append
 from ground.errors import UserError
 from ground.files import claim, release, write_atomic
+from ground.identity import listed
 from readers.exposure import above_white, uses_little
 from readers.ground_truth import Taxonomy
 from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
@@ -51,22 +57,18 @@ from report import drawing
 from tools.prepare import encode
 
 KINDS = ("panoptic", "semantic", "overlay")
+# Of Config, that a prediction depends on.
 NUMBERS = (
-    "alpha",
-    "clip_scale",
-    "object_mask_threshold",
-    "overlap_threshold",
-    "test_size",
-    "test_max",
-    "white",
-)  # of Config, that a prediction depends on
+    "alpha clip_scale object_mask_threshold overlap_threshold test_size test_max white"
+).split()
 CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
 
 
 @dataclass
 class Prediction:
-    """What a model says of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) classes;  scores: (N,), 0 to 1, the class
-    posterior;  semantic: (H, W) int64, a class for every pixel."""
+    """What a model says of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment;
+    labels: (N,) classes;  scores: (N,), 0 to 1, the class posterior;  semantic: (H, W) int64, a
+    class for every pixel."""
 
     image: Image.Image
     segment_map: np.ndarray
@@ -105,7 +107,9 @@ class Prediction:
 
 
 class Predictor:
-    """A run as a function of images. reading: "student/ensemble", ...   about: what `info` of the JSON shall say of its weights."""
+    """A run as a function of images. reading: "student/ensemble", ...   about: what `info` of the
+    JSON shall say of its weights.
+    """
 
     def __init__(self, method: Method, reading: str, about: dict):
         self.method, self.reading = method, reading
@@ -115,8 +119,8 @@ class Predictor:
         self.about = {**about, "which": which, "posterior": posterior}
 
     def __call__(self, image) -> Prediction:
-        """image: a path; or PIL, of any size and mode, not turned (`readers.pictures.open_image` does that); or what
-        `from_array` takes. 16 bits become 8 by the white point of the run."""
+        """image: a path; or PIL, of any size and mode, not turned (`readers.pictures.open_image`
+        does that); or what `from_array` takes. 16 bits become 8 by the white point of the run."""
         if isinstance(image, (str, os.PathLike)):
             image = open_image(Path(image), white=self.white)
         image = as_rgb(image if isinstance(image, Image.Image) else from_array(image), self.white)
@@ -147,7 +151,8 @@ def from_array(values) -> Image.Image:
     """An array or a tensor as PIL, by its values and not by a guess.
 
     values: uint8, (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), 0 to 255; or uint16 (H, W).
-    Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at 255.
+    Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at
+        255.
     """
     expected = (
         "expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, "
@@ -189,23 +194,16 @@ def from_array(values) -> Image.Image:
 class Pictures:
     """A picture, or those of a folder and of the folders in it, and where their predictions go.
 
-    What a picture is, `data.pictures` says; earlier predictions in the same folder are passed over,
-    too.
-    Raises: UserError if there is no picture, or something is there already that neither force allows to replace nor resume to continue.
+    What a picture is, `readers.pictures.pictures` says; earlier predictions in the same folder are
+    passed over, too.
+    Raises: UserError if there is no picture, or something is there already that neither force
+        allows to replace nor resume to continue.
     """
 
     def __init__(self, source: Path, output: Path, force: bool = False, resume: bool = False):
-        self.source, self.names, self.others, self.faults = (
-            Path(source),
-            [Path(source).name],
-            [],
-            [],
-        )
-        self.output, self.json, self.log = (
-            Path(output),
-            Path(output) / "panoptic.json",
-            Path(output) / "panoptic.jsonl",
-        )
+        self.source, self.output = Path(source), Path(output)
+        self.json, self.log = self.output / "panoptic.json", self.output / "panoptic.jsonl"
+        self.names, self.others, self.faults = [self.source.name], [], []
         if self.source.is_file():
             self.source = self.source.parent
         else:
@@ -213,26 +211,9 @@ class Pictures:
         claim(self.output)
         resume = resume and self.log.exists()
         self.begun, rows = _read(self.log) if resume else ({}, {})
-        self.rows = {
-            name: row
-            for name, row in rows.items()
-            if all(path.exists() for path in self.targets(name)) and not self._changed(name, row)
-        }
-        wanted = (
-            []
-            if resume or force
-            else [
-                self.log,
-                self.json,
-                *(path for name in self.names for path in self.targets(name)),
-            ]
-        )
-        there = next((path for path in wanted if path.exists()), None)
-        if there:
-            release(self.output)
-            raise UserError(
-                f"{there}: exists already; go on with --resume if it is of an interrupted call, replace it with --force, or choose another --out"
-            )
+        self.rows = {name: row for name, row in rows.items() if self._is_done(name, row)}
+        if not (resume or force):
+            self._require_free()
 
     def _list(self) -> None:
         if not self.source.is_dir():
@@ -245,22 +226,37 @@ class Pictures:
                 f"{self.source}: no pictures in this folder; expected files that end in "
                 f"{', '.join(endings())}"
             )
-        # of a picture's name are made those of its predictions and of the files that become them (`checkpoint.write_atomic`)
-        bad = [
-            path
-            for path in images
-            if name_fault(path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix())
-        ]
-        self.names = [path.as_posix() for path in images if path not in bad]
-        self.faults = [
-            f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its predictions, or has control characters; rename it"
-            for path in bad
-        ]
+        self.names = []
+        for path in images:
+            # from it come the names of its predictions, and of the files that become them
+            longest = path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix()
+            if name_fault(longest):
+                self.faults.append(
+                    f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its "
+                    "predictions, or has control characters; rename it"
+                )
+            else:
+                self.names.append(path.as_posix())
 
-    def _changed(self, name: str, row: dict) -> bool:
-        """The picture of this name is another one by now. Older rows do not say of which they
-        are."""
-        return name in self.names and row["image"].get("sha256") not in (None, self._digest(name))
+    def _require_free(self) -> None:
+        wanted = [
+            self.log,
+            self.json,
+            *(path for name in self.names for path in self.targets(name)),
+        ]
+        there = next((path for path in wanted if path.exists()), None)
+        if there:
+            release(self.output)
+            raise UserError(
+                f"{there}: exists already; go on with --resume if it is of an interrupted call, "
+                "replace it with --force, or choose another --out"
+            )
+
+    def _is_done(self, name: str, row: dict) -> bool:
+        """Its files are there, and of the picture that has this name now. Older rows do not say."""
+        if not all(path.exists() for path in self.targets(name)):
+            return False
+        return name not in self.names or row["image"].get("sha256") in (None, self._digest(name))
 
     def _digest(self, name: str) -> str | None:
         try:
@@ -272,108 +268,108 @@ class Pictures:
         return [self.output / kind / f"{name}.png" for kind in KINDS]
 
     def fill(self, model: Predictor) -> int:
-        """Predict what is not done. Returns the number of pictures that were.   Raises: UserError at the end if some could not be read."""
-        todo, info, faults = (
-            [name for name in self.names if name not in self.rows],
-            model.info(),
-            [*self.faults],
-        )
-        begun = {**BEFORE, **self.begun}
-        differs = [
-            f"{key}: {begun.get(key)!s:.12} there, {info[key]!s:.12} now"
-            for key in info
-            if self.begun and begun.get(key) != info[key] and key != "weights"
-        ]
-        dark, cut_off = [], []
+        """Predict what is not done. Returns the number of pictures that were.
+
+        Raises: UserError at the end if some could not be read.
+        """
+        todo, info = [name for name in self.names if name not in self.rows], model.info()
+        self.dark, self.cut_off = [], []
         try:
-            if differs:
-                raise UserError(
-                    f"{self.output}: cannot go on with what another model began ({', '.join(differs)}); choose another folder with --out, "
-                    f"or begin anew with --force"
-                )
-            write_atomic(
-                self.log,
-                "".join(
-                    json.dumps(row) + "\n" for row in ({"info": info}, *self.rows.values())
-                ).encode(),
-            )
+            self._require_same(info)
+            rows = ({"info": info}, *self.rows.values())
+            write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
             with open(self.log, "ab", buffering=0) as log:
                 for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
-                    try:
-                        image = open_image(self.source / name, white=model.white)
-                        cut_off += [name] * (above_white(self.source / name, model.white) > CUT_OFF)
-                    except UserError as error:
-                        faults.append(error)
-                        continue
-                    dark += [name] * uses_little(image)
-                    self.rows[name] = self._write(name, model(image))
-                    append(log, self.rows[name])
-            columns = {
-                key: [self.rows[name][key[:-1]] for name in sorted(self.rows)]
-                for key in ("images", "annotations")
+                    self._predict(model, name, log)
+            rows = [self.rows[name] for name in sorted(self.rows)]
+            content = {
+                "info": info,
+                "images": [row["image"] for row in rows],
+                "annotations": [row["annotation"] for row in rows],
+                "categories": model.taxonomy.categories(),
             }
-            write_atomic(
-                self.json,
-                json.dumps(
-                    {"info": info, **columns, "categories": model.taxonomy.categories()}
-                ).encode(),
-            )
+            write_atomic(self.json, json.dumps(content).encode())
         finally:
             release(self.output)
-        if self.others:
-            listed = ", ".join([*map(brief, self.others[:5]), *["..."] * (len(self.others) > 5)])
-            print(
-                f"{self.source}: {len(self.others)} files passed over, by their endings no images: {listed}"
-            )
-        for names, what in (
-            (dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
-            (cut_off, "of 16 bits that lose what is brighter"),
-        ):
-            listed = ", ".join([*map(brief, names[:5]), *["..."] * (len(names) > 5)])
-            if names:
-                print(
-                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white "
-                    f"{model.white}: {listed}"
-                )
-        print("".join(f"warning: {fault}\n" for fault in faults), end="")
-        if faults:
-            every = len(self.names) + len(self.faults)
+        self._say(model.white)
+        if self.faults:
+            every = len(self.names) + self.unnamed
+            rest = f"; the others are in {self.output}" if len(self.faults) < every else ""
             raise UserError(
-                f"{self.source}: {len(faults)} of {every} pictures could not be read (see above)"
-                + (f"; the others are in {self.output}" if len(faults) < every else "")
+                f"{self.source}: {len(self.faults)} of {every} pictures could not be read (see "
+                f"above){rest}"
             )
         return len(todo)
 
+    def _require_same(self, info: dict) -> None:
+        self.unnamed = len(self.faults)  # pictures that `names` has not
+        begun = {**BEFORE, **self.begun}
+        changed = [key for key in info if key != "weights" and begun.get(key) != info[key]]
+        if self.begun and changed:
+            differs = ", ".join(
+                f"{key}: {begun.get(key)!s:.12} there, {info[key]!s:.12} now" for key in changed
+            )
+            raise UserError(
+                f"{self.output}: cannot go on with what another model began ({differs}); choose "
+                "another folder with --out, or begin anew with --force"
+            )
+
+    def _predict(self, model: Predictor, name: str, log) -> None:
+        path = self.source / name
+        try:
+            image = open_image(path, white=model.white)
+            if above_white(path, model.white) > CUT_OFF:
+                self.cut_off.append(name)
+        except UserError as error:
+            self.faults.append(error)
+            return
+        if uses_little(image):
+            self.dark.append(name)
+        self.rows[name] = self._write(name, model(image))
+        append(log, self.rows[name])
+
     def _write(self, name: str, result: Prediction) -> dict:
         """Write the files of one picture. Returns its part of the JSON."""
-        classes = Image.fromarray(
-            (result.semantic + 1).astype(np.uint8 if len(result.taxonomy) < 256 else np.uint16)
-        )
-        for path, image in zip(
-            self.targets(name), (encode(result.segment_map), classes, result.overlay())
-        ):
+        small = np.uint8 if len(result.taxonomy) < 256 else np.uint16
+        classes = Image.fromarray((result.semantic + 1).astype(small))
+        images = encode(result.segment_map), classes, result.overlay()
+        for path, image in zip(self.targets(name), images):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             write_atomic(path, buffer.getbuffer())
         height, width = result.segment_map.shape
+        about = {"id": name, "file_name": name, "width": width, "height": height}
+        annotation = {"image_id": name, "file_name": f"{name}.png"}
         return {
-            "image": {
-                "id": name,
-                "file_name": name,
-                "width": width,
-                "height": height,
-                "sha256": self._digest(name),
-            },
-            "annotation": {
-                "image_id": name,
-                "file_name": f"{name}.png",
-                "segments_info": result.segments_info(),
-            },
+            "image": {**about, "sha256": self._digest(name)},
+            "annotation": {**annotation, "segments_info": result.segments_info()},
         }
+
+    def _say(self, white: int) -> None:
+        """What was passed over, what looks wrong, and what could not be read."""
+        if self.others:
+            print(
+                f"{self.source}: {len(self.others)} files passed over, by their endings no images: "
+                f"{listed([*map(brief, self.others)])}"
+            )
+        little = "that show next to nothing, less than 1/16 of the range from 0 to 255"
+        for names, what in (
+            (self.dark, little),
+            (self.cut_off, "of 16 bits that lose what is brighter"),
+        ):
+            if names:
+                print(
+                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white "
+                    f"{white}: {listed([*map(brief, names)])}"
+                )
+        for fault in self.faults:
+            print(f"warning: {fault}")
 
 
 def _read(log: Path) -> tuple[dict, dict]:
-    """What panoptic.jsonl knows: what predicted, and the finished pictures by name. A line that was cut short is left out."""
+    """What panoptic.jsonl knows: what predicted, and the finished pictures by name. A line that was
+    cut short is left out.
+    """
     info, rows = {"sha256": "nothing"}, {}
     for line in log.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -1,4 +1,6 @@
-"""CLIP alone on given masks: zero-shot recognition without any training (the paper's Figure 3 and section 3.3)."""
+"""CLIP alone on given masks: zero-shot recognition without any training (the paper's Figure 3 and
+section 3.3).
+"""
 
 import json
 from pathlib import Path
@@ -26,7 +28,9 @@ from report import drawing
 
 
 def run(source: Source, place: Place, machine: Machine, cfg: Config, masks, folder: Path) -> None:
-    """Measure, write metrics.json, print the table. masks: None or "gt": the true ones; "sam"; or a folder."""
+    """Measure, write metrics.json, print the table. masks: None or "gt": the true ones; "sam"; or a
+    folder.
+    """
     dataset = source.load(cfg)
     require_writable(folder)
     require_truth(dataset, learn=False)
@@ -66,8 +70,9 @@ def zero_shot(
 ) -> dict:
     """PQ of given segments, each classified by Eq. (4) and (5).
 
-    partition(i) -> (H, W) integers of validation image i, 0 = no segment.   Segments that are given one class of stuff are
-    joined.   Returns: {"all", "things", "stuff", "per_class"}, as `panoptic_eval.PanopticQuality.result`.
+    partition(i) -> (H, W) integers of validation image i, 0 = no segment.   Segments that are given
+    one class of stuff are joined.   Returns: {"all", "things", "stuff", "per_class"}, as
+    `panoptic_eval.PanopticQuality.result`.
     """
     images = dataset.val
     model.eval()
@@ -103,8 +108,9 @@ def _classes(model: Segmenter, image, segment_map: np.ndarray, cfg: Config, devi
 
 
 def flatten(masks: np.ndarray, least: int = 512) -> np.ndarray:
-    """Overlapping masks (H, W, N) -> partition (H, W) int32: large masks first, smaller on top; what then shows fewer than `least`
-    pixels goes (as the official panoptic view of SAM's masks)."""
+    """Overlapping masks (H, W, N) -> partition (H, W) int32: large masks first, smaller on top;
+    what then shows fewer than `least` pixels goes (as the official panoptic view of SAM's
+    masks)."""
     out = np.zeros(masks.shape[:2], np.int32)
     for k in np.argsort(-masks.sum((0, 1)), kind="stable"):
         out[masks[..., k]] = k + 1
