@@ -26,26 +26,15 @@ if sys.version_info < (3, 10):
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import inspect
 import io
 import json
 
 from engine.command_line import MAKES, check, help_page, parser, require_there, stopped
+from ground import packages
 from ground.errors import UserError, choose
 
 __version__ = "0.1.0"
-# Packages that some stages need, by the name that they are imported by.
-PACKAGES = {
-    "open_clip": "open_clip_torch>=2.30",
-    "timm": "timm>=1.0.12",
-    "segment_anything": "segment-anything>=1.0",
-    "huggingface_hub": "huggingface_hub",
-    "tensorboard": "tensorboard",
-    "pycocotools": "pycocotools>=2.0.7",
-}
-# Of every stage.
-REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -382,7 +371,8 @@ def stage_demo(source, place, machine, cfg, course, jobs):
     top = place.out or place.runs
     require_writable(top)
     rungs = {rung.run: rung for rung in ladder.SHOWN}  # two rows read the same run
-    metrics = run_rungs(source, place, machine, course, jobs, [(r, cfg) for r in rungs.values()])
+    tasks = [(rung, cfg) for rung in rungs.values()]
+    metrics = ladder.run_rungs(trainer(source, place, machine, course), tasks, jobs)
     metrics = dict(zip(rungs, metrics))
     rows = [(rung.title, metrics[rung.run][rung.reading]) for rung in ladder.SHOWN]
     print("\n" + drawing.table(rows))
@@ -400,49 +390,23 @@ def stage_demo(source, place, machine, cfg, course, jobs):
 
 def stage_ladder(source, place, machine, cfg, course, seeds, jobs):
     """The paper's Table 1 in miniature."""
-    from tools.ladder import RUNGS
+    from tools.ladder import RUNGS, table
 
-    return table(source, place, machine, cfg, course, seeds, jobs, RUNGS, "ladder")
+    return table(RUNGS, "ladder", trainer(source, place, machine, course), cfg, seeds, jobs)
 
 
 def stage_alpha(source, place, machine, cfg, course, seeds, jobs):
-    """The paper's Table 8 in miniature, and an alpha that grows or follows the labelled share
-    (supplement C).
-    """
-    from tools.ladder import ALPHAS
+    """The paper's Table 8 in miniature, and an alpha that changes (supplement C)."""
+    from tools.ladder import ALPHAS, table
 
-    return table(source, place, machine, cfg, course, seeds, jobs, ALPHAS, "alpha")
+    return table(ALPHAS, "alpha", trainer(source, place, machine, course), cfg, seeds, jobs)
 
 
-def table(source, place, machine, cfg, course, seeds, jobs, rungs, name):
-    """Every rung over several seeds: two tables, and the raw figures in NAME.json."""
-    from engine import masks
-    from ground.files import require_writable
-    from tools import ladder
+def trainer(source, place, machine, course):
+    """What trains the rungs of a table, by the stages above."""
+    from tools.ladder import Trainer
 
-    ladder.require_rungs(cfg, rungs)
-    top = place.out or place.runs
-    require_writable(top)
-    if any(rung.kind == "dearli" for rung in rungs):
-        masks.make(source, place.masks(source), machine, cfg)  # all seeds share them
-    seeds = list(range(cfg.seed, cfg.seed + seeds))
-    trained = {rung.run: rung for rung in rungs}.values()
-    tasks = [(r, dataclasses.replace(cfg, seed=seed)) for r in trained for seed in seeds]
-    results: dict[str, list[dict]] = {}
-    metrics = run_rungs(source, place, machine, course, jobs, tasks)
-    for (rung, _), result in zip(tasks, metrics):
-        results.setdefault(rung.run, []).append(result)
-    print("\n" + ladder.tables(rungs, results))
-    ladder.write_results(top / f"{name}.json", results, source, cfg, seeds)
-    return top / f"{name}.json"
-
-
-def run_rungs(source, place, machine, course, jobs, tasks):
-    """The metrics of all rungs, `jobs` of them trained at a time."""
-    from tools.ladder import Trainer, run_rungs
-
-    trainer = Trainer(source, place, machine, course, stage_sup, stage_ssl, warm_up)
-    return run_rungs(trainer, tasks, jobs)
+    return Trainer(source, place, machine, course, stage_sup, stage_ssl, warm_up)
 
 
 def stage_mini_clip(out, cfg):
@@ -473,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         if args.help or args.version:
-            print(help_page(args) if args.help else version())
+            print(help_page(args) if args.help else packages.version(__version__))
             return 0
         said = args.method
         check(args)
@@ -492,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
         print(stopped(args), file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        advice = missing(error.name, args.stage)
+        advice = packages.missing(error.name, args.stage)
         if advice is None:
             raise
         print(f"error: {advice}", file=sys.stderr)
@@ -529,33 +493,6 @@ def first_rank() -> bool:
     from ground import ranks
 
     return ranks.rank() == 0
-
-
-def missing(package: str, stage: str) -> str | None:
-    """What to do about a package that is not installed; None if it is none of ours."""
-    if package in REQUIRED:
-        return (
-            f"{package} is not installed for {sys.executable}; activate the environment that the "
-            "README makes (source .venv/bin/activate), or make it: python3 -m venv .venv && "
-            ".venv/bin/python -m pip install -r requirements.txt"
-        )
-    if package in PACKAGES:
-        return (
-            f"{package} is not installed, and --stage {stage} needs it; python -m pip install "
-            f"'{PACKAGES[package]}'"
-        )
-    return None
-
-
-def version() -> str:
-    """This program, Python and the libraries that decide on results; none of them is imported."""
-    parts = [f"dearli {__version__}", f"python {sys.version.split()[0]}"]
-    for package in ("torch", "torchvision"):
-        try:
-            parts.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            parts.append(f"{package} not installed")
-    return ", ".join(parts)
 
 
 def rank() -> str:

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from config import Config, require_semi_supervised
+from engine import masks
 from engine.begin import Begun, beginning, identity, settle
 from engine.evaluation import predict_image
 from engine.method import Method
@@ -28,7 +29,7 @@ from engine.request import Course, Machine, Place, Source
 from engine.sameness import differing
 from engine.training import Stopped
 from ground.errors import UserError
-from ground.files import write_atomic
+from ground.files import require_writable, write_atomic
 from pretrained import foundation
 from readers.ground_truth import DataSet
 from report import drawing
@@ -240,6 +241,27 @@ def _in_silence(threads: int) -> None:
     """
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def table(
+    rungs: tuple[Rung, ...], name: str, train: Trainer, cfg: Config, count: int, jobs: int
+) -> Path:
+    """Every rung over `count` seeds: two tables, and the raw figures in NAME.json."""
+    source, place = train.source, train.place
+    require_rungs(cfg, rungs)
+    top = place.out or place.runs
+    require_writable(top)
+    if any(rung.kind == "dearli" for rung in rungs):
+        masks.make(source, place.masks(source), train.machine, cfg)  # all seeds share them
+    seeds = list(range(cfg.seed, cfg.seed + count))
+    trained = {rung.run: rung for rung in rungs}.values()
+    tasks = [(rung, dataclasses.replace(cfg, seed=seed)) for rung in trained for seed in seeds]
+    results: dict[str, list[dict]] = {}
+    for (rung, _), metrics in zip(tasks, run_rungs(train, tasks, jobs)):
+        results.setdefault(rung.run, []).append(metrics)
+    print("\n" + tables(rungs, results))
+    write_results(top / f"{name}.json", results, source, cfg, seeds)
+    return top / f"{name}.json"
 
 
 def tables(rungs: tuple[Rung, ...], results: dict[str, list[dict]]) -> str:
