@@ -15,11 +15,11 @@ from typing import Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_ensemble import padded_size
 from config import Config
+from model import resize
 
 # Values of full-size masks at once: on a CPU they stay in the cache, on a GPU they are a small part
 # of the memory.
@@ -122,13 +122,8 @@ def resize_masks(
     """(Q, h, w) logits -> (Q, *output): up to the padded input, padding cut off, then to the output
     size.
     """
-    full = F.interpolate(
-        mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False
-    )
-    full = full[..., : image[0], : image[1]]
-    if tuple(output) != tuple(image):
-        full = F.interpolate(full, size=output, mode="bilinear", align_corners=False)
-    return full[0]
+    full = resize(mask_logits[None].float(), padded)[..., : image[0], : image[1]]
+    return (full if tuple(output) == tuple(image) else resize(full, output))[0]
 
 
 def full_masks(mask_logits: Tensor, sizes, given: bool = False):
@@ -240,9 +235,7 @@ def semantic_inference(
     below = (above + 1).clamp(max=image[0] - 1)
     for rows in rows_of.split(max(1, _chunk(whole) // (len(whole) * width))):
         part = whole[:, above[rows]].lerp(whole[:, below[rows]], share[rows])
-        size = len(rows), width
-        part = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)
-        part = part[0].sigmoid_()
+        part = resize(part[None], (len(rows), width))[0].sigmoid_()
         strips.append(torch.einsum("qk,qhw->khw", posterior[:, :-1], part).max(0).indices)
     return torch.cat(strips)
 

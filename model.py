@@ -105,7 +105,7 @@ class Mask2Former(nn.Module):
         return self.decoder(maps, mask_features, last_only), mask_features
 
 
-# ---------------------------------------------------------------------------------------------- pix
+# ----------------------------------------------------------------------------------- pixel decoder
 
 
 class PixelDecoder(nn.Module):
@@ -142,26 +142,16 @@ class PixelDecoder(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         maps = [proj(f) for proj, f in zip(self.input_proj, reversed(features[1:]))]
         shapes = [m.shape[-2:] for m in maps]
-        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, S, C)
-        pos = torch.cat(
-            [
-                sine_position(m).flatten(2).transpose(1, 2) + e
-                for m, e in zip(maps, self.level_embed)
-            ],
-            1,
-        )
+        src = torch.cat([tokens(m) for m in maps], 1)  # (B, S, C)
+        pos = [tokens(sine_position(m)) + e for m, e in zip(maps, self.level_embed)]
+        pos = torch.cat(pos, 1)  # (1, S, C)
         pyramid = Pyramid.of(shapes, self.heads, self.points, src.device)
         for layer in self.layers:
             src = layer(src, pos, pyramid)
-        maps = [
-            s.transpose(1, 2).unflatten(2, shape)
-            for s, shape in zip(src.split([h * w for h, w in shapes], 1), shapes)
-        ]
+        parts = src.split([h * w for h, w in shapes], 1)
+        maps = [s.transpose(1, 2).unflatten(2, shape) for s, shape in zip(parts, shapes)]
         fine = self.lateral(features[0])
-        fine = self.output(
-            fine
-            + F.interpolate(maps[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        )
+        fine = self.output(fine + resize(maps[-1], fine.shape[-2:]))
         return self.mask_features(fine), maps
 
 
@@ -181,6 +171,16 @@ class DeformableLayer(nn.Module):
         return self.norm2(src + self.linear2(self.linear1(src).relu_()))
 
 
+def tokens(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, S, C), S = h w."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
 def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
     """(1, C, h, w) sine embedding of the position of each pixel, both axes normalised to (0, 2 pi];
     half the channels a axis.
@@ -190,20 +190,18 @@ def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:
     i = torch.arange(half, dtype=torch.float32, device=maps.device)
     period = temperature ** (2 * (i // 2) / half)
 
-    def axis(n):
-        angle = (
-            torch.arange(1, n + 1, dtype=torch.float32, device=maps.device)
-            / (n + 1e-6)
-            * 2
-            * math.pi
-        )[:, None] / period
-        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)  # (n, half)
+    def axis(n: int) -> Tensor:
+        """(n, half)"""
+        place = torch.arange(1, n + 1, dtype=torch.float32, device=maps.device)
+        angle = (place / (n + 1e-6) * 2 * math.pi)[:, None] / period
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
 
-    y, x = axis(h)[:, None].expand(h, w, half), axis(w)[None].expand(h, w, half)
+    y = axis(h)[:, None].expand(h, w, half)
+    x = axis(w)[None].expand(h, w, half)
     return torch.cat([y, x], -1).permute(2, 0, 1)[None]
 
 
-# ------------------------------------------------------------------------------------ masked-attent
+# ------------------------------------------------------------------------- masked-attention decoder
 
 
 class MaskedAttentionDecoder(nn.Module):
@@ -221,56 +219,39 @@ class MaskedAttentionDecoder(nn.Module):
     def __init__(self, cfg: Config, num_classes: int, vocabulary: Vocabulary | None):
         super().__init__()
         c = cfg.hidden
-        self.query_feat, self.query_embed = (
-            nn.Embedding(cfg.num_queries, c),
-            nn.Embedding(cfg.num_queries, c),
-        )
+        self.query_feat = nn.Embedding(cfg.num_queries, c)
+        self.query_embed = nn.Embedding(cfg.num_queries, c)
         self.level_embed = nn.Embedding(3, c)
         self.layers = nn.ModuleList(
             DecoderLayer(c, cfg.heads, cfg.decoder_ffn) for _ in range(cfg.decoder_layers)
         )
         self.decoder_norm = nn.LayerNorm(c)
         self.mask_embed = MLP(c, c, c)
-        self.classify = (
-            LanguageClassifier(c, vocabulary)
-            if cfg.classifier == "language"
-            else LinearClassifier(c, num_classes)
-        )
+        if cfg.classifier == "language":
+            self.classify = LanguageClassifier(c, vocabulary)
+        else:
+            self.classify = LinearClassifier(c, num_classes)
 
     def forward(
         self, maps: list[Tensor], mask_features: Tensor, last_only: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
-        b = len(mask_features)
-        pos = [sine_position(m).flatten(2).transpose(1, 2) for m in maps]  # (1, S_i, C)
-        src = [
-            m.flatten(2).transpose(1, 2) + e for m, e in zip(maps, self.level_embed.weight)
-        ]  # (B, S_i, C)
-        keys = [s + p for s, p in zip(src, pos)]
-        queries, query_pos = self.query_feat.weight.expand(b, -1, -1), self.query_embed.weight
+        src = [tokens(m) + e for m, e in zip(maps, self.level_embed.weight)]  # (B, S_i, C)
+        keys = [s + tokens(sine_position(m)) for s, m in zip(src, maps)]
+        queries = self.query_feat.weight.expand(len(mask_features), -1, -1)
+        query_pos = self.query_embed.weight
         with torch.no_grad():
-            coarse = [
-                F.interpolate(
-                    mask_features, size=m.shape[-2:], mode="bilinear", align_corners=False
-                )
-                for m in maps
-            ]
+            coarse = [resize(mask_features, m.shape[-2:]) for m in maps]
         states, masks = [], []
         for i in range(len(self.layers) + 1):
             states.append(self.decoder_norm(queries))
             masks.append(self.mask_embed(states[-1]))
             if i < len(self.layers):
                 level = i % len(maps)
-                queries = self.layers[i](
-                    queries,
-                    query_pos,
-                    src[level],
-                    keys[level],
-                    attention_mask(masks[-1], coarse[level]),
-                )
+                allowed = attention_mask(masks[-1], coarse[level])
+                queries = self.layers[i](queries, query_pos, src[level], keys[level], allowed)
         first = len(self.layers) if last_only else 0
-        return list(
-            zip(self.classify(torch.stack(states[first:])), masks[first:])
-        )  # the classes of all layers at once
+        # the classes of all layers at once
+        return list(zip(self.classify(torch.stack(states[first:])), masks[first:]))
 
 
 def mask_logits(embeddings: Tensor, mask_features: Tensor) -> Tensor:
@@ -329,15 +310,13 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
-        heads = lambda x, w, b: (
-            F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        )  # (B, heads, ., d)
-        q, k, v = map(
-            heads, (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, ., d)
+            for x, w, b in zip((query, key, value), weights, biases)
         )
-        if (
-            q.device.type == "cpu"
-        ):  # torch's attention in bf16 takes half as long again there, with its gradients
+        # torch's attention in bf16 takes half as long again on a CPU, with its gradients
+        if q.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, enabled=False):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
