@@ -33,6 +33,9 @@ class Segmenter(nn.Module):
     no ensemble.
     """
 
+    # Of its state: a linear class head has a row a class, and no-object last.
+    class_rows = ("head.decoder.classify.weight", "head.decoder.classify.bias")
+
     def __init__(
         self, backbone: Backbone, vocabulary: Vocabulary | None, cfg: Config, num_classes: int
     ):

@@ -16,7 +16,7 @@ from engine.checkpoint import require_free
 from engine.method import Method
 from engine.request import Course, Source
 from engine.sameness import MAY_CHANGE
-from engine.stored import CLASS_HEAD, Stored
+from engine.stored import Stored
 from engine.training import Run
 from ground import files, ranks
 from ground.errors import UserError
@@ -229,9 +229,10 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
             )
     elif "weights" not in start.state or start.state["weights"].kind != "dewa":
         stored.require_classes(start, len(dataset.taxonomy))
-    order = stored.class_order(start, dataset.taxonomy, dataset.name)
-    student, may_differ = method.models["student"], CLASS_HEAD
-    init["taken"] = stored.take(start, "student", student, str(start.path), may_differ, order)
+    student = method.models["student"]
+    class_rows = getattr(student, "class_rows", ())
+    order = stored.class_order(start, dataset.taxonomy, dataset.name, class_rows)
+    init["taken"] = stored.take(start, "student", student, str(start.path), class_rows, order)
     print(init["taken"])
 
 

@@ -26,8 +26,6 @@ from mini.scenes import mini_taxonomy
 from pretrained import official
 from readers.ground_truth import Taxonomy
 
-CLASS_HEAD = ("decoder.classify.weight", "decoder.classify.bias")
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -134,7 +132,7 @@ def restore(stored: Stored, make: type[Method], cfg: Config, taxonomy: Taxonomy,
     method = make(cfg, taxonomy, device, clip=clip_of(stored), warm=bool(stored.config.get("init")))
     require_foundation(stored.config, method.models["student"], stored.path)
     require_classes(stored, len(taxonomy))
-    order = class_order(stored, taxonomy, name)
+    order = class_order(stored, taxonomy, name, _class_rows(method.models["student"]))
     method.models = {key: method.models[key] for key in stored.names if key in method.models}
     for key, model in method.models.items():
         take(stored, key, model, f"{stored.path} ({key})", order=order)
@@ -162,9 +160,10 @@ def require_foundation(config: dict, model: torch.nn.Module, source) -> str:
 
     config: of a run, which says which it had.   Raises: UserError if that was another.
     """
-    trained = state_of(model)
-    backbone = model.backbone.state_dict()
-    frozen = {name: t for name, t in backbone.items() if f"backbone.{name}" not in trained}
+    trained, everything = state_of(model), model.state_dict()
+    frozen = {
+        n.removeprefix("backbone."): everything[n] for n in everything.keys() - trained.keys()
+    }
     digest = of_tensors(frozen)
     if config.get("foundation") not in (None, digest):
         raise UserError(
@@ -187,10 +186,13 @@ def require_classes(stored: Stored, expected: int) -> None:
         )
 
 
-def class_order(stored: Stored, taxonomy: Taxonomy, here: str) -> np.ndarray | None:
+def class_order(
+    stored: Stored, taxonomy: Taxonomy, here: str, class_rows: tuple[str, ...] = ()
+) -> np.ndarray | None:
     """The place of every class of `taxonomy` among those that the weights were trained on.
 
-    None if these do not say, or know no classes.   here: name of the data set.
+    None if these do not say, or know no classes.   here: name of the data set.   class_rows: of the
+    model.
     Raises: UserError if they are other classes, or (of older runs) another number of them.
     """
     if "weights" in stored.state or stored.is_warm_up:  # official files: `require_classes`
@@ -199,8 +201,9 @@ def class_order(stored: Stored, taxonomy: Taxonomy, here: str) -> np.ndarray | N
     if trained_on is not None:
         return taxonomy.order_in(trained_on, here, str(stored.path))
     for which in stored.names:
-        for name, value in stored.state[which].items():
-            if name.endswith(CLASS_HEAD[0]) and len(value) != len(taxonomy) + 1:
+        for name in class_rows:
+            value = stored.state[which].get(name)
+            if value is not None and len(value) != len(taxonomy) + 1:
                 raise UserError(
                     f"{stored.path}: trained on {len(value) - 1} classes, {here} has "
                     f"{len(taxonomy)}; choose the data set it belongs to"
@@ -226,8 +229,13 @@ def take(stored: Stored, which: str, model, source: str, may_differ=(), order=No
     if "clip" in stored.state:
         into = {name: value for name, value in into.items() if name.startswith("head.")}
     weights = dict(stored.state[which])
-    for name, value in stored.state[which].items() if order is not None else ():
+    for name in _class_rows(model) if order is not None else ():
         # of another length it says itself that it does not fit
-        if name.endswith(CLASS_HEAD) and len(value) == len(order) + 1:
-            weights[name] = value[[*order.tolist(), len(order)]]
+        if name in weights and len(weights[name]) == len(order) + 1:
+            weights[name] = weights[name][[*order.tolist(), len(order)]]
     return checkpoint.load_weights(into, weights, source, may_differ)
+
+
+def _class_rows(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names in its state of what has a row a class, and no-object last."""
+    return getattr(model, "class_rows", ())
