@@ -63,12 +63,8 @@ class PanopticQuality:
             predicted segment has no pixel, a label is not in [0, C), or shapes disagree.
         """
         # 1 overlaps: every pair of segments that share a pixel, with the number of pixels
-        pred_class = _integers("pred_labels", pred_labels, self.num_classes, dims=1).astype(
-            np.int64
-        )  # (P,)
-        true_class = _integers("true_labels", true_labels, self.num_classes, dims=1).astype(
-            np.int64
-        )  # (T,)
+        pred_class = _classes("pred_labels", pred_labels, self.num_classes)  # (P,)
+        true_class = _classes("true_labels", true_labels, self.num_classes)  # (T,)
         num_pred, num_true = len(pred_class), len(true_class)
         p, t, overlap = _overlaps(pred_map, num_pred, true_map, num_true)  # (M,) each; id 0 is void
         pred_area = np.bincount(p, overlap, num_pred + 1)  # (P+1,)
@@ -89,9 +85,8 @@ class PanopticQuality:
         pair = (p > 0) & (t > 0)
         p, t, overlap = p[pair], t[pair], overlap[pair]
         union = pred_area[p] + true_area[t] - overlap - void[p]
-        candidate = (
-            (pred_class[p - 1] == true_class[t - 1]) & ~crowd[t - 1] & (union > 0)
-        )  # else the JSON states no area
+        candidate = (pred_class[p - 1] == true_class[t - 1]) & ~crowd[t - 1]
+        candidate &= union > 0  # else the JSON states no area
         iou = np.divide(overlap, union, out=np.zeros(len(p)), where=candidate)
         match = iou > MATCH_IOU
         missed, unmatched = ~crowd, np.ones(num_pred, bool)  # (T,), (P,)
@@ -318,6 +313,11 @@ def _integers(name, array, end, ignore=None, dims=2):
             f"{name}: expected values in [0, {end - 1}], got {values.min()} to {values.max()}"
         )
     return array
+
+
+def _classes(name, labels, num_classes):
+    """(N,) int64, or ValueError."""
+    return _integers(name, labels, num_classes, dims=1).astype(np.int64)
 
 
 def _same_shape(name, array, other_name, other):
