@@ -768,7 +768,7 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
         assert dearli.main(sup) == 2
         Missing.names -= {{"open_clip", "timm"}}
         assert dearli.main([*sup, "--steps", "1"]) == 0
-        Missing.names -= {{"segment_anything"}}
+        Missing.names -= {{"segment_anything", "pycocotools"}}
         assert dearli.main([*masks, "--points-per-side", "2"]) == 0
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
