@@ -64,7 +64,7 @@ from mean_teacher import train_step
 from mini.scenes import load_mini, mini_taxonomy
 from model import Segmenter
 from pretrained import foundation, official
-from readers import mask_files
+from readers import mask_files, papers
 from readers.checks import limits, require_files, require_images, require_truth
 from readers.downloads import default_root
 from readers.exposure import see
@@ -195,7 +195,7 @@ def _load_data(job: Job, cfg: Config, complain) -> DataSet:
             f"--dataset {job.dataset} needs --data-root DIR: a folder in COCO panoptic format"
         )
     if job.dataset in PAPERS_DATASETS:
-        dataset = prepare.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
+        dataset = papers.load(job.dataset, Path(job.data_root), job.split, cfg.seed, complain)
     else:
         dataset = load_folder(Path(job.data_root), job.split, cfg.seed, job.variant, complain)
     see(cfg.white, dataset.train, dataset.val)
@@ -276,7 +276,7 @@ def stage_prepare(job: Job, cfg: Config) -> Path:
     """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic ground truth."""
     choose("data set to prepare", job.dataset, PAPERS_DATASETS)
     folder = prepare.prepare(job.dataset, Path(job.data_root), job.assets, cfg.workers)
-    dataset = prepare.load(job.dataset, Path(job.data_root), "1")
+    dataset = papers.load(job.dataset, Path(job.data_root), "1")
     print(
         f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and {len(dataset.val)} validation images"
     )
@@ -1729,7 +1729,7 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
     return Job(
         **{
             **keep,
-            "split": split or prepare.default_split(args.dataset),
+            "split": split or papers.default_split(args.dataset),
             "variant": variant,
             "data_root": data_root,
             "method": args.method or Job.method,

@@ -17,7 +17,7 @@ import data
 import dearli
 from ground.errors import UserError
 from mini import microcosm
-from readers import checks, mask_files, panoptic, pictures
+from readers import checks, mask_files, panoptic, papers, pictures
 from tests.helpers import (
     TINY,
     fingerprint,
@@ -202,7 +202,7 @@ def test_presets_are_validated_with_their_own_rules_and_class_maps(tmp_path, mon
         "0",
     ]
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets")]) == 0
-    truth = prepare.load("ade20k", tmp_path, "1_128").train.truth(0)
+    truth = papers.load("ade20k", tmp_path, "1_128").train.truth(0)
     assert (
         np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:] == 0
     ).any()  # the official rule lists it all the same
