@@ -1,4 +1,4 @@
-"""."""
+"""The paper's data sets: prepared, loaded, trained and evaluated; and its numbers."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from readers import ground_truth, papers
 from tests.helpers import REAL_DATA, TINY_FLAGS, fitting, write_downloads
 from tools import prepare
 
-# --------------------------------------------------------------------------------------------------------- datasets.py
+# ------------------------------------------------------------------------ tools/prepare.py, readers/papers.py
 
 
 def test_ade_segments_follow_the_rules_by_hand():
@@ -376,7 +376,8 @@ def test_a_data_set_is_in_datasets_or_below_a_folder_that_the_environment_names(
 
     message = refused(*ssl)
     assert message.startswith(
-        "error: datasets/coco: no such folder; it should hold the downloads of coco: train2017 (from http://"
+        "error: datasets/coco: no such folder; it should hold the downloads of coco: "
+        "train2017 (from http://"
     )
     assert (
         "python dearli.py --stage prepare --dataset coco`" in message and "--data-root" in message
@@ -470,9 +471,11 @@ def test_official_lists_have_the_counts_of_the_paper():
     ):
         for given, _, digest in prepare.lists(name).values():
             assert hashlib.sha256((REAL_DATA / given).read_bytes()).hexdigest() == digest
-        lines = lambda split: (
-            (REAL_DATA / "splits" / name / split / "labeled.txt").read_text().splitlines()
-        )
+
+        def lines(split):
+            path = REAL_DATA / "splits" / name / split / "labeled.txt"
+            return path.read_text().splitlines()
+
         assert tuple(len(lines(split)) for split in PAPERS_SPLITS[name]) == counts
     names = [
         papers.read_names(REAL_DATA / "prompts" / f"{n}_prompts.txt")
