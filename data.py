@@ -1,16 +1,17 @@
-"""Images, taxonomies and splits; weak and strong views; batches.
+"""Weak and strong views of images, CutMix boxes, and batches.
 
-Every random choice is drawn from (seed, step, slot), so a batch does not depend on workers, on what came before it or on
-where a run was resumed.
-Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to 2.0), and labelled
-images also get the SSD colour augmentation (official code only).
-Axes: H W pixels, N segments, B images.    Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
-Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`: training images of one size only.
+Every random number is sampled from (seed, step, slot), so a batch does not depend on workers, on
+what came before it or on where a run was resumed.
+Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to
+2.0), and labelled images also get the SSD colour augmentation (official code only).
+Axes: H W pixels of an image, h w of a view, S of the crop, N segments, B images.
+Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
+Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`:
+training images of one size only.
 """
 
 import random
 import signal
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +25,14 @@ from ground import ranks
 from ground.errors import UserError
 from matcher import Target
 from readers.ground_truth import DataSet
+from readers.pictures import open_image  # noqa: F401  for scripts: `from data import open_image`
 
 PAD_VALUE = 128  # grey levels; images are padded right and bottom to the crop
-CUTMIX_AREA, CUTMIX_ASPECT = (
-    (0.02, 0.4),
-    (0.3, 1 / 0.3),
-)  # share of the crop; height / width, uniform
+CUTMIX_AREA = (0.02, 0.4)  # share of the crop, uniform
+CUTMIX_ASPECT = (0.3, 1 / 0.3)  # height / width, uniform
 CUTMIX_TRIES = 1000  # before the boxes that fit are listed; in an ordinary view a few will do
 GRACE = 10  # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4  # long side of a training view, in crops (2560 of 640)
-warnings.simplefilter(
-    "ignore", Image.DecompressionBombWarning
-)  # MAX_PIXELS refuses what it warns of
 
 
 # ---------------------------------------------------------------------------------------------- views of an image
@@ -43,7 +40,8 @@ warnings.simplefilter(
 
 @dataclass
 class Sample:
-    """An image on its way to a batch. image: PIL, RGB.   layers: maps that move along, each (H, W), nearest neighbour."""
+    """An image on its way to a batch. image: PIL, RGB.   layers: maps that move along, each (H, W),
+    nearest neighbour."""
 
     image: Image.Image
     layers: list[np.ndarray]
@@ -52,11 +50,10 @@ class Sample:
 def weak_view(
     sample: Sample, cfg: Config, rng: random.Random, colour: bool = False
 ) -> tuple[Tensor, list[np.ndarray]]:
-    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w) uint8, not padded, and its layers."""
-    sizes = [
-        int(0.1 * k * cfg.crop)
-        for k in range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)
-    ]
+    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w)
+    uint8, not padded, and its layers."""
+    tenths = range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)
+    sizes = [int(0.1 * k * cfg.crop) for k in tenths]
     w, h = size = output_size(*sample.image.size, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
@@ -77,29 +74,30 @@ def resize(sample: Sample, short_side: int, long_side: int) -> Sample:
 
 
 def resize_part(sample: Sample, size: tuple[int, int], part: tuple[int, int, int, int]) -> Sample:
-    """Resize to size (w, h) and crop to part (left, top, right, bottom) of the result; what lies outside of it is never computed.
+    """Resize to size (w, h) and crop to part (left, top, right, bottom) of the result; what lies
+    outside of it is never computed.
 
-    Values differ by at most two grey levels from the whole, cropped: Pillow may take columns before rows for the one and not for the other.
+    Values differ by at most two grey levels from the whole, cropped: Pillow may take columns before
+    rows for the one and not for the other.
     """
     (w, h), (nw, nh), (left, top, right, bottom) = sample.image.size, size, part
     source = left * w / nw, top * h / nh, right * w / nw, bottom * h / nh
     image = sample.image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, source)
-    xs, ys = (
-        ((np.arange(*ends) + 0.5) * old / new).astype(int)
-        for ends, old, new in (((left, right), w, nw), ((top, bottom), h, nh))
-    )
+    xs = ((np.arange(left, right) + 0.5) * w / nw).astype(int)
+    ys = ((np.arange(top, bottom) + 0.5) * h / nh).astype(int)
     return Sample(image, [a.take(ys, 0).take(xs, 1) for a in sample.layers])
 
 
 def output_size(w: int, h: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(w, h) after scaling the short side to short_side, or less if the long side would exceed long_side."""
-    scale = short_side / min(w, h)
-    scale = min(scale, long_side / max(w, h))
+    """(w, h) after scaling the short side to short_side, or less if the long side would exceed
+    long_side."""
+    scale = min(short_side / min(w, h), long_side / max(w, h))
     return max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
 
 
 def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
-    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with probability 0.5. (3, h, w) uint8."""
+    """Brightness +-32 grey levels, contrast and saturation 0.5 to 1.5, hue +-36 degrees, each with
+    probability 0.5. (3, h, w) uint8."""
     x = image.float() / 255
     if rng.random() < 0.5:
         x = (x + rng.uniform(-32, 32) / 255).clamp(0, 1)
@@ -117,8 +115,9 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
-    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur. (3, h, w) uint8."""
-    # takes two seconds to import: only who needs it waits
+    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur.
+    (3, h, w) uint8."""
+    # Takes two seconds to import: only who needs it waits.
     from torchvision.transforms.v2 import functional as TF
 
     factor, hue = (1 - cfg.jitter, 1 + cfg.jitter), (-cfg.jitter_hue, cfg.jitter_hue)
@@ -140,16 +139,17 @@ def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
 
 
 def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
-    """Turn the hue by a share of the circle and multiply the saturation, as in HSV. (3, h, w) RGB in [0, 1].
+    """Turn the hue by a share of the circle and multiply the saturation, as in HSV. (3, h, w) RGB
+    in [0, 1].
 
-    Torchvision's goes through six cases a pixel, Pillow's through 8 bits of hue; on the circle one rule serves the three channels: full up to
-    one sixth of a turn from its own hue, none from two sixths on, linear between.
+    Torchvision's goes through six cases a pixel, Pillow's through 8 bits of hue; on the circle one
+    rule serves the three channels: full up to one sixth of a turn from its own hue, none from two
+    sixths on, linear between.
     """
     r, g, b = x
     top, low = x.amax(0), x.amin(0)
-    hue = (
-        torch.copysign(1 + (g + b - r - low) / (top - low).clamp(min=1e-6), g - b) + 6 * turn
-    )  # sixths of a turn, red = 0
+    # In sixths of a turn, red = 0.
+    hue = torch.copysign(1 + (g + b - r - low) / (top - low).clamp(min=1e-6), g - b) + 6 * turn
     chroma = ((top - low) * saturation).minimum(top)
     low = top - chroma
     shifted = torch.empty_like(x)
@@ -161,11 +161,11 @@ def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, radius: float) -> Tensor:
-    """As Pillow's: three equal box blurs whose variances add up to radius ** 2, here as one kernel. (3, h, w); pixels of the edge repeat."""
+    """As Pillow's: three equal box blurs whose variances add up to radius ** 2, here as one kernel.
+    (3, h, w); pixels of the edge repeat."""
     variance = radius**2 / 3
-    n = int(
-        ((12 * variance + 1) ** 0.5 - 1) / 2
-    )  # a box has weight 1 at -n to n and less at either end
+    # A box has weight 1 at -n to n and less at either end.
+    n = int(((12 * variance + 1) ** 0.5 - 1) / 2)
     end = (2 * n + 1) * (variance - n * (n + 1) / 3) / 2 / ((n + 1) ** 2 - variance)
     box = np.array([end, *[1] * (2 * n + 1), end]) / (2 * n + 1 + 2 * end)
     kernel = np.convolve(box, np.convolve(box, box)).tolist()
@@ -181,63 +181,62 @@ def gaussian_blur(x: Tensor, radius: float) -> Tensor:
 
 def to_bytes(x: Tensor) -> Tensor:
     """[0, 1] -> uint8."""
-    return torch.from_numpy(
-        (x * 255).round_().numpy().astype(np.uint8)
-    )  # torch's own conversion takes twice as long
+    # torch's own conversion takes twice as long.
+    return torch.from_numpy((x * 255).round_().numpy().astype(np.uint8))
 
 
 def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from.
 
-    Of the area that is drawn, aspect and corner are drawn until the box fits. Where it hardly ever does, in a long and thin view, the box is
-    drawn from those that fit, each with its chance; where none fits, it is the largest that does.
+    Of the area that is sampled, aspect and corner are sampled until the box fits. Where it hardly
+    ever does, in a long and thin view, the box is one of those that fit, each with its chance;
+    where none fits, it is the largest that does.
     """
     area = rng.uniform(*CUTMIX_AREA) * height * width
     for _ in range(CUTMIX_TRIES):
-        aspect = rng.uniform(*CUTMIX_ASPECT)
-        w, h = int((area / aspect) ** 0.5), int((area * aspect) ** 0.5)
+        w, h = _sides(area, rng.uniform(*CUTMIX_ASPECT))
         x, y = rng.randrange(width), rng.randrange(height)
         if x + w <= width and y + h <= height:
             return y, y + h, x, x + w
-    w, h = _fitting_box(area, height, width, rng)
+    w, h = _fitting_sides(area, height, width, rng)
     x, y = rng.randrange(max(1, width - w + 1)), rng.randrange(max(1, height - h + 1))
     return y, y + h, x, x + w
 
 
-def _fitting_box(area: float, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+def _sides(area: float, aspect: float) -> tuple[int, int]:
+    """(w, h) of a box, rounded down."""
+    return int((area / aspect) ** 0.5), int((area * aspect) ** 0.5)
+
+
+def _fitting_sides(area: float, height: int, width: int, rng: random.Random) -> tuple[int, int]:
     """(w, h) as the tries of `cutmix_box` would end with, however many it takes."""
     least, most = CUTMIX_ASPECT
-    ends = {
-        least,
-        most,
-        *(area / k**2 for k in range(1, width + 2)),
-        *(k**2 / area for k in range(1, height + 2)),
-    }
-    ends = sorted(
-        end for end in ends if least <= end <= most
-    )  # between two of them w and h do not change
+    # Aspects between two of which w and h do not change.
+    ends = {least, most}
+    ends |= {area / k**2 for k in range(1, width + 2)}
+    ends |= {k**2 / area for k in range(1, height + 2)}
+    ends = sorted(end for end in ends if least <= end <= most)
     boxes, chances = [], []
     for first, last in zip(ends, ends[1:]):
-        aspect = (first + last) / 2
-        w, h = int((area / aspect) ** 0.5), int((area * aspect) ** 0.5)
+        w, h = _sides(area, (first + last) / 2)
         if w <= width and h <= height:
             boxes.append((w, h))
             chances.append((last - first) * min(width, width - w + 1) * min(height, height - h + 1))
-    if not boxes:
-        aspect = min(max(height / width, least), most)
-        return min(width, int(height / aspect)), min(height, int(width * aspect))
-    return rng.choices(boxes, chances)[0]
+    if boxes:
+        return rng.choices(boxes, chances)[0]
+    aspect = min(max(height / width, least), most)
+    return min(width, int(height / aspect)), min(height, int(width * aspect))
 
 
 def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Target:
-    """Training target: crowd regions become void, segments without a pixel are dropped, ids are made consecutive."""
+    """Training target: crowd regions become void, segments without a pixel are dropped, ids are
+    made consecutive."""
     areas = np.bincount(segment_map.ravel(), minlength=len(labels) + 1)[1:]
     keep = (areas > 0) & ~crowd
     lut = np.zeros(len(labels) + 1, np.int32)
     lut[1:][keep] = np.arange(1, keep.sum() + 1)
-    return Target(
-        torch.as_tensor(labels[keep], dtype=torch.int64), torch.from_numpy(lut[segment_map])
-    )
+    labels = torch.as_tensor(labels[keep], dtype=torch.int64)
+    return Target(labels, torch.from_numpy(lut[segment_map]))
 
 
 # ----------------------------------------------------------------------------------------------------- batches
@@ -252,11 +251,8 @@ class Labeled:
     names: list[str]
 
     def to(self, device) -> "Labeled":
-        return Labeled(
-            self.images.to(device, non_blocking=True),
-            [t.to(device) for t in self.targets],
-            self.names,
-        )
+        images = self.images.to(device, non_blocking=True)
+        return Labeled(images, [target.to(device) for target in self.targets], self.names)
 
 
 @dataclass
@@ -275,29 +271,21 @@ class Unlabeled:
     names: list[str]
 
     def to(self, device) -> "Unlabeled":
-        move = lambda t: t.to(device, non_blocking=True)
-        return Unlabeled(
-            move(self.weak),
-            move(self.strong),
-            self.boxes,
-            move(self.partner_weak),
-            move(self.partner_strong),
-            self.names,
-        )
+        views = (self.weak, self.strong, self.partner_weak, self.partner_strong)
+        weak, strong, *partners = (view.to(device, non_blocking=True) for view in views)
+        return Unlabeled(weak, strong, self.boxes, *partners, self.names)
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch number `step` of a run: a map from step to batch, so that order and workers do not matter.
+    """Batch number `step` of a run: a map from step to batch, so that order and workers do not
+    matter.
 
     Subclasses say what a batch is; `rng` is the only source of chance they may use.
     """
 
     def __init__(self, cfg: Config, steps: int):
         self.cfg, self.steps = cfg, steps
-        self.rank, self.ranks = (
-            ranks.rank(),
-            ranks.count(),
-        )  # a loader process could not ask any more
+        self.rank, self.ranks = ranks.rank(), ranks.count()  # a loader process could not ask
         self._order = (None, [])  # the pass that was shuffled last
 
     def __len__(self) -> int:
@@ -309,10 +297,12 @@ class Batches(torch.utils.data.Dataset):
         return [0]
 
     def slots(self, batch: int) -> range:
-        """The images of a batch that this rank takes. Raises UserError if some rank would have none."""
+        """The images of a batch that this rank takes. Raises UserError if some rank would have
+        none."""
         if batch < self.ranks:
             raise UserError(
-                f"{self.ranks} processes cannot share a batch of {batch}: start fewer with torchrun --nproc_per_node, or choose a larger batch"
+                f"{self.ranks} processes cannot share a batch of {batch}: start fewer with "
+                "torchrun --nproc_per_node, or choose a larger batch"
             )
         return ranks.share(batch, self.rank, self.ranks)
 
@@ -337,31 +327,29 @@ class LabeledBatches(Batches):
         self.dataset = dataset
 
     def __getitem__(self, step: int) -> Labeled:
+        cfg, train, indices = self.cfg, self.dataset.train, self.dataset.labeled
         images, targets, names = [], [], []
-        for slot in self.slots(self.cfg.labeled_batch):
-            i = self.pick(self.dataset.labeled, step, slot, self.cfg.labeled_batch)
-            truth = self.dataset.train.truth(i)
-            truth = truth.by_class() if self.cfg.labels == "semantic" else truth
-            image, (segment_map,) = weak_view(
-                Sample(self.dataset.train.image(i), [truth.segment_map]),
-                self.cfg,
-                self.rng(step, slot),
-                colour=True,
-            )
-            images.append(pad_image(image, self.cfg.crop))
-            targets.append(to_target(pad(segment_map, self.cfg.crop, 0), truth.labels, truth.crowd))
-            names.append(self.dataset.train.name(i))
+        for slot in self.slots(cfg.labeled_batch):
+            i = self.pick(indices, step, slot, cfg.labeled_batch)
+            truth = train.truth(i)
+            truth = truth.by_class() if cfg.labels == "semantic" else truth
+            sample = Sample(train.image(i), [truth.segment_map])
+            image, (segment_map,) = weak_view(sample, cfg, self.rng(step, slot), colour=True)
+            images.append(pad_image(image, cfg.crop))
+            targets.append(to_target(pad(segment_map, cfg.crop, 0), truth.labels, truth.crowd))
+            names.append(train.name(i))
         return Labeled(torch.stack(images), targets, names)
 
 
 class SemiSupervisedBatches(Batches):
-    """A labelled batch and an unlabelled one, drawn independently and with replacement. No unlabelled one during burn-in."""
+    """A labelled batch and an unlabelled one, sampled independently and with replacement. No
+    unlabelled one during burn-in."""
 
     def __init__(self, dataset: DataSet, cfg: Config, steps: int, warm: bool = False):
         super().__init__(cfg, steps)
         self.dataset, self.labeled = dataset, LabeledBatches(dataset, cfg, steps)
         self.burn_in = cfg.burn_in_steps(warm)
-        # of `strong_view`: here once, not in every loader process
+        # Of `strong_view`: here once, not in every loader process.
         import torchvision.transforms.v2.functional  # noqa: F401
 
     @property
@@ -378,29 +366,30 @@ class SemiSupervisedBatches(Batches):
             views.append(pair)
             names.append(name)
             box = None
-            if (
-                rng.random() < self.cfg.cutmix_prob
-            ):  # drawn first: an image without a box needs no partner
+            # Sampled first: an image without a box needs no partner.
+            if rng.random() < self.cfg.cutmix_prob:
                 _, *partner = self._two_views(rng)
                 partners.append(partner)
                 box = cutmix_box(*partner[0].shape[1:], rng)
             boxes.append(box)
-
-        def stack(pairs, k):
-            return (
-                torch.stack([pad_image(p[k], self.cfg.crop) for p in pairs])
-                if pairs
-                else torch.empty(0, 3, self.cfg.crop, self.cfg.crop, dtype=torch.uint8)
-            )
-
-        return self.labeled[step], Unlabeled(
-            stack(views, 0), stack(views, 1), boxes, stack(partners, 0), stack(partners, 1), names
-        )
+        weak, strong = self._stacked(views)
+        return self.labeled[step], Unlabeled(weak, strong, boxes, *self._stacked(partners), names)
 
     def _two_views(self, rng: random.Random) -> tuple[str, Tensor, Tensor]:
-        i = rng.choice(self.dataset.unlabeled)
-        weak, _ = weak_view(Sample(self.dataset.train.image(i), []), self.cfg, rng)
-        return self.dataset.train.name(i), weak, strong_view(weak, self.cfg, rng)
+        train, i = self.dataset.train, rng.choice(self.dataset.unlabeled)
+        weak, _ = weak_view(Sample(train.image(i), []), self.cfg, rng)
+        return train.name(i), weak, strong_view(weak, self.cfg, rng)
+
+    def _stacked(self, pairs: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """The weak views and the strong ones, each (len(pairs), 3, S, S)."""
+        side = self.cfg.crop
+        if not pairs:
+            return (torch.empty(0, 3, side, side, dtype=torch.uint8),) * 2
+        weak, strong = zip(*pairs)
+        return (
+            torch.stack([pad_image(view, side) for view in weak]),
+            torch.stack([pad_image(view, side) for view in strong]),
+        )
 
 
 def pad_image(image: Tensor, side: int) -> Tensor:
@@ -416,7 +405,8 @@ def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
 
 
 def loader(batches: Batches, start: int, workers: int):
-    """Iterate over batches start, start + 1, ... with loader processes, which end when the generator is closed."""
+    """Iterate over batches start, start + 1, ... with loader processes, which end when the
+    generator is closed."""
     try:
         yield from torch.utils.data.DataLoader(
             batches,
@@ -434,7 +424,8 @@ def loader(batches: Batches, start: int, workers: int):
 
 
 def _await_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: a loader process ends a little later, when the parent knows as well."""
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: a loader process ends a
+    little later, when the parent knows as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 

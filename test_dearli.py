@@ -2238,12 +2238,6 @@ def test_run_lengths_come_back_as_the_mask_they_were_made_from():
         for density in (0.0, 0.02, 0.5, 1.0):
             mask = rng.random(shape) < density
             assert np.array_equal(mask_files.decode_rle(mask_files.encode_rle(mask)), mask)
-    pycocotools = pytest.importorskip("pycocotools.mask")
-    mask = rng.random((37, 53)) < 0.3
-    assert (
-        pycocotools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-        == mask_files.encode_rle(mask)["counts"]
-    )
 
 
 @pytest.mark.parametrize("counts", ["", "X", "X1", "5", "~~~~"])
@@ -2510,7 +2504,10 @@ def test_stable_regions_find_discs_and_what_they_lie_on_without_any_label():
     grey = 20 + 100 * truth[0] + 160 * truth[1]
     image = np.repeat(grey[..., None], 3, -1).astype(np.uint8)
     masks = [record["segmentation"] for record in regions.StableRegions().generate(image)]
-    iou = lambda a, b: (a & b).sum() / (a | b).sum()
+
+    def iou(a, b):
+        return (a & b).sum() / (a | b).sum()
+
     for wanted in (*truth, ~(truth[0] | truth[1])):
         assert max(iou(mask, wanted) for mask in masks) > 0.85
     assert all(iou(a, b) < 0.9 for k, a in enumerate(masks) for b in masks[:k])

@@ -1,4 +1,5 @@
-"""."""
+"""The miniature world as a data set: a scene is made when it is first asked for, and kept in memory
+for all stages of a process."""
 
 import functools
 
@@ -7,12 +8,15 @@ from PIL import Image
 
 from ground import identity
 from ground.errors import UserError
+from mini import microcosm
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.sixteen_bit import WHITE
 
+MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200  # images
+
 
 class MiniImages:
-    """Scenes of one collection of the miniature world, each drawn when it is first asked for and kept in memory for all stages of a process."""
+    """Scenes of one collection of the miniature world."""
 
     white = WHITE  # they have 8 bits
 
@@ -54,43 +58,29 @@ class MiniImages:
         return ""
 
 
-@functools.lru_cache(maxsize=None)
-def _scene(collection: str, i: int):
-    from mini import microcosm
-
-    return microcosm.scene(collection, i)
-
-
-MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200  # images
+_scene = functools.cache(microcosm.scene)
 
 
 def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
-    """The miniature world: 288 training images of which the first N are labelled (split 16, 32: nested), dev 64, val 200."""
+    """The miniature world: 288 training images of which the first N are labelled (split 16, 32:
+    nested), dev 64, val 200."""
     if not split.isdecimal() or not 0 < int(split) < MINI_TRAIN:
         raise UserError(
-            f"unknown split '{split}' of data set mini; available: 16, 32, or any number below {MINI_TRAIN}"
+            f"unknown split '{split}' of data set mini; available: 16, 32, or any number below "
+            f"{MINI_TRAIN}"
         )
     if evaluate_on not in ("dev", "val"):
         raise UserError(
             f"unknown evaluation set '{evaluate_on}' of data set mini; available: dev, val"
         )
-    n, val = int(split), MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
-    return DataSet(
-        "mini",
-        mini_taxonomy(),
-        MiniImages("train", MINI_TRAIN),
-        val,
-        list(range(n)),
-        list(range(n, MINI_TRAIN)),
-    )
+    train = MiniImages("train", MINI_TRAIN)
+    val = MiniImages(evaluate_on, MINI_VAL if evaluate_on == "val" else MINI_DEV)
+    labeled = range(int(split))
+    unlabeled = range(int(split), MINI_TRAIN)
+    return DataSet("mini", mini_taxonomy(), train, val, list(labeled), list(unlabeled))
 
 
 def mini_taxonomy() -> Taxonomy:
-    from mini import microcosm
-
-    k = len(microcosm.CLASSES)
-    return Taxonomy(
-        microcosm.CLASSES,
-        tuple(i < len(microcosm.THINGS) for i in range(k)),
-        tuple(range(1, k + 1)),
-    )
+    count = len(microcosm.CLASSES)
+    things = tuple(k < len(microcosm.THINGS) for k in range(count))
+    return Taxonomy(microcosm.CLASSES, things, tuple(range(1, count + 1)))

@@ -34,7 +34,7 @@ from scipy import ndimage
 
 from ground.errors import UserError
 from readers.mask_files import decode_rle
-from readers.panoptic import MAX_ID, read_json
+from readers.panoptic_json import MAX_ID, read_json
 from readers.pictures import FORMATS, brief, name_fault, open_image
 
 CITYSCAPES = {  # the 19 classes of the evaluation: label id -> name, colour; from 24 on they are things

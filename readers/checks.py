@@ -1,4 +1,5 @@
-"""."""
+"""What stops a run before it begins, or keeps full PQ out of reach: read from the index of a data
+set and from listed folders; no image is opened."""
 
 import os
 from pathlib import Path
@@ -14,8 +15,7 @@ from readers.panoptic import PanopticFolder
 
 def require_images(images) -> None:
     """Raise UserError if a set has no image at all: SAM has nothing to segment, and the warm-up
-    nothing to learn from.
-    """
+    nothing to learn from."""
     if not len(images):
         raise UserError(f"{images.annotations}: its list of images is empty; expected at least one")
 
@@ -27,79 +27,67 @@ def require_truth(
     complain: Callable[[UserError], None] = refuse,
 ) -> None:
     """Raise UserError before a run begins if no image has what it could learn from, or be measured
-    on. Read from the index, no file is opened.
+    on. Segments of crowd do not count: they are neither learned nor found."""
 
-    Segments of crowd do not count: they are neither learned nor found.
-    """
-    parts = (
-        [(dataset.train, dataset.labeled, "labelled", "learned", "annotate some")] if learn else []
-    )
+    def require(images, indices, what: str, use: str, remedy: str) -> None:
+        if not isinstance(images, PanopticFolder) or objects(images, indices).any():
+            return
+        why = f"none of the {len(indices)} {what} images has a segment (crowd does not count)"
+        if not len(indices):
+            why = f"no image is {what}" if images.annotated else "no image is annotated"
+        text = f"{images.annotations}: {why}, so nothing can be {use}; annotate some{remedy}"
+        complain(UserError(text, "nothing"))
+
+    train, val = dataset.train, dataset.val
+    if learn:
+        require(train, dataset.labeled, "labelled", "learned", "")
     if measure:
-        parts.append(
-            (
-                dataset.val,
-                range(len(dataset.val)),
-                "validation",
-                "measured",
-                "annotate some, or train with --no-eval",
-            )
-        )
-    for images, indices, what, done, do in parts:
-        if isinstance(images, PanopticFolder) and not objects(images, indices).any():
-            why = f"none of the {len(indices)} {what} images has a segment (crowd does not count)"
-            if not len(indices):
-                why = f"no image is {what}" if images.annotated else "no image is annotated"
-            complain(
-                UserError(f"{images.annotations}: {why}, so nothing can be {done}; {do}", "nothing")
-            )
+        require(val, range(len(val)), "validation", "measured", ", or train with --no-eval")
 
 
 def objects(images: PanopticFolder, indices) -> np.ndarray:
-    """(n,) number of segments that are no crowd, of each of n annotated images, by the index."""
+    """(n,) number of segments that are no crowd, of each of n annotated images."""
     before = np.append(0, np.cumsum(images.segments[:, 3] == 0))[images.starts]
     return np.diff(before)[np.asarray(indices, np.int64)]
 
 
 def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
     """How many objects cannot be found because their image has more segments than the model has
-    queries, by the index: a line each, or none.
-    """
+    queries: a line each set, or none."""
     lines = []
-    for images, what, counts in _counted(dataset, cfg):
+    for _, what, counts in _counted(dataset, cfg):
         crowded = counts[counts > cfg.num_queries]
         if len(crowded):
             lines.append(
                 f"{len(crowded):,} of {len(counts):,} {what} images have more than "
                 f"{cfg.num_queries} segments (up to {crowded.max():,}): "
                 f"{(crowded - cfg.num_queries).sum():,} of {counts.sum():,} objects cannot be "
-                f"found; raise --num-queries"
+                "found; raise --num-queries"
             )
     return lines
 
 
 def limits(dataset: DataSet, cfg: Config) -> list[str]:
     """Why full PQ is out of reach, whatever is learned: `out_of_reach`, and several segments of one
-    stuff class, of which a model gives one.
-    """
+    stuff class, of which a model gives one."""
     lines = out_of_reach(dataset, cfg)
     for images, what, counts in _counted(dataset, cfg):
-        chosen = set(dataset.labeled) if images is dataset.train else range(len(images))
-        repeated = [row for row in repeated_stuff(images) if row[0] in chosen]
+        indices = set(dataset.labeled) if images is dataset.train else range(len(images))
+        repeated = [row for row in repeated_stuff(images) if row[0] in indices]
         if repeated:
             i, k, count = repeated[0]
             lines.append(
                 f"{len({row[0] for row in repeated}):,} of {len(counts):,} {what} images have "
-                f"several segments of one stuff class, as "
-                f"{images.name(i)} {count} of {dataset.taxonomy.short_names[k]}, where a model "
-                f"gives one: join them, or call the class a thing"
+                f"several segments of one stuff class, as {images.name(i)} {count} of "
+                f"{dataset.taxonomy.short_names[k]}, where a model gives one: join them, or call "
+                "the class a thing"
             )
     return lines
 
 
 def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, np.ndarray]]:
     """The sets whose index can be counted, and the segments of their images (semantic labels are
-    one segment a class, and never many).
-    """
+    one segment a class, and never many)."""
     parts = [(dataset.val, range(len(dataset.val)), "validation")]
     if cfg.labels == "panoptic":
         parts.insert(0, (dataset.train, dataset.labeled, "labelled"))
@@ -112,25 +100,18 @@ def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, n
 
 def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
     """(image, class, number of segments) where one image has several of a stuff class, which COCO
-    panoptic format does not know. Crowd does not count.
-    """
-    owner, classes = (
-        np.repeat(np.arange(images.annotated), np.diff(images.starts)),
-        images.segments[:, 1],
-    )
-    stuff = ~np.array(images.taxonomy.things)[classes] & (images.segments[:, 3] == 0)
-    pairs, counts = np.unique(
-        np.stack([owner[stuff], classes[stuff]], -1), axis=0, return_counts=True
-    )
-    return [
-        (*pair, count)
-        for pair, count in zip(pairs[counts > 1].tolist(), counts[counts > 1].tolist())
-    ]
+    panoptic format does not know. Crowd does not count."""
+    owner = np.repeat(np.arange(images.annotated), np.diff(images.starts))
+    classes, crowd = images.segments[:, 1], images.segments[:, 3]
+    stuff = ~np.array(images.taxonomy.things)[classes] & (crowd == 0)
+    pairs = np.stack([owner[stuff], classes[stuff]], -1)
+    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+    return [(*pair, n) for pair, n in zip(pairs.tolist(), counts.tolist()) if n > 1]
 
 
 def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:
-    """Raise UserError before a run begins if images that it will need are not there, or their panoptic maps, or (if the data set has
-    its own) their class maps. Folders are listed, no file is opened."""
+    """Raise UserError before a run begins if images that it will need are not there, or their
+    panoptic maps, or (if the data set has its own) their class maps."""
     if not isinstance(images, PanopticFolder):
         return
     listed: dict[Path, set[str]] = {}
@@ -140,13 +121,15 @@ def require_files(images, indices, what: str, maps: bool = True, classes: bool =
             listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
         return path.name in listed[path.parent]
 
-    kinds = [("image", lambda i: images.images / images.name(i))]
-    kinds += [("panoptic map", lambda i: images.maps / str(images.files[i]))] if maps else []
-    kinds += [("class map", images.class_file)] if classes and images.semantic is not None else []
-    for kind, path_of in kinds:
-        absent = [path for path in map(path_of, indices) if not there(path)]
+    kinds = {"image": [images.folder / images.name(i) for i in indices]}
+    if maps:
+        kinds["panoptic map"] = [images.maps / str(images.files[i]) for i in indices]
+    if classes and images.semantic is not None:
+        kinds["class map"] = [images.class_file(i) for i in indices]
+    for kind, paths in kinds.items():
+        absent = [path for path in paths if not there(path)]
         if absent:
             raise UserError(
-                f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are listed but absent: complete the download, "
-                f"or take them from the list"
+                f"{absent[0]}: no such file; {len(absent)} of {len(indices)} {what} {kind}s are "
+                "listed but absent: complete the download, or take them from the list"
             )

@@ -1,6 +1,8 @@
-"""Where the paper's data sets come from, and where they lie. Imports no library, so a refusal is quick.
+"""Where the paper's data sets come from, and where they lie. Imports no library, so a refusal is
+quick.
 
-A data set is in --data-root, by default in datasets/NAME, or $DEARLI_DATASETS/NAME (`default_root`).
+A data set is in --data-root, by default in datasets/NAME, or $DEARLI_DATASETS/NAME
+(`default_root`).
 """
 
 import os
@@ -21,19 +23,17 @@ COCO_PANOPTIC = "http://images.cocodataset.org/annotations/panoptic_annotations_
 # What has to be downloaded: path below the folder of the data set, and where it comes from.
 ORIGINALS = {
     "ade20k": {
-        f"{kind}/{part}": source
-        for kind, source in (
-            ("images", ADE_ZIP),
-            ("annotations", ADE_ZIP),
-            ("annotations_instance", ADE_INSTANCES),
-        )
+        f"{folder}/{part}": ADE_INSTANCES if folder.endswith("instance") else ADE_ZIP
+        for folder in ("images", "annotations", "annotations_instance")
         for part in ("training", "validation")
     },
     "coco": {
         "train2017": f"{COCO_ZIPS}/train2017.zip",
         "val2017": f"{COCO_ZIPS}/val2017.zip",
-        **{f"annotations/panoptic_{part}2017.json": COCO_PANOPTIC for part in ("train", "val")},
-        **{f"panoptic_{part}2017": f"{COCO_PANOPTIC}, the zip in it" for part in ("train", "val")},
+        "annotations/panoptic_train2017.json": COCO_PANOPTIC,
+        "annotations/panoptic_val2017.json": COCO_PANOPTIC,
+        "panoptic_train2017": f"{COCO_PANOPTIC}, the zip in it",
+        "panoptic_val2017": f"{COCO_PANOPTIC}, the zip in it",
     },
 }
 # The usual name of the folder; DATA_ROOT may be it, or hold it.
@@ -41,7 +41,8 @@ FOLDERS = {"ade20k": "ADEChallengeData2016", "coco": "coco"}
 
 
 def default_root(name: str) -> Path:
-    """--data-root where nobody names one. COCO-Objects lies in the folder of COCO, of which it is made."""
+    """--data-root where nobody names one. COCO-Objects lies in the folder of COCO, of which it is
+    made."""
     return Path(os.environ.get("DEARLI_DATASETS") or "datasets") / DOWNLOAD[name]
 
 
@@ -50,68 +51,58 @@ def locate(name: str, root: Path) -> Path:
 
     Raises: UserError with all that has to be downloaded, if there is no such folder.
     """
-    root, folder = Path(root), FOLDERS[DOWNLOAD[name]]
+    root, kind = Path(root), DOWNLOAD[name]
     if not root.is_dir():
         what = "a file, not a folder" if root.exists() else "no such folder"
         raise UserError(
-            f"{root}: {what}; it should hold the downloads of {name}: "
-            f"{_listed(ORIGINALS[DOWNLOAD[name]])}; then `{_prepare(name, root)}`; or name another "
-            "folder with --data-root, or the one above it with $DEARLI_DATASETS"
+            f"{root}: {what}; it should hold the downloads of {name}: {_listed(ORIGINALS[kind])}; "
+            f"then `{_prepare(name, root)}`; or name another folder with --data-root, or the one "
+            "above it with $DEARLI_DATASETS"
         )
-    return root / folder if (root / folder).is_dir() else root
+    folder = root / FOLDERS[kind]
+    return folder if folder.is_dir() else root
 
 
 def parts(name: str, base: Path) -> dict[str, tuple[Path, Path, Path, Path | None]]:
     """Of `train` and `val`: panoptic JSON, images, panoptic maps, class maps (or None)."""
     if name == "ade20k":
-        return {
-            part: (
-                base / f"ade20k_panoptic_{part}.json",
-                base / "images" / long,
-                base / f"ade20k_panoptic_{part}",
-                base / "annotations" / long,
-            )
-            for part, long in (("train", "training"), ("val", "validation"))
-        }
-    end = "_objects" if name == "coco-objects" else ""
-    masks = base / "masks"  # the 81-class maps of UniMatch
-    if name != "coco-objects" or not masks.is_dir():
-        masks = None
-    return {
-        part: (
-            base / "annotations" / f"panoptic_{part}2017{end}.json",
-            base / f"{part}2017",
-            base / f"panoptic_{part}2017{end}",
-            masks,
-        )
-        for part in ("train", "val")
+        paths = "ade20k_panoptic_{0}.json images/{1} ade20k_panoptic_{0} annotations/{1}"
+        words = {"train": ("train", "training"), "val": ("val", "validation")}
+    else:
+        paths = "annotations/panoptic_{0}2017{1}.json {0}2017 panoptic_{0}2017{1} masks"
+        end = "_objects" if name == "coco-objects" else ""
+        words = {"train": ("train", end), "val": ("val", end)}
+    places = {
+        part: tuple(base / path.format(*words[part]) for path in paths.split()) for part in words
     }
+    # COCO's classes are in its panoptic maps; COCO-Objects may have the 81-class maps of UniMatch.
+    if name == "coco" or name == "coco-objects" and not (base / "masks").is_dir():
+        places = {part: (*paths[:3], None) for part, paths in places.items()}
+    return places
 
 
 def require(name: str, root: Path, prepared: bool = True) -> Path:
-    """The folder of a data set that holds what the stages read, or (prepared=False) what `--stage prepare` reads.
+    """The folder of a data set that holds what the stages read, or (prepared=False) what
+    `--stage prepare` reads.
 
     Raises: UserError naming what is missing, and its address or the command that makes it.
     """
     base, kind = locate(name, root), DOWNLOAD[name]
-    read = (
-        base / "dearli" / PROMPTS[name],
-        *(path for part in parts(name, base).values() for path in part[:3]),
-    )
-    wanted = [path for path in read if not path.exists()]
-    if prepared and not wanted:
+    read = [base / "dearli" / PROMPTS[name]]
+    read += [path for part in parts(name, base).values() for path in part[:3]]
+    unmade = [path for path in read if not path.exists()]
+    if prepared and not unmade:
         return base
-    missing = {
-        path: source for path, source in ORIGINALS[kind].items() if not (base / path).exists()
-    }
+    originals = ORIGINALS[kind]
+    missing = {path: source for path, source in originals.items() if not (base / path).exists()}
     if missing:
         after = f"; then `{_prepare(name, root)}`" if prepared else ""
         raise UserError(
-            f"{base}: {len(missing)} of {len(ORIGINALS[kind])} parts of {kind} are missing: "
+            f"{base}: {len(missing)} of {len(originals)} parts of {kind} are missing: "
             f"{_listed(missing)}{after}"
         )
     if prepared:
-        raise UserError(f"{wanted[0]}: missing; make it with `{_prepare(name, root)}`")
+        raise UserError(f"{unmade[0]}: missing; make it with `{_prepare(name, root)}`")
     return base
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from ground.errors import UserError
-from readers.pictures import _opened, endings
+from readers.pictures import endings, opened
 from readers.sixteen_bit import DEEP_FORMATS, WHITE, sixteen_bits
 
 MEASURED = 1000  # files, at most, from which a white point is measured
@@ -22,7 +22,7 @@ def white_point(images) -> int:
     their endings, so no JPEG), MEASURED of them at most, evenly spread, and only 16-bit ones are
     decoded. What cannot be read is passed over, and what of its bits cannot be known counts as 16.
     """
-    if not hasattr(images, "path"):  # drawn, not read
+    if not hasattr(images, "path"):  # made, not read
         return WHITE
     deep = tuple(endings(DEEP_FORMATS))
     able = [i for i in range(len(images)) if images.name(i).lower().endswith(deep)]
@@ -37,7 +37,7 @@ def white_point(images) -> int:
 
 def _largest(path: Path) -> int:
     """The largest value of a 16-bit image; -1 of one of 8 bits."""
-    with _opened(path) as image:
+    with opened(path) as image:
         try:
             values = sixteen_bits(image)
         except ValueError:
@@ -47,19 +47,17 @@ def _largest(path: Path) -> int:
 
 def above_white(path: Path, white: int) -> float:
     """The share of the values of a 16-bit image that are above the white point, and are cut off; 0
-    of one of 8 bits.
-    """
+    of one of 8 bits."""
     if white == WHITE:
         return 0.0
-    with _opened(path) as image:
+    with opened(path) as image:
         values = sixteen_bits(image)
         return 0.0 if values is None else float((values > white).mean())
 
 
 def see(white: int, *sets) -> None:
     """Settle the white point of sets of images: the number given, or (0) the one of the first set,
-    which are those of training.
-    """
+    which are those of training."""
     white = white or white_point(sets[0])
     for images in sets:
         images.white = white
@@ -67,7 +65,6 @@ def see(white: int, *sets) -> None:
 
 def uses_little(image: Image.Image) -> bool:
     """An RGB image whose values lie within LITTLE grey levels: black, white, or a scan with few of
-    its bits.
-    """
+    its bits."""
     lows, highs = zip(*image.getextrema())
     return max(highs) - min(lows) < LITTLE

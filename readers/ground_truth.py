@@ -1,4 +1,4 @@
-"""."""
+"""Classes, ground truth of one image, and data sets: what the method sees of any source of data."""
 
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -13,12 +13,10 @@ from readers.pictures import brief
 IGNORE = -1  # semantic ground truth: no class
 
 
-# ------------------------------------------------------------------------------------- taxonomies and data sets
-
-
 @dataclass(frozen=True)
 class Taxonomy:
-    """K classes. names: each with its synonyms, separated by commas.   things: flags.   ids: category ids of the data set.
+    """K classes. names: each with its synonyms, separated by commas.   things: flags.
+    ids: category ids of the data set.
 
     palette: RGB, 0 to 255, where the data set has colours of its own.
     """
@@ -33,29 +31,28 @@ class Taxonomy:
 
     @classmethod
     def from_config(cls, stored, source) -> "Taxonomy":
-        """The inverse of `to_config`, for what a file holds. Raises: UserError if that is no taxonomy."""
+        """The inverse of `to_config`, for what a file holds. Raises: UserError if that is no
+        taxonomy."""
         try:
             columns = [tuple(stored[key]) for key in ("names", "things", "ids")]
-            palette = stored["palette"] and tuple(
-                (*bytes([r, g, b]),) for r, g, b in stored["palette"]
-            )
-            if any(
-                type(value) is not kind
-                for column, kind in zip(columns, (str, bool, int))
-                for value in column
-            ) or (
-                len({len(column) for column in (*columns, palette or columns[0])}) > 1
-                or not columns[0]
-            ):
+            colours = stored["palette"]
+            colours = colours and tuple(tuple(bytes([r, g, b])) for r, g, b in colours)
+            kinds = zip(columns, (str, bool, int))
+            if any(type(value) is not kind for column, kind in kinds for value in column):
+                raise ValueError
+            lengths = {len(column) for column in (*columns, colours or columns[0])}
+            if len(lengths) > 1 or 0 in lengths:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{source}: its taxonomy is {brief(stored)}, expected names, things, ids and palette, one of each for every class"
+                f"{source}: its taxonomy is {brief(stored)}, expected names, things, ids and "
+                "palette, one of each for every class"
             ) from None
-        return cls(*columns, palette)
+        return cls(*columns, colours)
 
     def to_config(self) -> dict:
-        """As plain lists: a run stores its classes, so that it can be used where the data set is not."""
+        """As plain lists: a run stores its classes, so that it can be used where the data set is
+        not."""
         return {
             "names": [*self.names],
             "things": [*self.things],
@@ -72,25 +69,23 @@ class Taxonomy:
         """
         own, theirs = self.short_names, other.short_names
         only = [
-            (f"only in {what}: {identity.listed([name for name in a if name not in b])}")
+            f"only in {what}: {identity.listed([name for name in a if name not in b])}"
             for what, a, b in ((there, theirs, own), (here, own, theirs))
             if set(a) - set(b)
         ]
         if only:
             raise UserError(
                 f"{here}: its classes are not those of {there}; {'; '.join(only)}; choose the data "
-                f"set that belongs to it"
+                "set that belongs to it"
             )
         order = np.array([theirs.index(name) for name in own])
-        differs = [
-            name for name, thing, k in zip(own, self.things, order) if thing != other.things[k]
-        ]
+        kinds = zip(own, self.things, order)
+        differs = {name: thing for name, thing, k in kinds if thing != other.things[k]}
         if differs:
+            first = next(iter(differs.values()))
             raise UserError(
-                f"{here}: {identity.listed(differs)}: "
-                f"{'things' if self.things[own.index(differs[0])] else 'stuff'} here, but not in "
-                f"{there}; "
-                f"expected the same isthing"
+                f"{here}: {identity.listed([*differs])}: {'things' if first else 'stuff'} here, "
+                f"but not in {there}; expected the same isthing"
             )
         return order
 
@@ -111,29 +106,30 @@ class Taxonomy:
 
     @property
     def colours(self) -> list[tuple[int, int, int]]:
-        """One RGB colour a class: the data set's own, if it has one for each, or else those of `colours.palette`."""
+        """One RGB colour a class: the data set's own, if it has one for each, or else those of
+        `ground.colours.palette`."""
         return list(self.palette or palette(len(self)))
 
 
 @dataclass
 class Truth:
-    """Ground truth of one image: segment_map (H, W) int32, 0 = void, k = k-th segment; labels, areas, crowd (N,)."""
+    """Ground truth of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment.
+
+    labels, areas (pixels), crowd: (N,).   classes: reads the (H, W) semantic ground truth, where
+    the data set has one of its own.
+    """
 
     segment_map: np.ndarray
     labels: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
-    classes: Callable[[], np.ndarray] | None = (
-        None  # reads the (H, W) semantic ground truth, where the data set has one of its own
-    )
+    classes: Callable[[], np.ndarray] | None = None
 
     def semantic(self) -> np.ndarray:
         """(H, W) class index, IGNORE where void."""
-        return (
-            np.append(IGNORE, self.labels)[self.segment_map]
-            if self.classes is None
-            else self.classes()
-        )
+        if self.classes is not None:
+            return self.classes()
+        return np.append(IGNORE, self.labels)[self.segment_map]
 
     def by_class(self) -> "Truth":
         """The semantic ground truth as a partition: one segment a class."""
@@ -147,7 +143,8 @@ class Truth:
 
 @dataclass
 class DataSet:
-    """What a stage sees: training images with labelled and unlabelled indices, and validation images."""
+    """What a stage sees: training images with labelled and unlabelled indices, and validation
+    images."""
 
     name: str
     taxonomy: Taxonomy
@@ -163,16 +160,12 @@ class DataSet:
         source: the run, for messages.   Raises: UserError if it has other classes
         (`Taxonomy.order_in`).
         """
-        order = self.taxonomy.order_in(taxonomy, self.name, str(source))
-        place = np.argsort(order)  # of class k of the run in the data set
         mine = self.taxonomy
+        order = mine.order_in(taxonomy, self.name, str(source))
+        place = np.argsort(order)  # of class k of the run in the data set
         colours = mine.palette and tuple(mine.palette[k] for k in place)
-        self.taxonomy = Taxonomy(
-            taxonomy.names,
-            taxonomy.things,
-            tuple(mine.ids[k] for k in place),
-            colours or taxonomy.palette,
-        )
+        ids = tuple(mine.ids[k] for k in place)
+        self.taxonomy = Taxonomy(taxonomy.names, taxonomy.things, ids, colours or taxonomy.palette)
         self.train.follow(order)
         self.val.follow(order)
 
@@ -182,7 +175,5 @@ class DataSet:
         names, train = self.taxonomy.short_names, self.train
         parts = [f"labelled {train.name(i)} {train.segments_text(i, names)}" for i in self.labeled]
         parts += [f"unlabelled {train.name(i)}" for i in self.unlabeled if unlabeled]
-        return identity.of_text(
-            *sorted(parts),
-            *(train.truth_digest(i) for i in identity.sample(sorted(self.labeled, key=train.name))),
-        )
+        sampled = identity.sample(sorted(self.labeled, key=train.name))
+        return identity.of_text(*sorted(parts), *(train.truth_digest(i) for i in sampled))

@@ -1,4 +1,9 @@
-"""."""
+"""SAM's masks on disk: one JSON an image, in the format of SA-1B, with what they were made of.
+
+Masks are run lengths, as in COCO: down the columns, zeros first. pycocotools writes them; they are
+read here, because its decoder trusts the string: what does not fill the mask is left as memory
+that nobody wrote.
+"""
 
 import json
 from collections import Counter
@@ -13,44 +18,72 @@ from ground.files import claim, release, write_atomic
 from ground.identity import differences
 from readers.pictures import brief
 
-MAX_DIGITS = 7  # groups of 5 bits a run length after the first: more than any image has pixels, far less than 64 bits hold
-BROKEN = (
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    RecursionError,
-    OSError,
-)  # what reading a file that is not one of masks raises
+# Groups of 5 bits a run length after the first: more than any image has pixels, far less than 64
+# bits hold.
+MAX_DIGITS = 7
+# What reading a file that is not one of masks raises.
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError)
+AGAIN = "delete it and run --stage masks again"
 
 
-# ------------------------------------------------------------------------------------------------ masks on disk
+# ------------------------------------------------------------------------------------------ making
 
 
 def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
-    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on where it was;
-    a file that was cut short is made again.
+    """Let SAM segment every image; one JSON file an image, so that an interrupted call goes on
+    where it was; a file that was cut short is made again.
 
     A file says of which image it is and what made it. Hours of masks are not replaced in silence:
-    where one is there of another image of
-    this name, or by other settings, nothing is made. Files without such a word (SA-1B, older
-    versions of ours) are taken as they are.
+    where one is there of another image of this name, or by other settings, nothing is made. Files
+    without such a word (SA-1B, older versions of ours) are taken as they are.
 
     Args:
-        images: has len, name(i), image(i) and digest(i) (`data.MiniImages`, `data.PanopticFolder`,
-        `data.ImageFolder`).
-        generator: a `sam_masks.MaskGenerator`, or what has its `generate`, and `about`, what
+        images: has len, name(i), image(i) and digest(i): `mini.scenes.MiniImages`,
+            `readers.panoptic.PanopticFolder`, `readers.pictures.ImageFolder`.
+        generator: a `pretrained.sam.MaskGenerator`, or what has its `generate`, and `about`, what
             its masks depend on, where it can say.    folder: of the JSON files.
         redo: replace whatever is there.
     Returns: the number of images segmented now, by all ranks: each takes its share.
     Raises: UserError if masks are there of something else: then no file is written.
     """
-    about = getattr(generator, "about", None)
     mine = range(ranks.rank(), len(images), ranks.count())
-    todo, silent, other = [*mine] if redo else [], 0, []
+    todo, silent, others = list(mine), 0, []
+    if not redo:
+        todo, silent, others = _compare(images, mine, getattr(generator, "about", None), folder)
+    others = [text for of_rank in ranks.gather(others) for text in of_rank]
+    if others:
+        raise UserError(
+            f"{folder}: {len(others)} of {len(images)} files of masks are of something else: "
+            f"{others[0]}; choose another folder (--runs, or --out here and --masks where they "
+            "are used), or delete this one",
+            "masks",
+        )
+    silent = sum(ranks.gather(silent))
+    if silent and ranks.rank() == 0:
+        print(
+            f"{folder}: {silent} files do not say of which image they are and what made them; "
+            "taken as they are"
+        )
+    count = sum(ranks.gather(len(todo)))
+    if not count:
+        return 0
+    if ranks.rank() == 0:
+        claim(folder)
+    ranks.wait()  # what a killed writer left is removed before anybody writes
+    quiet = ranks.rank() > 0
+    for i in tqdm(todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=quiet):
+        segment(images, i, generator, folder)
+    ranks.wait()  # for the last of them
+    release(folder)
+    return count
+
+
+def _compare(images, indices, about: dict | None, folder: Path) -> tuple[list[int], int, list[str]]:
+    """What is there of these images: those without a whole file, how many files do not say what
+    they are of, and a text for each that is of something else."""
+    todo, silent, others = [], 0, []
     stems = _stems(folder, images)
-    for i in () if redo else mine:
+    for i in indices:
         path = _place(folder, images.name(i))
         try:
             content = _content(path, images.name(i))
@@ -62,49 +95,22 @@ def generate_masks(images, generator, folder: Path, redo: bool = False) -> int:
         digest, made_by = content["image"].get("sha256"), content.get("generator")
         silent += digest is None or made_by is None and about is not None
         if digest not in (None, images.digest(i)):
-            other.append(f"{path.name} is of another image of that name than the one at hand")
+            others.append(f"{path.name} is of another image of that name than the one at hand")
         elif about is not None and made_by not in (None, about):
-            other.append(
-                f"{path.name} was made with other settings ({differences(made_by, about)})"
-            )
-    others = [text for of_rank in ranks.gather(other) for text in of_rank]
-    if others:
-        raise UserError(
-            f"{folder}: {len(others)} of {len(images)} files of masks are of something else: "
-            f"{others[0]}; choose another folder "
-            f"(--runs, or --out here and --masks where they are used), or delete this one",
-            "masks",
-        )
-    silent = sum(ranks.gather(silent))
-    if silent and ranks.rank() == 0:
-        print(
-            f"{folder}: {silent} files do not say of which image they are and what made them; "
-            f"taken as they are"
-        )
-    done = sum(ranks.gather(len(todo)))
-    if not done:
-        return 0
-    if ranks.rank() == 0:
-        claim(folder)
-    ranks.wait()  # what a killed writer left is removed before anybody writes
-    for i in tqdm(
-        todo, desc="SAM masks", unit="image", dynamic_ncols=True, disable=ranks.rank() > 0
-    ):
-        segment(images, i, generator, folder)
-    ranks.wait()  # for the last of them
-    release(folder)
-    return done
+            settings = differences(made_by, about)
+            others.append(f"{path.name} was made with other settings ({settings})")
+    return todo, silent, others
 
 
 def segment(images, i: int, generator, folder: Path) -> None:
     """Write the file of the masks of one image; arguments as in `generate_masks`."""
-    image = np.asarray(images.image(i))
-    found = generator.generate(image)
+    image, name = np.asarray(images.image(i)), images.name(i)
+    masks = generator.generate(image)
     height, width = image.shape[:2]
     content = {
         "image": {
-            "image_id": Path(images.name(i)).stem,
-            "file_name": images.name(i),
+            "image_id": Path(name).stem,
+            "file_name": name,
             "height": height,
             "width": width,
             "sha256": images.digest(i),
@@ -120,41 +126,25 @@ def segment(images, i: int, generator, folder: Path) -> None:
                 "crop_box": [float(v) for v in m["crop_box"]],
                 "point_coords": [[float(v) for v in p] for p in m["point_coords"]],
             }
-            for k, m in enumerate(found, 1)
+            for k, m in enumerate(masks, 1)
         ],
     }
-    write_atomic(Path(folder) / f"{images.name(i)}.json", json.dumps(content).encode())
+    write_atomic(Path(folder) / f"{name}.json", json.dumps(content).encode())
+
+
+# ----------------------------------------------------------------------------------------- finding
 
 
 def mask_file(folder: Path, name: str) -> Path:
     """The file of the masks of an image: NAME.json with its whole name, so that a.jpg and a.png do
-    not meet. Where that is not there, the older
-    STEM.json (of SA-1B, too), if it states that it is of this image."""
+    not meet. Where that is not there, the older STEM.json (of SA-1B, too), if it states that it is
+    of this image."""
     path = _place(folder, name)
     try:
-        return _content(path, name) and path
+        _content(path, name)
+        return path
     except (UserError, *BROKEN):
         return Path(folder) / f"{name}.json"
-
-
-def _place(folder: Path, name: str) -> Path:
-    """NAME.json, or where there is only STEM.json that one, whatever it is of."""
-    path, older = Path(folder) / f"{name}.json", Path(folder) / Path(name).with_suffix(".json")
-    return older if older.exists() and not path.exists() else path
-
-
-def _content(path: Path, name: str) -> dict:
-    """What a file of `_place` holds. Raises: UserError if it is of an image of another name;
-    FileNotFoundError; what BROKEN lists."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    stated, _ = content["image"].get("file_name"), content["annotations"]
-    if stated is not None and Path(str(stated)).name != Path(name).name:
-        raise UserError(
-            f"{path}: states that it is of {brief(stated)}, not of {name}; make masks of it with "
-            f"--stage masks, or mend its file_name",
-            "masks",
-        )
-    return content
 
 
 def missing_masks(folder: Path, images) -> list[int]:
@@ -177,11 +167,16 @@ def missing_masks(folder: Path, images) -> list[int]:
     return [i for i in range(len(images)) if not has(images.name(i))]
 
 
+def _place(folder: Path, name: str) -> Path:
+    """NAME.json, or where there is only STEM.json that one, whatever it is of."""
+    path, older = Path(folder) / f"{name}.json", Path(folder) / Path(name).with_suffix(".json")
+    return older if older.exists() and not path.exists() else path
+
+
 def _stems(folder: Path, images) -> Counter:
     """How many images each STEM.json could be of."""
-    return Counter(
-        Path(folder) / Path(images.name(i)).with_suffix(".json") for i in range(len(images))
-    )
+    names = map(images.name, range(len(images)))
+    return Counter(Path(folder) / Path(name).with_suffix(".json") for name in names)
 
 
 def _of_either(path: Path, content: dict, images: int) -> bool:
@@ -189,87 +184,32 @@ def _of_either(path: Path, content: dict, images: int) -> bool:
     return images > 1 and content["image"].get("file_name") is None
 
 
-def made_of(folder: Path, images, indices=None) -> dict:
-    """What the masks of a folder are: {"folder", "generator", "digest"}, from up to 64 of its
-    files, evenly spread by name (`identity.sample`).
-
-    indices: of the images whose masks are meant; None: all.   generator: its settings; None if the
-    files do not say.   digest: changes if masks are of other images, of another generator, or
-    (where they
-    do not say) others.   Raises: UserError if the files are of several generators, or of other
-    images than those of their names.
-    """
-    order = sorted(range(len(images)) if indices is None else indices, key=images.name)
-    made_by, parts = [], [images.name(i) for i in order]
-    for i in identity.sample(order):
-        name = images.name(i)
-        path = _place(folder, name)
-        if not path.exists():
-            continue  # whoever reads it will say so
-        try:
-            content = _content(path, name)
-        except BROKEN as error:
-            raise _unreadable(path, error) from None
-        digest, generator = content["image"].get("sha256"), content.get("generator")
-        if digest not in (None, images.digest(i)):
-            raise _of_another_image(path, name)
-        if made_by and made_by[0] != generator:
-            raise UserError(
-                f"{folder}: holds masks of several makers "
-                f"({differences(made_by[0] or {}, generator or {})}); expected one: make them "
-                f"anew in another folder with --stage masks --out",
-                "masks",
-            )
-        made_by.append(generator)
-        known = digest is not None and generator is not None
-        parts.append(digest if known else identity.of_bytes(path.read_bytes()))
-    generator = made_by[0] if made_by else None
-    return {
-        "folder": str(folder),
-        "generator": generator,
-        "digest": identity.of_text(*parts, json.dumps(generator, sort_keys=True)),
-    }
-
-
-def _of_another_image(path: Path, name: str) -> UserError:
-    return UserError(
-        f"{path}: masks of another image of that name than the {name} at hand; name the folder of "
-        f"its own masks with --masks, or make "
-        f"them in another folder with --stage masks --out",
-        "masks",
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: not a file of SAM masks ({type(error).__name__}: {brief(str(error))}); delete "
-        f"it and run --stage masks again",
-        "masks",
-    )
+# ----------------------------------------------------------------------------------------- reading
 
 
 def read_masks(
     folder: Path, name: str, expected: tuple[int, int], digest: str | None = None
 ) -> np.ndarray:
-    """(H, W, N) bool: the masks of an image of `expected` size (H, W), which no mask exceeds in memory whatever its file states.
+    """(H, W, N) bool: the masks of an image of `expected` size (H, W), which no mask exceeds in
+    memory whatever its file states.
 
     digest: SHA-256 of the image, with which a file that states one has to agree.
     Raises: UserError if there is no file, not such a file, or one of masks of another size or of
     another image.
     """
-    path = _place(folder, name)
+    path, expected = _place(folder, name), tuple(expected)
     try:
         content = _content(path, name)
-        if digest is not None and content["image"].get("sha256") not in (None, digest):
+        image = content["image"]
+        if digest is not None and image.get("sha256") not in (None, digest):
             raise _of_another_image(path, name)
-        sizes = {
-            (content["image"]["height"], content["image"]["width"]),
-            *(tuple(a["segmentation"]["size"]) for a in content["annotations"]),
-        }
-        if sizes != {tuple(expected)}:
+        sizes = {tuple(a["segmentation"]["size"]) for a in content["annotations"]}
+        sizes |= {(image["height"], image["width"])}
+        if sizes != {expected}:
+            other = brief(sorted(sizes - {expected}, key=repr)[0])
             raise UserError(
-                f"{path}: masks are {brief(sorted(sizes - {tuple(expected)}, key=repr)[0])}, the image {name} is {tuple(expected)} (height, width); "
-                f"delete it and run --stage masks again",
+                f"{path}: masks are {other}, the image {name} is {expected} (height, width); "
+                f"{AGAIN}",
                 "masks",
             )
         masks = [decode_rle(a["segmentation"]) for a in content["annotations"]]
@@ -282,30 +222,93 @@ def read_masks(
     return np.stack(masks, -1) if masks else np.zeros((*expected, 0), bool)
 
 
-def encode_rle(mask: np.ndarray) -> dict:
-    """(H, W) bool -> {"size": [H, W], "counts": text}, COCO's compressed run lengths.
+def made_of(folder: Path, images, indices=None) -> dict:
+    """What the masks of a folder are, from up to 64 of its files, evenly spread by name
+    (`identity.sample`): {"folder", "generator", "digest"}.
 
-    Runs go down the columns and start with zeros; each is stored as its difference from the last but one, in groups of
-    5 bits, lowest first, with a bit that says whether more follow, shifted into printable characters.
+    generator: its settings; None if the files do not say.   digest: changes if masks are of other
+    images, of another generator, or (where they do not say) others.
+
+    indices: of the images whose masks are meant; None: all.   Raises: UserError if the files are
+    of several generators, or of other images than those of their names.
     """
-    flat = np.asarray(mask, bool).ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
-    if flat.size and flat[0]:
-        counts = [0, *counts]
-    text = []
-    for k, count in enumerate(counts):
-        x = count - counts[k - 2] if k > 2 else count
-        more = True
-        while more:
-            bits, x = x & 31, x >> 5
-            more = x != (-1 if bits & 16 else 0)
-            text.append(chr(48 + bits + 32 * more))
-    return {"size": [int(v) for v in mask.shape], "counts": "".join(text)}
+    order = sorted(range(len(images)) if indices is None else indices, key=images.name)
+    makers, parts = [], [images.name(i) for i in order]
+    for i in identity.sample(order):
+        name = images.name(i)
+        path = _place(folder, name)
+        if not path.exists():
+            continue  # whoever reads it will say so
+        try:
+            content = _content(path, name)
+        except BROKEN as error:
+            raise _unreadable(path, error) from None
+        digest, generator = content["image"].get("sha256"), content.get("generator")
+        if digest not in (None, images.digest(i)):
+            raise _of_another_image(path, name)
+        makers.append(generator)
+        if generator != makers[0]:
+            raise UserError(
+                f"{folder}: holds masks of several makers "
+                f"({differences(makers[0] or {}, generator or {})}); expected one: make them "
+                "anew in another folder with --stage masks --out",
+                "masks",
+            )
+        known = digest is not None and generator is not None
+        parts.append(digest if known else identity.of_bytes(path.read_bytes()))
+    generator = makers[0] if makers else None
+    return {
+        "folder": str(folder),
+        "generator": generator,
+        "digest": identity.of_text(*parts, json.dumps(generator, sort_keys=True)),
+    }
+
+
+def _content(path: Path, name: str) -> dict:
+    """What a file of `_place` holds. Raises: UserError if it is of an image of another name;
+    FileNotFoundError; what BROKEN lists."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    stated, _ = content["image"].get("file_name"), content["annotations"]
+    if stated is not None and Path(str(stated)).name != Path(name).name:
+        raise UserError(
+            f"{path}: states that it is of {brief(stated)}, not of {name}; make masks of it with "
+            "--stage masks, or mend its file_name",
+            "masks",
+        )
+    return content
+
+
+def _of_another_image(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path}: masks of another image of that name than the {name} at hand; name the folder of "
+        "its own masks with --masks, or make them in another folder with --stage masks --out",
+        "masks",
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {brief(str(error))}"
+    return UserError(f"{path}: not a file of SAM masks ({reason}); {AGAIN}", "masks")
+
+
+# ------------------------------------------------------------------------------------- run lengths
+
+
+def encode_rle(mask: np.ndarray) -> dict:
+    """(H, W) bool -> {"size": [H, W], "counts": text}, COCO's compressed run lengths."""
+    from pycocotools import mask as coco  # only who writes masks needs it
+
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def decode_rle(rle: dict) -> np.ndarray:
-    """The inverse of `encode_rle`: (H, W) bool. Raises ValueError if the runs do not fill the mask."""
+    """The inverse of `encode_rle`: (H, W) bool. Raises ValueError if the runs do not fill the mask.
+
+    Runs go down the columns and start with zeros; each is stored as its difference from the last
+    but one, in groups of 5 bits, lowest first, with a bit that says whether more follow, shifted
+    into printable characters.
+    """
     height, width = rle["size"]
     codes = np.frombuffer(rle["counts"].encode("ascii"), np.uint8).astype(np.int64) - 48
     last = (codes & 32) == 0

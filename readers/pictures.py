@@ -1,9 +1,14 @@
-"""."""
+"""Image files: what counts as one, how it is opened, and which names a file may have.
+
+Decoded by Pillow. Everything that reads an image, a map or a folder of them goes through here, so
+that sizes, formats, EXIF and 16 bits are treated alike by every stage.
+"""
 
 import collections
 import contextlib
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Callable
 
@@ -12,58 +17,30 @@ from PIL import Image, UnidentifiedImageError
 
 from ground import identity
 from ground.errors import UserError
-from readers.sixteen_bit import WHITE, _scaled, sixteen_bits
+from readers.sixteen_bit import WHITE, scaled, sixteen_bits
 
-MAX_PIXELS = (
-    89_000_000  # of an image or a map; Pillow warns from here on and refuses only twice as much
-)
+# Pixels of an image or a map; Pillow warns from here on and refuses only twice as much.
+MAX_PIXELS = 89_000_000
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
-MAX_NAME = 255  # bytes of a file name, characters of a path are at most 4 times as many
-TURN = dict(
-    enumerate(
-        (
-            Image.Transpose.FLIP_LEFT_RIGHT,
-            Image.Transpose.ROTATE_180,
-            Image.Transpose.FLIP_TOP_BOTTOM,
-            Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_270,
-            Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        ),
-        2,
-    )
-)  # by EXIF orientation, 1 = none
+MAX_NAME = 255  # bytes of a file name; a path has at most 4 times as many characters
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURN = {k: Image.Transpose[name] for k, name in enumerate(TURNS.split(), 2)}  # by EXIF; 1 = none
+SIDEWAYS = [TURN[k] for k in (5, 6, 7, 8)]  # width becomes height
+# Control characters and half surrogates, which would also break the one line of an error.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-class ImageFolder:
-    """All pictures of a folder, without ground truth: for SAM and the warm-up (SA-1B, where masks
-    lie beside them).
+class Images:
+    """Image files of one folder. folder: Path.   names: (M,) str, paths below it with slashes.
+
+    white: as in `open_image`; `readers.exposure.see` settles it.
     """
 
     white = WHITE
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"{folder}: no such folder of images")
-        passed = collections.Counter()
-
-        def passed_over(name):
-            passed[os.path.splitext(name)[1].lower() or name] += 1
-
-        self.names = np.array(pictures(self.folder, passed_over), str)
-        passed.pop(".json", 0)  # masks beside the images
-        if passed:
-            print(
-                f"{folder}: {passed.total()} files passed over, by their names no images: "
-                + ", ".join(f"{count} x {brief(kind)}" for kind, count in passed.most_common(5))
-            )
-        if not len(self.names):
-            raise UserError(
-                f"{folder}: no images in this folder; expected files that end in "
-                f"{', '.join(endings())}"
-            )
+    folder: Path
+    names: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,12 +55,51 @@ class ImageFolder:
         return open_image(self.path(i), white=self.white)
 
     def digest(self, i: int) -> str:
-        """As `image_digest`."""
-        return image_digest(self.path(i), self.white)
+        """SHA-256 of the file, and of the white point where one is known: with another one it is
+        another image."""
+        digest = file_digest(self.path(i))
+        return digest if self.white == WHITE else identity.of_text(digest, f"white {self.white}")
 
     def fingerprint(self, indices=None) -> str:
-        """As `PanopticFolder.fingerprint`."""
-        return _fingerprint(self, self.folder, range(len(self)) if indices is None else indices)
+        """Of all images, or of some (`identity.of_files`); where the folder is does not matter.
+        What is not there counts as such: whoever needs it will say so."""
+        indices = range(len(self)) if indices is None else indices
+        names = [self.name(i) for i in indices]
+
+        def size(k: int) -> int:
+            return identity.bytes_of(self.folder / names[k])
+
+        def digest(k: int) -> str:
+            return self.digest(indices[k]) if size(k) >= 0 else "absent"
+
+        return identity.of_files(names, size, digest)
+
+
+class ImageFolder(Images):
+    """All pictures of a folder, without ground truth: for SAM and the warm-up (SA-1B, where masks
+    lie beside them)."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images")
+        passed = collections.Counter()
+
+        def count(name):
+            passed[os.path.splitext(name)[1].lower() or name] += 1
+
+        self.names = np.array(pictures(self.folder, count), str)
+        passed.pop(".json", 0)  # masks beside the images
+        if passed:
+            kinds = ", ".join(f"{n} x {brief(kind)}" for kind, n in passed.most_common(5))
+            print(
+                f"{folder}: {passed.total()} files passed over, by their names no images: {kinds}"
+            )
+        if not len(self.names):
+            raise UserError(
+                f"{folder}: no images in this folder; expected files that end in "
+                f"{', '.join(endings())}"
+            )
 
 
 def pictures(
@@ -102,54 +118,32 @@ def pictures(
         without: real paths of folders that are left out.
     Raises: UserError if a folder cannot be listed.
     """
-    found, known = [], set(endings())
+    names, known = [], set(endings())
 
     def walk(place: str, below: str, above: tuple[str, ...]) -> None:
         with os.scandir(place) as entries:
             for entry in entries:
-                name, hidden = (
-                    below + entry.name,
-                    entry.name.startswith(".") or entry.name == "__MACOSX",
-                )
+                name = below + entry.name
+                shown = not entry.name.startswith(".") and entry.name != "__MACOSX"
                 real = os.path.realpath(entry.path) if entry.is_dir() else ""
-                if real and not hidden and real not in above and real not in without:
+                if real and shown and real not in above and real not in without:
                     walk(entry.path, f"{name}/", (*above, real))
-                elif not real and not hidden and os.path.splitext(entry.name)[1].lower() in known:
-                    found.append(name)
+                elif not real and shown and os.path.splitext(entry.name)[1].lower() in known:
+                    names.append(name)
                 elif others is not None and real not in without:
                     others(f"{name}/" if real else name)
 
     try:
         walk(str(folder), "", (os.path.realpath(folder),))
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be listed ({error.strerror})"
-        ) from None
-    return sorted(found)
+        place = error.filename or folder
+        raise UserError(f"{place}: cannot be listed ({error.strerror})") from None
+    return sorted(names)
 
 
 def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
     """The endings of pictures, in small letters, with their dots."""
-    return sorted(
-        ending for ending, kind in Image.registered_extensions().items() if kind in formats
-    )
-
-
-def _fingerprint(images, folder: Path, indices) -> str:
-    """What is not there counts as such; whoever needs it will say so."""
-    names = [images.name(i) for i in indices]
-
-    def digest(k: int) -> str:
-        return images.digest(indices[k]) if identity.bytes_of(folder / names[k]) >= 0 else "absent"
-
-    return identity.of_files(names, lambda k: identity.bytes_of(folder / names[k]), digest)
-
-
-def image_digest(path: Path, white: int) -> str:
-    """SHA-256 of the file of an image, and of its white point where one is known: with another one
-    it is another image."""
-    digest = file_digest(path)
-    return digest if white == WHITE else identity.of_text(digest, f"white {white}")
+    return sorted(e for e, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def file_digest(path: Path) -> str:
@@ -162,15 +156,19 @@ def file_digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "unreadable") from None
 
 
+# ---------------------------------------------------------------------------------- opening images
+
+
 def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Image.Image:
-    """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it is stored (no palette is applied).
+    """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it
+    is stored (no palette is applied).
 
     Of several frames the first; an alpha channel is dropped. Of 16 bits a channel, 0 to `white`
     become 0 to 255, the same in every image of a data set, so that images stay comparable
-    (`white_point`); what is above is 255, too.
+    (`readers.exposure.white_point`); what is above is 255, too.
     Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if mode != "RGB":
             return image.convert(mode) if mode else image.copy()
         turn = _turn(image)
@@ -180,11 +178,10 @@ def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Imag
 
 def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
     """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has
-    32 bits a channel, or a sign.
-    """
+    32 bits a channel, or a sign."""
     values = sixteen_bits(image) if white != WHITE or image.mode.startswith(("I", "F")) else None
     if values is not None:
-        image = Image.fromarray(_scaled(white)[values])
+        image = Image.fromarray(scaled(white)[values])
     if image.mode != "RGB":
         return image.convert("RGB")
     image.load()  # before its file is closed; convert() would copy every pixel
@@ -192,20 +189,16 @@ def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
 
 
 def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:
-    """(width, height) of an image as `open_image` returns it, and how it will be turned; no pixel is read."""
-    with _opened(path) as image:
+    """(width, height) of an image as `open_image` returns it, and how it will be turned; no pixel
+    is read."""
+    with opened(path) as image:
         turn = _turn(image)
-        swapped = turn in (
-            Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_270,
-            Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        )
-        return image.size[::-1] if swapped else image.size, turn
+        return image.size[::-1] if turn in SIDEWAYS else image.size, turn
 
 
 @contextlib.contextmanager
-def _opened(path: Path):
+def opened(path: Path):
+    """A Pillow image, not yet decoded. What goes wrong while it is open is a UserError, too."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -215,29 +208,32 @@ def _opened(path: Path):
         raise UserError(f"{path}: no such file", "absent") from None
     except Image.DecompressionBombError:
         raise UserError(
-            f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which no stage reads; cut it into tiles",
+            f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which "
+            "no stage reads; cut it into tiles",
             "large",
         ) from None
     except Exception as error:  # Pillow raises a dozen types for what is one thing to the user
-        reason = (
-            "of no known format, or no image at all"
-            if isinstance(error, UnidentifiedImageError)
-            else " ".join(str(error).split()) or type(error).__name__
-        )
-        reason = "empty file" if os.path.isfile(path) and not os.path.getsize(path) else reason
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no known format, or no image at all"
+        if os.path.isfile(path) and not os.path.getsize(path):
+            reason = "empty file"
         raise UserError(f"{path}: not a readable image ({reason})", "unreadable") from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How EXIF wants an image turned that was opened but not read. A broken EXIF block wants nothing (as officially)."""
-    if (
-        image.format == "TIFF" or image.format == "PNG" and "exif" not in image.info
-    ):  # Pillow turns a TIFF itself; asking a PNG would read it
+    """How EXIF wants an image turned that was opened but not read. A broken EXIF block wants
+    nothing (as officially)."""
+    # Pillow turns a TIFF itself; asking a PNG would read it.
+    if image.format == "TIFF" or image.format == "PNG" and "exif" not in image.info:
         return None
     try:
         return TURN.get(image.getexif().get(0x0112))
     except Exception:  # struct.error, SyntaxError, ... from inside
         return None
+
+
+# ------------------------------------------------------------------------------ names and messages
 
 
 def name_fault(name) -> str | None:
@@ -247,21 +243,19 @@ def name_fault(name) -> str | None:
     if os.path.isabs(name) or ".." in name and ".." in Path(name).parts:
         return "leads out of its folder; expected a path below it"
     if (
-        _UNPRINTABLE.search(name)
+        UNPRINTABLE.search(name)
         or len(name) > 4 * MAX_NAME
         or max(len(part.encode()) for part in name.split("/")) > MAX_NAME
     ):
-        return f"cannot be the name of a file; expected at most {MAX_NAME} bytes between slashes, without control characters"
+        return (
+            f"cannot be the name of a file; expected at most {MAX_NAME} bytes between slashes, "
+            "without control characters"
+        )
     return None
-
-
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f\ud800-\udfff]"
-)  # would also break the one line of an error
 
 
 def brief(value) -> str:
     """A value from a file, as a message can show it."""
-    text = ascii(value) if not isinstance(value, str) else f"'{value}'"
-    text = _UNPRINTABLE.sub("?", text)
+    text = f"'{value}'" if isinstance(value, str) else ascii(value)
+    text = UNPRINTABLE.sub("?", text)
     return text if len(text) <= 100 else f"{text[:100]}..."

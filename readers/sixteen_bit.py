@@ -1,4 +1,7 @@
-"""."""
+"""Images of 16 bits a channel: their stored values, and how they become 8 bits.
+
+Pillow keeps 16 bits of grey, but of colour only the upper 8; here they are read in full.
+"""
 
 import functools
 import sys
@@ -6,12 +9,20 @@ import sys
 import numpy as np
 from PIL import Image
 
-DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those of them that can have 16 bits a channel
+DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those that can have 16 bits a channel
 WHITE = 65535  # of 16 bits; becomes 255 where no other white point is known
+# How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the
+# machine's own).
+OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+EXCHANGED = {"LA;16B": "RGBA"} | {
+    f"{kind};16{order}": f"{kind};16{other}"
+    for kind in ("RGB", "RGBA")
+    for order, other in OTHER_ORDER.items()
+}
 
 
 @functools.lru_cache(maxsize=4)
-def _scaled(white: int) -> np.ndarray:
+def scaled(white: int) -> np.ndarray:
     """(65536,) uint8, what becomes of 16 bits. With the white point 2^k - 1 it is a shift: no value
     is rounded up.
     """
@@ -33,26 +44,22 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
         )
     if image.mode.startswith("I"):
         return np.asarray(image).clip(0, WHITE).astype(np.uint16)
-    stored = {
-        tile[3] if isinstance(tile[3], str) else str(tile[3][0])
-        for tile in getattr(image, "tile", ())
-        if tile[3]
-    }
+    tiles = getattr(image, "tile", ())
+    stored = {t[3] if isinstance(t[3], str) else str(t[3][0]) for t in tiles if t[3]}
     bits = image.tag_v2.get(258, ()) if image.format == "TIFF" else ()
     if not any(";16" in kind for kind in stored) and 16 not in bits:
         return None
     (order,) = stored if len(stored) == 1 else ("",)
-    if order not in _EXCHANGED or not image.filename:
+    if order not in EXCHANGED or not image.filename:
         raise ValueError(
             f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be "
             f"had; expected RGB or grey"
         )
     with Image.open(image.filename, formats=(image.format,)) as low:
-        low.tile = [_stored_as(_EXCHANGED[order], tile) for tile in low.tile]
+        low.tile = [_stored_as(EXCHANGED[order], tile) for tile in low.tile]
         low, high = np.asarray(low), np.asarray(image)
-    if (
-        order == "LA;16B"
-    ):  # taken for four bytes a pixel: the upper and the lower one of grey, then those of alpha
+    # Taken for four bytes a pixel: the upper and the lower one of grey, then those of alpha.
+    if order == "LA;16B":
         return low[..., 0].astype(np.uint16) << 8 | low[..., 1]
     return high[..., :3].astype(np.uint16) << 8 | low[..., :3]
 
@@ -62,18 +69,6 @@ def _stored_as(order: str, tile: tuple) -> tuple:
     bytes of its pixels.
     """
     stored = order if isinstance(tile[3], str) else (order, *tile[3][1:])
-    return (
-        tile._replace(args=stored) if hasattr(tile, "_replace") else (*tile[:3], stored)
-    )  # a plain tuple up to Pillow 10
-
-
-# How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the
-# machine's own).
-_EXCHANGED = {
-    "LA;16B": "RGBA",
-    **{
-        f"{kind};16{one}": f"{kind};16{other}"
-        for kind in ("RGB", "RGBA")
-        for one, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
-    },
-}
+    if hasattr(tile, "_replace"):
+        return tile._replace(args=stored)
+    return (*tile[:3], stored)  # a plain tuple up to Pillow 10

@@ -1,4 +1,4 @@
-"""."""
+"""Which images of a training set are labelled: what --split means."""
 
 from pathlib import Path
 from typing import Callable
@@ -17,72 +17,70 @@ def read_split(
     complain: Callable[[UserError], None] = refuse,
     official: Path | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Labelled and unlabelled indices: what --split means, for every data set in COCO panoptic
-    format.
+    """Labelled and unlabelled indices, for every data set in COCO panoptic format.
 
     split: in this order, whatever else has the same name: an official partition (a folder of
         `official`) or one of the data set's own (of root/splits), with labeled.txt, and
         unlabeled.txt if that is not all the rest; `all` (or empty), all images with annotation; a
-        number of them, drawn by `seed`; a file of image names, one a line (./3 is the file 3).
+        number of them, sampled by `seed`; a file of image names, one a line (./3 is the file 3).
     Raises: UserError if a list is empty, names an image twice or one that is not there, if a
     labelled image has no annotation, or is unlabelled, too.
     """
+
+    def wrong(text: str) -> None:
+        complain(UserError(text, "split"))
+
+    annotated, everything = range(images.annotated), range(len(images))
     path = split_list(root, split or "all", official)
     if path is None and split.isdecimal():
-        if not 0 < int(split) <= images.annotated:
-            complain(
-                UserError(
-                    f"--split {split}: expected 1 to {images.annotated} labelled images", "split"
-                )
-            )
-        order = np.random.default_rng(seed).permutation(images.annotated).tolist()
-        return sorted(order[: int(split)]), sorted(order[int(split) :]) + list(
-            range(images.annotated, len(images))
-        )
-    if path is None:
-        return list(range(images.annotated)), list(range(images.annotated, len(images)))
-    everything = {images.name(i): i for i in range(len(images))}
+        if not 0 < int(split) <= len(annotated):
+            wrong(f"--split {split}: expected 1 to {len(annotated)} labelled images")
+        order = np.random.default_rng(seed).permutation(len(annotated)).tolist()
+        labeled = sorted(order[: int(split)])
+    elif path is None:
+        labeled = list(annotated)
+    else:
+        return _listed(path, images, wrong)
+    return labeled, sorted(set(everything).difference(labeled))
 
-    def read(file):
-        found: dict[int, None] = {}  # in the order of the list
-        for line in _lines(file):
-            # Official lists have two columns and name files by their path; names of one's own may have spaces in them.
-            names = [n for text in (line, line.split()[0]) for n in (text, text.split("/")[-1])]
-            i = next((everything[n] for n in names if n in everything), None)
-            if i is None:
-                complain(
-                    UserError(
-                        f"{file}: {brief(names[2])} is not an image of the training set", "split"
-                    )
-                )
-            elif i in found:
-                complain(UserError(f"{file}: {brief(images.name(i))} is listed twice", "split"))
-            else:
-                found[i] = None
-        if not found:
-            complain(UserError(f"{file}: the list is empty", "split"))
-        return list(found)
 
-    labeled, other = read(path), path.with_name("unlabeled.txt")
+def _listed(path: Path, images, wrong: Callable[[str], None]) -> tuple[list[int], list[int]]:
+    """The images of labeled.txt, and of unlabeled.txt beside it or all others."""
+    numbers = {images.name(i): i for i in range(len(images))}
+    labeled = _read_list(path, images, numbers, wrong)
     for i in labeled:
         if i >= images.annotated:
-            complain(
-                UserError(
-                    f"{path}: {brief(images.name(i))} has no annotation; a labelled image needs one",
-                    "split",
-                )
-            )
-    known = set(labeled)
-    unlabeled = read(other) if other.exists() else [i for i in range(len(images)) if i not in known]
+            name = brief(images.name(i))
+            wrong(f"{path}: {name} has no annotation; a labelled image needs one")
+    known, other = set(labeled), path.with_name("unlabeled.txt")
+    if other.exists():
+        unlabeled = _read_list(other, images, numbers, wrong)
+    else:
+        unlabeled = [i for i in range(len(images)) if i not in known]
     for i in unlabeled:
         if i in known:
-            complain(
-                UserError(
-                    f"{other}: {brief(images.name(i))} is in {path.name}, too; expected no image in both",
-                    "split",
-                )
-            )
+            name = brief(images.name(i))
+            wrong(f"{other}: {name} is in {path.name}, too; expected no image in both")
     return [i for i in labeled if i < images.annotated], unlabeled
+
+
+def _read_list(path: Path, images, numbers: dict[str, int], wrong: Callable) -> list[int]:
+    """Indices of the images that a list names, in its order."""
+    indices: dict[int, None] = {}
+    for line in _lines(path):
+        # Official lists have two columns and name files by their path; names of one's own may have
+        # spaces in them.
+        names = [name for text in (line, line.split()[0]) for name in (text, text.split("/")[-1])]
+        i = next((numbers[name] for name in names if name in numbers), None)
+        if i is None:
+            wrong(f"{path}: {brief(names[2])} is not an image of the training set")
+        elif i in indices:
+            wrong(f"{path}: {brief(images.name(i))} is listed twice")
+        else:
+            indices[i] = None
+    if not indices:
+        wrong(f"{path}: the list is empty")
+    return list(indices)
 
 
 def split_list(root: Path, split: str, official: Path | None = None) -> Path | None:
@@ -91,25 +89,24 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
 
     Raises: UserError if there is no such split, or its folder has no list.
     """
-    for folder in (*([official] if official else []), root / "splits"):
+    folders = [*([official] if official else []), root / "splits"]
+    for folder in folders:
         path = folder / split / "labeled.txt"
         if path.is_file():
             return path
         if path.parent.is_dir():
             raise UserError(
                 f"{path}: no such file, though --split {split} names its folder; expected a list "
-                f"of image names"
+                "of image names"
             )
     if split == "all" or split.isdecimal():
         return None
     if not Path(split).is_file():
-        folders = [*([official] if official else []), root / "splits"]
-        known = [
-            path.parent.name for folder in folders for path in sorted(folder.glob("*/labeled.txt"))
-        ]
+        lists = [path for folder in folders for path in sorted(folder.glob("*/labeled.txt"))]
+        known = ", ".join(path.parent.name for path in lists) or "none"
         raise UserError(
-            f"unknown split '{split}' of {root}; available: {', '.join(known) or 'none'}, a "
-            f"number, or a file of image names"
+            f"unknown split '{split}' of {root}; available: {known}, a number, or a file of image "
+            "names"
         )
     return Path(split)
 
@@ -117,10 +114,7 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
 def _lines(path: Path) -> list[str]:
     """Lines of a text file that are not blank."""
     try:
-        return [
-            line.strip()
-            for line in path.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable text file ({error})") from None
+    return [line.strip() for line in lines if line.strip()]

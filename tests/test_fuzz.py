@@ -1,4 +1,4 @@
-"""."""
+"""A fuzz: damaged files of every kind are read, or refused in one line."""
 
 import contextlib
 import dataclasses
@@ -57,7 +57,8 @@ WEIRD = [
 
 
 def mutate(content, rng):
-    """Bytes that differ from the content: flipped bits, a part lost, doubled or overwritten, or (in a text) a value replaced by a weird one."""
+    """Bytes that differ from the content: flipped bits, a part lost, doubled or overwritten, or (in
+    a text) a value replaced by a weird one."""
     b, kinds = bytearray(content), ["flip", "flip", "head", "cut", "lose", "double", "noise"]
     kind = rng.choice(
         kinds + ["value"] * (20 if content.startswith(b"{") else 3)
@@ -88,7 +89,8 @@ def mutate(content, rng):
 
 
 def fuzz_files(folder):
-    """Small files of every kind that a user may bring along: {kind: (paths, action that reads them)}."""
+    """Small files of every kind that a user may bring along: {kind: (paths, action that reads
+    them)}."""
     root, masks = write_coco_folder(folder / "set", images=5, side=32), folder / "masks"
     cfg = dataclasses.replace(TINY, crop=32, labeled_batch=3, dewa_batch=5, dewa_crop=32)
     exif = Image.Exif()
@@ -157,7 +159,8 @@ def fuzz_files(folder):
     )
 
     def load():
-        """As training does, and as --stage validate does, which must list whatever training refuses."""
+        """As training does, and as --stage validate does, which must list whatever training
+        refuses."""
         faults = []
         try:
             found = validate.check(
@@ -221,8 +224,8 @@ def fuzz_files(folder):
 def fuzz(count, seed=0, limit=20):
     """Read `count` mutated files, kind by kind: {kind: Counter(read, refused)}.
 
-    Raises: AssertionError naming the case for any other end than success or one line for the user: another exception, more than `limit`
-    seconds, a file that was changed or left behind.
+    Raises: AssertionError naming the case for any other end than success or one line for the user:
+    another exception, more than `limit` seconds, a file that was changed or left behind.
     """
     results = {}
 

@@ -1,4 +1,4 @@
-"""."""
+"""The paper's data sets: prepared, loaded, trained and evaluated; and its numbers."""
 
 import hashlib
 import json
@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 import dearli
+from config import PAPERS_SPLITS
 from ground.errors import UserError
 from panoptic_eval import PanopticQuality
-from readers import ground_truth
+from readers import ground_truth, papers
 from tests.helpers import REAL_DATA, TINY_FLAGS, fitting, write_downloads
 from tools import prepare
 
-# --------------------------------------------------------------------------------------------------------- datasets.py
+# ------------------------------------------------------------------------ tools/prepare.py, readers/papers.py
 
 
 def test_ade_segments_follow_the_rules_by_hand():
@@ -89,7 +90,7 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(
         dearli.main(["--stage", "validate", *root, "--split", split, "--workers", "0"]) == 0
         and "no problem found" in capsys.readouterr().out
     )
-    dataset = prepare.load(name, tmp_path, split)
+    dataset = papers.load(name, tmp_path, split)
     assert (dataset.labeled, dataset.unlabeled) == ([0, 1], [2, 3])
     for i in range(4):
         truth = dataset.train.truth(i)
@@ -108,7 +109,7 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(
             rows = np.repeat(np.array([[0, 1, 2, 255]], np.uint8), 64, 0).repeat(24, 1)
             (base / "masks").mkdir(exist_ok=True)
             Image.fromarray(rows).save(base / "masks" / f"{stem}.png")
-        assert np.unique(prepare.load(name, tmp_path, split).val.truth(0).semantic()).tolist() == [
+        assert np.unique(papers.load(name, tmp_path, split).val.truth(0).semantic()).tolist() == [
             ground_truth.IGNORE,
             0,
             1,
@@ -181,7 +182,7 @@ def test_lists_come_from_the_repository_and_a_missing_network_is_named(tmp_path,
         shutil.copy(tmp_path / "assets" / given, tmp_path / "repository" / remote)
     monkeypatch.setattr(prepare, "REPOSITORY", (tmp_path / "repository").as_uri())
     prepare.prepare("coco", tmp_path)
-    assert len(prepare.load("coco", tmp_path, "1_512").labeled) == 2
+    assert len(papers.load("coco", tmp_path, "1_512").labeled) == 2
 
 
 def test_files_that_are_listed_but_absent_stop_a_run_before_it_begins(
@@ -295,7 +296,7 @@ def test_real_coco_images_through_the_coco_preset_with_a_small_openclip(tmp_path
         (base / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
     root = ["--dataset", "coco", "--data-root", str(tmp_path), "--device", "cpu"]
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(REAL_DATA)]) == 0
-    dataset = prepare.load("coco", tmp_path, "1")
+    dataset = papers.load("coco", tmp_path, "1")
     assert [len(dataset.val.truth(i).labels) for i in range(2)] == [18, 32] and len(
         dataset.taxonomy
     ) == 133
@@ -375,7 +376,8 @@ def test_a_data_set_is_in_datasets_or_below_a_folder_that_the_environment_names(
 
     message = refused(*ssl)
     assert message.startswith(
-        "error: datasets/coco: no such folder; it should hold the downloads of coco: train2017 (from http://"
+        "error: datasets/coco: no such folder; it should hold the downloads of coco: "
+        "train2017 (from http://"
     )
     assert (
         "python dearli.py --stage prepare --dataset coco`" in message and "--data-root" in message
@@ -457,7 +459,7 @@ def test_an_interrupted_preparation_goes_on_and_wrong_lists_are_refused(tmp_path
     ):
         prepare.prepare("ade20k", tmp_path, assets)
     with pytest.raises(UserError, match="unknown split '1_512' of .*; available: 1_128, 1_16"):
-        prepare.load("ade20k", tmp_path, "1_512")
+        papers.load("ade20k", tmp_path, "1_512")
 
 
 def test_official_lists_have_the_counts_of_the_paper():
@@ -469,12 +471,14 @@ def test_official_lists_have_the_counts_of_the_paper():
     ):
         for given, _, digest in prepare.lists(name).values():
             assert hashlib.sha256((REAL_DATA / given).read_bytes()).hexdigest() == digest
-        lines = lambda split: (
-            (REAL_DATA / "splits" / name / split / "labeled.txt").read_text().splitlines()
-        )
-        assert tuple(len(lines(split)) for split in prepare.splits(name)) == counts
+
+        def lines(split):
+            path = REAL_DATA / "splits" / name / split / "labeled.txt"
+            return path.read_text().splitlines()
+
+        assert tuple(len(lines(split)) for split in PAPERS_SPLITS[name]) == counts
     names = [
-        prepare.read_names(REAL_DATA / "prompts" / f"{n}_prompts.txt")
+        papers.read_names(REAL_DATA / "prompts" / f"{n}_prompts.txt")
         for n in ("ade20k_150", "coco_panoptic", "coco_objects")
     ]
     assert [len(n) for n in names] == [150, 133, 81]  # classes, and all of their names:

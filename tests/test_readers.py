@@ -1,4 +1,4 @@
-"""."""
+"""Folders in COCO panoptic format and image files: what is read, and what is refused in one line."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ import data
 import dearli
 from ground.errors import UserError
 from mini import microcosm
-from readers import checks, mask_files, panoptic, pictures
+from readers import checks, mask_files, panoptic, papers, pictures
 from tests.helpers import (
     TINY,
     fingerprint,
@@ -33,12 +33,11 @@ from tools import predict, prepare, validate
 
 def png_header(width, height):
     """A PNG that states a size and holds next to nothing."""
-    chunk = lambda kind, content: (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
+
+    def chunk(kind, content):
+        size, check = len(content), zlib.crc32(kind + content)
+        return struct.pack(">I", size) + kind + content + struct.pack(">I", check)
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -107,7 +106,9 @@ def test_all_faults_of_a_folder_are_listed_by_kind_and_nothing_is_changed(tmp_pa
     Image.open(panoptic(6)).resize((20, 30)).save(panoptic(6))
 
     def change(content):
-        segments = lambda i: content["annotations"][i]["segments_info"]
+        def segments(i):
+            return content["annotations"][i]["segments_info"]
+
         segments(7)[0]["id"] = 9
         segments(8)[0]["area"] += 5
         segments(9)[0]["category_id"] = 1000
@@ -170,7 +171,8 @@ def test_all_faults_of_a_folder_are_listed_by_kind_and_nothing_is_changed(tmp_pa
     assert (
         errors
         == [
-            f"error: {root}: {sum(map(len, expected.values()))} problems of 14 kinds, listed above and in {tmp_path / 'report.json'}"
+            f"error: {root}: {sum(map(len, expected.values()))} problems of 14 kinds, listed above "
+            f"and in {tmp_path / 'report.json'}"
         ]
         and "note: panoptic_train.json: 1 segment without iscrowd" in out
     )
@@ -202,7 +204,7 @@ def test_presets_are_validated_with_their_own_rules_and_class_maps(tmp_path, mon
         "0",
     ]
     assert dearli.main(["--stage", "prepare", *root, "--assets", str(tmp_path / "assets")]) == 0
-    truth = prepare.load("ade20k", tmp_path, "1_128").train.truth(0)
+    truth = papers.load("ade20k", tmp_path, "1_128").train.truth(0)
     assert (
         np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:] == 0
     ).any()  # the official rule lists it all the same
@@ -408,7 +410,8 @@ def test_fault_20_every_kind_of_image_becomes_8_bit_rgb_and_stays_aligned(tmp_pa
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
 def test_fault_20_a_map_lies_on_the_image_whatever_its_exif_orientation(ending, tmp_path):
-    # The image is bright where segment 1 lies. Annotators drew on the image as shown, or a program on the pixels as stored: the size tells.
+    # The image is bright where segment 1 lies. Annotators drew on the image as shown, or a program
+    # on the pixels as stored: the size tells.
     root = write_coco_folder(tmp_path / "set", images=1)
     shown = np.zeros((48, 64), np.uint8)
     shown[:10, :20] = 255
@@ -575,15 +578,18 @@ def test_fault_22_a_map_of_another_size_is_named_and_a_missing_iscrowd_is_zero(t
         ),
         ("null", "key 'images'"),
         (
-            '{"images": [], "annotations": [], "categories": [{"id": 1e999, "name": "cat", "isthing": 1}]}',
+            '{"images": [], "annotations": [], "categories": '
+            '[{"id": 1e999, "name": "cat", "isthing": 1}]}',
             "expected a whole number as id",
         ),
         (
-            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat", "isthing": 1}, {"id": 1, "name": "dog", "isthing": 1}]}',
+            '{"images": [], "annotations": [], "categories": '
+            '[{"id": 1, "name": "cat", "isthing": 1}, {"id": 1, "name": "dog", "isthing": 1}]}',
             "shares its id",
         ),
         (
-            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": ["cat"], "isthing": 1}]}',
+            '{"images": [], "annotations": [], "categories": '
+            '[{"id": 1, "name": ["cat"], "isthing": 1}]}',
             "expected a whole number as id, a name",
         ),
     ],

@@ -1,4 +1,4 @@
-"""."""
+"""Faults that were found once: what stops, what is cut short and what is damaged must not cost a run."""
 
 import hashlib
 import http.server
@@ -407,7 +407,10 @@ def test_fault_49_the_same_data_elsewhere_is_the_same_and_other_data_in_its_plac
         "0",
     ]
     usual = ["--stage", "sup", "--dataset", "custom", "--steps", 1, "--no-eval"]
-    sup = lambda *args: dearli.main(fitting([*usual, "--out", tmp_path / "run", *args], flags))
+
+    def sup(*args):
+        return dearli.main(fitting([*usual, "--out", tmp_path / "run", *args], flags))
+
     assert sup("--data-root", root) == 0
     moved = root.rename(tmp_path / "moved")
     assert (
@@ -752,14 +755,15 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
     code = f"""if True:
         import sys
         class Missing:
-            names = {{"pycocotools", "panopticapi", "detectron2", "cv2", "matplotlib", "pytest", "open_clip", "timm", "segment_anything"}}
+            names = {{"pycocotools", "panopticapi", "detectron2", "cv2", "matplotlib", "pytest",
+                      "open_clip", "timm", "segment_anything"}}
             def find_spec(self, name, path=None, target=None):
                 if name.split(".")[0] in self.names:
                     raise ModuleNotFoundError(f"No module named {{name}}", name=name)
         sys.meta_path.insert(0, Missing())
         import data, dearli
         data.MINI_TRAIN, data.MINI_VAL = 6, 2
-        masks, sup = {[fitting(["--stage", stage, "--runs", tmp_path]) for stage in ("masks", "sup")]!r}
+        masks, sup = {[fitting(["--stage", s, "--runs", tmp_path]) for s in ("masks", "sup")]!r}
         try:
             dearli.main(["--help"])
         except SystemExit as end:
@@ -768,7 +772,7 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
         assert dearli.main(sup) == 2
         Missing.names -= {{"open_clip", "timm"}}
         assert dearli.main([*sup, "--steps", "1"]) == 0
-        Missing.names -= {{"segment_anything"}}
+        Missing.names -= {{"segment_anything", "pycocotools"}}
         assert dearli.main([*masks, "--points-per-side", "2"]) == 0
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -802,12 +806,12 @@ def test_fault_41_a_download_that_is_cut_short_leaves_nothing_and_is_resumed_by_
 
     with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetch = lambda: foundation.fetch(
-            tmp_path / "cache" / "w.pth",
-            f"http://127.0.0.1:{server.server_port}/w.pth",
-            hashlib.sha256(content).hexdigest(),
-            "or else",
-        )
+
+        def fetch():
+            address = f"http://127.0.0.1:{server.server_port}/w.pth"
+            digest = hashlib.sha256(content).hexdigest()
+            return foundation.fetch(tmp_path / "cache" / "w.pth", address, digest, "or else")
+
         with pytest.raises(UserError, match="w.pth: cannot be fetched") as error:
             fetch()
         assert "\n" not in str(error.value) and not list((tmp_path / "cache").iterdir())
@@ -831,8 +835,10 @@ def test_fault_42_a_log_whose_last_line_was_cut_is_read_without_it(small_mini, t
 
 
 def soak(kills, folder, seed=None):
-    """A semi-supervised run that is killed (SIGKILL) so many times, half of them at the sight of a half-written file, and resumed each time, must end
-    as one that was left alone: weights, optimiser, log and metrics, bit for bit. Returns what happened; loader processes: 0, 1 or 2, by turns."""
+    """A semi-supervised run that is killed (SIGKILL) so many times, half of them at the sight of a
+    half-written file, and resumed each time, must end as one that was left alone: weights,
+    optimiser, log and metrics, bit for bit. Returns what happened; loader processes: 0, 1 or 2, by
+    turns."""
     rng, straight, killed = random.Random(seed), Path(folder) / "straight", Path(folder) / "killed"
     args = [
         "--stage",
@@ -846,10 +852,13 @@ def soak(kills, folder, seed=None):
         "--resume",
     ]
     assert ended(fork(lambda: run(*args, "--out", straight), f"{straight}.txt"), 600 + kills) == 0
-    strays = lambda: killed.is_dir() and any(p.suffix == ".tmp" for p in killed.iterdir())
-    lines = lambda: (
-        len(log.read_bytes().splitlines()) if (log := killed / "log.jsonl").exists() else 0
-    )
+
+    def strays():
+        return killed.is_dir() and any(p.suffix == ".tmp" for p in killed.iterdir())
+
+    def lines():
+        return len(log.read_bytes().splitlines()) if (log := killed / "log.jsonl").exists() else 0
+
     happened = {"kills": 0, "in a write": 0, "seconds": time.monotonic()}
     for k in range(kills):
         process = fork(lambda: run(*args, "--out", killed, "--workers", k % 3), f"{killed}.txt")
