@@ -19,7 +19,8 @@ import importlib.metadata
 import os
 import sys
 
-from engine.command_line import check, help_page, parser, require_there, stopped
+from engine.checks import check, require_there
+from engine.parser import help_page, parser, stopped
 from ground.errors import UserError
 
 if sys.version_info < (3, 10):

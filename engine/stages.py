@@ -33,17 +33,16 @@ from clip_ensemble import (
     alpha_of_share,
     text_embeddings,
 )
-from config import PAPERS_DATASETS, PRESETS, Config, ablations, numbers_of, require_semi_supervised
+from config import PAPERS_DATASETS, PRESETS, Config, numbers_of
 from data import LabeledBatches, SemiSupervisedBatches
 from engine import checkpoint, rehearsal
-from engine.command_line import (
-    DATASETS,
-    MAKES,
+from engine.checks import (
+    ablations,
     check,
     configure,
     given,
-    parser,
     require_of_the_run,
+    require_semi_supervised,
     require_sense,
     steps_of,
 )
@@ -55,7 +54,9 @@ from engine.evaluation import (
     posterior_alphas,
     predict,
 )
+from engine.flags import DATASETS, MAKES
 from engine.optim import build_optimizer
+from engine.parser import parser
 from engine.training import MAY_CHANGE, Run, Stopped, differing, require_free
 from ground import files, ranks, tensor_files
 from ground.errors import UserError, choose, refuse

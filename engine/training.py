@@ -27,7 +27,7 @@ from tqdm import tqdm
 from config import BEFORE, Config
 from data import Batches, loader
 from engine import checkpoint
-from engine.command_line import READS
+from engine.flags import READS
 from engine.optim import Broken, NotFinite, set_lr
 from ground import files, ranks
 from ground.errors import UserError
