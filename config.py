@@ -1,14 +1,14 @@
-"""Every number of the method, in one place: the configuration, its presets and ranges, and the error that a user sees.
+"""Every number of the method, in one place: the configuration, its presets and ranges, the methods.
 
-Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8); where the paper says otherwise, the
-comment names both. `mini` differs from the paper's sizes in numbers only, never in code.
+Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8); where the paper
+says otherwise, the comment names both. `mini` differs from the paper's sizes in numbers only.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
-from ground.errors import UserError
+from ground.errors import UserError, choose
 
-# Weights that are taken with an OpenCLIP model unless --pretrained names others: those of the paper, and of the next larger model
+# Weights taken with an OpenCLIP model unless --pretrained names others: the paper's, and two larger
 TAGS = {
     "convnext_base_w_320": "laion_aesthetic_s13b_b82k_augreg",
     "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
@@ -20,20 +20,15 @@ PAPERS_SPLITS = {  # the official partitions, smallest first
     **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
 }
 ALIASES = {
-    "ade": "ade20k",
-    "ade20k-panoptic": "ade20k",
-    "ade20k_panoptic": "ade20k",
-    "coco-panoptic": "coco",
-    "coco_panoptic": "coco",
-    "coco2017": "coco",
-    "objects": "coco-objects",
-    "coco_objects": "coco-objects",
+    **dict.fromkeys(("ade", "ade20k-panoptic", "ade20k_panoptic"), "ade20k"),
+    **dict.fromkeys(("coco-panoptic", "coco_panoptic", "coco2017"), "coco"),
+    **dict.fromkeys(("objects", "coco_objects"), "coco-objects"),
 }
 
 
 @dataclass(frozen=True)
 class CostWeights:
-    """Weights of the terms of Eq. (3), the same in the matching cost and in the loss; dimensionless."""
+    """Weights of the terms of Eq. (3), the same in the matching cost and in the loss."""
 
     label: float = 2.0
     mask: float = 5.0
@@ -52,12 +47,10 @@ class LossConfig:
 @dataclass(frozen=True)
 class Config:
     # backbone: an OpenCLIP ConvNeXt
-    backbone: str = "convnext_base_w_320"  # OpenCLIP ConvNeXt, timm ConvNeXt
-    #    (`convnext_base.fb_in1k`), or `mini`
+    backbone: str = "convnext_base_w_320"  # of OpenCLIP, timm (`convnext_base.fb_in1k`), or `mini`
     pretrained: str = "laion_aesthetic_s13b_b82k_augreg"  # OpenCLIP tag or a file; empty: the
     #    backbone's own; `random` starts from noise
-    train_backbone: bool = False  # train the image tower along (student and teacher then each have
-    #    their own)
+    train_backbone: bool = False  # train the image tower along, student's and teacher's
     backbone_lr_multiplier: float = 0.1  # of lr, when the backbone is trained
     # Mask2Former
     classifier: str = "language"  # class head: `language` (M2F-Lang) or `linear` (M2F)
@@ -67,8 +60,7 @@ class Config:
     encoder_layers: int = 6  # deformable attention layers of the pixel decoder
     encoder_ffn: int = 1024  # hidden units, pixel decoder
     encoder_points: int = 4  # sampling points a head and level
-    decoder_layers: int = 9  # masked attention layers; plus the prediction of the initial queries =
-    #    10 outputs
+    decoder_layers: int = 9  # masked attention layers; with the initial queries 10 outputs
     decoder_ffn: int = 2048  # hidden units, masked-attention decoder
     # set loss, Eq. (3)
     class_weight: float = 2.0  # in loss and matching; DeWa sets it to 0
@@ -81,43 +73,44 @@ class Config:
     # Mean Teacher, Eq. (1) and (2)
     lambda_u: float = 1.0  # weight of the unlabelled loss, Eq. (1)
     ema_decay: float = 0.999  # teacher average, a step, Eq. (2)
-    burn_in: float = 0.0  # without unlabelled loss, then the teacher is a copy of the student:
-    #    below 1 a share of the steps, else steps
+    burn_in: float = 0.0  # steps without unlabelled loss, below 1 a share of them; then the
+    #    teacher is a copy of the student
     burn_in_warm: float = 0.0  # the same for a run that starts from DeWa weights
     cutmix_prob: float = 0.5  # chance of a CutMix box, an unlabelled image
     # recognition, Eq. (4)-(6)
     alpha: float | str = 0.6  # the mask transformer's share in the ensemble, 0 to 1, Eq. (6);
-    #    `0.4:0.8` grows while there are pseudo-labels, `labeled` depends on the labelled share of
-    #    the images (`clip_ensemble.alpha_of_share`)
-    teacher_posterior: str = "ensemble"  # what makes the pseudo-labels: `decoder` (P_MT), `clip`
-    #    (P_CLIP) or `ensemble` (P_ENS), Table 7
-    labels: str = "panoptic"  # `semantic`: one segment a class, in ground truth and pseudo-labels
-    #    (Table 12)
+    #    `0.4:0.8` grows while there are pseudo-labels, `labeled` follows the labelled share of the
+    #    images (`clip_ensemble.alpha_of_share`)
+    teacher_posterior: str = "ensemble"  # of pseudo-labels: `decoder` (P_MT), `clip` (P_CLIP) or
+    #    `ensemble` (P_ENS), Table 7; usual is that of --method
+    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12)
     clip_scale: float = 0.0  # inverse temperature of Eq. (5); 0 = CLIP's own
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
     # optimisation
-    lr: float = 1e-4  # AdamW, at the first step
+    optimizer: str = "adamw"  # of all trained parameters: `adamw`
+    schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power
+    lr: float = 1e-4  # at the first step
     weight_decay: float = 0.05  # not on norms and embeddings
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
-    poly_power: float = 0.9  # lr(t) = lr * (1 - t / steps) ** poly_power
+    poly_power: float = 0.9  # of the schedule
     ssl_steps: int = 80_000  # optimiser steps, stage ssl
-    sup_steps: int = 10_000  # stage sup; on ADE20K and COCO 10 000 more for every next larger split
-    #    (supplement D)
+    sup_steps: int = (
+        10_000  # stage sup; on ADE20K and COCO 10 000 more a larger split (supplement D)
+    )
     dewa_steps: int = 160_000  # stage dewa; the paper says 80 000 on ADE20K
     labeled_batch: int = 8  # images a step
     unlabeled_batch: int = 8  # images a step
     dewa_batch: int = 16  # images a step
-    dewa_keep_empty: bool = True  # SAM masks that the crop emptied stay targets; off where crops
-    #    show a small part of the image
+    dewa_keep_empty: bool = True  # SAM masks that the crop emptied stay targets; off where
+    #    crops show a small part of the image
     # data
     crop: int = 640  # pixels, square training crop
     dewa_crop: int = 0  # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
     scale_min: float = 0.5  # short side = crop * k, k from scale_min ...
     scale_max: float = 2.0  # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
-    jitter: float = 0.8  # strong view: brightness, contrast and saturation change by factors of 1
-    #    +- jitter
+    jitter: float = 0.8  # strong view: brightness, contrast, saturation times 1 +- jitter
     jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
     grayscale_prob: float = 0.2  # strong view
     blur_prob: float = 0.5  # strong view
@@ -129,8 +122,7 @@ class Config:
     workers: int = 4  # loader processes
     eval_batch: int = 1  # images at once at evaluation
     # SAM masks
-    sam: str = "vit_h"  # segment_anything model, `mini`, or `regions` (stable regions, without any
-    #    network)
+    sam: str = "vit_h"  # segment_anything model, `mini`, or `regions` (stable ones, no network)
     sam_weights: str = ""  # file; empty: the one of the preset
     points_per_side: int = 32  # prompts along each side
     pred_iou_thresh: float = 0.88  # least IoU that SAM predicts of its own mask
@@ -144,16 +136,16 @@ class Config:
 
     @property
     def has_ensemble(self) -> bool:
-        """CLIP has a say: a linear classifier under a plain Mean Teacher never asks it (and a backbone of timm has none)."""
+        """CLIP has a say: a linear classifier under a plain Mean Teacher never asks it."""
         return self.classifier == "language" or self.teacher_posterior != "decoder"
 
     def burn_in_steps(self, warm: bool) -> int:
-        """Steps of stage ssl without unlabelled loss; warm: of a run that starts from DeWa weights."""
+        """Steps of stage ssl without unlabelled loss; warm: a run that starts from DeWa weights."""
         value = self.burn_in_warm if warm else self.burn_in
         return round(value * self.ssl_steps if value < 1 else value)
 
     def settled(self) -> "Config":
-        """With the burn-in in steps, as a run stores it: it does not move when the run is made longer."""
+        """With the burn-in in steps, as a run stores it: it stays when the run is made longer."""
         return replace(
             self, burn_in=self.burn_in_steps(False), burn_in_warm=self.burn_in_steps(True)
         )
@@ -176,9 +168,10 @@ class Config:
 
 OFFICIAL = Config()  # ADE20K; SAM and CLIP at full size
 COCO = replace(OFFICIAL, crop=512, dewa_crop=640, test_size=512, test_max=2048)
-SUP_STEPS_A_SPLIT = 10_000  # supplement D: the smallest split takes so many steps, every next larger one as many more
-# SAM's thresholds (0.88, 0.95) are for large images and a confident model; the mini SAM's opinion of its own masks is modest. At SAM's own
-# NMS, these kept the best recall on the mini SAM's test scenes for about 13 masks an image: there are some 6 segments to be found.
+SUP_STEPS_A_SPLIT = 10_000  # supplement D: of the smallest split; a larger one takes as many more
+# SAM's thresholds (0.88, 0.95) are for a confident model; the mini SAM has a modest opinion of its
+# own masks. At SAM's own NMS, these kept the best recall on the mini SAM's test scenes for about 13
+# masks an image: there are some 6 segments to be found.
 MINI = Config(
     backbone="mini",
     pretrained="",
@@ -216,13 +209,13 @@ MINI = Config(
     points_per_side=12,
     pred_iou_thresh=0.5,
     stability_thresh=0.5,
-    mask_nms_thresh=0.7,
     points_per_batch=24,
     checkpoint_every=200,
 )
 
-# Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a photograph, and a linear
-# classifier because it has never read those class names. `--preset official` is the real thing.
+# Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a
+# photograph, and a linear classifier because it has never read those class names. `--preset
+# official` is the real thing.
 CUSTOM = replace(
     MINI,
     train_backbone=True,
@@ -233,7 +226,6 @@ CUSTOM = replace(
     scale_min=1.5,
     scale_max=3.5,
     test_size=256,
-    test_max=512,
     eval_batch=1,
     sam="regions",
     ssl_steps=2400,
@@ -255,17 +247,50 @@ PRESETS = {
 }
 
 
-def alpha_at(alpha: float | str, progress: float) -> float:
-    """The alpha of Eq. (6) at a time of the training: a number is constant, `A:B` goes from A to B, linearly.
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method of stage ssl: --method NAME."""
 
-    progress: 0 to 1. At evaluation 1. The paper names a growing alpha as future work (supplement C).
+    place: str  # "file.Class" of what `engine.method.Method` describes
+    help: str  # in a line
+    numbers: dict = field(default_factory=dict)  # fields of Config that it sets
+    variants: dict = field(default_factory=dict)  # other values of these that are still the method
+    warm: bool = False  # starts from the DeWa run of the data set, unless --init names another
+
+    def values(self, name: str) -> tuple:
+        """Of a field of Config that it sets: its own first."""
+        return (self.numbers[name], *self.variants.get(name, ())) if name in self.numbers else ()
+
+
+DECODER = {"teacher_posterior": "decoder"}
+ENSEMBLE, CLIP = {"teacher_posterior": "ensemble"}, {"teacher_posterior": ("clip",)}
+MEAN_TEACHER = "mean_teacher.MeanTeacher"
+SSL_HELP = "Mean Teacher, pseudo-labels from the decoder alone"
+DEAR_HELP = "pseudo-labels from the ensemble with CLIP"
+DEARLI_HELP = "dear, starting from the DeWa weights"
+METHODS = {
+    "ssl": MethodEntry(MEAN_TEACHER, SSL_HELP, DECODER),
+    "dear": MethodEntry(MEAN_TEACHER, DEAR_HELP, ENSEMBLE, CLIP),
+    "dearli": MethodEntry(MEAN_TEACHER, DEARLI_HELP, ENSEMBLE, CLIP, warm=True),
+}
+
+
+def alpha_at(alpha: float | str, progress: float) -> float:
+    """The alpha of Eq. (6) at a time of the training: a number stays, `A:B` goes from A to B.
+
+    progress: 0 to 1; 1 at evaluation. A growing alpha is the paper's future work (supplement C).
+    Raises: ValueError if it is neither.
     """
-    first, _, last = str(alpha).partition(":")
-    return float(first) + progress * (float(last or first) - float(first))
+    first, colon, last = str(alpha).partition(":")
+    end = last if colon else first
+    return float(first) + progress * (float(end) - float(first))
 
 
 def changes(numbers: dict, preset: Config) -> dict:
-    """Fields of a configuration, as a run stores it, that are not those of a preset: {name: value}. A burn-in is compared in steps."""
+    """Fields of a configuration, as a run stores it, that are not those of a preset.
+
+    Returns: {name: value}. A burn-in is compared in steps.
+    """
     settled = replace(preset, ssl_steps=numbers.get("ssl_steps", preset.ssl_steps)).settled()
     usual = {**vars(preset), "burn_in": settled.burn_in, "burn_in_warm": settled.burn_in_warm}
     return {
@@ -275,170 +300,102 @@ def changes(numbers: dict, preset: Config) -> dict:
     }
 
 
-AT_LEAST = {
-    1: (
-        "num_queries",
-        "hidden",
-        "heads",
-        "encoder_layers",
-        "encoder_ffn",
-        "encoder_points",
-        "decoder_ffn",
-        "num_points",
-        "oversample",
-        "ssl_steps",
-        "sup_steps",
-        "dewa_steps",
-        "labeled_batch",
-        "unlabeled_batch",
-        "dewa_batch",
-        "crop",
-        "test_size",
-        "test_max",
-        "eval_batch",
-        "points_per_side",
-        "points_per_batch",
-        "checkpoint_every",
-        "log_every",
-    ),
-    0: (
-        "backbone_lr_multiplier",
-        "decoder_layers",
-        "class_weight",
-        "mask_weight",
-        "dice_weight",
-        "no_object_weight",
-        "lambda_u",
-        "burn_in",
-        "burn_in_warm",
-        "lr",
-        "weight_decay",
-        "poly_power",
-        "dewa_crop",
-        "white",
-        "workers",
-    ),
-    0.1: ("blur_radius",),
+INF = float("inf")
+# Least and largest value. A hue beyond half a circle comes round; seeds are multiplied by steps and
+# slots, and torch takes 64 bits; larger scales of CLIP overflow the softmax.
+BOUNDS = {
+    (1, INF): "num_queries hidden heads encoder_layers encoder_ffn encoder_points decoder_ffn crop "
+    "num_points oversample ssl_steps sup_steps dewa_steps labeled_batch unlabeled_batch dewa_batch "
+    "test_size test_max eval_batch points_per_side points_per_batch checkpoint_every log_every",
+    (0, INF): "backbone_lr_multiplier decoder_layers class_weight mask_weight dice_weight "
+    "no_object_weight lambda_u burn_in burn_in_warm lr weight_decay poly_power dewa_crop white "
+    "workers",
+    (0.1, INF): "blur_radius",
+    (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
+    "object_mask_threshold overlap_threshold pred_iou_thresh stability_thresh mask_nms_thresh",
+    (0, 0.5): "jitter_hue",
+    (0, 2**32 - 1): "seed",
+    (0, 10_000): "clip_scale",
+    (0.1, 20): "scale_min scale_max",
 }
-SHARES = (
-    "importance",
-    "ema_decay",
-    "cutmix_prob",
-    "grayscale_prob",
-    "blur_prob",
-    "jitter",
-    "object_mask_threshold",
-    "overlap_threshold",
-    "pred_iou_thresh",
-    "stability_thresh",
-    "mask_nms_thresh",
-)
-# A hue beyond half a circle comes round; seeds are multiplied by steps and slots, and torch takes 64 bits; larger scales overflow the softmax.
-BETWEEN = {
-    "jitter_hue": (0, 0.5),
-    "seed": (0, 2**32 - 1),
-    "clip_scale": (0, 10_000),
-    "scale_min": (0.1, 20),
-    "scale_max": (0.1, 20),
+CHOICES = {
+    "classifier": ("language", "linear"),
+    "teacher_posterior": ("decoder", "clip", "ensemble"),
+    "labels": ("panoptic", "semantic"),
+    "optimizer": ("adamw",),
+    "schedule": ("poly",),
+}
+# What else holds of a value x in a configuration c, and the words for it.
+RULES = {
+    "alpha": (
+        lambda x, c: _is_alpha(x),
+        "a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last "
+        "step), or `labeled`",
+    ),
+    "scale_min": (lambda x, c: x <= c.scale_max, "no more than --scale-max {0.scale_max}"),
+    "scale_min scale_max": (lambda x, c: abs(10 * x - round(10 * x)) < 1e-6, "a multiple of 0.1"),
+    "burn_in burn_in_warm": (
+        lambda x, c: x <= 1 or x % 1 == 0,
+        "a share of the steps, below 1, or a whole number of steps",
+    ),
+    "crop dewa_crop": (lambda x, c: x % 32 == 0, "a multiple of 32, the coarsest stride"),
+    "white": (
+        lambda x, c: x == 0 or 255 <= x <= 65535,
+        "0 (measured), or a grey value of 16 bits, 255 to 65535",
+    ),
+    "hidden": (
+        lambda x, c: x % 32 == 0 and x % c.heads == 0,
+        "a multiple of 32 (groups of the normalisation) and of --heads {0.heads}",
+    ),
+    "clip_norm": (lambda x, c: x > 0, "a number above 0"),
+    "test_size": (lambda x, c: x <= c.test_max, "no more than --test-max {0.test_max}"),
+    "importance": (
+        lambda x, c: x == 0 or int(x * c.num_points) >= 1,
+        "0, or enough for one of --num-points {0.num_points}",
+    ),
 }
 
 
-BEFORE = {
-    "white": 65535
-}  # what versions did that did not know a number yet, and so did not store it
+# What versions did that did not know a field yet, and so did not store it.
+BEFORE = {"white": 65535, "optimizer": "adamw", "schedule": "poly"}
 
 
 def numbers_of(stored: dict) -> dict:
-    """The fields of Config in what a run has stored, as the version behaved that stored it; nothing of what is no run."""
+    """The fields of Config in what a run has stored, as the version behaved that stored it."""
     known = {**BEFORE, **stored} if stored else {}
-    return {name: known[name] for name in (field.name for field in fields(Config)) if name in known}
+    return {f.name: known[f.name] for f in fields(Config) if f.name in known}
+
+
+def dashed(name: str) -> str:
+    """A field of Config as a flag."""
+    return "--" + name.replace("_", "-")
 
 
 def require_ranges(cfg: Config) -> None:
-    """Raise UserError for a number that no run can use, before the stage finds out in its own way."""
-
-    def wrong(name, expected):
-        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {expected}")
-
-    for least, names in AT_LEAST.items():
-        for name in names:
-            if not least <= getattr(cfg, name) < float("inf"):
-                wrong(name, f"a number of at least {least}")
-    for name in SHARES:
-        if not 0 <= getattr(cfg, name) <= 1:
-            wrong(name, "a share, 0 to 1")
-    if cfg.scale_min > cfg.scale_max or not cfg.scale_min >= 0.1:
-        wrong("scale_min", f"at least 0.1, and no more than --scale-max {cfg.scale_max}")
-    for name, (least, most) in BETWEEN.items():
-        if not least <= getattr(cfg, name) <= most:
-            wrong(name, f"a number from {least} to {most}")
-    for name in ("scale_min", "scale_max"):
-        if abs(10 * getattr(cfg, name) - round(10 * getattr(cfg, name))) > 1e-6:
-            wrong(name, "a multiple of 0.1, the steps in which scales are drawn")
-    for name in ("burn_in", "burn_in_warm"):
-        if getattr(cfg, name) > 1 and getattr(cfg, name) % 1:
-            wrong(name, "a share of the steps, below 1, or a whole number of steps")
-    for name in ("crop", "dewa_crop"):
-        if getattr(cfg, name) % 32:
-            wrong(name, "a multiple of 32, the coarsest stride: all maps must cover the same area")
-    if cfg.white and not 255 <= cfg.white <= 65535:
-        wrong("white", "0 (measured), or a grey value of 16 bits, 255 to 65535")
-    if cfg.hidden % 32 or cfg.hidden % cfg.heads:
-        wrong(
-            "hidden", f"a multiple of 32 (groups of the normalisation) and of --heads {cfg.heads}"
-        )
-    if not cfg.clip_norm > 0:
-        wrong("clip_norm", "a number above 0")
-    if cfg.test_size > cfg.test_max:
-        wrong("test_size", f"no more than --test-max {cfg.test_max}, the limit of the long side")
-    if cfg.importance and int(cfg.importance * cfg.num_points) < 1:
-        wrong("importance", f"0, or enough for one of --num-points {cfg.num_points}")
+    """Raise UserError for a value that no run can use, before a stage finds out in its own way."""
+    for name, values in CHOICES.items():
+        choose(name.replace("_", " "), getattr(cfg, name), values)
+    rules = [(names, _within(*bounds), _bounds(*bounds)) for bounds, names in BOUNDS.items()]
+    for names, holds, expected in rules + [(names, *rule) for names, rule in RULES.items()]:
+        for name in names.split():
+            if not holds(getattr(cfg, name), cfg):
+                raise UserError(
+                    f"{dashed(name)} {getattr(cfg, name)}: expected {expected.format(cfg)}"
+                )
 
 
-def require_learning(cfg: Config, stage: str) -> None:
-    """Raise UserError for numbers with which a training stage would run and change nothing. stage: dewa, sup or ssl."""
-    if cfg.lr == 0:
-        raise UserError("--lr 0: nothing would be learned; expected a number above 0")
-    if cfg.lr * cfg.weight_decay >= 1:
-        raise UserError(
-            f"--weight-decay {cfg.weight_decay}: at --lr {cfg.lr} a step would take all of a weight away; expected less than {1 / cfg.lr:g}"
-        )
-    if cfg.train_backbone and cfg.backbone_lr_multiplier == 0:
-        raise UserError(
-            "--backbone-lr-multiplier 0: the backbone would not be trained; leave --train-backbone out"
-        )
-    terms = (
-        ("mask_weight", "dice_weight")
-        if stage == "dewa"
-        else ("class_weight", "mask_weight", "dice_weight")
-    )
-    if not any(getattr(cfg, name) for name in terms):
-        raise UserError(
-            f"{' and '.join('--' + name.replace('_', '-') for name in terms)} are 0: there is nothing to learn; expected one above 0"
-        )
+def _within(least: float, most: float):
+    return lambda x, c: least <= x <= most and x != INF  # no NaN, either
 
 
-def require_semi_supervised(cfg: Config, warm: bool) -> None:
-    """Raise UserError if a run of stage ssl would end before its first unlabelled image. warm: it starts from DeWa weights."""
-    burn_in, flag = cfg.burn_in_steps(warm), "--burn-in-warm" if warm else "--burn-in"
-    if burn_in >= cfg.ssl_steps:
-        raise UserError(
-            f"{flag} {burn_in}: all {cfg.ssl_steps} steps of the run (--steps) would pass without an unlabelled image; expected fewer, "
-            f"or a share of the steps such as 0.5"
-        )
+def _bounds(least: float, most: float) -> str:
+    if most == INF:
+        return f"a number of at least {least}"
+    return "a share, 0 to 1" if (least, most) == (0, 1) else f"a number from {least} to {most}"
 
 
-def ablations(cfg: Config, stage: str, warm: bool = False) -> list[str]:
-    """What numbers that a run may well have, to see what becomes of it, make of the method: a line each. stage: dewa, sup or ssl."""
-    lines = []
-    if stage != "dewa" and not cfg.class_weight:
-        lines.append("--class-weight 0: no classes are learned")
-    if stage != "dewa" and not (cfg.mask_weight or cfg.dice_weight):
-        lines.append("--mask-weight 0 and --dice-weight 0: no masks are learned")
-    if stage == "ssl" and not cfg.lambda_u:
-        lines.append("--lambda-u 0: the unlabelled images change nothing, a supervised run")
-    if stage == "ssl" and cfg.ema_decay == 1 and (warm or cfg.burn_in):
-        lines.append("--ema-decay 1: the teacher stays as it is after the burn-in")
-    if stage == "ssl" and cfg.teacher_posterior == "ensemble" and str(cfg.alpha) in ("1", "1.0"):
-        lines.append("--alpha 1: CLIP has no say, as with --method ssl")
-    return lines
+def _is_alpha(value: float | str) -> bool:
+    try:
+        return value == "labeled" or all(0 <= alpha_at(value, end) <= 1 for end in (0.0, 1.0))
+    except ValueError:
+        return False

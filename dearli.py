@@ -30,7 +30,10 @@ import inspect
 import io
 import json
 
-from engine.command_line import MAKES, check, help_page, parser, require_there, stopped
+from config import METHODS
+from engine.checks import check, require_there
+from engine.flags import MAKES
+from engine.parser import help_page, parser, stopped
 from ground import packages
 from ground.errors import UserError, choose
 
@@ -154,8 +157,8 @@ def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
 
 def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, masks=None):
     """The semi-supervised stage, by one of the methods of `config.METHODS`."""
-    from config import require_semi_supervised
     from engine.begin import as_begun, beginning, begun, require_training_files, settle
+    from engine.checks import require_semi_supervised
     from readers.checks import require_files
 
     folder = place.out or place.folder(source, f"{method}-{source.split}", cfg.seed)
@@ -169,14 +172,14 @@ def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, m
         )
     require_training_files(dataset, cfg, course.evaluate)
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
-    if method == "dearli" and init is None and not before.knows_init:
+    if METHODS[method].warm and init is None and not before.knows_init:
         init = warm_up(source, place, machine, cfg, course, dataset, folder, masks)
     elif idle := sorted(course.given & MAKES["ssl"]):  # only with --resume: else they are refused
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         print(f"{folder}: goes on with the warm-up that it began with; {flags} change nothing")
     start, record = beginning(folder, before, init)
     # of a --dry-run there may be no DeWa weights yet: its steps are those of a run that has them
-    warm = record is not None or method == "dearli"
+    warm = record is not None or METHODS[method].warm
     require_semi_supervised(cfg, warm)
     about = {
         "data": dataset.train.fingerprint(),

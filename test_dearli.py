@@ -39,6 +39,7 @@ import mean_teacher
 import model as m2f
 from clip_ensemble import Vocabulary, alpha_of_share, geometric_ensemble, mask_pool
 from config import (
+    BEFORE,
     MINI,
     OFFICIAL,
     Config,
@@ -1424,8 +1425,9 @@ def test_a_run_stores_the_white_point_that_it_was_trained_with(tmp_path, capsys)
         and "white: 1023 there, 16383 now" in capsys.readouterr().err
     )
     # versions before this number divided by 256; what is no run has no numbers
-    assert numbers_of({"alpha": 0.5}) == {"alpha": 0.5, "white": 65535} and numbers_of({}) == {}
-    old = {name: value for name, value in stored.items() if name != "white"}
+    assert numbers_of({"alpha": 0.5}) == {**BEFORE, "alpha": 0.5} and numbers_of({}) == {}
+    assert BEFORE == {"white": 65535, "optimizer": "adamw", "schedule": "poly"}
+    old = {name: value for name, value in stored.items() if name not in BEFORE}
     assert training.differing(old, {**stored, "white": 65535}) == [] and training.differing(
         old, stored
     ) == ["white"]

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_ensemble import alpha_of_share
-from config import PRESETS, Config, ablations
+from config import PRESETS, Config
 from engine import checkpoint, masks, rehearsal, stored
 from engine.checkpoint import require_free
+from engine.checks import ablations
 from engine.method import Method
 from engine.request import Course, Source
 from engine.sameness import MAY_CHANGE

@@ -12,16 +12,13 @@ from typing import Iterable, Iterator, Protocol
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from config import METHODS, Config
 from data import Batches
 from inference import Prediction
 from readers.ground_truth import DataSet, Taxonomy, Truth
 
-METHOD_CLASSES = {
-    "dewa": "dewa.Dewa",
-    "sup": "mean_teacher.Supervised",
-    **dict.fromkeys(("ssl", "dear", "dearli"), "mean_teacher.MeanTeacher"),
-}
+# Runs of stages that have no --method.
+BASELINES = {"dewa": "dewa.Dewa", "sup": "mean_teacher.Supervised"}
 
 
 class Metric(Protocol):
@@ -100,5 +97,5 @@ class Method(Protocol):
 
 def find(name: str) -> "type[Method]":
     """The class of a method, or of the stage of a run that has none: "dear", "sup", "dewa"."""
-    module, _, kind = METHOD_CLASSES[name].rpartition(".")
+    module, _, kind = (BASELINES.get(name) or METHODS[name].place).rpartition(".")
     return getattr(importlib.import_module(module), kind)

@@ -1,9 +1,10 @@
-"""The optimiser of every stage: AdamW with Mask2Former's parameter groups, poly schedule, clipping
-of the whole gradient.
+"""Optimisers and schedules, by the names that the configuration gives them, and a step down the
+gradients.
 
-Source: the official training scripts. Norm layers and nn.Embedding weights have no weight decay;
-    bare parameters (logit_scale,
-level_embed of the pixel decoder) do. A trained backbone learns at a fraction of the rate.
+Source: the official training scripts: AdamW with Mask2Former's parameter groups, poly schedule,
+clipping of the whole gradient. Norm layers and nn.Embedding weights have no weight decay; bare
+parameters (logit_scale, level_embed of the pixel decoder) do. A trained backbone learns at a
+fraction of the rate.
 Try: `python dearli.py --stage sup --steps 250 --clip-norm 0.01 --out runs/try-clip`: the paper's
 clipping, a hundredth of what this small decoder is given.
 """
@@ -17,9 +18,9 @@ from config import Config
 from ground import ranks
 
 
-def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over the parameters of `model` that require gradients; each group keeps its own
-    `lr_factor` of the schedule.
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """The optimiser that `cfg.optimizer` names, over the parameters of `model` that require
+    gradients; each group keeps its own `lr_factor` of the schedule.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for module_name, module in model.named_modules():
@@ -29,19 +30,30 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
             exempt = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding))
             factor = cfg.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0
             groups.setdefault((factor, 0.0 if exempt else cfg.weight_decay), []).append(param)
-    return torch.optim.AdamW(
-        [
-            {"params": params, "lr": cfg.lr * factor, "lr_factor": factor, "weight_decay": decay}
-            for (factor, decay), params in groups.items()
-        ],
-        lr=cfg.lr,
-        fused=True,
-    )
+    parts = [
+        {"params": params, "lr": cfg.lr * factor, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), params in groups.items()
+    ]
+    return OPTIMIZERS[cfg.optimizer](parts, cfg)
+
+
+def adamw(groups: list[dict], cfg: Config) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+
+
+def poly(step: int, steps: int, cfg: Config) -> float:
+    """Share of cfg.lr at a step, from 0: (1 - t / steps) ** power."""
+    return (1 - step / steps) ** cfg.poly_power
+
+
+# By the names that `config.CHOICES` lists.
+OPTIMIZERS = {"adamw": adamw}
+SCHEDULES = {"poly": poly}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config) -> float:
-    """Poly schedule: lr(t) = lr * (1 - t / steps) ** power, t from 0. Returns lr(t)."""
-    lr = cfg.lr * (1 - step / steps) ** cfg.poly_power
+    """The learning rate of step t, from 0, by the schedule that `cfg.schedule` names. Returns it."""
+    lr = cfg.lr * SCHEDULES[cfg.schedule](step, steps, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     return lr

@@ -7,16 +7,9 @@ from pathlib import Path
 
 from config import PAPERS_DATASETS
 from engine import checkpoint, stored
-from engine.command_line import (
-    DATASETS,
-    check,
-    configure,
-    given,
-    parser,
-    require_of_the_run,
-    require_sense,
-    steps_of,
-)
+from engine.checks import check, require_of_the_run, require_sense
+from engine.flags import DATASETS, configure, given, steps_of
+from engine.parser import parser
 from engine.request import Course, Place, Source, machine, part
 from engine.stored import Stored, require_config, written_config
 from ground import ranks

@@ -3,7 +3,7 @@
 import dataclasses
 
 from config import BEFORE, Config
-from engine.command_line import READS
+from engine.flags import READS
 from ground.identity import differences
 
 # What may change on --resume: how far to go, how fast, and how masks are made, which is another

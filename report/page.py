@@ -19,7 +19,9 @@ from string import Template
 import numpy as np
 
 from config import PAPERS_DATASETS, PRESETS, Config, changes
-from engine.command_line import READS, idle, parser
+from engine.checks import idle
+from engine.flags import READS
+from engine.parser import parser
 from engine.run_log import read_log
 from ground.errors import UserError
 from ground.files import write_atomic

@@ -21,7 +21,10 @@ from PIL import Image
 import dearli
 from clip_ensemble import Vocabulary
 from config import MINI
-from engine import checkpoint, command_line
+from engine import checkpoint
+from engine.checks import idle
+from engine.flags import FLAGS, READS, configure, usual_method
+from engine.parser import parser
 from mini import microcosm
 from model import Mask2Former
 from readers import downloads
@@ -283,8 +286,6 @@ def validated(root, *flags, code, capsys):
         root,
         "--json",
         target,
-        "--device",
-        "cpu",
         "--workers",
         0,
         *flags,
@@ -389,14 +390,12 @@ TINY_FLAGS = [
 def fitting(args, flags=TINY_FLAGS):
     """args, and of the pairs in flags those that their stage reads."""
     args = [str(a) for a in args]
-    asked = command_line.parser().parse_args([a for a in args if a != "--resume"])
+    asked = parser().parse_args([a for a in args if a != "--resume"])
     if asked.stage == "ssl":
-        asked.method = asked.method or command_line.usual_method(asked)
+        asked.method = asked.method or usual_method(asked)
     flags = [*map(str, flags)]
-    known = {
-        flag.dest for flag in command_line.FLAGS if asked.stage in flag.stages
-    } | command_line.READS[asked.stage]
-    known -= command_line.idle(asked, command_line.configure(asked)).keys()
+    known = {flag.dest for flag in FLAGS if asked.stage in flag.stages} | READS[asked.stage]
+    known -= idle(asked, configure(asked)).keys()
     pairs = [
         (flag, value)
         for flag, value in zip(flags[::2], flags[1::2])

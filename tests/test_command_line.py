@@ -20,8 +20,11 @@ import data
 import dearli
 import mean_teacher
 from config import MINI, OFFICIAL, Config
-from engine import checkpoint, command_line, stages, training
+from engine import checkpoint, stages, training
+from engine.checks import check
 from engine.evaluation import evaluate
+from engine.flags import ALL, DATASETS, FLAGS, READS, SOURCES, STORED, reads
+from engine.parser import HINTS, WIDTH, flag_texts, numbers, parser
 from ground import colours
 from ground.errors import UserError
 from mini import microcosm, scenes
@@ -30,34 +33,25 @@ from report import watch
 from tests.helpers import ROOT, SSL, fitting, log_of, run, wait_for, write_coco_folder
 from tools import importer
 
-# ------------------------------------------------------------------------------------------- command_line.py, rehearsal.py, watch.py
+# ----------------------------- engine/flags.py, parser.py, checks.py, rehearsal.py; report/watch.py
 
 
 def test_help_is_one_screen_and_the_pages_of_the_stages_have_every_flag_and_every_number(capsys):
     assert dearli.main(["--help"]) == 0
     screen = capsys.readouterr().out.splitlines()
     assert len(screen) <= 40 and max(map(len, screen)) <= 110
-    assert [
-        line.split()[1 if line[2] != " " else 0] for line in screen[4 : 4 + len(command_line.ALL)]
-    ] == [*command_line.ALL]
+    assert [line.split()[1 if line[2] != " " else 0] for line in screen[4 : 4 + len(ALL)]] == [*ALL]
     shown = Counter()
-    for stage in command_line.ALL:
+    for stage in ALL:
         if stage != "demo":
             assert dearli.main(["--stage", stage, "--help"]) == 0
             page = capsys.readouterr().out
-            assert max(map(len, page.splitlines())) <= command_line.WIDTH
+            assert max(map(len, page.splitlines())) <= WIDTH
             flags = set(re.findall(r"^  (--[\w-]+)", page, re.M))
-            assert {
-                f"--{flag.name}" for flag in command_line.FLAGS if stage in flag.stages
-            } <= flags
+            assert {f"--{flag.name}" for flag in FLAGS if stage in flag.stages} <= flags
             shown.update(flags)
     assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config)} <= shown.keys()
-    fields = [
-        name
-        for section in command_line.numbers().values()
-        for name, text in section
-        if text.strip()
-    ]
+    fields = [name for section in numbers().values() for name, text in section if text.strip()]
     assert fields == [f.name for f in dataclasses.fields(Config)]
     assert dearli.main(["--stage", "ssl", "--dataset", "coco", "--help"]) == 0 and re.search(
         r"--crop .*\[512\]", capsys.readouterr().out
@@ -65,11 +59,11 @@ def test_help_is_one_screen_and_the_pages_of_the_stages_have_every_flag_and_ever
 
 
 def test_stages_on_the_command_line_are_those_that_there_are():
-    assert sorted(command_line.ALL) == sorted(stages.STAGES) and command_line.SOURCES == tuple(
-        annotations.READERS
-    )
-    assert command_line.MASK_FORMS == tuple(annotations.FORMS)
-    assert command_line.PRECISIONS == tuple(stages.PRECISIONS)
+    assert sorted(ALL) == sorted(stages.STAGES) and SOURCES == tuple(annotations.READERS)
+    texts, precisions = flag_texts(), [f.choices for f in FLAGS if f.name == "precision"]
+    assert ", ".join(annotations.FORMS) in texts["masks-are"]
+    assert texts["dataset"] == ", ".join(DATASETS)
+    assert precisions == [tuple(stages.PRECISIONS)] and all(texts.values())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +86,8 @@ def test_stages_on_the_command_line_are_those_that_there_are():
         ("--config", "--preset NAME"),
         ("--data", "it is --data-root"),
         ("--output-dir", "it is --out DIR"),
-        ("--pretrain", "it is --pretrained"),
+        ("--pretrain", "--pretrained is of the backbone"),
+        ("--optim", "did you mean --optimizer?"),
         ("--amp", "it is --precision bf16"),
         ("--labeled_batch", "did you mean --labeled-batch?"),
         ("--Lr", "did you mean --lr?"),
@@ -106,19 +101,11 @@ def test_flags_of_other_programs_get_the_name_that_they_have_here(flag, words, c
 
 
 def test_hints_name_flags_that_there_are():
-    flags = {
-        option for action in command_line.parser()._actions for option in action.option_strings
-    }
-    for name, hint in command_line.HINTS.items():
+    flags = {option for action in parser()._actions for option in action.option_strings}
+    for name, hint in HINTS.items():
         assert (
             f"--{name}" not in flags
             and set(re.findall(r"--[a-z][\w-]+", hint)) - {"--nproc_per_node"} <= flags
-        ), name
-    for name, other in command_line.OTHER_NAMES.items():
-        assert (
-            f"--{name}" not in flags
-            and other in command_line.HINTS
-            and name not in command_line.HINTS
         ), name
 
 
@@ -156,8 +143,8 @@ def test_ctrl_c_advises_what_the_stage_has(flags, words, capsys, monkeypatch):
 
 def test_a_folder_of_ones_own_is_trained_without_clip_unless_somebody_says_otherwise():
     def method(*flags):
-        args = command_line.parser().parse_args(["--stage", "ssl", *flags])
-        command_line.check(args)
+        args = parser().parse_args(["--stage", "ssl", *flags])
+        check(args)
         return args.method
 
     custom = ["--dataset", "custom", "--data-root", "DIR"]
@@ -172,9 +159,9 @@ def test_a_folder_of_ones_own_is_trained_without_clip_unless_somebody_says_other
     )
     assert method("--dataset", "coco", "--split", "1_512") == "dearli"
     assert (
-        stages.resolve(
-            command_line.parser().parse_args(["--stage", "sup", *custom, "--device", "cpu"])
-        )[0].method
+        stages.resolve(parser().parse_args(["--stage", "sup", *custom, "--device", "cpu"]))[
+            0
+        ].method
         == "dearli"
     )
 
@@ -195,9 +182,7 @@ def test_a_cpu_without_bf16_is_told_from_one_with_it(tmp_path, monkeypatch, caps
     monkeypatch.setattr(stages, "multiplies_bf16", lambda: False)
     for precision, count in (("bf16", 1), ("fp32", 0)):
         stages.resolve(
-            command_line.parser().parse_args(
-                ["--stage", "sup", "--device", "cpu", "--precision", precision]
-            )
+            parser().parse_args(["--stage", "sup", "--device", "cpu", "--precision", precision])
         )
         assert capsys.readouterr().out.count("this CPU has no instructions for it") == count
 
@@ -269,7 +254,7 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
     student = stages.build(
         stages.Job(),
-        stages.resolve(command_line.parser().parse_args(fitting(["--stage", "sup"])))[1],
+        stages.resolve(parser().parse_args(fitting(["--stage", "sup"])))[1],
         scenes.mini_taxonomy(),
     )
     assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
@@ -302,7 +287,7 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
     rows = watch.read(tmp_path / "watched")
     assert [(row["step"], row["images"]) for row in rows] == [(2, 3), (4, 3), (6, 3)]
     job, cfg = stages.resolve(
-        command_line.parser().parse_args(
+        parser().parse_args(
             ["--stage", "eval", "--weights", str(tmp_path / "watched"), "--device", "cpu"]
         )
     )
@@ -398,7 +383,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
     found = {}
 
     def stage(name, *args):
-        asked = command_line.parser().parse_args(fitting(["--stage", name, *args]))
+        asked = parser().parse_args(fitting(["--stage", name, *args]))
         job, cfg = stages.resolve(asked)
         Recorder.read.clear()
         stages.STAGES[name](job, Recorder(**dataclasses.asdict(cfg)))
@@ -473,17 +458,17 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "dewa",
         "sup",
         "ssl",
-        *command_line.STORED,
+        *STORED,
         "zeroshot",
     ):  # of a folder; the miniature world has 8 bits
-        found[name] |= {"white"} & command_line.READS[name]
+        found[name] |= {"white"} & READS[name]
     for name in found:  # no less; and no more than it makes up for
-        assert command_line.READS[name] <= found[name] <= command_line.reads(name), (
+        assert READS[name] <= found[name] <= reads(name), (
             name,
-            command_line.READS[name] - found[name],
-            found[name] - command_line.reads(name),
+            READS[name] - found[name],
+            found[name] - reads(name),
         )
-    assert {name for name in command_line.ALL if name not in found} == {
+    assert {name for name in ALL if name not in found} == {
         "prepare",
         "demo",
         "ladder",
@@ -491,10 +476,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "mini-clip",
         "mini-sam",
     }
-    assert (
-        command_line.READS["demo"]
-        == command_line.READS["masks"] | command_line.READS["dewa"] | command_line.READS["ssl"]
-    )
+    assert READS["demo"] == READS["masks"] | READS["dewa"] | READS["ssl"]
 
 
 @pytest.mark.parametrize(
@@ -589,6 +571,44 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
             "--split: the images are those of --images",
         ),
         (["--stage", "sup", "--no-eval", "--groups", "5"], "--groups: nothing is evaluated"),
+        (["--stage", "ssl", "--no-eval", "--watch", "8"], "--watch: nothing is evaluated"),
+        (
+            ["--stage", "sup", "--no-eval", "--report-images", "4"],
+            "--report-images: pictures are of an evaluation; it counts without --no-eval",
+        ),
+        (["--stage", "masks", "--no-eval"], "--no-eval: only --stage sup and ssl know it"),
+        (["--stage", "dewa", "--no-eval"], "--no-eval: only --stage sup and ssl know it"),
+        (["--stage", "dewa", "--watch", "4"], "--watch: only --stage sup, ssl, demo"),
+        (["--stage", "dewa", "--report-images", "4"], "--report-images: only --stage sup"),
+        (["--stage", "prepare", "--device", "cpu"], "--device: only --stage masks, dewa"),
+        (["--stage", "prepare", "--runs", "x"], "--runs: only --stage masks, dewa"),
+        (["--stage", "import", "--device", "cpu"], "--device: only --stage"),
+        (["--stage", "import", "--runs", "x"], "--runs: only --stage"),
+        (["--stage", "validate", "--device", "cpu"], "--device: only --stage"),
+        (["--stage", "mini-sam", "--runs", "x"], "--runs: only --stage"),
+        (
+            ["--stage", "ssl", "--method", "dear", "--no-make"],
+            "--no-make: no masks and no warm-up are made here",
+        ),
+        (
+            ["--stage", "ssl", "--method", "ssl", "--teacher-posterior", "ensemble"],
+            "--teacher-posterior ensemble: --method ssl has decoder; expected --method dear or dearli",
+        ),
+        (
+            ["--stage", "ssl", "--method", "ssl", "--teacher-posterior", "clip"],
+            "--teacher-posterior clip: --method ssl has decoder; expected --method dear or dearli",
+        ),
+        (
+            ["--stage", "ssl", "--method", "dear", "--teacher-posterior", "decoder"],
+            "--teacher-posterior decoder: --method dear has ensemble; expected --method ssl",
+        ),
+        (
+            ["--stage", "ssl", "--teacher-posterior", "decoder"],
+            "expected --method ssl, with --init FOLDER from a warm-up",
+        ),
+        (["--stage", "dewa", "--optimizer", "sgd"], "unknown optimizer 'sgd'; available: adamw"),
+        (["--stage", "ssl", "--schedule", "cosine"], "unknown schedule 'cosine'; available: poly"),
+        (["--stage", "eval", "--optimizer", "adamw"], "--optimizer: only --stage dewa, sup, ssl"),
         (["--stage", "sup", "--steps", "5", "--sup-steps", "6"], "--steps 5: --sup-steps says 6"),
         (["--stage", "ssl", "--jitter", "1.5"], "--jitter 1.5: expected a share, 0 to 1"),
         (
@@ -687,8 +707,9 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
 def test_fault_45_what_a_stage_cannot_use_or_does_not_read_is_refused_before_anything_is_imported(
     args, words, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "stages", None)  # an import of it would fail
-    assert dearli.main([*args, "--runs", str(tmp_path)]) == 2
+    monkeypatch.setattr(stages, "run", lambda args: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    assert dearli.main(args) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and message.startswith("error: ")
 

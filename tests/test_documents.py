@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import dearli
-from engine import command_line, stages
+from engine import stages
+from engine.parser import parser
 from tests.helpers import ROOT, TINY_FLAGS, fitting, log_of
 from tests.test_house import FILES
 
@@ -80,7 +81,8 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
             assert outs.setdefault(folder, name) == name, f"{folder} is a run of two data sets"
     assert len(listed) > 50 and len(outs) > 20
     for arguments in listed:
-        args = command_line.parser().parse_args([*arguments, "--device", "cpu"])
+        args = parser().parse_args(arguments)
+        args.device = "cpu"
         if args.stage not in (
             "eval",
             "predict",

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import dearli
-from engine import command_line, stages
+from engine import stages
+from engine.parser import parser
 from mini import scenes
 from readers import sixteen_bit
 from report import gallery, page
@@ -255,7 +256,7 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
     for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
         made = page.commands(page.read(folder))
         assert len(made) == number
-        args = command_line.parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
+        args = parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
         job, cfg = stages.resolve(args)
         stored = json.loads((folder / "config.json").read_text())
         assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(

@@ -18,8 +18,9 @@ from PIL import Image, ImageFont
 import dearli
 import model as m2f
 from config import Config
-from engine import checkpoint, command_line, evaluation, stages, training
+from engine import checkpoint, evaluation, stages, training
 from engine.evaluation import evaluate
+from engine.flags import READS
 from ground import colours, files, tensor_files
 from ground.errors import UserError
 from mini import microcosm, scenes
@@ -770,7 +771,7 @@ def test_an_official_file_predicts_what_its_run_predicts(small_run, tmp_path):
     )
     picture = Image.open(small_run / "pictures" / "a.png")
     config = checkpoint.newest(small_run / "run")["config"]
-    numbers = {name: config[name] for name in command_line.READS["predict"]}
+    numbers = {name: config[name] for name in READS["predict"]}
     one, two = (
         dearli.load(small_run / "run", device="cpu")(picture),
         dearli.load(tmp_path / "student.pth", dataset="mini", device="cpu", **numbers)(picture),

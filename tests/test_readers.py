@@ -86,7 +86,7 @@ def test_a_sound_data_set_is_described_and_passes(small_mini, tmp_path, capsys):
         validated(root, code=0, capsys=capsys)[2]["counts"]["labelled"]["images"] == 6
     )  # without --split: all
     assert (
-        dearli.main(["--stage", "validate", "--split", "4", "--device", "cpu"]) == 0
+        dearli.main(["--stage", "validate", "--split", "4"]) == 0
         and "no problem found" in capsys.readouterr().out
     )
 
@@ -198,8 +198,6 @@ def test_presets_are_validated_with_their_own_rules_and_class_maps(tmp_path, mon
         "ade20k",
         "--data-root",
         str(tmp_path),
-        "--device",
-        "cpu",
         "--workers",
         "0",
     ]

@@ -222,7 +222,7 @@ def test_fault_07_a_run_that_is_stopped_at_every_step_equals_one_that_is_not_bit
         "--stage",
         stage,
         *(["--method", "dear"] if stage == "ssl" else []),
-        "--no-eval",
+        *([] if stage == "dewa" else ["--no-eval"]),
         "--masks",
         tmp_path / "masks",
         "--steps",
@@ -606,18 +606,16 @@ def test_fault_13_a_run_whose_step_spoils_a_weight_stops_at_once_and_keeps_its_c
             self.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
-    masks = ["--masks", tmp_path / "masks"] if stage == ["dewa"] else []
+    own = ["--masks", tmp_path / "masks"] if stage == ["dewa"] else ["--watch", 0]
     assert (
         run(
             "--stage",
             *stage,
-            *masks,
+            *own,
             "--steps",
             8,
             "--checkpoint-every",
             2,
-            "--watch",
-            0,
             "--out",
             tmp_path / "run",
         )

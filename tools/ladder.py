@@ -20,9 +20,10 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from config import Config, require_semi_supervised
+from config import Config
 from engine import masks
 from engine.begin import Begun, beginning, identity, settle
+from engine.checks import require_semi_supervised
 from engine.evaluation import predict_image
 from engine.method import Method
 from engine.request import Course, Machine, Place, Source
