@@ -1,12 +1,18 @@
-"""DEARLi from the command line: every stage of the method, and the whole of it on a miniature world.
+"""DEARLi from the command line: every stage of the method, and the whole of it on a miniature
+world.
 
     python dearli.py                              the demo: all stages on `mini`, a table, a picture
-    python dearli.py --stage import --from labelme --input DIR --out NEW       annotations as a data set
-    python dearli.py --stage validate --dataset custom --data-root DIR         what is in it, and wrong
-    python dearli.py --stage masks --dataset mini                              SAM's masks of all images
-    python dearli.py --stage dewa --dataset mini                               decoder warm-up on them
+    python dearli.py --stage import --from labelme --input DIR --out NEW       annotations as a data
+    set
+    python dearli.py --stage validate --dataset custom --data-root DIR         what is in it, and
+    wrong
+    python dearli.py --stage masks --dataset mini                              SAM's masks of all
+    images
+    python dearli.py --stage dewa --dataset mini                               decoder warm-up on
+    them
     python dearli.py --stage sup --dataset mini --split 16                     supervised baseline
-    python dearli.py --stage ssl --dataset mini --split 16 --method dearli     the semi-supervised stage
+    python dearli.py --stage ssl --dataset mini --split 16 --method dearli     the semi-supervised
+    stage
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
     python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions
     python dearli.py --stage report --weights runs/mini-dearli-16 --compare runs/mini-sup-16
@@ -268,8 +274,7 @@ def stage_eval(stored, source, place, machine, cfg, course, masks):
     require_writable(folder)
     require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation", classes=True)
-    kind = method_of(stored)
-    method = restore(stored, kind, cfg, dataset.taxonomy, machine.device, source.name)
+    method = restore(stored, cfg, dataset.taxonomy, machine.device, source.name)
     pictures = Pictures(course.report_images, masks or place.masks(source))
     finish(method, dataset, folder, source, course, pictures, stored.config)
     return folder
@@ -281,35 +286,13 @@ def stage_predict(
     """A run, or an official file, applied to pictures of one's own."""
     from pathlib import Path
 
-    from tools.predict import Pictures
+    from tools.predict import Pictures, predictor
 
     folder = out or Path("predictions")
     pictures = Pictures(input, folder, force, resume)
     done = pictures.fill(predictor(stored, source, machine, cfg, which, posterior, palette))
     print(f"{folder}: predictions of {len(pictures.names)} pictures, {done} of them made now")
     return folder
-
-
-def predictor(stored, source, machine, cfg, which, posterior, palette):
-    """The student or the teacher of a run, with its own classes, as a function of images."""
-    from engine.stored import restore
-    from report.finish import repainted
-    from tools.predict import Predictor
-
-    if cfg.alpha == "labeled":
-        raise UserError("--alpha labeled: expected a number, pictures have no labelled share")
-    if stored.is_warm_up:
-        raise UserError(
-            f"{stored.path}: a DeWa run knows no classes; expected one of --stage sup or --stage "
-            "ssl"
-        )
-    choose(f"model of {stored.path}", which, stored.names)
-    taxonomy = repainted(stored.taxonomy(source, cfg), palette == "safe")
-    method = restore(stored, method_of(stored), cfg, taxonomy, machine.device, source.name)
-    posteriors = [r.split("/")[1] for r in method.readings if r.split("/")[0] == which]
-    usual = method.reading.split("/")[1]
-    posterior = choose("posterior of this run", posterior or usual, posteriors)
-    return Predictor(method, f"{which}/{posterior}", {"weights": str(stored.path)})
 
 
 def stage_report(stored, source, place, machine, cfg, compare, masks, report_images, palette):
@@ -322,9 +305,8 @@ def stage_report(stored, source, place, machine, cfg, compare, masks, report_ima
     folder = results_folder(stored, place)
     require_writable(folder)
     pictures = Pictures(report_images, masks or place.masks(source))
-    return report_again(
-        stored, source, machine.device, cfg, folder, compare, pictures, palette == "safe", method_of
-    )
+    safe = palette == "safe"
+    return report_again(stored, source, machine.device, cfg, folder, compare, pictures, safe)
 
 
 def stage_zeroshot(source, place, machine, cfg, masks):
@@ -345,13 +327,6 @@ def stage_export(stored, source, cfg, out, format):
     from tools.export import export
 
     return export(stored, source, cfg, out, format)
-
-
-def method_of(stored):
-    """The class of the method of a run; official files are DEARLi's."""
-    from engine.method import find
-
-    return find(stored.config.get("stage", "dearli"))
 
 
 def results_folder(stored, place):
@@ -384,8 +359,7 @@ def stage_demo(source, place, machine, cfg, course, jobs):
     cfg = settle(cfg, dataset)
     for rung in rungs.values():
         stored = read(rung.folder(place, source, cfg))
-        kind = method_of(stored)
-        method = restore(stored, kind, cfg, dataset.taxonomy, machine.device, source.name)
+        method = restore(stored, cfg, dataset.taxonomy, machine.device, source.name)
         title = "supervised" if rung.kind == "sup" else rung.title
         methods.append((title, method, rung.reading))
     ladder.picture(methods, dataset, top / "demo.png")
@@ -511,6 +485,7 @@ def load(weights, **flags):
     flags: those of the command line, as `which="teacher", device="cpu"`.
     """
     from engine.resolve import resolve_load
+    from tools.predict import predictor
 
     request = resolve_load(weights, flags)
     names = inspect.signature(predictor).parameters

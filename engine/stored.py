@@ -17,7 +17,7 @@ import torch
 from config import Config
 from engine import checkpoint
 from engine.checkpoint import state_of
-from engine.method import Method
+from engine.method import Method, find
 from engine.request import Source, classes_of
 from ground import tensor_files
 from ground.errors import UserError
@@ -39,6 +39,11 @@ class Stored:
     @property
     def config(self) -> dict:
         return self.state.get("config", {})
+
+    @property
+    def method(self) -> type[Method]:
+        """The class of its method; official files are DEARLi's."""
+        return find(self.config.get("stage", "dearli"))
 
     @property
     def is_warm_up(self) -> bool:
@@ -123,13 +128,14 @@ def require_config(config: dict, source: Path) -> dict:
     return config
 
 
-def restore(stored: Stored, make: type[Method], cfg: Config, taxonomy: Taxonomy, device, name: str):
+def restore(stored: Stored, cfg: Config, taxonomy: Taxonomy, device, name: str) -> Method:
     """A method with the weights of a run or file in it, of those models that it stores. name: of
     the data set.
     """
     if not stored.names:
         raise UserError(f"{stored.path}: no checkpoint (step_*.pt) in this folder")
-    method = make(cfg, taxonomy, device, clip=clip_of(stored), warm=bool(stored.config.get("init")))
+    warm = bool(stored.config.get("init"))
+    method = stored.method(cfg, taxonomy, device, clip=clip_of(stored), warm=warm)
     require_foundation(stored.config, method.models["student"], stored.path)
     require_classes(stored, len(taxonomy))
     order = class_order(stored, taxonomy, name, _class_rows(method.models["student"]))

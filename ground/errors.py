@@ -32,7 +32,7 @@ def nearest(value: str, available) -> str:
 
 
 def refuse(error: UserError) -> None:
-    """What is done about a fault in the data unless somebody collects them (`tools.validate`): nothing
-    is read any further.
+    """What is done about a fault in the data unless somebody collects them (`tools.validate`):
+    nothing is read any further.
     """
     raise error

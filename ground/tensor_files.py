@@ -1,7 +1,8 @@
 """Files of tensors: hashed, and read without executing anything.
 
-A checkpoint is a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one file,
-so that content and sum cannot part; a .safetensors file has the SHA-256 of its tensors in its header.
+A checkpoint is a plain torch file (a zip) whose comment is the SHA-256 of what precedes it: one
+file, so that content and sum cannot part; a .safetensors file has the SHA-256 of its tensors in its
+header.
 """
 
 import hashlib

@@ -115,12 +115,11 @@ def report_again(
     compare: tuple[Path, ...],
     pictures: Pictures,
     safe: bool,
-    method_of,
 ) -> Path:
     """report.html of a run, beside those of `compare`; without its data or its weights, what can be
     said without them.
 
-    method_of(stored): the class of the method of a run.   safe: colours that colour-blind people
+    safe: colours that colour-blind people
     can tell apart.
     """
     own = stored.path if stored.path.is_dir() else folder
@@ -136,13 +135,12 @@ def report_again(
         if not missing and pictures.count:
             method = restore(
                 stored,
-                method_of(stored),
                 settle(cfg, dataset),
                 dataset.taxonomy,
                 device,
                 source.name,
             )
-            beside = _others(others, cfg, dataset, device, source.name, method_of)
+            beside = _others(others, cfg, dataset, device, source.name)
             cards = draw_cards(method, dataset, run, pictures, beside)
     except UserError as error:
         missing = str(error)
@@ -151,7 +149,7 @@ def report_again(
     return folder
 
 
-def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str, method_of) -> list[Other]:
+def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str) -> list[Other]:
     """What the runs of --compare say of an image, in the paper's reading of each; one without
     weights, or of other classes, says nothing."""
     others = []
@@ -164,7 +162,7 @@ def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str, method
             if own.white not in (0, dataset.val.white):
                 raise UserError(f"{run.folder}: sees 16-bit images by another white point")
             own = settle(own, dataset)
-            method = restore(stored, method_of(stored), own, dataset.taxonomy, device, name)
+            method = restore(stored, own, dataset.taxonomy, device, name)
             others.append(Other(run.name, method, run.reading))
         except (UserError, KeyError) as error:
             print(f"warning: no pictures of a run beside this one: {error}")

@@ -42,11 +42,13 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from config import BEFORE
+from config import BEFORE, Config
 from engine.evaluation import predict_image
 from engine.method import Method
+from engine.request import Machine, Source
 from engine.run_log import append
-from ground.errors import UserError
+from engine.stored import Stored, restore
+from ground.errors import UserError, choose
 from ground.files import claim, release, write_atomic
 from ground.identity import listed
 from readers.exposure import above_white, uses_little
@@ -54,6 +56,7 @@ from readers.ground_truth import Taxonomy
 from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
 from readers.sixteen_bit import WHITE
 from report import drawing
+from report.finish import repainted
 from tools.prepare import encode
 
 KINDS = ("panoptic", "semantic", "overlay")
@@ -145,6 +148,32 @@ class Predictor:
             **{name: getattr(self.cfg, name) for name in NUMBERS},
             "white": self.white,
         }
+
+
+def predictor(
+    stored: Stored,
+    source: Source,
+    machine: Machine,
+    cfg: Config,
+    which: str,
+    posterior: str,
+    palette: str,
+) -> Predictor:
+    """The student or the teacher of a run, with its own classes. posterior: empty: the paper's."""
+    if cfg.alpha == "labeled":
+        raise UserError("--alpha labeled: expected a number, pictures have no labelled share")
+    if stored.is_warm_up:
+        raise UserError(
+            f"{stored.path}: a DeWa run knows no classes; expected one of --stage sup or --stage "
+            "ssl"
+        )
+    choose(f"model of {stored.path}", which, stored.names)
+    taxonomy = repainted(stored.taxonomy(source, cfg), palette == "safe")
+    method = restore(stored, cfg, taxonomy, machine.device, source.name)
+    posteriors = [r.split("/")[1] for r in method.readings if r.split("/")[0] == which]
+    usual = method.reading.split("/")[1]
+    posterior = choose("posterior of this run", posterior or usual, posteriors)
+    return Predictor(method, f"{which}/{posterior}", {"weights": str(stored.path)})
 
 
 def from_array(values) -> Image.Image:
