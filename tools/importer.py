@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ground.errors import UserError, choose
 from ground.files import claim, release, write_atomic
 from readers import annotations
-from readers.annotations import REST, VOID, Classes, Instance, Record, Source
+from readers.annotations import REST, VOID, Classes, Instance, Record, Source, lay
 from readers.ground_truth import Taxonomy
 from readers.pictures import brief, image_header, name_fault
 from tools.prepare import encode
@@ -225,11 +225,11 @@ def convert(
 ) -> dict:
     """Write the image and the map of one record. Returns its name, map, size, part, and segments
     with categories by key of `classes`."""
-    path, segments = output / "images" / name, []
-    held = isinstance(record.image, bytes)
-    if held:
-        write_atomic(path, record.image)
-    width, height = image_header(path if held else record.image)[0]
+    path, image, segments = output / "images" / name, record.image, []
+    if isinstance(image, bytes):
+        write_atomic(path, image)
+        image = path
+    width, height = image_header(image)[0]
     if record.read is not None:
         instances = record.read((height, width))
         stuff = {key for key, (_, thing, _) in classes.items() if not thing}
@@ -238,14 +238,10 @@ def convert(
         buffer = io.BytesIO()
         encode(ids).save(buffer, "PNG")
         write_atomic(output / "panoptic" / f"{path.stem}.png", buffer.getbuffer())
-    if not held and (segments or record.part != "val"):
-        place(record.image, path)
-    return {
-        "image": {"file_name": name, "width": width, "height": height},
-        "map": f"{path.stem}.png",
-        "part": record.part,
-        "segments": segments,
-    }
+    if image is not path and (segments or record.part != "val"):
+        place(image, path)
+    header = {"file_name": name, "width": width, "height": height}
+    return {"image": header, "part": record.part, "segments": segments}
 
 
 def paint(
@@ -265,10 +261,10 @@ def paint(
     layers, void = np.zeros(size, np.int32), len(instances) + 1
     for instance, area in zip(instances, areas):
         if not area and instance.around is not None and instance.category != REST:
-            _lay(layers, instance.around(), void)
+            lay(layers, instance.around(), void)
             dropped[VOIDED] += 1
     for k in sorted(range(len(instances)), key=lambda k: -areas[k]):
-        _lay(layers, instances[k].draw(), k + 1)
+        lay(layers, instances[k].draw(), k + 1)
     seen = np.bincount(layers.ravel(), minlength=void + 1) > 0
     _count(instances, areas, seen, dropped)
     numbers = np.zeros(void + 1, np.int32)  # of segments, by layer; -1: void
@@ -312,11 +308,6 @@ def _segments_info(ids: np.ndarray, segments: list[tuple]) -> list[dict]:
         row = {"id": n, "category_id": category, "area": areas[n], "bbox": box, "iscrowd": crowd}
         rows.append(row)
     return rows
-
-
-def _lay(ids: np.ndarray, patch: tuple[int, int, np.ndarray], number: int) -> None:
-    top, left, mask = patch
-    ids[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = number
 
 
 def place(image: Path, target: Path) -> None:
@@ -405,8 +396,9 @@ def finish(
             labeled.append(name)
         count.update(segment["category_id"] for segment in segments)
         segments = [{**segment, "category_id": ids[segment["category_id"]]} for segment in segments]
+        file = f"{Path(name).stem}.png"
         part["annotations"].append(
-            {"image_id": number, "file_name": row["map"], "segments_info": segments}
+            {"image_id": number, "file_name": file, "segments_info": segments}
         )
     listed = "".join(f"{name}\n" for name in labeled)
     write_atomic(output / "splits" / "all" / "labeled.txt", listed.encode())

@@ -7,9 +7,10 @@ image's turn comes at the latest.
 
 from readers.annotations.cityscapes import CITYSCAPES, read_cityscapes
 from readers.annotations.coco import read_coco
+from readers.annotations.files import follow_links
 from readers.annotations.labelme import read_labelme
 from readers.annotations.masks import FORMS, read_masks
-from readers.annotations.records import REST, VOID, Classes, Instance, Record, Source, follow_links
+from readers.annotations.records import REST, VOID, Classes, Instance, Record, Source, lay
 
 READERS = {
     "labelme": read_labelme,
@@ -18,4 +19,4 @@ READERS = {
     "masks": read_masks,
 }
 __all__ = ["READERS", "FORMS", "CITYSCAPES", "REST", "VOID"]
-__all__ += ["Classes", "Instance", "Record", "Source", "follow_links"]
+__all__ += ["Classes", "Instance", "Record", "Source", "follow_links", "lay"]

@@ -39,7 +39,7 @@ IMAGE, MAP = "_leftImg8bit.png", "_gtFine_instanceIds.png"  # endings
 
 def read_cityscapes(folder: Path, classes: Classes) -> Source:
     """Records of all images but those of the test set, in the division of the data set."""
-    source = Source(records=[])
+    source, records = Source(), []
     for part in ("train", "train_extra", "val"):
         maps = {*(folder / "gtFine" / part).glob(f"*/*{MAP}")}
         for image in sorted((folder / "leftImg8bit" / part).glob(f"*/*{IMAGE}")):
@@ -48,19 +48,18 @@ def read_cityscapes(folder: Path, classes: Classes) -> Source:
             if read is None:
                 _require_no_other(path)
             maps.discard(path)
-            source.records.append(Record(image.name, image, read, part.removesuffix("_extra")))
+            records.append(Record(image.name, image, read, part.removesuffix("_extra")))
         source.passed["maps without an image"] += len(maps)
-    if not source.records:
+    if not records:
         raise UserError(
             f"{folder / 'leftImg8bit'}: no PART/CITY/*{IMAGE} with PART train or val; expected the "
             "layout of the Cityscapes downloads"
         )
-    tests = [*(folder / "leftImg8bit" / "test").glob(f"*/*{IMAGE}")]
-    source.passed["images of a test set"] = len(tests)
-    source.count = len(source.records)
     for key, (name, colour) in CITYSCAPES.items():
         classes.add(key, name, "Cityscapes", key >= FIRST_THING, colour)
-    return source
+    tests = (folder / "leftImg8bit" / "test").glob(f"*/*{IMAGE}")
+    records += [Record(image.name, image, None, "test") for image in tests]
+    return source.settle(folder, records)
 
 
 def _require_no_other(path: Path) -> None:

@@ -19,21 +19,9 @@ from urllib.parse import unquote
 import numpy as np
 
 from ground.errors import UserError
-from readers.annotations.records import (
-    PARTS,
-    UNNAMED,
-    VOID,
-    Classes,
-    Instance,
-    Patch,
-    Record,
-    Source,
-    list_files,
-    require_name,
-    require_size,
-    tell_apart,
-)
-from readers.annotations.shapes import filled, join, nothing, polygon, read_points
+from readers.annotations.files import PARTS, list_files
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Patch, Record, Source
+from readers.annotations.shapes import filled, join, nothing, polygon, read_points, require_size
 from readers.mask_files import decode_rle
 from readers.panoptic import MAX_ID, read_json
 from readers.pictures import brief, name_fault
@@ -79,12 +67,8 @@ def read_coco(folder: Path, classes: Classes) -> Source:
                 source.passed["entries of images that are listed twice (joined)"] += 1
                 reads = [r.read for r in (other, record) if r.read]
                 other.read = partial(_together, reads) if reads else None
-    source.records = [record for record in records.values() if record.part != "test"]
-    source.passed["images of a test set"] += len(records) - len(source.records)
-    source.records += _unlisted(folder, pictures, records, roots, source)
-    source.count = len(source.records)
-    tell_apart(folder, source)
-    return source
+    unlisted = _unlisted(folder, pictures, records, roots, source)
+    return source.settle(folder, [*records.values(), *unlisted])
 
 
 def _together(reads: list[Callable], size: tuple[int, int]) -> list[Instance]:
@@ -94,7 +78,7 @@ def _together(reads: list[Callable], size: tuple[int, int]) -> list[Instance]:
 def _part(path: str) -> str:
     """train, val, test, or nothing: what the name of a file says, or else those of its folders,
     from the inside out."""
-    for name in reversed(PurePosixPath(path).with_suffix("").parts):
+    for name in reversed(PurePosixPath(path).parts):
         parts = {PARTS[word] for word in re.split("[^a-z]+", name.lower()) if word in PARTS}
         if len(parts) == 1:
             return parts.pop()
@@ -173,7 +157,7 @@ def _used(file: _File) -> set[tuple[int, str]]:
             )
         names[c["id"]] = c.get("name")
         if not isinstance(c.get("name"), str):
-            require_name(c.get("name"), f"{file.path}: category {c['id']}")
+            Classes.first_name(c.get("name"), f"{file.path}: category {c['id']}")
     numbers = [a.get("category_id") for a in file.content["annotations"] if isinstance(a, dict)]
     return {(number, names.get(number)) for number in numbers if isinstance(number, int)}
 
@@ -203,14 +187,14 @@ def _records(
     for place, entry in enumerate(file.content["images"]):
         try:
             key, stated = entry["id"], entry["file_name"]
-            known, again = key in names, names.get(key) == stated
+            known = key in names
             size = entry.get("height"), entry.get("width")
         except (KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path}: images[{place}] is {brief(entry)}, expected an object with id and "
                 "file_name"
             ) from None
-        if known and again:
+        if known and names[key] == stated:
             continue
         names[key] = stated
         name, uploaded = _clean(folder, path, stated)
@@ -255,11 +239,9 @@ def _by_image(file: _File) -> dict[object, list[tuple[int, dict]]]:
 def _require_pixels(path: Path, annotations: list[dict]) -> None:
     """Raise UserError if all polygons lie between 0 and 1: shares of the image, as Azure ML
     exports them, of which nothing but single pixels would be left."""
-    forms = [a.get("segmentation") for a in annotations]
-    parts = [part for form in forms if isinstance(form, list) for part in form]
-    values = [v for part in parts if isinstance(part, list) for v in part]
-    numbers = [v for v in values if isinstance(v, (int, float))]
-    if numbers and max(numbers) <= 1:
+    parts = (part for a in annotations for part in _polygons(a.get("segmentation")))
+    numbers = (v for part in parts if isinstance(part, list) for v in part)
+    if max((v for v in numbers if isinstance(v, (int, float))), default=2) <= 1:
         raise UserError(
             f"{path}: no point of a polygon is above 1, so they are shares of the image; expected "
             "pixels: multiply x by the width and y by the height of its image"
@@ -304,13 +286,14 @@ def _find(
     spellings = [name, rest] if rest and first in (*PARTS, "images", "data") else [name]
     for spelling in [] if uploaded else spellings:
         there = [at for at in places if (folder / at / spelling).is_file()]
-        parted = [folder / at / spelling for at in there if not file.part and _part(f"{at}/x")]
+        parted = [folder / at / spelling for at in there if not file.part and _part(at)]
         _require_one(file, name, [*{os.path.realpath(path): path for path in parted}.values()])
         if there:
             return folder / there[0] / spelling, there[0]
     alike = [picture for picture in pictures if f"/{picture}".endswith(f"/{name}")]
-    same = [picture for picture in alike if file.part and _part(_inside(picture)) == file.part]
-    alike = same or alike
+    if file.part:
+        own = [picture for picture in alike if _part(posixpath.dirname(picture)) == file.part]
+        alike = own or alike
     _require_one(file, name, [folder / picture for picture in alike])
     if not alike:
         raise UserError(
@@ -319,11 +302,6 @@ def _find(
             f"take {brief(name)} from {file.path.name}"
         )
     return folder / alike[0], alike[0].removesuffix(name).strip("/") or "."
-
-
-def _inside(picture: str) -> str:
-    """A path of which `_part` sees the folders of a picture alone."""
-    return f"{posixpath.dirname(picture)}/x"
 
 
 def _require_one(file: _File, name: str, images: list[Path]) -> None:
@@ -346,8 +324,6 @@ def _unlisted(
         at, part = _place(posixpath.dirname(picture), roots, listed)
         if part is None:
             passed[posixpath.dirname(picture) or "."] += 1
-        elif part == "test":
-            source.passed["images of a test set"] += 1
         else:
             yield Record(picture.removeprefix(at), folder / picture, None, part)
     if passed:
@@ -371,7 +347,7 @@ def _place(place: str, roots: dict[str, str], listed: set[str]) -> tuple[str, st
     if root is None and place in listed:
         part = roots.get(".", train)
     if part is not None and train:  # images/ may be the root of images/train and images/val
-        part = _part(f"{place}/x") or part
+        part = _part(place) or part
     if any(word.startswith(("unlabeled", "unlabelled")) for word in place.lower().split("/")):
         part = train
     inner = place if root is None else place.removeprefix(root)
@@ -406,16 +382,21 @@ def _instances(
         if isinstance(form, dict):
             draw = partial(_runs, form, size, where)
         else:
-            flat = form and all(isinstance(v, (int, float)) for v in form)  # one, no list of them
-            parts = [form] if flat else form or []
-            polygons = [read_points(part, size, where, flat=True) for part in parts]
-            draw = partial(join, [partial(polygon, points, size) for points in polygons])
+            polygons = [read_points(part, size, where, flat=True) for part in _polygons(form)]
+            draw = partial(join, [partial(polygon, points, size) for points in polygons], size)
         if a.get("ignore") in (1, True):
             category = VOID
             source.passed["objects marked as to be ignored"] += 1
         around = partial(_around, a.get("bbox"), polygons, size, where)
         instances.append(Instance(category, draw, bool(crowd), around))
     return instances
+
+
+def _polygons(form) -> list:
+    """The polygons of a segmentation, which may be one, and no list of them."""
+    if not form or not isinstance(form, list):
+        return []
+    return [form] if all(isinstance(v, (int, float)) for v in form) else form
 
 
 def _around(bbox, polygons: list[np.ndarray], size: tuple[int, int], where: str) -> Patch:

@@ -18,20 +18,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ground.errors import UserError
-from readers.annotations.records import (
-    UNNAMED,
-    VOID,
-    Classes,
-    Draw,
-    Instance,
-    Patch,
-    Record,
-    Source,
-    list_files,
+from readers.annotations.files import list_files
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Patch, Record, Source
+from readers.annotations.shapes import (
+    box,
+    filled,
+    join,
+    nothing,
+    polygon,
+    read_points,
     require_size,
 )
-from readers.annotations.shapes import box, filled, join, nothing, polygon, read_points
-from readers.pictures import FORMATS, brief, endings, name_fault
+from readers.pictures import FORMATS, brief, name_fault
 
 SHAPELESS = "point points line linestrip".split()  # have no area
 # Kinds that have corners, of labelme and of its descendants, and the others that have an area.
@@ -44,30 +42,32 @@ DOT = 5  # pixels, radius of a point, likewise
 def read_labelme(folder: Path, classes: Classes) -> Source:
     """A JSON beside every image, or elsewhere below the folder; images that no JSON names are
     unlabelled. The classes are known when the records are read."""
-    files, images = list_files(folder, ".json"), list_files(folder)
+    files, images = list_files(folder, ".json"), dict.fromkeys(list_files(folder))
     if not files:
         raise UserError(
             f"{folder}: no *.json in this folder; expected labelme's, one for every annotated image"
         )
     source = Source(count=len(images))
-
-    def records() -> Iterator[Record]:
-        used = set()
-        for file in files:
-            path = folder / file
-            content = _load(path)
-            name, image = _image(folder, file, content, images)
-            if name in used:
-                raise UserError(
-                    f"{path}: its image {brief(name)} has another JSON already; expected one JSON "
-                    "for an image"
-                )
-            used.add(name)
-            yield Record(name, image, partial(_instances, path, content, source, classes))
-        yield from (Record(name, folder / name) for name in images if name not in used)
-
-    source.records = records()
+    source.records = _records(folder, files, images, source, classes)
     return source
+
+
+def _records(
+    folder: Path, files: list[str], images: dict[str, None], source: Source, classes: Classes
+) -> Iterator[Record]:
+    used = set()
+    for file in files:
+        path = folder / file
+        content = _load(path)
+        name, image = _image(folder, file, content, images)
+        if name in used:
+            raise UserError(
+                f"{path}: its image {brief(name)} has another JSON already; expected one JSON for "
+                "an image"
+            )
+        used.add(name)
+        yield Record(name, image, partial(_instances, path, content, source, classes))
+    yield from (Record(name, folder / name) for name in images if name not in used)
 
 
 def _load(path: Path) -> dict:
@@ -84,29 +84,27 @@ def _load(path: Path) -> dict:
     return content
 
 
-def _image(folder: Path, file: str, content: dict, images: list[str]) -> tuple[str, Path | bytes]:
+def _image(folder: Path, file: str, content: dict, images: dict) -> tuple[str, Path | bytes]:
     """Name and image of a JSON: the one that it names, or of its own stem, or of the name's last
     part beside it, or the one that it holds."""
-    stated, last = content.get("imagePath"), ""
+    stated, name = content.get("imagePath"), ""
     fault = name_fault(stated)
-    if isinstance(stated, str):
-        # Written on Windows, perhaps; ../images/a.jpg is sound where it stays below the source.
+    if isinstance(stated, str):  # written on Windows, perhaps; ../ may stay below the source
         name = posixpath.join(posixpath.dirname(file), stated.replace("\\", "/"))
         name = posixpath.normpath(name)
-        fault, last = name_fault(name), posixpath.basename(name)
-        picture = (folder / name).suffix.lower() in endings()
-        if not fault and picture and (folder / name).is_file():
-            return name, folder / name  # a tutorial of labelme's own names the JSON itself
+        fault = name_fault(name)
+    if name in images:
+        return name, folder / name
     missing = f"{folder / file}: imagePath {brief(stated)} {fault or 'is not there'}"
     stem = posixpath.splitext(file)[0]
-    beside = [name for name in images if posixpath.splitext(name)[0] == stem]
-    last = posixpath.join(posixpath.dirname(file), last)
+    beside = [other for other in images if posixpath.splitext(other)[0] == stem]
+    last = posixpath.join(posixpath.dirname(file), posixpath.basename(name))
     if len(beside) > 1 and last not in beside:
-        two = " and ".join(posixpath.basename(name) for name in beside[:2])
+        two = " and ".join(posixpath.basename(other) for other in beside[:2])
         raise UserError(
             f"{missing}, and {two} have the stem of this JSON; put the right name into imagePath"
         )
-    likely = [name for name in (last, *beside) if name in (beside or images)]
+    likely = [other for other in (last, *beside) if other in (beside or images)]
     if likely:
         return likely[0], folder / likely[0]
     if not content.get("imageData"):
@@ -150,7 +148,8 @@ def _instances(
         groups[UNNAMED.get(label, label), one].append((draw, partial(filled, points, size)))
     for (category, _), shapes in groups.items():
         draws, arounds = zip(*shapes)
-        instances.append(Instance(category, partial(join, draws), around=partial(join, arounds)))
+        draw, around = partial(join, draws, size), partial(join, arounds, size)
+        instances.append(Instance(category, draw, around=around))
     return instances
 
 
@@ -180,7 +179,7 @@ def _passed(label: str, kind: str) -> str:
     return "" if kind in AREAL else f"shapes of the unknown type {brief(kind)}"
 
 
-def _drawing(kind: str, shape: dict, points: np.ndarray, size: tuple, where: str) -> Draw:
+def _drawing(kind: str, shape: dict, points: np.ndarray, size: tuple, where: str) -> partial:
     if kind in ("circle", "mask") and len(points) != 2:
         raise UserError(f"{where}: a {kind} of {len(points)} points, expected 2")
     if kind == "circle":

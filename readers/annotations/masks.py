@@ -16,18 +16,9 @@ import numpy as np
 from scipy import ndimage
 
 from ground.errors import UserError
+from readers.annotations.files import PARTS, list_files
 from readers.annotations.maps import draw_numbers, draw_regions, draw_values, read_map
-from readers.annotations.records import (
-    PARTS,
-    UNNAMED,
-    VOID,
-    Classes,
-    Instance,
-    Record,
-    Source,
-    list_files,
-    tell_apart,
-)
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.panoptic import MAX_ID
 from readers.pictures import brief
 
@@ -63,7 +54,7 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
     `_value_names`; or masks/classes.txt. Of a map of classes what `classes.stuff` names is stuff,
     and of others each connected region is a thing; if it names none, all of them are stuff.
     """
-    source = Source(records=[])
+    source, records = Source(), []
     files = _images(folder, source)
     masks = [mask for *_, masks in files for mask in masks]
     flat = any(not mask.label and not mask.single for mask in masks)
@@ -90,13 +81,8 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
         classes.add(key, name, str(folder / "masks"), not by_value or bool(classes.stuff))
     for image, name, part, own in files:
         read = partial(_instances, own, forms, values, classes) if own else None
-        if part == "test":
-            source.passed["images of a test set"] += 1
-        else:
-            source.records.append(Record(name, image, read, part))
-    source.count = len(source.records)
-    tell_apart(folder, source)
-    return source
+        records.append(Record(name, image, read, part))
+    return source.settle(folder, records)
 
 
 def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) -> None:

@@ -11,9 +11,15 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from ground.errors import UserError
-from readers.annotations.records import Draw, Patch
+from readers.annotations.records import Draw, Patch, lay
 from readers.mask_files import decode_rle
 from readers.pictures import brief
+
+
+def require_size(stated: tuple, size: tuple[int, int], claim: str, mend: str) -> None:
+    """Raise UserError if an annotation states another (height, width) than that of its image."""
+    if stated not in ((None, None), size):
+        raise UserError(f"{claim}, but it is {size} (height, width, turned as EXIF says); {mend}")
 
 
 def read_points(
@@ -69,14 +75,12 @@ def polygon(points: np.ndarray, size: tuple[int, int]) -> Patch:
     return top, left, decode_rle({**runs, "counts": runs["counts"].decode()})
 
 
-def join(draws: list[Draw]) -> Patch:
+def join(draws: list[Draw], size: tuple[int, int]) -> Patch:
     """The union of several patches."""
     patches = [patch for patch in (draw() for draw in draws) if patch[2].size]
     if len(patches) < 2:
         return patches[0] if patches else nothing()
-    top, left = (min(patch[axis] for patch in patches) for axis in (0, 1))
-    bottom, right = (max(p[axis] + p[2].shape[axis] for p in patches) for axis in (0, 1))
-    union = np.zeros((bottom - top, right - left), bool)
-    for y, x, mask in patches:
-        union[y - top : y - top + mask.shape[0], x - left : x - left + mask.shape[1]] |= mask
-    return top, left, union
+    union = np.zeros(size, bool)
+    for patch in patches:
+        lay(union, patch, True)
+    return 0, 0, union
