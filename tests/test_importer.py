@@ -15,6 +15,9 @@ import dearli
 from ground import files
 from ground.errors import UserError
 from readers import annotations, mask_files, panoptic
+from readers.annotations.coco import _runs
+from readers.annotations.labelme import _circle
+from readers.annotations.shapes import polygon
 from tests.helpers import TINY_FLAGS, fingerprint, fitting, log_of, photo, rewrite, save, validated
 from tools import importer
 
@@ -207,7 +210,7 @@ def test_run_lengths_are_read_like_polygons(tmp_path):
 
 
 def test_pixels_belong_to_a_shape_if_their_centres_do():
-    draw = lambda points: annotations._polygon(np.array(points, float), (10, 12))
+    draw = lambda points: polygon(np.array(points, float), (10, 12))
 
     def whole(patch, size=(10, 12)):
         mask = np.zeros(size, bool)
@@ -244,12 +247,12 @@ def test_pixels_belong_to_a_shape_if_their_centres_do():
         np.mgrid[:10, :12],
     )  # its long side goes through the centres where x + y = 9
     assert triangle[xs + ys < 9].all() and not triangle[xs + ys > 9].any()
-    disc = whole(annotations._circle(np.array([[5.0, 5.0], [7.0, 5.0]]), (10, 12)))
+    disc = whole(_circle(np.array([[5.0, 5.0], [7.0, 5.0]]), (10, 12)))
     assert (
         disc.sum() == 12 and disc[3:7, 4:6].all() and disc[4:6, 3:7].all()
     )  # centres within 2 of the corner at (5, 5): 4 + 4 + 4
     assert (
-        whole(annotations._circle(np.array([[5.0, 5.0], [6.5, 6.6]]), (10, 12))).sum() == 16
+        whole(_circle(np.array([[5.0, 5.0], [6.5, 6.6]]), (10, 12))).sum() == 16
     )  # and within 2.19, so that those 1.5 away on both axes are in
 
 
@@ -267,7 +270,7 @@ def test_polygons_are_as_large_as_pycocotools_says(tmp_path):
         points = (
             np.concatenate([points, points[:2] + 4, points[:1]]) if k % 5 == 0 else points
         )  # crosses itself
-        top, left, mask = annotations._polygon(points, (50, 60))
+        top, left, mask = polygon(points, (50, 60))
         whole = np.zeros((50, 60), bool)
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
         assert np.array_equal(
@@ -291,7 +294,7 @@ def test_polygons_are_as_large_as_pycocotools_says(tmp_path):
     # a square with a square hole, as tools write it in one outline: out along a cut, around the
     # hole, and back along the cut
     ring = [[1, 1], [9, 1], [9, 9], [1, 9], [1, 1], [3, 3], [3, 6], [6, 6], [6, 3], [3, 3]]
-    assert annotations._polygon(np.array(ring, float), (10, 12))[2].sum() == 64 - 9
+    assert polygon(np.array(ring, float), (10, 12))[2].sum() == 64 - 9
     # two parts of one instance, which overlap: COCO's union, 9 + 9 - 4
     parts = lambda label: (
         [[1, 1, 4, 1, 4, 4, 1, 4], [2, 2, 5, 2, 5, 5, 2, 5]]
@@ -317,7 +320,7 @@ def test_run_lengths_are_those_of_pycocotools(tmp_path):
             else {**rle, "counts": rle["counts"].encode()}
         )
         assert coco_mask.area(theirs) == 20 and coco_mask.toBbox(theirs).tolist() == [4, 4, 5, 4]
-        top, left, mask = annotations._rle(rle, (10, 12), "")
+        top, left, mask = _runs(rle, (10, 12), "")
         assert (top, left) == (0, 0) and np.array_equal(mask, scene_mask("dog"))
 
 
@@ -434,7 +437,7 @@ def test_labelme_rotated_rectangles_are_read_and_unknown_shapes_stop_nothing(tmp
     )
     truth = dataset.train.truth(0)
     assert dataset.taxonomy.names == ("cat", "dog", "lawn") and truth.areas[:2].tolist() == [
-        annotations._polygon(np.array(diamond, float), (10, 12))[2].sum(),
+        polygon(np.array(diamond, float), (10, 12))[2].sum(),
         9,
     ]
     assert (

@@ -1,0 +1,56 @@
+"""Files of a source. Links to folders are followed; a linked file may not lead out of the source, or
+of the linked folder that it is in.
+"""
+
+import os
+from pathlib import Path, PurePosixPath
+
+from ground.errors import UserError
+from readers.pictures import pictures
+
+PARTS = {  # what folders and files are called -> what they are for
+    **dict.fromkeys("train training".split(), "train"),
+    **dict.fromkeys("val valid validation".split(), "val"),
+    **dict.fromkeys("test testing".split(), "test"),
+}
+
+
+def list_files(folder: Path, ending: str = "") -> list[str]:
+    """Paths below the folder, sorted, with slashes, of the pictures, or of the files that end so
+    (with a dot, in small letters). A folder that is not there has none."""
+    images, others = _everything(folder)
+    return [name for name in others if name.lower().endswith(ending)] if ending else images
+
+
+def follow_links(folder: Path) -> list[str]:
+    """Lines that say which links to folders are followed. Raises: UserError if a linked file leads
+    out of the source and of every linked folder."""
+    images, others = _everything(folder)
+    above = {PurePosixPath(os.path.dirname(name)) for name in (*images, *others)}
+    above |= {parent for place in above for parent in place.parents}
+    links = sorted(str(place) for place in above - {PurePosixPath()})
+    links = {
+        link: os.path.realpath(folder / link) for link in links if (folder / link).is_symlink()
+    }
+    inside = tuple(os.path.join(real, "") for real in (os.path.realpath(folder), *links.values()))
+    for path in (folder / name for name in (*images, *others)):
+        if path.is_symlink() and not os.path.realpath(path).startswith(inside):
+            raise UserError(
+                f"{path}: is a link that leads out of the source, to {os.path.realpath(path)}; "
+                "expected a file (a whole folder may be a link): copy it there"
+            )
+    if not links:
+        return []
+    listed = [f"{link} -> {real}" for link, real in links.items()]
+    more = ", ..." if len(listed) > 3 else ""
+    return [f"{len(listed)} linked folders are followed: {', '.join(listed[:3])}{more}"]
+
+
+def _everything(folder: Path) -> tuple[list[str], list[str]]:
+    """The pictures below a folder, and the other files, without hidden ones; both are sorted."""
+    if not folder.is_dir():
+        return [], []
+    others: list[str] = []
+    images = pictures(folder, others.append)
+    others = [name for name in others if not name.endswith("/")]  # folders that are passed over
+    return images, sorted(name for name in others if not os.path.basename(name).startswith("."))

@@ -1,0 +1,104 @@
+"""Whole numbers to pixels: image files and arrays whose values are instances or classes, for
+Cityscapes and folders of masks. Axes: H W pixels.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from ground.errors import UserError
+from readers.annotations.records import Draw, Patch
+from readers.pictures import FORMATS, brief, open_image
+
+FRAMED = (".tif", ".tiff", ".gif", ".webp")  # endings of files that may hold several images
+
+
+def read_map(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, tuple | None]:
+    """(H, W) whole numbers of a map (of a palette its indices; of three equal channels one), and
+    the palette's colour of 255. Raises: UserError if it is no such map, or not of this (H, W)."""
+    values, colour = _load_array(path) if path.suffix.lower() == ".npy" else _load_image(path)
+    values = _one_channel(values)
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise UserError(
+            f"{path}: {values.dtype} of shape {values.shape}, expected a map of whole numbers with "
+            "one channel"
+        )
+    if size is not None and values.shape != size:
+        raise UserError(
+            f"{path}: {values.shape[1]} x {values.shape[0]} pixels, but its image has {size[1]} x "
+            f"{size[0]} (turned as EXIF says); expected one size"
+        )
+    return values, colour
+
+
+def draw_numbers(numbers: np.ndarray) -> list[tuple[int, Draw]]:
+    """Each number from 1 on that is in an (H, W) map, and how to draw it."""
+
+    def draw(n: int, where: tuple[slice, slice]) -> Patch:
+        return where[0].start, where[1].start, numbers[where] == n
+
+    places = enumerate(ndimage.find_objects(numbers), 1)
+    return [(n, partial(draw, n, where)) for n, where in places if where]
+
+
+def draw_values(values: np.ndarray) -> list[tuple[int, Draw]]:
+    """Each value of a map, however large, and how to draw it."""
+    distinct, places = np.unique(values, return_inverse=True)
+    numbers = places.reshape(values.shape).astype(np.int32) + 1
+    return [(int(distinct[n - 1]), draw) for n, draw in draw_numbers(numbers)]
+
+
+def draw_regions(mask: np.ndarray) -> list[Draw]:
+    """How to draw each connected region of a binary mask; corners connect."""
+    return [draw for _, draw in draw_numbers(ndimage.label(mask, np.ones((3, 3)))[0])]
+
+
+def _load_array(path: Path) -> tuple[np.ndarray, None]:
+    try:
+        return np.load(path, allow_pickle=False), None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable array ({brief(str(error))})") from None
+
+
+def _load_image(path: Path) -> tuple[np.ndarray, tuple | None]:
+    image = open_image(path, None)
+    if path.suffix.lower() in FRAMED:
+        with Image.open(path, formats=FORMATS) as whole:
+            frames = getattr(whole, "n_frames", 1)
+        if frames > 1:
+            raise UserError(
+                f"{path}: has {frames} frames, expected one map; save them as files of their own"
+            )
+    if image.mode != "P":
+        return np.asarray(image), None
+    colours = image.getpalette() or ()
+    return _black_and_white(image), tuple(colours[-3:]) if len(colours) == 768 else None
+
+
+def _one_channel(values: np.ndarray) -> np.ndarray:
+    """Without an alpha channel in which no pixel is clear; of three equal channels one; of
+    fractions that are whole numbers those."""
+    if values.ndim == 3 and values.shape[2] in (2, 4) and (values[..., -1] == 255).all():
+        values = values[..., :-1] if values.shape[2] == 4 else values[..., 0]
+    if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    if values.ndim == 2 and values.dtype.kind == "f":
+        whole = (values == np.floor(values)).all() and (np.abs(values) < 2**31).all()
+        values = values.astype(np.int64) if whole else values
+    return values
+
+
+def _black_and_white(image: Image.Image) -> np.ndarray:
+    """(H, W) indices of a map with a palette; of one of black and white alone 0 and 255, since
+    some tools make white the first of the two."""
+    indices = np.asarray(image)
+    colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    used = np.unique(indices)
+    white = (colours == 255).all(1)
+    plain = (white | (colours == 0).all(1)).all() and white.any() and not white.all()
+    if not plain or used[-1] >= len(colours) or np.bincount(white[used]).max() > 1:
+        return indices
+    return np.where(white[indices], 255, 0).astype(np.uint8)

@@ -1,0 +1,370 @@
+"""Folders of masks: images/NAME.* with masks/CLASS/NAME.* or masks/NAME.*, whose class is `object`,
+or one file an instance: masks/CLASS/NAME_3.*, masks/CLASS/NAME/*.*, masks/NAME/*.*; or both folders
+divided into train/ and val/.
+
+The values of a map are instances, classes, or nothing but black and white; what is not said is
+guessed from all maps of a class, and noted. Axes: H W pixels.
+"""
+
+import re
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from ground.errors import UserError
+from readers.annotations.files import PARTS, list_files
+from readers.annotations.maps import draw_numbers, draw_regions, draw_values, read_map
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
+from readers.panoptic_json import MAX_ID
+from readers.pictures import brief
+
+FORMS = ("instances", "classes", "binary")  # what the values of a map may mean
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # endings of files that keep no exact values
+# What a mask's name may have behind that of its image: a word, or the number of an instance.
+SUFFIX = re.compile(
+    r"[_\-. ]+((masks?|labels?|seg|segmentation|gt|instances?|annotation)|"
+    r"((mask|instance|inst|object|obj|cell)[_\-. ]*)?(?P<number>\d+))"
+)
+VOC_VOID = (224, 224, 192)  # colour of 255, void, in the palette of Pascal VOC
+# What the value 0 of a map of classes is often called, and what it is.
+NO_CLASS = {
+    **dict.fromkeys("_background_ background".split(), "_background_"),
+    **dict.fromkeys("void unlabeled unlabelled ignore".split(), "__ignore__"),
+}
+
+
+class _Mask(NamedTuple):
+    """A file.   label: its class, or empty.   single: whether it is one instance."""
+
+    label: str
+    path: Path
+    single: bool
+
+    @property
+    def lossy(self) -> bool:
+        return self.path.suffix.lower() in LOSSY
+
+
+def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") -> Source:
+    """form: one of FORMS, or empty: guessed.   names: of the values of maps of classes, see
+    `_value_names`; or masks/classes.txt. Of a map of classes what `classes.stuff` names is stuff,
+    and of others each connected region is a thing; if it names none, all of them are stuff.
+    """
+    source, records = Source(), []
+    files = _images(folder, source)
+    masks = [mask for *_, masks in files for mask in masks]
+    flat = any(not mask.label and not mask.single for mask in masks)
+    if names and (not flat or form in ("instances", "binary")):
+        raise UserError(
+            "--classes: names the values of maps of classes, masks/NAME.png, and there are none; "
+            f"the folders of {folder / 'masks'} name the classes of others"
+        )
+    values = _value_names(folder, names) if flat else {}
+    forms = _forms(masks, form, values, source.notes)
+    by_value = "classes" in forms.values()
+    if by_value:
+        _require_values(folder, masks, values)
+        named = {value: name for value, name in values.items() if name not in UNNAMED}
+        source.notes.append(
+            "classes that --stuff does not name are things, each connected region an instance"
+            if classes.stuff
+            else "classes without --stuff: each is stuff, one segment an image"
+        )
+    else:
+        labels = {mask.label or "object" for mask in masks} - UNNAMED.keys()
+        named = {label: label for label in sorted(labels)}
+    for key, name in named.items():
+        classes.add(key, name, str(folder / "masks"), not by_value or bool(classes.stuff))
+    for image, name, part, own in files:
+        read = partial(_instances, own, forms, values, classes) if own else None
+        records.append(Record(name, image, read, part))
+    return source.settle(folder, records)
+
+
+def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) -> None:
+    """Raise UserError if not all masks are maps of classes, or nothing names their values."""
+    odd = [mask.path for mask in masks if mask.label or mask.single]
+    if odd:
+        raise UserError(
+            f"{odd[0]}: is of one class, or one instance, already, and maps of classes "
+            "(masks/NAME.png) hold all; take one kind out, or change --masks-are"
+        )
+    if not values:
+        raise UserError(
+            f"{folder / 'masks'}: maps of classes, and nothing says what the values mean; expected "
+            "--classes NAME,NAME,... for the values from 1 on (or 7:NAME,11:NAME,...), or "
+            "masks/classes.txt with a name a line"
+        )
+
+
+# ----------------------------------------------------------------------------------- files
+
+
+def _images(folder: Path, source: Source) -> list[tuple[Path, str, str, list[_Mask]]]:
+    """(image, its name, part, its masks) of all images."""
+    images, masks = folder / "images", folder / "masks"
+    names = list_files(images)
+    tops = sorted({name.split("/")[0] for name in names})
+    if any("/" not in name for name in names):
+        return _pairs(images, masks, "", source)
+    if not names or not {*tops} <= {*PARTS}:
+        raise UserError(
+            f"{images}: no images in this folder; expected images/NAME.* and masks/CLASS/NAME.png"
+        )
+    return [row for top in tops for row in _pairs(images / top, masks / top, PARTS[top], source)]
+
+
+def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
+    """The rows of `_images` of one folder of images."""
+    every = list_files(images)
+    names = [name for name in every if "/" not in name]
+    source.passed["images in folders of images/"] += len(every) - len(names)
+    stems = defaultdict(list)
+    for name in names:
+        stems[PurePosixPath(name).stem].append(name)
+    owners = {name: [name] for name in names} | stems  # masks are called a.png or a.jpg.png
+    files = [PurePosixPath(file) for file in sorted(list_files(masks) + list_files(masks, ".npy"))]
+    inner = [file for file in files if len(file.parts) == 2]
+    tops = {file.parts[0] for file in inner}
+    by_image = tops <= stems.keys() and not all(file.stem in stems for file in inner)
+    exact = {file.parent for file in files if file.stem in stems and len(file.parts) <= 2}
+    found = defaultdict(list)
+    for file in files:
+        depth, path = len(file.parts), masks / file
+        label, stem, single = "" if depth == 1 or by_image else file.parts[0], file.stem, False
+        if depth == 3 or depth == 2 and by_image:
+            stem, single = file.parts[-2], True
+        elif stem not in owners and file.parent not in exact:
+            stem, single = _before_suffix(stem, stems)
+        if depth > 3 or stem not in owners:
+            raise UserError(
+                f"{path}: expected masks/CLASS/NAME.png, and an image images/NAME.*; rename it, or "
+                "take it out of the folder"
+            )
+        first, *others = owners[stem]
+        if others:
+            raise UserError(
+                f"{path}: is of {first} or of {others[0]}; call it {first}.png, or rename one of "
+                "the images"
+            )
+        twins = [mask.path for mask in found[first] if mask.label == label and not mask.single]
+        if twins and not single:
+            raise UserError(
+                f"{path}: {twins[0]} is the map of this class and image already; take one of them "
+                "out"
+            )
+        found[first].append(_Mask(label, path, single))
+    return [(images / name, name, part, found[name]) for name in names]
+
+
+def _before_suffix(stem: str, stems: dict) -> tuple[str, bool]:
+    """The longest stem of an image that a mask's begins with, and whether the rest says that it is
+    one instance; empty if there is none with a SUFFIX."""
+    for end in range(len(stem) - 1, 0, -1):
+        suffix = SUFFIX.fullmatch(stem[end:])
+        if suffix and stem[:end] in stems:
+            return stem[:end], bool(suffix["number"])
+    return "", False
+
+
+# ----------------------------------------------------------------------------------- values
+
+
+def _value_names(folder: Path, names: str) -> dict[int, str]:
+    """Names of the values of a map of classes: from 1 on, or from 0 if the first is a background,
+    or called as NO_CLASS says, or from -1 if it is __ignore__; or `7:road,11:building`.
+
+    names: separated by commas; empty: the lines of classes.txt or labels.txt in masks/ or beside
+    it, if there is one. 0 and 255 are void where nothing names them (0 is the background, if there
+    is one).
+    """
+    places = [
+        at / name for at in (folder / "masks", folder) for name in ("classes.txt", "labels.txt")
+    ]
+    file = next((path for path in places if path.is_file()), None)
+    if not names and file is None:
+        return {}
+    where = "--classes" if names else str(file)
+    try:
+        rows = names.split(",") if names else file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: not a readable list of class names ({brief(str(error))})"
+        ) from None
+    rows = [row.strip() for row in rows if row.strip()]
+    # A list of numbers and names may have a space or a comma between them. Some classes are called
+    # "2 wheeler": only if every line begins with a number, it is one.
+    pairs = [re.fullmatch(r"(\d+)\s*[:=]\s*(.+)", row) for row in rows]
+    if not any(pairs):
+        loose = [re.fullmatch(r"(\d+)\s*[\s,;]\s*(\D.*)", row) for row in rows]
+        pairs = loose if all(loose) else pairs
+    if any(pairs) and not all(pairs) or not rows:
+        raise UserError(
+            f"{where}: {brief(rows)}, expected a name for each value from 1 on, or value:name for "
+            "all of them"
+        )
+    if any(pairs):
+        named = [(int(pair[1]), pair[2].strip()) for pair in pairs]
+    else:
+        first = {"__ignore__": -1, **dict.fromkeys(NO_CLASS, 0)}.get(rows[0].lower(), 1)
+        named = [*enumerate(rows, first)]
+    if len(dict(named)) < len(named) or max(named)[0] >= MAX_ID - 1:
+        raise UserError(f"{where}: a value is named twice, or is none; expected distinct ones")
+    values = {0: "_background_", 255: "__ignore__"} | {k: name for k, name in named if k >= 0}
+    return {**values, 0: NO_CLASS.get(values[0].lower(), values[0])}
+
+
+def _forms(masks: list[_Mask], form: str, values: dict, notes: list[str]) -> dict[str, str]:
+    """What the values mean, by class. A guess is a note; where the values could be classes as well
+    as instances, it is an error."""
+    forms = {}
+    for label in sorted({mask.label for mask in masks}):
+        own = [mask for mask in masks if mask.label == label]
+        maps = [mask for mask in own if not mask.single]
+        where = f"masks/{label}" if label else "masks"
+        if len(maps) < len(own):
+            notes.append(
+                f"{where}: {len(own) - len(maps)} files are taken for one instance each, all that "
+                "is not black"
+            )
+        if not maps:
+            forms[label] = "binary"
+        elif form:
+            forms[label] = form
+        elif not label and values:
+            forms[label] = "classes"
+            notes.append(
+                f"{where}: taken as maps of classes, since their values have names; else say "
+                "--masks-are instances"
+            )
+        else:
+            forms[label] = _guess(where, maps, notes)
+    if forms.get("", "classes") != "classes":
+        notes.append(
+            "masks: what is in no folder of a class is of the class `object`; to name it, put it "
+            "into masks/NAME/"
+        )
+    return forms
+
+
+def _guess(where: str, masks: list[_Mask], notes: list[str]) -> str:
+    """instances or binary, from all maps of a class. Raises: UserError if they look like maps of
+    classes."""
+    grey, several, wide, voc, odd, seen = 0, False, False, False, [], Counter()
+    for mask in masks:
+        stored, colour = read_map(mask.path)
+        values = {*np.unique(stored).tolist()} - {0}
+        seen.update(values)
+        grey += mask.lossy or _is_soft(stored)
+        voc |= colour == VOC_VOID
+        wide |= stored.dtype.itemsize > 1
+        several |= len(values) == 1 and len(draw_regions(stored)) > 1
+        numbers = values - {255}
+        if numbers and (voc or numbers != {*range(1, len(numbers) + 1)}):
+            odd.append(mask.path)
+    if grey:
+        notes.append(
+            f"{where}: {grey} of {len(masks)} masks have grey levels between black and white, so "
+            "all are taken as binary ones: from half of white on it is the class, each connected "
+            "region an instance; else say --masks-are instances"
+        )
+        return "binary"
+    # Of one class a single value is white, whatever its number (65535 of 16 bits; 128, 200, ...).
+    if len(seen) < 2 and (where != "masks" or seen.keys() <= {1, 255, 65535}):
+        if several:
+            notes.append(
+                f"{where}: taken as binary masks, each connected region an instance; else say "
+                "--masks-are instances (one an image), or name the class with --stuff"
+            )
+        return "binary"
+    recurring = any(count > 1 for value, count in seen.items() if value != 255)
+    if where == "masks" and odd and not wide and (voc or recurring):
+        raise UserError(
+            f"{odd[0]}: its values may be classes or instances (of these maps they are "
+            f"{brief(sorted(seen)[:12])}); say --masks-are classes, with --classes NAME,NAME,..., "
+            "or --masks-are instances"
+        )
+    other = "classes, with --classes" if where == "masks" else "binary"
+    notes.append(f"{where}: every value is taken for an instance; else say --masks-are {other}")
+    return "instances"
+
+
+def _is_soft(stored: np.ndarray) -> bool:
+    """Whether a map is a binary one with soft edges: white, and levels between in a thin rim, or in
+    very many steps."""
+    levels = np.unique(stored)
+    between = (stored > 0) & (stored < 255)
+    count = np.count_nonzero((levels > 0) & (levels < 255))
+    if stored.dtype != np.uint8 or levels[-1] != 255 or count < 2:
+        return False
+    core = ndimage.binary_erosion(between, np.ones((3, 3)))
+    thin = core.sum() <= 0.05 * between.sum() and (np.diff(levels) > 1).any()
+    white, middle = (stored >= 240).sum(), ((stored >= 16) & (stored < 240)).sum()
+    return bool(thin or len(levels) > 16 and white >= middle)
+
+
+# ----------------------------------------------------------------------------------- instances
+
+
+def _instances(
+    masks: list[_Mask], forms: dict, values: dict, classes: Classes, size: tuple[int, int]
+) -> list[Instance]:
+    """Instances of the masks of one image."""
+    instances = []
+    for mask in masks:
+        form, category = forms[mask.label], UNNAMED.get(mask.label, mask.label or "object")
+        stored, colour = read_map(mask.path, size)
+        void = [255] if colour == VOC_VOID else []
+        if mask.single:
+            draws = draw_numbers(_white(stored, mask.lossy).astype(np.int32))
+            instances += [Instance(category, draw) for _, draw in draws]
+        elif form == "binary":
+            draws = draw_regions(_white(stored, mask.lossy))
+            instances += [Instance(category, draw) for draw in draws]
+        elif mask.lossy:
+            raise UserError(
+                f"{mask.path}: JPEG keeps no exact values; save maps of {form} as PNG, or say "
+                "--masks-are binary"
+            )
+        elif form == "classes":
+            instances += _classes_of(mask.path, stored, values, void, classes)
+        else:
+            for value, draw in draw_values(stored):
+                if value:
+                    instances.append(Instance(VOID if value in void else category, draw))
+    return instances
+
+
+def _classes_of(
+    path: Path, stored: np.ndarray, values: dict[int, str], void: list[int], classes: Classes
+) -> list[Instance]:
+    """Instances of a map of classes."""
+    instances = []
+    for value, draw in draw_values(stored):
+        if value not in values:
+            raise UserError(
+                f"{path}: has the value {value}, which has no name; named are "
+                f"{brief(sorted(values))}; name it with --classes, or in classes.txt"
+            )
+        if values[value] in UNNAMED:
+            instances.append(Instance(UNNAMED[values[value]], draw))
+        elif value in void:
+            instances.append(Instance(VOID, draw))
+        else:
+            thing = classes[value][1]
+            draws = draw_regions(stored == value) if thing else [draw]
+            instances += [Instance(value, draw) for draw in draws]
+    return instances
+
+
+def _white(stored: np.ndarray, lossy: bool) -> np.ndarray:
+    """(H, W) bool: what a binary mask covers: all that is not 0; or, where there are levels up to
+    white, or JPEG's noise, from half of white on."""
+    levels = np.unique(stored)
+    white = 255 if levels[-1] < 256 else 65535
+    soft = lossy or np.count_nonzero(levels) > 1 and levels[-1] > 0.9 * white
+    return stored > white / 2 if soft else stored > 0
