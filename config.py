@@ -96,9 +96,7 @@ class Config:
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
     poly_power: float = 0.9  # of the schedule
     ssl_steps: int = 80_000  # optimiser steps, stage ssl
-    sup_steps: int = (
-        10_000  # stage sup; on ADE20K and COCO 10 000 more a larger split (supplement D)
-    )
+    sup_steps: int = 10_000  # stage sup; ADE20K, COCO: 10 000 more a larger split (supplement D)
     dewa_steps: int = 160_000  # stage dewa; the paper says 80 000 on ADE20K
     labeled_batch: int = 8  # images a step
     unlabeled_batch: int = 8  # images a step

@@ -81,7 +81,6 @@ def test_stages_on_the_command_line_are_those_that_there_are():
         ("--gpus", "torchrun --nproc_per_node=N"),
         ("--num-workers", "it is --workers"),
         ("--num_workers", "it is --workers"),
-        ("--ema", "--ema-decay"),
         ("--resume-from", "it is --resume"),
         ("--config", "--preset NAME"),
         ("--data", "it is --data-root"),
@@ -775,7 +774,7 @@ def test_a_burn_in_is_a_share_of_the_steps_that_does_not_move_when_a_run_is_made
         0,
         MINI.ema_decay,
     ] and data.SemiSupervisedBatches(None, steps, 9).parts == [0, 7]
-    out, batches = ["--out", tmp_path / "run", "--watch", 0], ["--burn-in", "0.5"]
+    out, batches = ["--out", tmp_path / "run"], ["--burn-in", "0.5"]
     assert run(*SSL, "--steps", 4, *batches, *out) == 0
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["burn_in"] == 2 and stored["ssl_steps"] == 4
