@@ -2,9 +2,8 @@
 differ.
 
 Masks, warm-ups, caches and runs are found again by a name. They are used again only if they were
-made of the same: compared here, by
-content and never by path, so that the same data under another path is the same and other data
-under the same path is not.
+made of the same: compared here, by content and never by path, so that the same data under another
+path is the same and other data under the same path is not.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ from readers.sixteen_bit import DEEP_FORMATS, WHITE, sixteen_bits
 MEASURED = 1000  # files, at most, from which a white point is measured
 # Grey levels of 256: an image whose values differ by less uses less than 1/16 of its range.
 LITTLE = 16
+CUT_OFF = 0.01  # share of the values of an image above the white point from which it is said
 
 
 def white_point(images) -> int:

@@ -1,6 +1,6 @@
 """Classes, ground truth of one image, and data sets: what the method sees of any source of data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import numpy as np
@@ -89,6 +89,11 @@ class Taxonomy:
             )
         return order
 
+    def select(self, places: np.ndarray) -> "Taxonomy":
+        """The classes at these places, in this order."""
+        columns = (self.names, self.things, self.ids, self.palette)
+        return Taxonomy(*(c and tuple(c[k] for k in places) for c in columns))
+
     def categories(self) -> list[dict]:
         """As in COCO panoptic format, the inverse of `read_taxonomy`."""
         return [
@@ -160,12 +165,9 @@ class DataSet:
         source: the run, for messages.   Raises: UserError if it has other classes
         (`Taxonomy.order_in`).
         """
-        mine = self.taxonomy
-        order = mine.order_in(taxonomy, self.name, str(source))
-        place = np.argsort(order)  # of class k of the run in the data set
-        colours = mine.palette and tuple(mine.palette[k] for k in place)
-        ids = tuple(mine.ids[k] for k in place)
-        self.taxonomy = Taxonomy(taxonomy.names, taxonomy.things, ids, colours or taxonomy.palette)
+        order = self.taxonomy.order_in(taxonomy, self.name, str(source))
+        mine = self.taxonomy.select(np.argsort(order))
+        self.taxonomy = replace(taxonomy, ids=mine.ids, palette=mine.palette or taxonomy.palette)
         self.train.follow(order)
         self.val.follow(order)
 

@@ -124,7 +124,7 @@ class PanopticIndex:
 
     names: (M,) str, file names of images; the `annotated` first ones have a map and segments, the
         others serve as unlabelled images.    files: (annotated,) str, file names of their maps.
-    segments: (S, 4) int64: id, class, area, crowd; those of image i from starts[i] to starts[i + 1].
+    segments: (S, 4) int64: id, class, area, crowd; of image i from starts[i] to starts[i + 1].
     unused: images that a validation set lists without annotation.
     refused: images of which a segment was left out.
     without_crowd: how many segments do not say whether they are crowd, and are taken as 0.
@@ -172,9 +172,7 @@ class PanopticIndex:
     def follow(self, order: np.ndarray) -> None:
         """Class k becomes class order[k]."""
         self.segments[:, 1] = order[self.segments[:, 1]]
-        self.order, mine, place = order, self.taxonomy, np.argsort(order)
-        columns = (mine.names, mine.things, mine.ids, mine.palette)
-        self.taxonomy = Taxonomy(*(c and tuple(c[k] for k in place) for c in columns))
+        self.order, self.taxonomy = order, self.taxonomy.select(np.argsort(order))
 
 
 def _image_names(entries: list, wrong: Wrong) -> dict:

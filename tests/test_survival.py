@@ -1,4 +1,4 @@
-"""Faults that were found once: what stops, what is cut short and what is damaged must not cost a run."""
+"""Faults found once: what stops, is cut short or damaged must not cost a run."""
 
 import hashlib
 import http.server

@@ -9,7 +9,7 @@ Axes: H W pixels, N segments, K classes.
 
 import json
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Collection, Iterator
 
 import numpy as np
 import torch
@@ -23,13 +23,12 @@ from ground.files import write_atomic
 from mini.scenes import MiniImages
 from readers import mask_files
 from readers.checks import out_of_reach, repeated_stuff, require_truth
-from readers.exposure import above_white, uses_little
-from readers.ground_truth import DataSet, Truth
+from readers.exposure import CUT_OFF, above_white, uses_little
+from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.panoptic import PanopticFolder
 from readers.pictures import pictures
 
 SHOWN, SHOWN_CLASSES = 5, 25  # faults of a kind and classes in the printed report; the JSON has all
-CUT_OFF = 0.01  # share of the values of a 16-bit image above the white point from which it is said
 # Kind of fault: what a report calls it, and what to do about it.
 _KINDS = """
 absent: files are listed but absent
@@ -194,71 +193,78 @@ def check(
         faults}}).
     Raises: UserError if a reading process ends.
     """
-    taxonomy, names = dataset.taxonomy, dataset.taxonomy.short_names
-    train, everything = len(dataset.train), len(dataset.train) + len(dataset.val)
-    indices = {  # of `_Reading`
-        "training": range(train),
-        "labelled": set(dataset.labeled),
-        "unlabelled": set(dataset.unlabeled),
-        "validation": range(train, everything),
+    taxonomy, train = dataset.taxonomy, len(dataset.train)
+    parts = {
+        "training": _Part(range(train), len(taxonomy)),
+        "labelled": _Part(set(dataset.labeled), len(taxonomy)),
+        "unlabelled": _Part(set(dataset.unlabeled), len(taxonomy)),
+        "validation": _Part(range(train, train + len(dataset.val)), len(taxonomy)),
     }
     require_truth(dataset, complain=faults.append)
     listed, odd = [(e.kind, str(e)) for e in faults], {"little": [], "cut off": []}
     for images in _folders(dataset):
-        for i, c, count in repeated_stuff(images):
-            listed.append(("stuff twice", f"{images.name(i)}: {count} segments of {names[c]}"))
-    tables = {part: np.zeros((len(taxonomy), 3), np.int64) for part in indices}
-    sizes = dict.fromkeys(indices, 0)
-    loader = torch.utils.data.DataLoader(
-        _Reading(dataset, masks), batch_size=None, num_workers=workers, collate_fn=as_it_is
-    )
-    try:
-        bar = tqdm(loader, desc="reading", unit="image", dynamic_ncols=True, leave=False)
-        for k, (segments, size, found, brightness) in enumerate(bar):
-            listed += found
-            for kind, text in brightness:
-                odd[kind].append(text)
-            for part in indices:
-                if k in indices[part]:
-                    _add(tables[part], segments)
-                    sizes[part] += size
-    except RuntimeError as error:
-        raise UserError(
-            f"a reading process ended ({str(error).splitlines()[0]}); --workers 0 reads in this "
-            "process"
-        ) from None
-    classes = _class_rows(taxonomy, tables)
-    counts = {
-        part: {
-            "images": len(indices[part]),
-            "segments": int(table[:, 1].sum()),
-            "void": float(1 - table[:, 0].sum() / sizes[part]) if sizes[part] else None,
-        }
-        for part, table in tables.items()
-    }
+        for i, k, count in repeated_stuff(images):
+            text = f"{images.name(i)}: {count} segments of {taxonomy.short_names[k]}"
+            listed.append(("stuff twice", text))
+    for n, (segments, size, found, brightness) in enumerate(_read(dataset, masks, workers)):
+        listed += found
+        for kind, text in brightness:
+            odd[kind].append(text)
+        for part in parts.values():
+            if n in part.items:
+                part.add(segments, size)
+    classes = _class_rows(taxonomy, parts)
     problems = {
         kind: {"what": what, "do": remedy, "faults": texts}
         for kind, (what, remedy) in KINDS.items()
         if (texts := [text for k, text in listed if k == kind])
     }
-    notices = [*out_of_reach(dataset, cfg or Config()), *_notices(dataset, classes, odd)]
-    return {"classes": classes, "counts": counts, "notices": notices, "problems": problems}
+    return {
+        "classes": classes,
+        "counts": {name: part.counts() for name, part in parts.items()},
+        "notices": [*out_of_reach(dataset, cfg or Config()), *_notices(dataset, classes, odd)],
+        "problems": problems,
+    }
 
 
-def _folders(dataset: DataSet) -> list[PanopticFolder]:
-    return [s for s in (dataset.train, dataset.val) if isinstance(s, PanopticFolder)]
+class _Part:
+    """What the images of a part hold. items: of `_Reading`.   table: (K, 3) pixels, segments and
+    images of each class."""
+
+    def __init__(self, items: Collection[int], num_classes: int):
+        self.items, self.size = items, 0  # pixels of all maps
+        self.table = np.zeros((num_classes, 3), np.int64)
+
+    def add(self, segments: np.ndarray, size: int) -> None:
+        labels, pixels = segments.T
+        np.add.at(self.table, (labels, 0), pixels)
+        np.add.at(self.table, (labels, 1), 1)
+        self.table[np.unique(labels[pixels > 0]), 2] += 1
+        self.size += size
+
+    def counts(self) -> dict:
+        pixels, segments, _ = self.table.sum(0)
+        void = float(1 - pixels / self.size) if self.size else None
+        return {"images": len(self.items), "segments": int(segments), "void": void}
 
 
-def _add(table: np.ndarray, segments: np.ndarray) -> None:
-    """Add the segments of an image to (K, 3): pixels, segments and images of each class."""
-    labels, pixels = segments.T
-    np.add.at(table, (labels, 0), pixels)
-    np.add.at(table, (labels, 1), 1)
-    table[np.unique(labels[pixels > 0]), 2] += 1
+def _read(dataset: DataSet, masks: Path | None, workers: int) -> Iterator[tuple]:
+    """The items of `_Reading`, in order."""
+    loader = torch.utils.data.DataLoader(
+        _Reading(dataset, masks), batch_size=None, num_workers=workers, collate_fn=as_it_is
+    )
+    try:
+        yield from tqdm(loader, desc="reading", unit="image", dynamic_ncols=True, leave=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"a reading process ended ({reason}); --workers 0 reads in this process"
+        ) from None
 
 
-def _class_rows(taxonomy, tables: dict[str, np.ndarray]) -> list[dict]:
-    training, total = tables["training"], max(1, tables["training"][:, 0].sum())
+def _class_rows(taxonomy: Taxonomy, parts: dict[str, _Part]) -> list[dict]:
+    training = parts["training"].table
+    total = max(1, training[:, 0].sum())
     return [
         {
             "name": name,
@@ -266,11 +272,15 @@ def _class_rows(taxonomy, tables: dict[str, np.ndarray]) -> list[dict]:
             "share": float(training[k, 0] / total),
             "images": int(training[k, 2]),
             "segments": int(training[k, 1]),
-            "labeled_images": int(tables["labelled"][k, 2]),
-            "val_images": int(tables["validation"][k, 2]),
+            "labeled_images": int(parts["labelled"].table[k, 2]),
+            "val_images": int(parts["validation"].table[k, 2]),
         }
         for k, name in enumerate(taxonomy.short_names)
     ]
+
+
+def _folders(dataset: DataSet) -> list[PanopticFolder]:
+    return [images for images in (dataset.train, dataset.val) if isinstance(images, PanopticFolder)]
 
 
 # --------------------------------------------------------------------------------- notices, report
@@ -282,10 +292,8 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
     for part, key in (("labelled", "labeled_images"), ("validation", "val_images")):
         unseen = [c["name"] for c in classes if not c[key]]
         if unseen:
-            lines.append(
-                f"{_number(len(unseen), 'class')} of {len(classes)} that no {part} image shows: "
-                f"{', '.join(unseen)}"
-            )
+            what = f"{_number(len(unseen), 'class')} of {len(classes)} that no {part} image shows"
+            lines.append(f"{what}: {', '.join(unseen)}")
     count, white = _number(len(train) + len(val), "image"), train.white
     if odd["little"]:
         lines.append(
@@ -294,10 +302,10 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
             f"--white (here {white})"
         )
     if odd["cut off"]:
-        lines.append(
-            f"{len(odd['cut off'])} of {count} of 16 bits that lose what is brighter than --white "
-            f"{white}: {_some(odd['cut off'])}"
+        what = (
+            f"{len(odd['cut off'])} of {count} of 16 bits that lose what is brighter than --white"
         )
+        lines.append(f"{what} {white}: {_some(odd['cut off'])}")
     lines += _unlisted(dataset)
     for images in _folders(dataset):
         if images.without_crowd:
@@ -306,10 +314,8 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
     if isinstance(train, PanopticFolder) and train.folder == val.folder:
         both = sorted(set(train.names.tolist()) & set(val.names.tolist()))
         if both:
-            lines.append(
-                f"{_number(len(both), 'image')} in both the training and the validation set: "
-                f"{_some(both)}"
-            )
+            what = f"{_number(len(both), 'image')} in both the training and the validation set"
+            lines.append(f"{what}: {_some(both)}")
     return lines
 
 
@@ -328,10 +334,9 @@ def _unlisted(dataset: DataSet) -> list[str]:
                 "unlabelled ones"
             )
     if sets and sets[-1].unused:
-        lines.append(
-            f"{_number(len(sets[-1].unused), 'image')} of {sets[-1].annotations} without "
-            f"annotation, which are not used: {_some(sets[-1].unused)}"
-        )
+        unused, where = _number(len(sets[-1].unused), "image"), sets[-1].annotations
+        what = f"{unused} of {where} without annotation, which are not used"
+        lines.append(f"{what}: {_some(sets[-1].unused)}")
     return lines
 
 
