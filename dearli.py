@@ -55,11 +55,12 @@ def stage_prepare(source, cfg, assets):
     from pathlib import Path
 
     from config import PAPERS_DATASETS
+    from readers import papers
     from tools import prepare
 
     choose("data set to prepare", source.dataset, PAPERS_DATASETS)
     folder = prepare.prepare(source.dataset, Path(source.data_root), assets, cfg.workers)
-    dataset = prepare.load(source.dataset, Path(source.data_root), "1")
+    dataset = papers.load(source.dataset, Path(source.data_root), "1")
     print(
         f"{folder}: ready; {len(dataset.taxonomy)} classes, {len(dataset.train)} training and "
         f"{len(dataset.val)} validation images"

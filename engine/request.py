@@ -13,12 +13,12 @@ from config import PAPERS_DATASETS, Config
 from ground import ranks
 from ground.errors import UserError, refuse
 from mini.scenes import load_mini
+from readers import papers
 from readers.checks import require_files, require_images
 from readers.exposure import see
 from readers.ground_truth import DataSet, Taxonomy
 from readers.panoptic import load_folder
 from readers.pictures import ImageFolder
-from tools import prepare as papers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

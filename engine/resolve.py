@@ -20,7 +20,7 @@ from engine.stored import Stored, require_config, written_config
 from ground import ranks
 from ground.errors import UserError
 from readers.downloads import default_root
-from tools.prepare import default_split
+from readers.papers import default_split
 
 SHARED = ("masks", "dewa", "sup", "ssl", "eval")  # stages that several ranks can work on
 
