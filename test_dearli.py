@@ -33,7 +33,9 @@ from torchvision.transforms.v2 import functional as TF
 
 import clip_ensemble
 import data
+import dearli
 import dewa
+import inference
 import matcher
 import mean_teacher
 import model as m2f
@@ -57,19 +59,25 @@ from deformable import (
     pixel_centres,
     weighted_samples,
 )
-from engine import checkpoint, optim, stages, training
+from engine import begin, checkpoint, optim, sameness, stored
+from engine.checkpoint import state_of
+from engine.request import Course, Machine, Place, Source
+from engine.stored import Stored
 from ground import files
 from ground.errors import UserError
+from inference import panoptic_inference, semantic_inference
 from losses import class_loss, mask_losses, point_generators, set_loss, uncertain_points
 from matcher import Target, match, matching_cost, point_sample
+from mean_teacher import MeanTeacher, Supervised
 from mini import microcosm, scenes
-from model import Attention, attention_mask, mask_logits, panoptic_inference, semantic_inference
+from model import Attention, attention_mask, mask_logits
 from panoptic_eval import MeanIoU, PanopticQuality
 from pretrained import foundation
 from pretrained.sam import MaskGenerator
 from readers import checks, exposure, ground_truth, mask_files, panoptic, pictures, sixteen_bit
 from report import watch
 from tests.helpers import (
+    CPU,
     TINY,
     Answers,
     FakeSam,
@@ -82,6 +90,7 @@ from tests.helpers import (
     run_folder,
     sizes,
     tiny_head,
+    tiny_segmenter,
     validated,
     write_coco_folder,
 )
@@ -445,9 +454,7 @@ def test_text_embeddings_average_normalised_templates():
 def dropping(small_openclip, train_backbone=False):
     """A segmenter on a real OpenCLIP ConvNeXt that has drop path, as OpenCLIP hands it over: in training mode."""
     cfg = dataclasses.replace(TINY, backbone=small_openclip, train_backbone=train_backbone)
-    return stages.build(
-        stages.Job(), cfg, ground_truth.Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2))
-    )
+    return tiny_segmenter(cfg)
 
 
 def test_fault_44_a_frozen_openclip_with_drop_path_is_in_eval_mode_and_cannot_leave_it(
@@ -585,15 +592,15 @@ def test_a_trained_backbone_with_drop_path_trains_alike_watched_or_stopped_and_r
         patch.setattr(
             watch,
             "watcher",
-            lambda folder, models, *rest: lambda step: [model.eval() for model in models.values()],
+            lambda folder, method, *rest: (
+                lambda step: [model.eval() for model in method.models.values()]
+            ),
         )
         assert run(*args, "--steps", 3, "--out", tmp_path / "watched") == 0
         patch.setattr(
-            stages,
-            "train_step",
-            lambda *a, step=mean_teacher.train_step, **k: (
-                os.kill(os.getpid(), signal.SIGTERM) or step(*a, **k)
-            ),
+            Supervised,
+            "step",
+            lambda *args, step=Supervised.step: os.kill(os.getpid(), signal.SIGTERM) or step(*args),
         )
         assert run(*args, "--steps", 3, "--out", tmp_path / "stopped") == 143
     assert run(*args, "--steps", 3, "--out", tmp_path / "stopped", "--resume") == 0
@@ -846,10 +853,12 @@ def test_queries_compete_alike_whether_few_or_all_are_looked_at_at_once(monkeypa
     given = (posterior, masks, things, ((96, 96), (90, 80), (45, 40)), 0.0, 0.0)
     together = panoptic_inference(*given)
     assert len(together[1]) > 5
-    monkeypatch.setattr(m2f, "CPU_CHUNK", 3 * 45 * 40)  # three queries at once, and one left over
+    monkeypatch.setattr(
+        inference, "CPU_CHUNK", 3 * 45 * 40
+    )  # three queries at once, and one left over
     for a, b in zip(together, panoptic_inference(*given)):
         assert torch.equal(a, b)
-    masks = m2f.resize_masks(masks, *given[3]).sigmoid()
+    masks = inference.resize_masks(masks, *given[3]).sigmoid()
     for a, b in zip(together, panoptic_inference(*given, masks=masks)):
         assert torch.equal(a, b)
 
@@ -862,25 +871,15 @@ def test_semantic_inference_sums_over_queries_and_never_says_void():
     ]  # 0.3 < 0.1 + 0.5; 0.3 > 0.1
 
 
-def tiny_segmenter(cfg=TINY, seed=0):
-    job = stages.Job()
-    return stages.build(
-        job,
-        dataclasses.replace(cfg, seed=seed),
-        ground_truth.Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2)),
-    )
-
-
 def test_teacher_shares_a_frozen_backbone_and_copies_a_trained_one():
     student = tiny_segmenter()
     teacher = student.teacher()
     assert teacher.backbone is student.backbone and teacher.head is not student.head
-    assert all(name.startswith("head.") for name in student.trained()) and not any(
-        p.requires_grad for p in student.backbone.parameters()
-    )
+    assert all(name.startswith("head.") for name in state_of(student))
+    assert not any(p.requires_grad for p in student.backbone.parameters())
     student = tiny_segmenter(dataclasses.replace(TINY, train_backbone=True))
     assert student.teacher().backbone is not student.backbone
-    assert any(name.startswith("backbone.") for name in student.trained())
+    assert any(name.startswith("backbone.") for name in state_of(student))
 
 
 # ------------------------------------------------------------------------------------------- config.py, data.py, optim.py
@@ -1221,40 +1220,33 @@ def test_the_results_of_a_run_are_not_replaced_by_those_of_other_images(tmp_path
         "data": dataset.train.fingerprint(dataset.labeled),
         "taxonomy": dataset.taxonomy.to_config(),
     }
+    trained = Stored(tmp_path, {"student": {}, "config": config})
     for place, expected in ((root, False), (moved, False), (other, True)):
-        state = {"student": {}, "config": config}
-        job = stages.Job("custom", str(place), split="all", weights=tmp_path, state=state)
+        source = Source("custom", str(place), split="all")
         there = panoptic.load_folder(place, "all")
-        assert stages.elsewhere(job, config, there) == expected
+        assert begin.elsewhere(config, source, there) == expected
     with pytest.raises(UserError, match="other training images; name a folder .* with --out"):
-        stages.stage_eval(job, Config())
+        dearli.stage_eval(trained, source, Place(), Machine(), Config(), Course(), None)
 
 
 def test_the_rows_of_a_linear_class_head_follow_the_names():
     cfg = dataclasses.replace(TINY, classifier="linear")
-    job, names = stages.Job(), [("a", "b", "c"), ("c", "a", "b")]
-    one, two = (
-        stages.build(job, cfg, ground_truth.Taxonomy(n, (True,) * 3, (1, 2, 3))) for n in names
+    there, here = (
+        ground_truth.Taxonomy(names, (True,) * 3, (1, 2, 3))
+        for names in (("a", "b", "c"), ("c", "a", "b"))
     )
-    state = {
-        "student": {name: p.detach().clone() for name, p in one.trained().items()},
-        "config": {"taxonomy": ground_truth.Taxonomy(names[0], (True,) * 3, (1, 2, 3)).to_config()},
-    }
-    order = stages.class_order(
-        state, ground_truth.Taxonomy(names[1], (True,) * 3, (1, 2, 3)), "here", "run"
-    )
+    one, two = tiny_segmenter(cfg, there), tiny_segmenter(cfg, here)
+    weights = {name: value.clone() for name, value in state_of(one).items()}
+    trained = Stored(Path("run"), {"student": weights, "config": {"taxonomy": there.to_config()}})
+    order = stored.class_order(trained, here, "here")
     assert order.tolist() == [2, 0, 1]
-    stages.take(state, "student", two, "run", order=order)
+    stored.take(trained, "student", two, "run", order=order)
     for kind in ("weight", "bias"):  # c, a, b and no-object
-        assert torch.equal(
-            two.trained()[f"head.decoder.classify.{kind}"],
-            state["student"][f"head.decoder.classify.{kind}"][[2, 0, 1, 3]],
-        )
-    older = {**state, "config": {}}
+        name = f"head.decoder.classify.{kind}"
+        assert torch.equal(state_of(two)[name], weights[name][[2, 0, 1, 3]])
+    older = Stored(Path("run"), {"student": weights, "config": {}})
     with pytest.raises(UserError, match="run: trained on 3 classes, here has 2"):
-        stages.class_order(
-            older, ground_truth.Taxonomy(("a", "b"), (True,) * 2, (1, 2)), "here", "run"
-        )
+        stored.class_order(older, ground_truth.Taxonomy(("a", "b"), (True,) * 2, (1, 2)), "here")
 
 
 def test_a_coco_panoptic_folder_is_read_as_it_was_written(tmp_path):
@@ -1417,8 +1409,8 @@ def test_a_run_stores_the_white_point_that_it_was_trained_with(tmp_path, capsys)
     png_of_16_bits(root / "images" / "train1.png", np.full(size[::-1], 900))
     flags = ("--split", "1", "--steps", 1, "--no-eval")
     assert run_folder("sup", root, *flags) == 0
-    stored = json.loads((tmp_path / "set-sup-1" / "config.json").read_text())
-    assert stored["white"] == 1023  # 900 < 1024 = 2^10
+    config = json.loads((tmp_path / "set-sup-1" / "config.json").read_text())
+    assert config["white"] == 1023  # 900 < 1024 = 2^10
     png_of_16_bits(root / "images" / "train1.png", np.full(size[::-1], 9000))
     assert (
         run_folder("sup", root, *flags, "--resume") == 2
@@ -1427,10 +1419,9 @@ def test_a_run_stores_the_white_point_that_it_was_trained_with(tmp_path, capsys)
     # versions before this number divided by 256; what is no run has no numbers
     assert numbers_of({"alpha": 0.5}) == {**BEFORE, "alpha": 0.5} and numbers_of({}) == {}
     assert BEFORE == {"white": 65535, "optimizer": "adamw", "schedule": "poly"}
-    old = {name: value for name, value in stored.items() if name not in BEFORE}
-    assert training.differing(old, {**stored, "white": 65535}) == [] and training.differing(
-        old, stored
-    ) == ["white"]
+    old = {name: value for name, value in config.items() if name not in BEFORE}
+    assert sameness.differing(old, {**config, "white": 65535}) == []
+    assert sameness.differing(old, config) == ["white"]
     for white, sound in (
         (0, True),
         (255, True),
@@ -1696,12 +1687,12 @@ def test_poly_schedule_and_clipping_of_the_whole_gradient():
 def test_teacher_is_the_average_of_the_student():
     student = tiny_segmenter()
     teacher = student.teacher()
-    before = {k: v.clone() for k, v in teacher.trained().items()}
+    before = {k: v.clone() for k, v in state_of(teacher).items()}
     with torch.no_grad():
         for p in student.head.parameters():
             p.add_(1.0)
     mean_teacher.update_teacher(teacher, student, 0.9)
-    for name, p in teacher.trained().items():
+    for name, p in state_of(teacher).items():
         torch.testing.assert_close(p, before[name] + 0.1, rtol=1e-5, atol=1e-6)
 
 
@@ -1717,7 +1708,7 @@ def test_fault_13_a_nan_in_the_student_never_reaches_the_teacher():
 def test_fault_13_a_step_that_spoils_a_weight_ends_it_before_the_teacher_hears_of_it():
     student = tiny_segmenter()
     teacher = student.teacher()
-    before = {k: v.clone() for k, v in teacher.trained().items()}
+    before = {k: v.clone() for k, v in state_of(teacher).items()}
     optimizer = optim.build_optimizer(student, TINY)
     for group in optimizer.param_groups:
         group["lr"] = 3e38  # the gradient is finite, what it leads to is not
@@ -1726,7 +1717,7 @@ def test_fault_13_a_step_that_spoils_a_weight_ends_it_before_the_teacher_hears_o
     student.head.decoder.query_feat.weight.data[0, 0] = 3e38
     with pytest.raises(optim.Broken, match="the step made weights infinite or NaN"):
         optim.descend(optimizer, TINY)
-    assert all(torch.equal(p, before[k]) for k, p in teacher.trained().items()) and issubclass(
+    assert all(torch.equal(p, before[k]) for k, p in state_of(teacher).items()) and issubclass(
         optim.Broken, optim.NotFinite
     )
 
@@ -1818,21 +1809,17 @@ def test_semantic_labels_are_one_segment_a_class(small_mini):
     ] and own.by_class().labels.tolist() == [0, 1]
     cfg = dataclasses.replace(TINY, burn_in=0, labels="semantic")
     dataset = scenes.load_mini("4")
-    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
-    teacher, nothing = student.teacher(), torch.zeros(20, dtype=torch.bool)
-    labeled, unlabeled = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
+    method = MeanTeacher(dataclasses.replace(cfg, ssl_steps=1), dataset.taxonomy, CPU)
+    labeled, unlabeled = method.batches(dataset)[0]
     assert all(len(t.labels.unique()) == len(t) for t in labeled.targets)
-    for pseudo in mean_teacher.pseudo_labels(
-        teacher, teacher.backbone(unlabeled.weak), nothing, (64, 64), 0.6
-    ):
+    maps = method.models["teacher"].backbone(unlabeled.weak)
+    for pseudo in method.pseudo_labels(maps, (64, 64), 0):
         assert (
             len(pseudo.labels.unique()) == len(pseudo)
             and (pseudo.segment_map > 0).all()
             and pseudo.segment_map.max() == len(pseudo)
         )
-    losses = mean_teacher.train_step(
-        student, teacher, optim.build_optimizer(student, cfg), labeled, unlabeled, nothing, cfg, 0
-    )
+    losses = method.step((labeled, unlabeled), 0)
     assert math.isfinite(losses["loss"]) and losses["unlabeled/mask"] > 0
 
 
@@ -1843,23 +1830,14 @@ def test_a_semi_supervised_step_moves_student_and_teacher_and_leaves_a_frozen_ba
 ):
     cfg = dataclasses.replace(TINY, burn_in=0, classifier=classifier, train_backbone=train_backbone)
     dataset = scenes.load_mini("4")
-    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
-    teacher = student.teacher()
+    method = MeanTeacher(cfg, dataset.taxonomy, CPU)
+    student, teacher = method.models["student"], method.models["teacher"]
     backbone = [p.clone() for p in student.backbone.trunk.stem.parameters()]
-    head = {k: p.clone() for k, p in student.trained().items()}
-    batch = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
-    losses = mean_teacher.train_step(
-        student,
-        teacher,
-        optim.build_optimizer(student, cfg),
-        *batch,
-        torch.tensor(dataset.taxonomy.things),
-        cfg,
-        0,
-    )
+    head = {k: p.clone() for k, p in state_of(student).items()}
+    losses = method.step(data.SemiSupervisedBatches(dataset, cfg, 1)[0], 0)
     assert math.isfinite(losses["loss"]) and losses["grad_norm"] > 0
     assert losses["loss"] == pytest.approx(sum(v for k, v in losses.items() if "/" in k), rel=1e-5)
-    assert sum(not torch.equal(p, head[k]) for k, p in student.trained().items()) > 0.9 * len(
+    assert sum(not torch.equal(p, head[k]) for k, p in state_of(student).items()) > 0.9 * len(
         [k for k in head if k.startswith("head")]
     )
     assert (
@@ -1867,28 +1845,19 @@ def test_a_semi_supervised_step_moves_student_and_teacher_and_leaves_a_frozen_ba
         != train_backbone
     )
     assert all(
-        torch.equal(p, student.trained()[k]) for k, p in teacher.trained().items()
+        torch.equal(p, state_of(student)[k]) for k, p in state_of(teacher).items()
     )  # decay 0 at the first step
 
 
 def test_fault_17_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypatch):
     cfg = dataclasses.replace(TINY, burn_in=0)
     dataset = scenes.load_mini("4")
-    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
     nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(64, 64, dtype=torch.int32))
     monkeypatch.setattr(
-        mean_teacher, "pseudo_labels", lambda teacher, features, *a: [nothing] * len(features[0])
+        MeanTeacher, "pseudo_labels", lambda self, features, *rest: [nothing] * len(features[0])
     )
     batch = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
-    losses = mean_teacher.train_step(
-        student,
-        student.teacher(),
-        optim.build_optimizer(student, cfg),
-        *batch,
-        torch.tensor(dataset.taxonomy.things),
-        cfg,
-        0,
-    )
+    losses = MeanTeacher(cfg, dataset.taxonomy, CPU).step(batch, 0)
     assert (
         losses["unlabeled/mask"] == 0
         and math.isfinite(losses["loss"])
@@ -1899,23 +1868,10 @@ def test_fault_17_a_step_with_empty_pseudo_labels_is_finite(small_mini, monkeypa
 def test_fault_15_bf16_keeps_losses_in_single_precision(small_mini):
     cfg = dataclasses.replace(TINY, burn_in=0)
     dataset = scenes.load_mini("4")
-    batch, things = (
-        data.SemiSupervisedBatches(dataset, cfg, 1)[0],
-        torch.tensor(dataset.taxonomy.things),
-    )
+    batch = data.SemiSupervisedBatches(dataset, cfg, 1)[0]
 
     def loss(precision):
-        student = stages.build(stages.Job(), cfg, dataset.taxonomy)
-        return mean_teacher.train_step(
-            student,
-            student.teacher(),
-            optim.build_optimizer(student, cfg),
-            *batch,
-            things,
-            cfg,
-            0,
-            precision=precision,
-        )["loss"]
+        return MeanTeacher(cfg, dataset.taxonomy, CPU, precision).step(batch, 0)["loss"]
 
     assert loss(torch.bfloat16) == pytest.approx(loss(torch.float32), rel=0.05)
 
@@ -2428,16 +2384,15 @@ def test_what_masks_are_made_of_counts_every_setting_that_they_depend_on():
 def test_dewa_batches_keep_masks_that_the_crop_empties_unless_told_otherwise(small_mini, tmp_path):
     dataset, cfg = scenes.load_mini("4"), dataclasses.replace(TINY, scale_min=2.0, scale_max=2.0)
     mask_files.generate_masks(dataset.train, FakeSam(), tmp_path)
-    emptied = 0
+    emptied, masked = 0, dewa.MaskedImages(dataset.train, tmp_path, range(12))
+    seen_only = dataclasses.replace(cfg, dewa_keep_empty=False)
     for step in range(4):
-        batch = dewa.DewaBatches(dataset.train, tmp_path, cfg, 4)[step]
+        batch = dewa.DewaBatches(masked, cfg, 4)[step]
         assert all(
             len(t) == 2 and t.masks.shape == (2, 64, 64) and t.labels.eq(0).all()
             for t in batch.targets
         )
-        shown = dewa.DewaBatches(
-            dataset.train, tmp_path, dataclasses.replace(cfg, dewa_keep_empty=False), 4
-        )[step]
+        shown = dewa.DewaBatches(masked, seen_only, 4)[step]
         for every, left in zip(batch.targets, shown.targets):
             assert torch.equal(left.masks, every.masks[every.masks.any(2).any(1)]) and len(
                 left.labels

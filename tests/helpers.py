@@ -27,7 +27,9 @@ from engine.flags import FLAGS, READS, configure, usual_method
 from engine.parser import parser
 from mini import microcosm
 from model import Mask2Former
+from pretrained import segmenter
 from readers import downloads
+from readers.ground_truth import Taxonomy
 from tools import prepare
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
@@ -55,6 +57,12 @@ TINY = dataclasses.replace(
     crop=64,
     test_size=64,
 )
+CPU = torch.device("cpu")
+TWO_CLASSES = Taxonomy(("red ball", "grass, lawn"), (True, False), (1, 2))
+
+
+def tiny_segmenter(cfg=TINY, taxonomy=TWO_CLASSES, clip=None):
+    return segmenter.build(cfg, taxonomy, CPU, clip)
 
 
 def random_vocabulary(counts=(1, 2, 1), dim=16, seed=0):

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 import dewa
 from config import Config
-from engine import checkpoint, stages
+from engine import checkpoint, stored
 from ground.errors import UserError
 from pretrained import official
 from readers import mask_files, panoptic
@@ -132,7 +132,8 @@ def fuzz_files(folder):
     )
     torch.manual_seed(0)
     head = {f"head.decoder.layer{k}.weight": torch.randn(64, 8) for k in range(4)}
-    model = SimpleNamespace(trained=lambda: {name: torch.zeros_like(t) for name, t in head.items()})
+    zeros = {name: torch.zeros_like(t) for name, t in head.items()}
+    model = SimpleNamespace(state_dict=lambda: zeros)
     state = {
         "step": 3,
         "config": {"stage": "ssl", **dataclasses.asdict(cfg)},
@@ -184,16 +185,19 @@ def fuzz_files(folder):
             raise
 
     images = panoptic.load_folder(root, "5").train
+    masked = dewa.MaskedImages(images, masks, range(len(images)))
+    warm_up = dewa.DewaBatches(masked, cfg, 2)
 
     def restore(path):
-        state = stages.read_run(path)
-        stages.take(state, "student", model, str(path)), stages.require_classes(state, 2, path)
+        run = stored.read(path)
+        stored.take(run, "student", model, str(path))
+        stored.require_classes(run, 2)
         dataclasses.replace(
             cfg,
             **{
-                f.name: state["config"][f.name]
+                f.name: run.config[f.name]
                 for f in dataclasses.fields(Config)
-                if f.name in state.get("config", {})
+                if f.name in run.config
             },
         )
 
@@ -207,7 +211,7 @@ def fuzz_files(folder):
         "split lists": (sorted(root.glob("splits/*/*")), load),
         "SAM masks": (
             sorted(masks.glob("*.json")),
-            lambda: [dewa.DewaBatches(images, masks, cfg, 2)[step] for step in range(2)],
+            lambda: [warm_up[step] for step in range(2)],
         ),
         "checkpoints of a run": (
             [folder / "run" / "step_0000003.pt"],
@@ -215,7 +219,7 @@ def fuzz_files(folder):
         ),
         "checkpoints without hash": only(folder / "weights.pt", restore),
         "official files": only(
-            folder / "official.pth", lambda path: official.read(path) or stages.read_run(path)
+            folder / "official.pth", lambda path: official.read(path) or stored.read(path)
         ),
         "safetensors": only(folder / "export.safetensors", restore),
     }

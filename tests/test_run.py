@@ -9,13 +9,14 @@ import torch
 
 import dearli
 from config import OFFICIAL
-from engine import checkpoint, stages
+from engine import checkpoint, stored
+from engine.checkpoint import state_of
 from ground import tensor_files
 from ground.errors import UserError
 from model import Mask2Former
 from pretrained import foundation, official
 from readers import ground_truth
-from tests.helpers import REAL_DATA, TINY, random_vocabulary, run, tiny_head
+from tests.helpers import REAL_DATA, TINY, random_vocabulary, run, tiny_head, tiny_segmenter
 
 # ------------------------------------------------------------------------------------------- checkpoint.py, trainer.py
 
@@ -55,7 +56,7 @@ def test_a_file_that_no_run_has_saved_is_refused_in_one_line(tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=words) as error:
-            stages.take(stages.read_run(path), "student", None, str(path))
+            stored.take(stored.read(path), "student", None, str(path))
         assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -117,15 +118,10 @@ def test_an_official_file_of_real_size_loads_runs_and_goes_back_unchanged(tmp_pa
     )
     back = official.official(weights)
     assert back.keys() == model.keys() and all(back[name] is model[name] for name in model)
-    segmenter = stages.build(
-        stages.Job(),
-        OFFICIAL,
-        ground_truth.Taxonomy(("a, b", "c"), (True, False), (1, 2)),
-        weights.clip,
-    )
-    assert "298 of 298 tensors taken" in checkpoint.load_weights(
-        segmenter.trained(), weights.head, "file"
-    )
+    taxonomy = ground_truth.Taxonomy(("a, b", "c"), (True, False), (1, 2))
+    segmenter = tiny_segmenter(OFFICIAL, taxonomy, weights.clip)
+    taken = checkpoint.load_weights(state_of(segmenter), weights.head, "file")
+    assert "298 of 298 tensors taken" in taken
     with torch.no_grad():
         class_logits, mask_logits = segmenter.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert class_logits.shape == (1, 200, 3) and mask_logits.shape == (1, 200, 16, 16)

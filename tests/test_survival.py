@@ -21,11 +21,12 @@ import torch
 
 import data
 import dearli
-import dewa
-import mean_teacher
-from engine import checkpoint, stages, training
+from engine import checkpoint, run_log
+from engine.checkpoint import state_of
+from engine.method import find
 from ground import files, identity, tensor_files
 from ground.errors import UserError
+from mean_teacher import MeanTeacher
 from mini import scenes
 from pretrained import foundation
 from readers import mask_files, panoptic
@@ -90,15 +91,15 @@ def test_fault_01_08_a_kill_while_saving_leaves_a_whole_checkpoint_and_strays_ar
 def test_fault_02_a_signal_finishes_the_step_saves_and_says_so_also_with_loader_processes(
     number, code, small_mini, tmp_path, monkeypatch
 ):
-    train_step = mean_teacher.train_step
+    train_step = MeanTeacher.step
 
-    def step(*args, **kwargs):
-        if args[7] == 2:
+    def step(self, batch, t):
+        if t == 2:
             os.killpg(os.getpgrp(), number)  # as a terminal and a scheduler do: to all of the group
             time.sleep(0.5)
-        return train_step(*args, **kwargs)
+        return train_step(self, batch, t)
 
-    monkeypatch.setattr(stages, "train_step", step)
+    monkeypatch.setattr(MeanTeacher, "step", step)
     process = fork(
         lambda: run(*SSL, "--steps", 9, "--workers", 2, "--out", tmp_path / "run"),
         tmp_path / "said.txt",
@@ -116,20 +117,19 @@ def test_fault_02_a_signal_finishes_the_step_saves_and_says_so_also_with_loader_
 def test_fault_03_a_full_disk_is_named_and_leaves_checkpoint_and_log_whole(
     small_mini, tmp_path, monkeypatch
 ):
-
-    folder, train_step = tmp_path / "run", mean_teacher.train_step
+    folder, train_step = tmp_path / "run", MeanTeacher.step
     for full, limit, words in (
         (3, 100_000, "step_0000004.pt: cannot be written (File too large)"),
         (2, 50, "log.jsonl: cannot be written (File too large)"),
     ):
 
-        def step(*args, **kwargs):
-            if args[7] == full:
+        def step(self, batch, t):
+            if t == full:
                 log = (folder / "log.jsonl").stat().st_size
                 resource.setrlimit(resource.RLIMIT_FSIZE, (log + limit, resource.RLIM_INFINITY))
-            return train_step(*args, **kwargs)
+            return train_step(self, batch, t)
 
-        monkeypatch.setattr(stages, "train_step", step)
+        monkeypatch.setattr(MeanTeacher, "step", step)
         process = fork(
             lambda: run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", folder),
             tmp_path / "said.txt",
@@ -206,18 +206,16 @@ def test_fault_07_a_run_that_is_stopped_at_every_step_equals_one_that_is_not_bit
 ):
     if stage == "dewa":
         mask_files.generate_masks(scenes.load_mini("4").train, FakeSam(), tmp_path / "masks")
-    module, name, place = (dewa, "dewa_step", 4) if stage == "dewa" else (stages, "train_step", 7)
-    step_fn, stop_at = getattr(module, name), []
+    method, stop_at = find(stage), []
+    usual_step = method.step
 
-    def step(*args, **kwargs):
-        if args[place] in stop_at:
+    def step(self, batch, t):
+        if t in stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {
-            **step_fn(*args, **kwargs),
-            "drawn": torch.rand(()).item(),
-        }  # as drop path of a trained backbone draws
+        row = usual_step(self, batch, t)
+        return {**row, "drawn": torch.rand(()).item()}  # as drop path of a trained backbone draws
 
-    monkeypatch.setattr(module, name, step)
+    monkeypatch.setattr(method, "step", step)
     args = [
         "--stage",
         stage,
@@ -523,26 +521,24 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
 
     spoilt = {1: spoil_gradient, 3: spoil_outputs}
 
-    def step(student, teacher, optimizer, *args, **kwargs):
-        handle = spoilt[args[4]](student) if args[4] in spoilt else None
-        before = [p.clone() for m in (student, teacher) for p in m.trained().values()]
+    def weights(method):
+        return [value for model in method.models.values() for value in state_of(model).values()]
+
+    train_step = MeanTeacher.step
+
+    def step(method, batch, t):
+        handle = spoilt[t](method.models["student"]) if t in spoilt else None
+        before = [value.clone() for value in weights(method)]
         try:
-            return mean_teacher.train_step(student, teacher, optimizer, *args, **kwargs)
+            return train_step(method, batch, t)
         finally:
             if handle:
                 handle.remove()
-                assert all(
-                    map(
-                        torch.equal,
-                        before,
-                        [p for m in (student, teacher) for p in m.trained().values()],
-                    )
-                )
-                assert all(
-                    torch.isfinite(v).all() for s in optimizer.state.values() for v in s.values()
-                )
+                assert len(before) > 100 and all(map(torch.equal, before, weights(method)))
+                averages = method.optimizer.state.values()
+                assert all(torch.isfinite(v).all() for s in averages for v in s.values())
 
-    monkeypatch.setattr(stages, "train_step", step)
+    monkeypatch.setattr(MeanTeacher, "step", step)
     assert run(*SSL, "--steps", 5, "--burn-in", 2, "--out", tmp_path / "run") == 0
     rows, said = log_of(tmp_path / "run"), capsys.readouterr().out
     assert [row["step"] for row in rows if "skipped" in row] == [
@@ -575,14 +571,16 @@ def test_fault_12_14_steps_that_are_not_finite_are_skipped_and_five_in_a_row_sto
 def test_fault_13_weights_that_are_not_finite_are_never_saved(
     small_mini, tmp_path, monkeypatch, capsys
 ):
-    def step(student, teacher, optimizer, *args, **kwargs):
-        if args[4] == 3:
-            student.head.decoder.query_feat.weight.data[0, 0] = math.nan
-        losses = mean_teacher.train_step(student, teacher, optimizer, *args, **kwargs)
-        assert all(torch.isfinite(p).all() for p in teacher.trained().values())
+    train_step = MeanTeacher.step
+
+    def step(method, batch, t):
+        if t == 3:
+            method.models["student"].head.decoder.query_feat.weight.data[0, 0] = math.nan
+        losses = train_step(method, batch, t)
+        assert all(torch.isfinite(p).all() for p in state_of(method.models["teacher"]).values())
         return losses
 
-    monkeypatch.setattr(stages, "train_step", step)
+    monkeypatch.setattr(MeanTeacher, "step", step)
     assert run(*SSL, "--steps", 6, "--checkpoint-every", 2, "--out", tmp_path / "run") == 2
     assert (
         "weights are not finite at step 4 (student: head.decoder.query_feat.weight"
@@ -824,8 +822,8 @@ def test_fault_42_a_log_whose_last_line_was_cut_is_read_without_it(small_mini, t
     whole = log.read_bytes()
     for cut in range(whole.rindex(b"{"), len(whole) - 2):
         log.write_bytes(whole[:cut])
-        assert [row["step"] for row in training.read_log(log)] == [0, 1]
-    assert training.read_log(tmp_path / "none") == []
+        assert [row["step"] for row in run_log.read_log(log)] == [0, 1]
+    assert run_log.read_log(tmp_path / "none") == []
     log.write_bytes(whole + whole[:30])
     assert run(*SSL, "--steps", 4, "--out", tmp_path / "run", "--resume") == 0 and [
         row["step"] for row in log_of(tmp_path / "run")
