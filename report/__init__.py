@@ -1,1 +1,11 @@
-"""What a person looks at."""
+"""What a person looks at: tables, pictures, the page of a run, and a run while it trains. It
+decides nothing and changes no weight. Tools and `dearli` may use it; it uses `engine` and the
+rooms below.
+
+    drawing         tables of figures, maps drawn on images
+    finish          the end of a stage: figures, table, metrics.json, report.html
+    watch           figures and pseudo-labels at every checkpoint
+    gallery         pictures of a run
+    groups          PQ of groups of classes (Figure 5)
+    page            report.html
+"""

@@ -1,1 +1,21 @@
-"""Tests of the wings."""
+"""Tests of the wings; those of the paper's files are in `test_dearli.py`. They need no network and
+no GPU.
+
+    helpers              what they share: small data sets, short runs, a command line in one call
+    test_house           the rules of the house, from its imports
+    test_documents       what the documents say is true
+    test_command_line    flags, help and refusals
+    test_door            mistakes at the door, each answered in one line
+    test_run             files of runs and of the official code: foreign, damaged, written back
+    test_ranks           several processes
+    test_survival        runs that are stopped; `soak`
+    test_fuzz            mutated files; `fuzz`
+    test_readers         data sets, splits, pictures, masks
+    test_importer        annotations of other tools
+    test_papers          the paper's data sets and tables
+    test_pretrained      foundation models and official files
+    test_mini            the miniature world
+    test_pipelines       stages one after the other
+    test_predict         a run on pictures
+    test_page            report.html
+"""
