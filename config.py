@@ -255,6 +255,11 @@ class MethodEntry:
     variants: dict = field(default_factory=dict)  # other values of these that are still the method
     warm: bool = False  # starts from the DeWa run of the data set, unless --init names another
 
+    @property
+    def has_clip(self) -> bool:
+        """CLIP has a say in its pseudo-labels."""
+        return self.numbers.get("teacher_posterior") != "decoder"
+
     def values(self, name: str) -> tuple:
         """Of a field of Config that it sets: its own first."""
         return (self.numbers[name], *self.variants.get(name, ())) if name in self.numbers else ()

@@ -24,6 +24,7 @@ from engine.flags import (
     TABLES,
     TRAIN,
     WARM,
+    WITH_CLIP,
     configure,
     given,
     is_warm,
@@ -119,12 +120,12 @@ def require_use(args: argparse.Namespace, cfg: Config) -> None:
 
 # Flags by dest that a stage knows and that may do nothing: when (see `idle`), and what would count.
 _IDLE = """
-warm | burn_in | a run that starts from other weights (--method dearli, or --init) has
+warm | burn_in | a run that starts from other weights (--method {warm}, or --init) has
     --burn-in-warm
 cold | burn_in_warm | a run that starts from a random decoder has --burn-in
 frozen | backbone_lr_multiplier | it counts with --train-backbone
 no clip | alpha clip_scale | CLIP has no say here; it counts with --classifier language, or with
-    --method dear and dearli
+    --method {clip}
 no choice | oversample | no point is chosen by uncertainty; it counts with --importance above 0
 no blur | blur_radius | nothing is blurred; it counts with --blur-prob above 0
 no layers | decoder_ffn | the decoder has no layers; it counts with --decoder-layers above 0
@@ -132,7 +133,7 @@ own crop | crop | the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that on
 no network | NETWORK | stable regions (--sam regions) have no network; it counts with --sam mini or
     vit_h
 no sam | sam NETWORK | it counts with --masks sam
-no warm-up | WARM_UP make | no masks and no warm-up are made here; it counts with --method dearli
+no warm-up | WARM_UP make | no masks and no warm-up are made here; it counts with --method {warm}
     and without --init
 rungs | teacher_posterior | the rungs of --stage {args.stage} set it themselves; use --stage ssl
 alphas | alpha | the rungs of --stage alpha set it themselves; use --stage ssl
@@ -177,8 +178,9 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "no eval": unmeasured,
         "no figures": unmeasured and not args.resume,
     }
+    named = {"warm": " or ".join(WARM), "clip": " and ".join(WITH_CLIP)}
     return {
-        dest: counts.format(args=args, cfg=cfg)
+        dest: counts.format(args=args, cfg=cfg, **named)
         for condition, names, counts in IDLE
         if holds[condition]
         for name in names.split()
@@ -217,8 +219,7 @@ def require_input(args: argparse.Namespace) -> None:
 
 
 def require_split(args: argparse.Namespace) -> None:
-    """Raise UserError where the number of labelled images matters and a data set of the paper is
-    named alone."""
+    """Raise UserError where one of the paper's data sets is named without its labelled images."""
     tables = args.stage in TABLES and not args.print_config
     matters = args.stage in LABELED or tables or args.stage == "eval" and args.groups
     if args.dataset in PAPERS_DATASETS and args.split is None and matters:
@@ -243,8 +244,7 @@ def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
             )
     if "preset" in args.flags and "num_queries" in stored:
         raise UserError(
-            f"--preset: the numbers are those that {args.weights} was trained with; leave the flag "
-            "out"
+            f"--preset: the numbers are those that {args.weights} was trained with; leave it out"
         )
 
 

@@ -58,10 +58,12 @@ TRAIN = ("dewa", "sup", "ssl")
 LABELED = ("sup", "ssl")  # training on labelled images, which ends with an evaluation
 TABLES = ("demo", "ladder", "alpha")
 WARM = tuple(name for name, method in METHODS.items() if method.warm)
+WITH_CLIP = tuple(name for name, method in METHODS.items() if method.has_clip)
 STORED = ("eval", "predict", "export", "report")  # read a run
 RUNNING = ("masks", *TRAIN, *STORED, "zeroshot", *TABLES)  # with a model, and a folder of runs
 OPENS = ("prepare", "validate", "masks", *TRAIN, "zeroshot", *TABLES)  # the data set that is named
 DATA = (*OPENS, *STORED)  # read a data set, or fall back on one
+DIVIDED = tuple(stage for stage in DATA if stage != "prepare")  # of which a part is labelled
 EVALUATED = ("validate", *LABELED, "eval", "zeroshot", *TABLES)  # on its validation images
 
 
@@ -102,9 +104,9 @@ FLAGS = (
     Flag("data-root", DATA, ""),
     #    folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in
     #    COCO panoptic format)
-    Flag("variant", DATA[1:], ""),
+    Flag("variant", DIVIDED, ""),
     #    ending of the JSON names of a custom data set, as in panoptic_train_4class.json
-    Flag("split", DATA[1:]),
+    Flag("split", DIVIDED),
     #    labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all,
     #    or a file of image names (mini: 16; custom: all; masks and dewa take all images)
     Flag("method", ("ssl",), choices=tuple(METHODS)),

@@ -870,6 +870,8 @@ def test_tensorboard_gets_the_log_and_its_absence_is_said(
     assert "tensorboard is not installed" in capsys.readouterr().err and not checkpoint.steps(
         tmp_path / "other"
     )
+    assert run(*sup, "--dry-run") == 2  # it takes what the run takes, and says the same
+    assert "tensorboard is not installed" in capsys.readouterr().err
 
 
 def test_a_report_shows_what_other_runs_say_of_the_same_images(
