@@ -21,7 +21,7 @@ from readers.annotations.shapes import polygon
 from tests.helpers import TINY_FLAGS, fingerprint, fitting, log_of, photo, rewrite, save, validated
 from tools import importer
 
-# ----------------------------------------------------------------------------------------- annotations.py, importer.py
+# ------------------------------------------------------------ readers/annotations, tools/importer.py
 #
 # One scene in every format: on 12 x 10 pixels a cat at x 1 to 4, y 2 to 5 (16 pixels) and a dog at x 4 to 8, y 4 to 7 (20); at x 4, y 4 to 5 they overlap.
 

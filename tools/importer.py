@@ -52,9 +52,8 @@ def import_folder(
         kind: a key of READERS.    source: is only read.
         output: a new folder, or one of an interrupted import.
         background: name of a class, stuff, for all pixels without instance; empty: they are void.
-        val_share: of the labelled images for validation, between 0 and 1, where the source has no
-            division.    seed: of their choice.
-        stuff: names of classes, separated by commas, of which an image has one segment each.
+        val_share: of the labelled images for validation, 0 to 1, where the source has no division.
+        seed: of their choice.    stuff: names of classes, separated by commas.
         masks_are: of kind `masks`, what values mean, one of FORMS; empty: guessed.
         classes: of kind `masks`, names of the values of maps of classes.
     Returns: {"labeled", "unlabeled", "val": images, "instances": {class: number}, "dropped":

@@ -10,7 +10,8 @@ from readers.annotations.coco import read_coco
 from readers.annotations.files import follow_links
 from readers.annotations.labelme import read_labelme
 from readers.annotations.masks import FORMS, read_masks
-from readers.annotations.records import REST, VOID, Classes, Instance, Record, Source, lay
+from readers.annotations.records import REST, VOID, Classes, Instance, Record, Source
+from readers.annotations.shapes import lay
 
 READERS = {
     "labelme": read_labelme,

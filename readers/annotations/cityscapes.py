@@ -11,6 +11,7 @@ from pathlib import Path
 from ground.errors import UserError
 from readers.annotations.maps import draw_values, read_map
 from readers.annotations.records import Classes, Instance, Record, Source
+from readers.annotations.shapes import Size
 
 CITYSCAPES = {  # the 19 classes of the evaluation: label id -> name, colour
     7: ("road", (128, 64, 128)),
@@ -72,7 +73,7 @@ def _require_no_other(path: Path) -> None:
         )
 
 
-def _instances(path: Path, size: tuple[int, int]) -> list[Instance]:
+def _instances(path: Path, size: Size) -> list[Instance]:
     instances = []
     for value, draw in draw_values(read_map(path, size)[0]):
         key = value // 1000 if value >= 1000 * FIRST_THING else value

@@ -19,9 +19,10 @@ from urllib.parse import unquote
 import numpy as np
 
 from ground.errors import UserError
+from readers.annotations import shapes
 from readers.annotations.files import PARTS, list_files
-from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Patch, Record, Source
-from readers.annotations.shapes import filled, join, nothing, polygon, read_points, require_size
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
+from readers.annotations.shapes import Patch, Size
 from readers.mask_files import decode_rle
 from readers.panoptic_json import MAX_ID, read_json
 from readers.pictures import brief, name_fault
@@ -38,8 +39,9 @@ UPLOADED = re.compile(r"^(/|\w+:/)|(^|/)(upload|local-files)(/|$)")
 
 @dataclass
 class _File:
-    """A JSON.   part: as Record.part, or `test`.   keys: of its classes, by category id."""
+    """A JSON.   folder: of the source.   part: as Record.part.   keys: of its classes, by id."""
 
+    folder: Path
     path: Path
     part: str
     content: dict
@@ -55,7 +57,7 @@ def read_coco(folder: Path, classes: Classes) -> Source:
     records: dict[str, Record] = {}  # by real path
     roots: dict[str, str] = {}  # folders of listed images, and of which part they are
     for file in sorted(files, key=lambda file: ["", "val", "train", "test"].index(file.part)):
-        for record, root in _records(folder, file, pictures, source):
+        for record, root in _records(file, pictures, source):
             roots[root] = file.part if file.part == "train" else roots.get(root, file.part)
             other = records.setdefault(os.path.realpath(record.image), record)
             if other is record:
@@ -71,7 +73,7 @@ def read_coco(folder: Path, classes: Classes) -> Source:
     return source.settle(folder, [*records.values(), *unlisted])
 
 
-def _together(reads: list[Callable], size: tuple[int, int]) -> list[Instance]:
+def _together(reads: list[Callable], size: Size) -> list[Instance]:
     return [instance for read in reads for instance in read(size)]
 
 
@@ -112,7 +114,7 @@ def _load(folder: Path, notes: list[str]) -> list[_File]:
             "a test set, and no other"
         )
     order = [part for part in ("", "train", "val", "test") if part in parts]
-    return [_File(parts[part], part, read_json(parts[part])) for part in order]
+    return [_File(folder, parts[part], part, read_json(parts[part])) for part in order]
 
 
 def _name_classes(files: list[_File], classes: Classes, notes: list[str]) -> None:
@@ -177,13 +179,11 @@ def _idle(category: dict, categories: list[dict]) -> str:
 # ----------------------------------------------------------------------------------- images
 
 
-def _records(
-    folder: Path, file: _File, pictures: list[str], source: Source
-) -> Iterator[tuple[Record, str]]:
+def _records(file: _File, pictures: list[str], source: Source) -> Iterator[tuple[Record, str]]:
     """Records of a JSON, and the folder that each was found in."""
     path, annotations = file.path, _by_image(file)
     _require_pixels(path, file.content["annotations"])
-    places, names = _folders(folder, file), {}
+    places, names = _folders(file), {}
     for place, entry in enumerate(file.content["images"]):
         try:
             key, stated = entry["id"], entry["file_name"]
@@ -197,14 +197,14 @@ def _records(
         if known and names[key] == stated:
             continue
         names[key] = stated
-        name, uploaded = _clean(folder, path, stated)
+        name, uploaded = _clean(file, stated)
         fault = name_fault(name) or ("has the id of another image" if known else "")
         if fault:
             raise UserError(
                 f"{path}: image {brief(key)}: file_name {brief(stated)} {fault}; mend "
                 f"images[{place}]"
             )
-        image, root = _find(folder, file, name, uploaded, places, pictures)
+        image, root = _find(file, name, uploaded, places, pictures)
         own = annotations.pop(key, None)
         read = partial(_instances, file, name, size, own, source) if own else None
         yield Record(name, image, read, file.part), root
@@ -248,24 +248,24 @@ def _require_pixels(path: Path, annotations: list[dict]) -> None:
         )
 
 
-def _clean(folder: Path, path: Path, stated) -> tuple[object, bool]:
+def _clean(file: _File, stated) -> tuple[object, bool]:
     """A file_name as a path below the folder, and whether it is of a server or another disk, so
     that its last part alone is left."""
     if not isinstance(stated, str):
         return stated, False
-    name, here = stated.replace("\\", "/"), os.path.abspath(folder)
+    name, here = stated.replace("\\", "/"), os.path.abspath(file.folder)
     if name.startswith(f"{here}/"):
         name = os.path.relpath(name, here)
     if UPLOADED.search(name):
         return PurePosixPath(unquote(re.split("[?&]d=", name)[-1])).name, True
     if ".." in name.split("/"):  # sound where it stays below the folder
-        name = os.path.join(path.parent.relative_to(folder), name)
+        name = os.path.join(file.path.parent.relative_to(file.folder), name)
     return os.path.normpath(name), False
 
 
-def _folders(folder: Path, file: _File) -> list[str]:
+def _folders(file: _File) -> list[str]:
     """Where the images of a JSON may be, the likeliest first, relative to the source."""
-    own = file.path.parent.relative_to(folder).as_posix()
+    own = file.path.parent.relative_to(file.folder).as_posix()
     home = own.removesuffix("annotations").strip("/")
     homes = [own, home, f"{home}/images"] if home not in ("", ".") else []
     if file.part:
@@ -278,11 +278,11 @@ def _folders(folder: Path, file: _File) -> list[str]:
 
 
 def _find(
-    folder: Path, file: _File, name: str, uploaded: bool, places: list[str], pictures: list[str]
+    file: _File, name: str, uploaded: bool, places: list[str], pictures: list[str]
 ) -> tuple[Path, str]:
     """The file of an image, and the folder that its name is relative to. Raises: UserError if
     there is none, or if two could be meant."""
-    first, _, rest = name.partition("/")
+    folder, (first, _, rest) = file.folder, name.partition("/")
     spellings = [name, rest] if rest and first in (*PARTS, "images", "data") else [name]
     for spelling in [] if uploaded else spellings:
         there = [at for at in places if (folder / at / spelling).is_file()]
@@ -360,17 +360,12 @@ def _place(place: str, roots: dict[str, str], listed: set[str]) -> tuple[str, st
 
 
 def _instances(
-    file: _File,
-    name: str,
-    stated: tuple,
-    annotations: list[tuple[int, dict]],
-    source: Source,
-    size: tuple[int, int],
+    file: _File, name: str, stated: tuple, own: list[tuple[int, dict]], source: Source, size: Size
 ) -> list[Instance]:
     claim = f"{file.path}: states {brief(stated)} for image {name}"
-    require_size(stated, size, claim, "mend what wrote the JSON")
+    shapes.require_size(stated, size, claim, "mend what wrote the JSON")
     instances = []
-    for place, a in annotations:
+    for place, a in own:
         where = f"{file.path}: annotations[{place}]"
         form, crowd = a.get("segmentation"), a.get("iscrowd") or 0
         if crowd not in (0, 1) or not isinstance(form, list | dict | None):
@@ -378,12 +373,13 @@ def _instances(
                 f"{where}: segmentation {brief(form)}, iscrowd {brief(crowd)}; expected polygons "
                 "or run lengths, and 0 or 1"
             )
-        polygons, category = [], file.keys[a["category_id"]]
+        category, polygons = file.keys[a["category_id"]], []
+        for part in _polygons(form):
+            polygons.append(shapes.read_points(part, size, where, flat=True))
+        draws = [partial(shapes.polygon, points, size) for points in polygons]
+        draw = partial(shapes.join, draws, size)
         if isinstance(form, dict):
             draw = partial(_runs, form, size, where)
-        else:
-            polygons = [read_points(part, size, where, flat=True) for part in _polygons(form)]
-            draw = partial(join, [partial(polygon, points, size) for points in polygons], size)
         if a.get("ignore") in (1, True):
             category = VOID
             source.passed["objects marked as to be ignored"] += 1
@@ -399,15 +395,15 @@ def _polygons(form) -> list:
     return [form] if all(isinstance(v, (int, float)) for v in form) else form
 
 
-def _around(bbox, polygons: list[np.ndarray], size: tuple[int, int], where: str) -> Patch:
+def _around(bbox, polygons: list[np.ndarray], size: Size, where: str) -> Patch:
     """The box of an annotation, or else that of its polygons."""
     if bbox:
-        corners = read_points(bbox, size, where, flat=True, number=2)
-        return filled(np.cumsum(corners, 0), size)  # the second is the extent
-    return filled(np.concatenate(polygons), size) if polygons else nothing()
+        corners = shapes.read_points(bbox, size, where, flat=True, number=2)
+        return shapes.filled(np.cumsum(corners, 0), size)  # the second is the extent
+    return shapes.filled(np.concatenate(polygons), size) if polygons else shapes.nothing()
 
 
-def _runs(form: dict, size: tuple[int, int], where: str) -> Patch:
+def _runs(form: dict, size: Size, where: str) -> Patch:
     """COCO's run lengths, as a list or as compressed text: down the columns, zeros first."""
     try:
         counts = form["counts"]

@@ -1,5 +1,5 @@
-"""Files of a source. Links to folders are followed; a linked file may not lead out of the source, or
-of the linked folder that it is in.
+"""Files of a source. Links to folders are followed; a linked file may not lead out of the source,
+or of the linked folder that it is in.
 """
 
 import os

@@ -18,17 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ground.errors import UserError
+from readers.annotations import shapes
 from readers.annotations.files import list_files
-from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Patch, Record, Source
-from readers.annotations.shapes import (
-    box,
-    filled,
-    join,
-    nothing,
-    polygon,
-    read_points,
-    require_size,
-)
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
+from readers.annotations.shapes import Patch, Size
 from readers.pictures import FORMATS, brief, name_fault
 
 SHAPELESS = "point points line linestrip".split()  # have no area
@@ -118,37 +111,37 @@ def _image(folder: Path, file: str, content: dict, images: dict) -> tuple[str, P
             return f"{stem}.{image.format.lower()}", held
     except Exception:  # Pillow raises a dozen types for what is one thing to the user
         raise UserError(
-            f"{folder / file}: there is no image file, and its imageData is no image; put the image "
-            "beside the JSON"
+            f"{folder / file}: there is no image file, and its imageData is no image; put the "
+            "image beside the JSON"
         ) from None
 
 
 def _instances(
-    path: Path, content: dict, source: Source, classes: Classes, size: tuple[int, int]
+    path: Path, content: dict, source: Source, classes: Classes, size: Size
 ) -> list[Instance]:
     stated = content.get("imageHeight"), content.get("imageWidth")
     claim = f"{path}: states an image of {brief(stated)}"
-    require_size(stated, size, claim, "save the annotation again with this image")
+    shapes.require_size(stated, size, claim, "save the annotation again with this image")
     groups, instances = defaultdict(list), []
     for place, shape in enumerate(content["shapes"]):
         where = f"{path}: shapes[{place}]"
         label, kind, group = _fields(shape, where)
-        points = read_points(shape.get("points") or np.zeros((0, 2)), size, where)
+        points = shapes.read_points(shape.get("points") or np.zeros((0, 2)), size, where)
         passed = _passed(label, kind)
         if passed:
             source.passed[passed] += 1
         if kind not in AREAL:
-            draw = partial(_stroke, kind) if kind in SHAPELESS else filled
-            instances.append(Instance(VOID, nothing, around=partial(draw, points, size)))
+            draw = partial(_stroke, kind) if kind in SHAPELESS else shapes.filled
+            instances.append(Instance(VOID, shapes.nothing, around=partial(draw, points, size)))
             continue
         if label not in UNNAMED and label not in classes:
             classes.add(label, label, where)
         one = ("alone", place) if group is None else ("group", group)
         draw = _drawing(kind, shape, points, size, where)
-        groups[UNNAMED.get(label, label), one].append((draw, partial(filled, points, size)))
-    for (category, _), shapes in groups.items():
-        draws, arounds = zip(*shapes)
-        draw, around = partial(join, draws, size), partial(join, arounds, size)
+        groups[UNNAMED.get(label, label), one].append((draw, partial(shapes.filled, points, size)))
+    for (category, _), drawn in groups.items():
+        draws, arounds = zip(*drawn)
+        draw, around = partial(shapes.join, draws, size), partial(shapes.join, arounds, size)
         instances.append(Instance(category, draw, around=around))
     return instances
 
@@ -179,7 +172,7 @@ def _passed(label: str, kind: str) -> str:
     return "" if kind in AREAL else f"shapes of the unknown type {brief(kind)}"
 
 
-def _drawing(kind: str, shape: dict, points: np.ndarray, size: tuple, where: str) -> partial:
+def _drawing(kind: str, shape: dict, points: np.ndarray, size: Size, where: str) -> partial:
     if kind in ("circle", "mask") and len(points) != 2:
         raise UserError(f"{where}: a {kind} of {len(points)} points, expected 2")
     if kind == "circle":
@@ -189,18 +182,18 @@ def _drawing(kind: str, shape: dict, points: np.ndarray, size: tuple, where: str
     if kind == "rectangle" and len(points) == 2:
         (x, y), (x2, y2) = points
         points = np.array([(x, y), (x, y2), (x2, y2), (x2, y)])
-    return partial(polygon, points, size)
+    return partial(shapes.polygon, points, size)
 
 
-def _circle(points: np.ndarray, size: tuple[int, int]) -> Patch:
+def _circle(points: np.ndarray, size: Size) -> Patch:
     """points: the centre, and one on the rim."""
     (x, y), radius = points[0], math.dist(*points)
-    top, left, height, width = box(np.stack([points[0] - radius, points[0] + radius]), size)
+    top, left, height, width = shapes.box(np.stack([points[0] - radius, points[0] + radius]), size)
     ys, xs = np.ogrid[top : top + height, left : left + width]
     return top, left, (xs + 0.5 - x) ** 2 + (ys + 0.5 - y) ** 2 <= radius**2
 
 
-def _mask(held, points: np.ndarray, size: tuple[int, int], where: str) -> Patch:
+def _mask(held, points: np.ndarray, size: Size, where: str) -> Patch:
     """A PNG of the pixels from the first to the last point, both included."""
     (left, top), (right, bottom) = points.astype(int).tolist()
     inside = 0 <= left and 0 <= top and right < size[1] and bottom < size[0]
@@ -222,7 +215,7 @@ def _mask(held, points: np.ndarray, size: tuple[int, int], where: str) -> Patch:
     return top, left, mask
 
 
-def _stroke(kind: str, points: np.ndarray, size: tuple[int, int]) -> Patch:
+def _stroke(kind: str, points: np.ndarray, size: Size) -> Patch:
     """A line through the points, or a dot at each, as thick as labelme's own converters draw
     them."""
     image = Image.new("L", size[::-1])

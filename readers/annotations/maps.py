@@ -10,13 +10,13 @@ from PIL import Image
 from scipy import ndimage
 
 from ground.errors import UserError
-from readers.annotations.records import Draw, Patch
+from readers.annotations.shapes import Draw, Patch, Size
 from readers.pictures import FORMATS, brief, open_image
 
 FRAMED = (".tif", ".tiff", ".gif", ".webp")  # endings of files that may hold several images
 
 
-def read_map(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, tuple | None]:
+def read_map(path: Path, size: Size | None = None) -> tuple[np.ndarray, tuple | None]:
     """(H, W) whole numbers of a map (of a palette its indices; of three equal channels one), and
     the palette's colour of 255. Raises: UserError if it is no such map, or not of this (H, W)."""
     values, colour = _load_array(path) if path.suffix.lower() == ".npy" else _load_image(path)
@@ -34,7 +34,19 @@ def read_map(path: Path, size: tuple[int, int] | None = None) -> tuple[np.ndarra
     return values, colour
 
 
-def draw_numbers(numbers: np.ndarray) -> list[tuple[int, Draw]]:
+def draw_values(values: np.ndarray) -> list[tuple[int, Draw]]:
+    """Each value of a map, however large, and how to draw it."""
+    distinct, places = np.unique(values, return_inverse=True)
+    numbers = places.reshape(values.shape).astype(np.int32) + 1
+    return [(int(distinct[n - 1]), draw) for n, draw in _numbers(numbers)]
+
+
+def draw_regions(mask: np.ndarray) -> list[Draw]:
+    """How to draw each connected region of a binary mask; corners connect."""
+    return [draw for _, draw in _numbers(ndimage.label(mask, np.ones((3, 3)))[0])]
+
+
+def _numbers(numbers: np.ndarray) -> list[tuple[int, Draw]]:
     """Each number from 1 on that is in an (H, W) map, and how to draw it."""
 
     def draw(n: int, where: tuple[slice, slice]) -> Patch:
@@ -42,18 +54,6 @@ def draw_numbers(numbers: np.ndarray) -> list[tuple[int, Draw]]:
 
     places = enumerate(ndimage.find_objects(numbers), 1)
     return [(n, partial(draw, n, where)) for n, where in places if where]
-
-
-def draw_values(values: np.ndarray) -> list[tuple[int, Draw]]:
-    """Each value of a map, however large, and how to draw it."""
-    distinct, places = np.unique(values, return_inverse=True)
-    numbers = places.reshape(values.shape).astype(np.int32) + 1
-    return [(int(distinct[n - 1]), draw) for n, draw in draw_numbers(numbers)]
-
-
-def draw_regions(mask: np.ndarray) -> list[Draw]:
-    """How to draw each connected region of a binary mask; corners connect."""
-    return [draw for _, draw in draw_numbers(ndimage.label(mask, np.ones((3, 3)))[0])]
 
 
 def _load_array(path: Path) -> tuple[np.ndarray, None]:

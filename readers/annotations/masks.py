@@ -17,8 +17,9 @@ from scipy import ndimage
 
 from ground.errors import UserError
 from readers.annotations.files import PARTS, list_files
-from readers.annotations.maps import draw_numbers, draw_regions, draw_values, read_map
+from readers.annotations.maps import draw_regions, draw_values, read_map
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
+from readers.annotations.shapes import Size
 from readers.panoptic_json import MAX_ID
 from readers.pictures import brief
 
@@ -54,9 +55,9 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
     `_value_names`; or masks/classes.txt. Of a map of classes what `classes.stuff` names is stuff,
     and of others each connected region is a thing; if it names none, all of them are stuff.
     """
-    source, records = Source(), []
+    source = Source()
     files = _images(folder, source)
-    masks = [mask for *_, masks in files for mask in masks]
+    masks = [mask for _, own in files for mask in own]
     flat = any(not mask.label and not mask.single for mask in masks)
     if names and (not flat or form in ("instances", "binary")):
         raise UserError(
@@ -79,10 +80,9 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
         named = {label: label for label in sorted(labels)}
     for key, name in named.items():
         classes.add(key, name, str(folder / "masks"), not by_value or bool(classes.stuff))
-    for image, name, part, own in files:
-        read = partial(_instances, own, forms, values, classes) if own else None
-        records.append(Record(name, image, read, part))
-    return source.settle(folder, records)
+    for record, own in files:
+        record.read = partial(_instances, own, forms, values, classes) if own else None
+    return source.settle(folder, [record for record, _ in files])
 
 
 def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) -> None:
@@ -104,8 +104,8 @@ def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) ->
 # ----------------------------------------------------------------------------------- files
 
 
-def _images(folder: Path, source: Source) -> list[tuple[Path, str, str, list[_Mask]]]:
-    """(image, its name, part, its masks) of all images."""
+def _images(folder: Path, source: Source) -> list[tuple[Record, list[_Mask]]]:
+    """All images with their masks."""
     images, masks = folder / "images", folder / "masks"
     names = list_files(images)
     tops = sorted({name.split("/")[0] for name in names})
@@ -119,7 +119,7 @@ def _images(folder: Path, source: Source) -> list[tuple[Path, str, str, list[_Ma
 
 
 def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
-    """The rows of `_images` of one folder of images."""
+    """The same of one folder of images."""
     every = list_files(images)
     names = [name for name in every if "/" not in name]
     source.passed["images in folders of images/"] += len(every) - len(names)
@@ -158,7 +158,7 @@ def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
                 "out"
             )
         found[first].append(_Mask(label, path, single))
-    return [(images / name, name, part, found[name]) for name in names]
+    return [(Record(name, images / name, part=part), found[name]) for name in names]
 
 
 def _before_suffix(stem: str, stems: dict) -> tuple[str, bool]:
@@ -182,10 +182,8 @@ def _value_names(folder: Path, names: str) -> dict[int, str]:
     it, if there is one. 0 and 255 are void where nothing names them (0 is the background, if there
     is one).
     """
-    places = [
-        at / name for at in (folder / "masks", folder) for name in ("classes.txt", "labels.txt")
-    ]
-    file = next((path for path in places if path.is_file()), None)
+    places = "masks/classes.txt masks/labels.txt classes.txt labels.txt".split()
+    file = next((folder / name for name in places if (folder / name).is_file()), None)
     if not names and file is None:
         return {}
     where = "--classes" if names else str(file)
@@ -311,37 +309,33 @@ def _is_soft(stored: np.ndarray) -> bool:
 
 
 def _instances(
-    masks: list[_Mask], forms: dict, values: dict, classes: Classes, size: tuple[int, int]
+    masks: list[_Mask], forms: dict, values: dict, classes: Classes, size: Size
 ) -> list[Instance]:
     """Instances of the masks of one image."""
     instances = []
     for mask in masks:
-        form, category = forms[mask.label], UNNAMED.get(mask.label, mask.label or "object")
+        category = UNNAMED.get(mask.label, mask.label or "object")
+        form = "instances" if mask.single else forms[mask.label]
         stored, colour = read_map(mask.path, size)
-        void = [255] if colour == VOC_VOID else []
-        if mask.single:
-            draws = draw_numbers(_white(stored, mask.lossy).astype(np.int32))
-            instances += [Instance(category, draw) for _, draw in draws]
-        elif form == "binary":
-            draws = draw_regions(_white(stored, mask.lossy))
-            instances += [Instance(category, draw) for draw in draws]
+        void = {255: "__ignore__"} if colour == VOC_VOID else {}
+        if mask.single or form == "binary":
+            stored = _white(stored, mask.lossy)
         elif mask.lossy:
             raise UserError(
                 f"{mask.path}: JPEG keeps no exact values; save maps of {form} as PNG, or say "
                 "--masks-are binary"
             )
+        if form == "binary":
+            instances += [Instance(category, draw) for draw in draw_regions(stored)]
         elif form == "classes":
-            instances += _classes_of(mask.path, stored, values, void, classes)
+            instances += _classes_of(mask.path, stored, values | void, classes)
         else:
-            for value, draw in draw_values(stored):
-                if value:
-                    instances.append(Instance(VOID if value in void else category, draw))
+            draws = [(value, draw) for value, draw in draw_values(stored) if value]
+            instances += [Instance(VOID if v in void else category, draw) for v, draw in draws]
     return instances
 
 
-def _classes_of(
-    path: Path, stored: np.ndarray, values: dict[int, str], void: list[int], classes: Classes
-) -> list[Instance]:
+def _classes_of(path: Path, stored: np.ndarray, values: dict, classes: Classes) -> list[Instance]:
     """Instances of a map of classes."""
     instances = []
     for value, draw in draw_values(stored):
@@ -350,14 +344,10 @@ def _classes_of(
                 f"{path}: has the value {value}, which has no name; named are "
                 f"{brief(sorted(values))}; name it with --classes, or in classes.txt"
             )
-        if values[value] in UNNAMED:
-            instances.append(Instance(UNNAMED[values[value]], draw))
-        elif value in void:
-            instances.append(Instance(VOID, draw))
-        else:
-            thing = classes[value][1]
-            draws = draw_regions(stored == value) if thing else [draw]
-            instances += [Instance(value, draw) for draw in draws]
+        category = UNNAMED.get(values[value], value)
+        thing = category in classes and classes[category][1]
+        draws = draw_regions(stored == value) if thing else [draw]
+        instances += [Instance(category, draw) for draw in draws]
     return instances
 
 

@@ -1,6 +1,6 @@
 """What every reader of annotations gives: records of images, their instances and the classes.
 
-Axes: H W pixels of an image, h w those of a patch of it.
+Axes: H W pixels.
 """
 
 import os
@@ -9,16 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterable
 
-import numpy as np
-
 from ground.errors import UserError
+from readers.annotations.shapes import Draw, Size
 from readers.pictures import brief, name_fault
 
 VOID = None  # category of pixels that are not looked at
 REST = ""  # category of pixels that belong to the background
 UNNAMED = {"__ignore__": VOID, "_background_": REST}  # for labelme's own converters no classes
-Patch = tuple[int, int, np.ndarray]  # top, left, (h, w) bool: pixels of an instance, in the image
-Draw = Callable[[], Patch]  # made anew at every call, so that one mask at a time is in memory
 
 
 @dataclass
@@ -41,7 +38,7 @@ class Record:
 
     name: str
     image: Path | bytes
-    read: Callable[[tuple[int, int]], list[Instance]] | None = None
+    read: Callable[[Size], list[Instance]] | None = None
     part: str = ""
 
 
@@ -118,9 +115,3 @@ class Classes(dict):
             )
         self.owners[first] = f"{owner} {brief(name)}"
         return first
-
-
-def lay(canvas: np.ndarray, patch: Patch, value: int) -> None:
-    """Write a value into (H, W), where a patch is."""
-    top, left, mask = patch
-    canvas[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = value

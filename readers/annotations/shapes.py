@@ -1,29 +1,42 @@
-"""Points to pixels: polygons, boxes and their unions, for labelme and COCO.
+"""Pixels of instances as patches of an image; and points to patches, for labelme and COCO.
 
 Polygons are filled by pycocotools: a pixel belongs to a shape if its centre does, as nearly as
 COCO's own tools say. Coordinates count from the corner of the image, so that a square from 2 to 5
-has three pixels a side. Axes: H W pixels, N points.
+has three pixels a side. Axes: H W pixels of an image, h w of a patch of it, N points.
 """
 
 import math
+from typing import Callable
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from ground.errors import UserError
-from readers.annotations.records import Draw, Patch, lay
 from readers.mask_files import decode_rle
 from readers.pictures import brief
 
+Size = tuple[int, int]  # height, width
+Patch = tuple[int, int, np.ndarray]  # top, left, (h, w) bool: pixels of an instance, in the image
+Draw = Callable[[], Patch]  # made anew at every call, so that one mask at a time is in memory
 
-def require_size(stated: tuple, size: tuple[int, int], claim: str, mend: str) -> None:
+
+def nothing() -> Patch:
+    return 0, 0, np.zeros((0, 0), bool)
+
+
+def lay(canvas: np.ndarray, patch: Patch, value: int) -> None:
+    """Write a value into (H, W), where a patch is."""
+    top, left, mask = patch
+    canvas[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = value
+
+
+def require_size(stated: tuple, size: Size, claim: str, mend: str) -> None:
     """Raise UserError if an annotation states another (height, width) than that of its image."""
     if stated not in ((None, None), size):
         raise UserError(f"{claim}, but it is {size} (height, width, turned as EXIF says); {mend}")
 
 
 def read_points(
-    value, size: tuple[int, int], where: str, flat: bool = False, number: int | None = None
+    value, size: Size, where: str, flat: bool = False, number: int | None = None
 ) -> np.ndarray:
     """(N, 2) x, y in pixels, from pairs or, if flat, from x, y, x, y, ...; they may lie outside of
     the image, but not by more than its size. Raises: UserError if they are none, or not N."""
@@ -43,11 +56,7 @@ def read_points(
     return points
 
 
-def nothing() -> Patch:
-    return 0, 0, np.zeros((0, 0), bool)
-
-
-def box(points: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def box(points: np.ndarray, size: Size) -> tuple[int, int, int, int]:
     """top, left, height, width of the pixels of an image that the box around points touches."""
     if not len(points):
         return 0, 0, 0, 0
@@ -56,17 +65,19 @@ def box(points: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return top, left, max(0, bottom - top), max(0, right - left)
 
 
-def filled(points: np.ndarray, size: tuple[int, int]) -> Patch:
+def filled(points: np.ndarray, size: Size) -> Patch:
     """All pixels of the box."""
     top, left, *extent = box(points, size)
     return top, left, np.ones(extent, bool)
 
 
-def polygon(points: np.ndarray, size: tuple[int, int]) -> Patch:
+def polygon(points: np.ndarray, size: Size) -> Patch:
     """Filled by pycocotools, in its box alone: bit for bit what it fills in the whole image."""
     top, left, *extent = box(points, size)
     if len(points) < 3 or 0 in extent:
         return nothing()
+    from pycocotools import mask as coco_mask  # nothing else needs it
+
     shift = np.array([left, top])
     # It rounds to fifths of a pixel. Done before the shift, so that the shift moves no vertex to
     # another fifth.
@@ -75,7 +86,7 @@ def polygon(points: np.ndarray, size: tuple[int, int]) -> Patch:
     return top, left, decode_rle({**runs, "counts": runs["counts"].decode()})
 
 
-def join(draws: list[Draw], size: tuple[int, int]) -> Patch:
+def join(draws: list[Draw], size: Size) -> Patch:
     """The union of several patches."""
     patches = [patch for patch in (draw() for draw in draws) if patch[2].size]
     if len(patches) < 2:
