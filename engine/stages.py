@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import multiprocessing
@@ -71,7 +72,7 @@ from readers.exposure import see
 from readers.ground_truth import DataSet, Taxonomy
 from readers.panoptic import load_folder
 from readers.pictures import ImageFolder
-from report import drawing, gallery, page, watch
+from report import drawing, gallery, page, run_folder, tables, watch
 from tools import importer, prepare, validate
 from tools.predict import Pictures, Predictor
 from tools.zeroshot import flatten, zero_shot
@@ -641,7 +642,7 @@ def begun(job: Job, folder: Path) -> Begun:
     with contextlib.suppress(
         UserError
     ):  # no run there yet, or one whose checkpoint will say what it is
-        said = page.read(folder).config
+        said = run_folder.read(folder).config
     if not checkpoint.steps(folder):
         return Begun(None, said)
     if not job.dry_run:
@@ -876,7 +877,7 @@ def stage_report(job: Job, cfg: Config) -> Path:
     folder, warm_up = results_folder(job), job.state["config"].get("stage") == "dewa"
     files.require_writable(folder)
     run, *others = [
-        page.read(source, job.state["config"])
+        run_folder.read(source, job.state["config"])
         for source in (job.weights if job.weights.is_dir() else folder, *job.compare)
     ]
     job = dataclasses.replace(job, eval_on=run.metrics.get("evaluated_on", "val"))
@@ -914,7 +915,7 @@ def draw_cards(
     cfg: Config,
     dataset: DataSet,
     models: dict[str, Segmenter],
-    run: page.Stored,
+    run: run_folder.Stored,
     others=(),
 ) -> dict:
     stage, data = run.config.get("stage"), run.config.get("data")
@@ -951,7 +952,7 @@ def others_readings(job: Job, cfg: Config, dataset: DataSet, others: list) -> li
             theirs = dataclasses.replace(job, state=state, weights=run.folder)
             readings.append(
                 gallery.Reading(
-                    page.esc(run.name),
+                    html.escape(run.name),
                     load_models(theirs, own, dataset.taxonomy)[which],
                     own,
                     posterior_alphas(own)[posterior],
@@ -1226,7 +1227,7 @@ def finish(
         }
         if ranks.rank() == 0:
             files.write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
-        print(drawing.table([(reading, metrics[reading]) for reading in metrics]))
+        print(tables.table([(reading, metrics[reading]) for reading in metrics]))
         print(f"{folder / 'metrics.json'}")
     if ranks.rank() == 0:
         write_report(job, cfg, folder, dataset, models)
@@ -1241,7 +1242,7 @@ def write_report(
 ) -> None:
     """report.html at the end of a stage. models: None, if there is nothing to be drawn."""
     try:
-        run = page.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
+        run = run_folder.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
         cards = (
             draw_cards(job, cfg, dataset, models, run)
             if models and run.reading and job.report_images
@@ -1430,7 +1431,7 @@ def stage_demo(job: Job, cfg: Config) -> Path:
     shown = [rung for rung in RUNGS if rung.kind in ("sup", "dear", "dearli")]
     trained = {rung.run: rung for rung in shown}  # two rows read the same run
     metrics = dict(zip(trained, run_rungs(job, [(cfg, rung) for rung in trained.values()])))
-    print("\n" + drawing.table([(rung.title, metrics[rung.run][rung.reading]) for rung in shown]))
+    print("\n" + tables.table([(rung.title, metrics[rung.run][rung.reading]) for rung in shown]))
     dataset = load_data(job, cfg)
     path = (job.out or job.runs) / "demo.png"
     draw(job, settle(cfg, dataset), dataset, path)
@@ -1587,7 +1588,7 @@ def stage_zeroshot(job: Job, cfg: Config) -> Path:
         folder / "metrics.json",
         json.dumps({"images": len(dataset.val), "zero-shot": metrics}, indent=1).encode(),
     )
-    print(drawing.table([("zero-shot", metrics)], drawing.COLUMNS[:-1]))
+    print(tables.table([("zero-shot", metrics)], tables.COLUMNS[:-1]))
     print(f"{folder / 'metrics.json'}")
     return folder
 
@@ -1678,9 +1679,9 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
         state = (
             read_run(args.weights)
             if checkpoint.steps(args.weights)
-            else {"config": require_config(page.read(args.weights).config, args.weights)}
+            else {"config": require_config(run_folder.read(args.weights).config, args.weights)}
         )
-        args.dataset = page.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
+        args.dataset = run_folder.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
     if args.stage in ("eval", "predict", "export", "report"):
         state = state or read_run(args.weights)
         stored = state.get("config", {})

@@ -18,7 +18,7 @@ from ground.errors import UserError
 from ground.files import write_atomic
 from mean_teacher import teacher_alpha
 from readers.ground_truth import DataSet
-from report import drawing
+from report import tables
 from report.gallery import Reading, snapshot
 
 
@@ -38,7 +38,7 @@ def watcher(
             metrics = evaluate(models, dataset, cfg, device, images, title="")
             if ranks.rank() == 0:
                 figures = {
-                    reading: drawing.figure(of, ("all", "pq")) for reading, of in metrics.items()
+                    reading: tables.figure(of, ("all", "pq")) for reading, of in metrics.items()
                 }
                 row = {"step": step, "images": min(images, len(dataset.val)), **figures}
                 kept = [old for old in read(folder) if old["step"] < step]
