@@ -1,6 +1,5 @@
 """Curves over steps as values of a picture: places, labels and tips, which the page draws as SVG."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -26,11 +25,7 @@ def curve(name: str, log: list[dict], key: str, factor: float = 1.0) -> Curve:
 
 
 def chart(
-    title: str,
-    unit: str,
-    curves: list[Curve],
-    skipped: list[tuple[int, str]] = (),
-    log: bool = False,
+    title: str, unit: str, curves: list[Curve], skipped: list = (), log: bool = False
 ) -> dict | None:
     """One panel; None without a number.
 
@@ -42,19 +37,22 @@ def chart(
     if not values:
         return None
     steps = [step for _, own, _ in curves for step in own] + [step for step, _ in skipped]
-    scale = _scale(steps, values, log)
+    scale = _Scale(steps, values, log)
     dots, raw, smooth, tips = [], [], [], {}
     for k, (name, own, numbers) in enumerate(curves):
-        average, half = _average(numbers)
-        for i in map(_middle, _parts(numbers, TIPS)):
+        if not numbers:
+            continue
+        numbers, half = np.array(numbers), len(numbers) // 40
+        average = _average(numbers, half)
+        for i in _middles(numbers, TIPS):
             tips.setdefault(own[i], []).append(f"{name} {average[i]:.4g}")
         if len(numbers) == 1:
-            dots.append((k, scale.x(own[0]), scale.y(numbers[0])))
-        elif numbers:
-            middle = [0, *map(_middle, _parts(numbers, POINTS)), len(numbers) - 1]
-            smooth.append(("smooth", k, scale.path(own, average, dict.fromkeys(middle))))
+            dots.append((k, scale.x(own[0]), scale.y(float(numbers[0]))))
+        else:
+            places = dict.fromkeys([0, *_middles(numbers, POINTS), len(numbers) - 1])
+            smooth.append(("smooth", k, scale.path(own, average, places)))
         if half:
-            raw.append(("raw", k, scale.path(own, numbers, _ends(numbers))))
+            raw.append(("raw", k, scale.path(own, numbers, _peaks(numbers))))
     columns = ticks(scale.first, scale.last) if len(set(steps)) > 1 else [scale.first]
     shift = (WIDTH - LEFT - RIGHT) / TIPS / 2
     texts = [(step, f"step {step}: {', '.join(parts)}") for step, parts in sorted(tips.items())]
@@ -72,15 +70,15 @@ def chart(
     }
 
 
-@dataclasses.dataclass(frozen=True)
 class _Scale:
     """Steps first ... last to x and numbers low ... high to y. log: low and high are exponents."""
 
-    first: int
-    last: int
-    low: float
-    high: float
-    log: bool
+    def __init__(self, steps: list[int], values: list[float], log: bool):
+        least, most = min(values), max(values)
+        self.log = log and least > 0 and most > 20 * least
+        ends = (math.log10(least), math.log10(most)) if self.log else (min(0.0, least), most)
+        self.low, self.high = ends if ends[1] > ends[0] else (ends[0], ends[0] + 1.0)
+        self.first, self.last = min(steps), max(max(steps), min(steps) + 1)
 
     def x(self, step: float, shift: float = 0.0) -> float:
         share = (step - self.first) / (self.last - self.first)
@@ -103,14 +101,6 @@ class _Scale:
         return [row for row in rows if self.low <= math.log10(row) <= self.high]
 
 
-def _scale(steps: list[int], values: list[float], log: bool) -> _Scale:
-    least, most = min(values), max(values)
-    log = log and least > 0 and most > 20 * least
-    low, high = (math.log10(least), math.log10(most)) if log else (min(0.0, least), most)
-    last = max(max(steps), min(steps) + 1)
-    return _Scale(min(steps), last, low, high if high > low else low + 1.0, log)
-
-
 def ticks(low: float, high: float, number: int = 4) -> list[float]:
     """Round numbers between low and high, some `number` of them."""
     size = (high - low) / number
@@ -120,28 +110,24 @@ def ticks(low: float, high: float, number: int = 4) -> list[float]:
     return [k * unit for k in range(first, last + 1)]
 
 
-def _average(numbers: list[float]) -> tuple[np.ndarray, int]:
-    """The moving average over a twentieth of a curve, and how far it reaches to either side."""
-    values, place, half = np.array(numbers), np.arange(len(numbers)), len(numbers) // 40
-    total = np.cumsum(np.append(0.0, values))
-    stop, start = np.minimum(place + half + 1, len(numbers)), np.maximum(place - half, 0)
-    average = (total[stop] - total[start]) / (stop - start)
+def _average(values: np.ndarray, half: int) -> np.ndarray:
+    """The moving average over `half` numbers to either side, fewer at the ends."""
+    place, total = np.arange(len(values)), np.cumsum(np.append(0.0, values))
+    stop, start = np.minimum(place + half + 1, len(values)), np.maximum(place - half, 0)
     # sums of far larger numbers are rounded: an average is never outside of its numbers
-    return np.clip(average, min(numbers, default=0.0), max(numbers, default=0.0)), half
+    return np.clip((total[stop] - total[start]) / (stop - start), values.min(), values.max())
 
 
-def _parts(numbers: list[float], count: int) -> list[range]:
+def _parts(values: np.ndarray, count: int) -> list[np.ndarray]:
     """Indices in at most so many parts of about one size."""
-    return np.array_split(np.arange(len(numbers)), min(count, len(numbers))) if numbers else []
+    return np.array_split(np.arange(len(values)), min(count, len(values)))
 
 
-def _middle(part: np.ndarray) -> int:
-    return int(part[len(part) // 2])
+def _middles(values: np.ndarray, count: int) -> list[int]:
+    return [int(part[len(part) // 2]) for part in _parts(values, count)]
 
 
-def _ends(numbers: list[float]) -> list[int]:
-    """Indices of the lowest and the highest of each part: no peak is lost."""
-    values = np.array(numbers)
-    parts = _parts(numbers, POINTS)
-    pairs = [{part[values[part].argmin()], part[values[part].argmax()]} for part in parts]
-    return [i for pair in pairs for i in sorted(pair)]
+def _peaks(values: np.ndarray) -> list[int]:
+    """The lowest and the highest of each part: none is lost in a picture."""
+    parts = _parts(values, POINTS)
+    return [i for p in parts for i in sorted({p[values[p].argmin()], p[values[p].argmax()]})]

@@ -2,14 +2,14 @@
 configuration and the commands that remake it.
 
 Here its values are gathered; words, elements, style and script are in templates/, whose engine
-escapes what comes from a file. Everything is inside of the page: no server, no network (a
-Content-Security-Policy has the browser see to that), and a script that sorts tables and nothing
-else; #sort=classes:pq:asc after the address opens the page with a table sorted. The same run gives
-the same bytes.
+escapes what comes from a file. The page needs no server and no network (a Content-Security-Policy
+has the browser see to that); its script sorts tables and nothing else: #sort=classes:pq:asc after
+the address opens it with a table sorted. The same run gives the same bytes.
 """
 
 import base64
 import hashlib
+import itertools
 import math
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from engine.evaluation import class_pixels
 from ground.files import write_atomic
 from readers.ground_truth import DataSet
 from report.charts import chart, curve
-from report.gallery import POSTERIORS, Card, spread
+from report.gallery import POSTERIORS, spread
 from report.run_folder import FIELDS, Stored, commands, nearest_preset
 from report.tables import COLUMNS
 
@@ -39,32 +39,31 @@ CURVES = {
     "lr": ("Learning rate", "of the head"),
     "pseudo_segments": ("Pseudo-segments", "an unlabelled image"),
 }
-ALBUM = {
-    "worst": "Validation images, the worst",
-    "best": "Validation images, the best",
-    "unlabelled": "Unlabelled images and what the teacher says of them",
-    "training": "Pseudo-labels as training went on",
-}
 
 
 def write(
-    folder: Path,
-    runs: list[Stored],
-    dataset: DataSet | None,
-    cards: dict[str, list[Card]],
-    missing: str = "",
+    folder: Path, runs: list[Stored], dataset: DataSet | None, cards: dict, missing: str = ""
 ) -> Path:
-    """report.html about the first run, beside the others. missing: why there are no cards.
+    """report.html about the first run, beside the others.
 
-    Pictures are left out, the last of each group first, until the page has no more than MAX_BYTES.
-    Raises: UserError if it cannot be written.
+    cards: of `gallery.gallery`; the last of each group are left out until the page has no more
+    than MAX_BYTES.  missing: why there are none. Raises: UserError if it cannot be written.
     """
-    page, values = _template(), gathered(runs, dataset)
+    run, page = runs[0], _template()
+    sections = {  # one that is None is left out
+        "figures": run,
+        "compare": comparison(runs) if len(runs) > 1 else None,
+        "curves": curves(run),
+        "perclass": classes(run, dataset),
+        "confusion": confusions(run),
+        "configuration": configuration(run),
+    }
 
     def content(most: int) -> bytes:
-        shown = {name: group[:most] for name, group in cards.items()}
-        values["sections"]["images"] = album(shown, runs[0].reading, missing)
-        return page.render(values).encode("utf-8", "replace")
+        album = {name: group[:most] for name, group in cards.items() if group[:most]}
+        values = {"missing": missing, "reading": run.reading or "", "cards": album}
+        sections["images"] = values if missing or album else None
+        return page.render(run=run, sections=sections).encode("utf-8", "replace")
 
     most = max(map(len, cards.values()), default=0)
     while len(written := content(most)) > MAX_BYTES and most:
@@ -76,12 +75,9 @@ def write(
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.loader = jinja2.FileSystemLoader(TEMPLATES)
     environment.tests["finite"] = finite
     environment.filters |= {"percent": percent, "reading_title": reading_title, "base64": base_64}
     style, script = ((TEMPLATES / f).read_text("utf-8") for f in ("style.css", "script.js"))
@@ -111,32 +107,15 @@ def reading_title(reading: str) -> str:
     return f"{which}, {POSTERIORS[posterior]}" if posterior in POSTERIORS else reading
 
 
-def gathered(runs: list[Stored], dataset: DataSet | None) -> dict:
-    """The values of a page without its album; a section that is None is left out."""
-    run = runs[0]
-    facts = [run.config.get("stage"), run.config.get("dataset")]
-    named = [(key, run.config.get(key)) for key in ("split", "seed")]
-    facts += [f"{key} {value}" for key, value in named if value not in (None, "")]
-    return {
-        "title": run.name,
-        "facts": " · ".join(fact for fact in facts if fact),
-        "sections": {
-            "figures": run,
-            "compare": comparison(runs) if len(runs) > 1 else None,
-            "curves": curves(run),
-            "perclass": classes(run, dataset),
-            "confusion": confusions(run),
-            "configuration": configuration(run),
-        },
-    }
-
-
 def comparison(runs: list[Stored]) -> dict:
     """Runs side by side: figures, losses, and what differs in the configuration."""
     readings = list(dict.fromkeys(reading for run in runs for reading in run.readings))
     configs = [run.config for run in runs]
-    keys = sorted(set().union(*configs))
-    titles = [(f"r{k}", reading_title(reading)) for k, reading in enumerate(readings)]
+    differing = [
+        key
+        for key in sorted(set().union(*configs))
+        if any(config.get(key) != configs[0].get(key) for config in configs)
+    ]
     losses = [curve(run.name, run.log, "loss") for run in runs]
     labeled = [curve(run.name, _labeled_loss(run.log), "sum") for run in runs]
     charts = [
@@ -145,15 +124,11 @@ def comparison(runs: list[Stored]) -> dict:
     ]
     return {
         "runs": runs,
-        "run_columns": [("key", "Number"), *((f"run{k}", r.name) for k, r in enumerate(runs))],
+        "run_columns": [(f"run{k}", run.name) for k, run in enumerate(runs)],
         "readings": readings,
-        "reading_columns": [("run", "Run"), *titles],
+        "reading_columns": [(f"r{k}", reading_title(r)) for k, r in enumerate(readings)],
         "charts": list(filter(None, charts)),
-        "differing": [
-            (key, [config.get(key, "–") for config in configs])
-            for key in keys
-            if any(config.get(key) != configs[0].get(key) for config in configs)
-        ],
+        "differing": [(key, [config.get(key, "–") for config in configs]) for key in differing],
     }
 
 
@@ -164,47 +139,35 @@ def _labeled_loss(log: list[dict]) -> list[dict]:
 
 
 def curves(run: Stored) -> dict:
-    panels = {name: {} for name in CURVES}  # keys of the log, each once, in order
-    for row in run.log:
-        for key, value in row.items():
-            if key not in ("step", "time") and isinstance(value, (int, float)):
-                panels.setdefault(_panel(key), {})[key] = True
-    skipped = [
-        (row["step"], f"step {row['step']} was skipped: {row['skipped']}; {_images(row)}")
-        for row in run.log
-        if "skipped" in row and isinstance(row["step"], int)
+    log, watched = run.log, run.watched[-1] if run.watched else {}
+    quality = [curve(reading_title(r), run.watched, r, 100) for r in watched if "/" in r]
+    keys = [key for row in log for key, value in row.items() if isinstance(value, (int, float))]
+    panels = {name: [] for name in CURVES}
+    for key in dict.fromkeys(keys):
+        group, _, term = key.rpartition("/")
+        panel = group.split("/")[0] or (key if key in CURVES else "terms")
+        if key not in ("step", "time"):
+            panels.setdefault(panel, []).append(curve(term, log, key))
+    skipped = []
+    for row in log:
+        if "skipped" in row and isinstance(row["step"], int):
+            why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
+            skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
+    charts = [
+        chart("PQ", f"percent, on {watched.get('images', '?')} validation images", quality),
+        *(
+            chart(*CURVES.get(name, (name, "")), lines, skipped, log=name == "grad_norm")
+            for name, lines in panels.items()
+        ),
     ]
-    charts = [_watched(run.watched)] if run.watched else []
-    for name, keys in panels.items():
-        lines = [curve(key.split("/")[-1], run.log, key) for key in keys]
-        if any(steps for _, steps, _ in lines):
-            charts.append(chart(*CURVES.get(name, (name, "")), lines, skipped, name == "grad_norm"))
-    times = curve("time", run.log, "time")[2]
-    seconds = np.diff([0.0, *times])
+    _, _, times = curve("time", log, "time")
     return {
         "charts": list(filter(None, charts)),
-        "steps": len(run.log),
+        "steps": len(log),
         "skipped": len(skipped),
-        "time": duration(seconds.sum()) if times else "",
-        "seconds_a_step": f"{np.median(seconds):.2g}" if times else "",
+        "time": duration(times[-1]) if times else "",
+        "seconds_a_step": f"{np.median(np.diff([0.0, *times])):.2g}" if times else "",
     }
-
-
-def _panel(key: str) -> str:
-    """Where a number of the log is drawn."""
-    if "/" in key:
-        return key.split("/")[0]
-    return key if key in CURVES else "terms"
-
-
-def _images(row: dict) -> str:
-    return ", ".join(map(str, row.get("images", [])))
-
-
-def _watched(rows: list[dict]) -> dict | None:
-    """PQ at the checkpoints."""
-    lines = [curve(reading_title(key), rows, key, 100) for key in rows[-1] if "/" in key]
-    return chart("PQ", f"percent, on {rows[-1].get('images', '?')} validation images", lines)
 
 
 def duration(seconds: float) -> str:
@@ -218,44 +181,26 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
     result = run.readings.get(run.reading)
     if not result:
         return None
-    names, unseen = list(result["per_class"]), _unseen(result)
-    known, images, labeled = {}, (), None
-    if dataset and dataset.taxonomy.short_names == names:
-        labeled = len(dataset.labeled)
-        images = spread(dataset.labeled, FREQUENCY_IMAGES)
+    look, images, labeled = {}, (), None
+    if dataset and dataset.taxonomy.short_names == list(result["per_class"]):
+        labeled, images = len(dataset.labeled), spread(dataset.labeled, FREQUENCY_IMAGES)
         pixels = class_pixels(dataset, images)
         shares = (pixels / max(pixels.sum(), 1)).tolist()
-        known = dict(zip(names, zip(shares, dataset.taxonomy.colours, dataset.taxonomy.things)))
-        names.sort(key=lambda name: -known[name][0])
+        taxonomy = dataset.taxonomy
+        look = dict(zip(taxonomy.short_names, zip(shares, taxonomy.colours, taxonomy.things)))
     rows = []
-    for name in names:
-        row = result["per_class"][name]
-        share, colour, thing = known.get(name, (None, None, None))
-        counts = [row.get(key) for key in ("tp", "fp", "fn")]
+    for (name, row), pixels in itertools.zip_longest(
+        result["per_class"].items(), result.get("confusion", ())
+    ):
         figures = [row.get(key) for key in ("pq", "sq", "rq", "semantic_iou")]
-        if not any(counts):  # the figures are over nothing
+        counts = [row.get(key) for key in ("tp", "fp", "fn")]
+        if not any(counts):  # over nothing, as is the IoU of a class without a true pixel
             figures = [None] * len(figures)
-        elif name in unseen:
+        elif pixels and not figures[-1] and not any(map(int, pixels.split())):
             figures[-1] = None
-        kind = "thing" if thing else "stuff"
-        own = {"share": share, "colour": colour, "kind": kind, "figures": figures, "counts": counts}
-        rows.append({"name": name, **own})
-    titles = [(title.lower(), title) for title in ("PQ", "SQ", "RQ", "IoU", "TP", "FP", "FN")]
-    return {
-        "columns": [("class", "Class"), ("share", "Labelled %"), *titles],
-        "rows": rows,
-        "counted": len(images),
-        "labeled": labeled,
-    }
-
-
-def _unseen(result: dict) -> set[str]:
-    """Classes without a true pixel: their IoU of 0 is over nothing."""
-    return {
-        name
-        for (name, row), pixels in zip(result["per_class"].items(), result.get("confusion", ()))
-        if not row.get("semantic_iou") and not any(map(int, pixels.split()))
-    }
+        rows.append((name, *look.get(name, (None, None, None)), figures, counts))
+    rows.sort(key=lambda row: -(row[1] or 0))
+    return {"rows": rows, "counted": len(images), "labeled": labeled}
 
 
 def confusions(run: Stored) -> dict | None:
@@ -270,17 +215,11 @@ def confusions(run: Stored) -> dict | None:
     np.fill_diagonal(wrong, 0)
     strongest = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
     pairs = [divmod(place, len(names)) for place in strongest.tolist()]
-    involved = np.argsort(-wrong.sum(0) - wrong.sum(1), kind="stable")[:MAX_HEAT]
-    shown = np.sort(involved)
+    involved = np.argsort(-wrong.sum(0) - wrong.sum(1), kind="stable")
+    shown = np.sort(involved[:MAX_HEAT])
     return {
         "stored": True,
         "reading": run.reading,
-        "columns": [
-            ("truth", "Truth"),
-            ("prediction", "Taken for"),
-            ("share", "% of class"),
-            ("all", "% of all"),
-        ],
         "pairs": [
             (names[t], names[p], wrong[t, p] / truth[t], wrong[t, p] / truth.sum())
             for t, p in pairs
@@ -292,28 +231,20 @@ def confusions(run: Stored) -> dict | None:
     }
 
 
-def album(cards: dict[str, list[Card]], reading: str | None, missing: str) -> dict | None:
-    groups = []
-    for name, group in cards.items():
-        first, _, number = name.partition(" of ")
-        groups.append((f"{ALBUM[first]} of {number}" if number else ALBUM[first], group))
-    if not missing and not any(group for _, group in groups):
-        return None
-    return {"missing": missing, "reading": reading or "", "groups": groups}
-
-
 def configuration(run: Stored) -> dict:
     """Its numbers beside those of the nearest preset: what differs, and what is the same."""
     if not run.config:
         return {"preset": None}
     preset, changed = nearest_preset(run.config)
     usual = {key: getattr(PRESETS[preset], key) for key in FIELDS}
-    differing = [
-        key
-        for key, value in run.config.items()
-        if key != "taxonomy" and (key in changed if key in usual else value not in ("", None))
-    ]
-    same = [key for key in FIELDS if key in run.config and key not in changed]
-    rows = [[(k, run.config[k], usual.get(k, "")) for k in keys] for keys in (differing, same)]
-    made = "\n".join(commands(run))
-    return {"preset": preset, "differing": rows[0], "same": rows[1], "commands": made}
+    rows = [(key, value, usual.get(key, "")) for key, value in run.config.items()]
+    return {
+        "preset": preset,
+        "differing": [
+            (key, value, other)
+            for key, value, other in rows
+            if key != "taxonomy" and (key in changed if key in usual else value not in ("", None))
+        ],
+        "same": [row for row in rows if row[0] in usual and row[0] not in changed],
+        "commands": commands(run),
+    }

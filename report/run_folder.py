@@ -61,10 +61,8 @@ def read(folder: Path, config: dict | None = None) -> Stored:
     own, metrics = (_object(folder / f"{name}.json") for name in ("config", "metrics"))
     log = read_log(folder / "log.jsonl")
     if not (own or metrics or log):
-        raise UserError(
-            f"{folder}: holds no config.json, metrics.json or log.jsonl; "
-            "expected the folder of a run"
-        )
+        names = "config.json, metrics.json or log.jsonl"
+        raise UserError(f"{folder}: holds no {names}; expected the folder of a run")
     return Stored(folder, own or config or {}, metrics, log, watch.read(folder))
 
 
@@ -157,7 +155,7 @@ def _numbers(words: list, config: dict, changed: dict) -> list:
 
     config: of the run.
     """
-    args = parser().parse_args([str(word) for word in words])
+    args = parser().parse_args(list(map(str, words)))
     unused = idle(args, Config(**{key: config[key] for key in FIELDS if key in config}))
     flags = []
     for key, value in changed.items():
