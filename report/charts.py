@@ -1,4 +1,4 @@
-"""Curves over steps as values of a picture: places, labels and tips, which the page draws as SVG."""
+"""Curves over steps as values of a picture, which the page draws as SVG: places, labels, tips."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The figures of a reading that people compare, in one order everywhere: tables of text and pages."""
+"""The figures of a reading that people compare, in one order for text and for pages."""
 
 COLUMNS = (
     ("PQ", ("all", "pq")),
