@@ -343,7 +343,7 @@ def stage_demo(source, place, machine, cfg, course, jobs):
     from engine.begin import settle
     from engine.stored import read, restore
     from ground.files import require_writable
-    from report import drawing
+    from report import tables
     from tools import ladder
 
     ladder.require_rungs(cfg, ladder.RUNGS)
@@ -354,7 +354,7 @@ def stage_demo(source, place, machine, cfg, course, jobs):
     metrics = ladder.run_rungs(trainer(source, place, machine, course), tasks, jobs)
     metrics = dict(zip(rungs, metrics))
     rows = [(rung.title, metrics[rung.run][rung.reading]) for rung in ladder.SHOWN]
-    print("\n" + drawing.table(rows))
+    print("\n" + tables.table(rows))
     dataset, methods = source.load(cfg), []
     cfg = settle(cfg, dataset)
     for rung in rungs.values():

@@ -201,15 +201,15 @@ class PanopticScore:
     """PanopticQuality as the frame measures with: `add`, `merge`, `result` of predictions and
     truths.
 
-    columns: of tables: key, heading, and where the figure is in the result.
+    columns: of tables: heading, and where the figure is in the result.
     """
 
     columns = (
-        ("pq", "PQ", ("all", "pq")),
-        ("pq_things", "PQ things", ("things", "pq")),
-        ("pq_stuff", "PQ stuff", ("stuff", "pq")),
-        ("sq", "SQ", ("all", "sq")),
-        ("rq", "RQ", ("all", "rq")),
+        ("PQ", ("all", "pq")),
+        ("PQ things", ("things", "pq")),
+        ("PQ stuff", ("stuff", "pq")),
+        ("SQ", ("all", "sq")),
+        ("RQ", ("all", "rq")),
     )
 
     def __init__(self, taxonomy):
@@ -238,7 +238,7 @@ class PanopticScore:
 class SemanticScore:
     """MeanIoU in the same shape. Its result has the pixels of every pair of classes, too."""
 
-    columns = (("miou", "mIoU", ("miou",)),)
+    columns = (("mIoU", ("miou",)),)
 
     def __init__(self, taxonomy):
         self.taxonomy, self.pixels = taxonomy, MeanIoU(len(taxonomy))

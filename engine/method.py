@@ -22,11 +22,11 @@ BASELINES = {"dewa": "dewa.Dewa", "sup": "mean_teacher.Supervised"}
 
 
 class Metric(Protocol):
-    """A figure over many images, and over processes. columns: (key, heading, path in the result) of
+    """A figure over many images, and over processes. columns: (heading, path in the result) of
     the tables.
     """
 
-    columns: tuple[tuple[str, str, tuple[str, ...]], ...]
+    columns: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __init__(self, taxonomy: Taxonomy): ...
 

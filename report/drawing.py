@@ -1,4 +1,4 @@
-"""What a person looks at: tables of figures, panoptic maps drawn on their images, and pictures of several side by side."""
+"""Panoptic maps drawn on their images, and pictures of several side by side."""
 
 import functools
 import unicodedata
@@ -12,76 +12,22 @@ from tqdm import tqdm
 from ground.colours import shade
 from readers.ground_truth import Taxonomy
 
-COLUMNS = (
-    ("PQ", ("all", "pq")),
-    ("PQ things", ("things", "pq")),
-    ("PQ stuff", ("stuff", "pq")),
-    ("SQ", ("all", "sq")),
-    ("RQ", ("all", "rq")),
-    ("mIoU", ("miou",)),
-)
 SIDES = (640, 2560)  # pixels; the long side of an overlay lies between them
 PAINT = 0.55  # share of the colour of a segment, the rest is the image
 ROOM = 0.6  # share of a name that must lie on its segment
-FONT_SIZE, PIXELS_A_FONT_SIZE = (
-    (13, 48),
-    38,
-)  # in pixels; least and largest, and so much of the long side for each pixel of the font
+FONT_SIZES = (13, 48)  # pixels, least and largest
+PIXELS_A_FONT_SIZE = 38  # of the long side, for each pixel of the font
+OUTLINE = {"stroke_width": 2, "stroke_fill": (25, 25, 25)}  # of names
 # Files of usual systems (Linux, macOS, Windows) for class names that Pillow's own font has no
 # letters for; the first that has them all is taken.
 FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "SourceHanSansSC-Regular.otf",
-    "wqy-zenhei.ttc",
-    "wqy-microhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "DroidSansFallback.ttf",
-    "NotoSans-Regular.ttf",
-    "DejaVuSans.ttf",
-    "FreeSans.ttf",
-    "NotoSansArabic-Regular.ttf",
-    "NotoNaskhArabic-Regular.ttf",
-    "NotoSansDevanagari-Regular.ttf",
-    "Lohit-Devanagari.ttf",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "AppleSDGothicNeo.ttc",
-    "Arial Unicode.ttf",
-    "msyh.ttc",
-    "msgothic.ttc",
-    "malgun.ttf",
-    "arial.ttf",
-    "Nirmala.ttf",
-    "Nirmala.ttc",
-)
-
-
-def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:
-    """A figure of one reading, as ("things", "pq"); None if it is not there, or is over nothing:
-    `evaluation.evaluate` gives 0 then, as the COCO panoptic API.
-    """
-    value, counted = metrics, None
-    for key in keys:
-        if not isinstance(value, dict):
-            return None
-        value, counted = value.get(key), value.get("miou_classes" if key == "miou" else "n")
-    return None if counted == 0 else value
-
-
-def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
-    """A plain-text table of metrics in percent, n/a where there is nothing to measure. rows:
-    (title, metrics of one reading as `evaluation.evaluate` returns).
-    """
-    width = max(len(title) for title, _ in rows)
-    lines = [" " * width + "".join(f"{name:>11}" for name, _ in columns)]
-    for title, metrics in rows:
-        cells = []
-        for _, keys in columns:
-            value = figure(metrics, keys)
-            cells.append(f"{'n/a':>11}" if value is None else f"{100 * value:11.1f}")
-        lines.append(f"{title:<{width}}" + "".join(cells))
-    return "\n".join(lines)
+    "NotoSansCJK-Regular.ttc, NotoSansCJKsc-Regular.otf, SourceHanSansSC-Regular.otf, "
+    "wqy-zenhei.ttc, wqy-microhei.ttc, DroidSansFallbackFull.ttf, DroidSansFallback.ttf, "
+    "NotoSans-Regular.ttf, DejaVuSans.ttf, FreeSans.ttf, NotoSansArabic-Regular.ttf, "
+    "NotoNaskhArabic-Regular.ttf, NotoSansDevanagari-Regular.ttf, Lohit-Devanagari.ttf, "
+    "PingFang.ttc, Hiragino Sans GB.ttc, AppleSDGothicNeo.ttc, Arial Unicode.ttf, msyh.ttc, "
+    "msgothic.ttc, malgun.ttf, arial.ttf, Nirmala.ttf, Nirmala.ttc"
+).split(", ")
 
 
 def overlay(
@@ -93,38 +39,37 @@ def overlay(
     names: bool = True,
     side: int | None = None,
 ) -> Image.Image:
-    """A panoptic map drawn on its image: colours by class, shades by instance, borders, and the names of segments that have room for them.
+    """A panoptic map drawn on its image: colours by class, shades by instance, borders, and the
+    names of segments that have room for them.
 
-    Args: segment_map: (H, W) integers, 0 = void, k = k-th segment;  labels: (N,) classes.    scores: (N,), written behind the names.
-        side: pixels of the long side; None: that of the image, or the nearest of SIDES (names could not be read on less, nobody needs more).
+    Args: segment_map: (H, W) integers, 0 = void, k = k-th segment;  labels: (N,) classes;
+        scores: (N,), written behind the names;  side: pixels of the long side, None: that of the
+        image, or the nearest of SIDES (names could not be read on less, nobody needs more).
     The n-th instance of a class has the same colour in every image. Void is grey and dark.
     """
     if segment_map.shape != image.size[::-1]:
-        raise ValueError(
-            f"segment_map: expected {image.size[::-1]}, the size of the image, got {segment_map.shape}"
-        )
-    long = max(image.size)
-    scale = (side or min(max(long, SIDES[0]), SIDES[1])) / long
+        sizes = f"{image.size[::-1]}, the size of the image, got {segment_map.shape}"
+        raise ValueError(f"segment_map: expected {sizes}")
+    scale = (side or min(max(*image.size, SIDES[0]), SIDES[1])) / max(image.size)
     size = [max(1, round(s * scale)) for s in image.size]
-    image = image.convert("RGB").resize(
-        size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
-    )
+    smooth = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX
+    image = image.convert("RGB").resize(size, smooth)
     ys, xs = (
         ((np.arange(new) + 0.5) * old / new).astype(int)
         for new, old in zip(size[::-1], segment_map.shape)
     )
     drawn = segment_map.take(ys, 0).take(xs, 1)  # (H', W')
-    colours, seen = np.zeros((len(labels) + 1, 3), np.uint8), {}
+    colours, instances = np.zeros((len(labels) + 1, 3), np.uint8), {}
     for k, label in enumerate(np.asarray(labels).tolist(), 1):
-        colours[k] = shade(taxonomy.colours[label], seen.get(label, 0))
-        seen[label] = seen.get(label, 0) + 1
+        colours[k] = shade(taxonomy.colours[label], instances.get(label, 0))
+        instances[label] = instances.get(label, 0) + 1
     grey = ImageEnhance.Brightness(image.convert("L").convert("RGB")).enhance(0.4)
     canvas = Image.blend(image, Image.fromarray(colours[drawn]), PAINT)
     canvas.paste(grey, mask=Image.fromarray(drawn == 0))
     width = max(1, round(max(size) / 600))
-    dark, light = (_edges(drawn, w) for w in (3 * width, width))
-    canvas.paste(ImageEnhance.Brightness(canvas).enhance(0.45), mask=dark)
-    canvas.paste("white", mask=light)
+    dark = ImageEnhance.Brightness(canvas).enhance(0.45)
+    canvas.paste(dark, mask=_edges(drawn, 3 * width))
+    canvas.paste("white", mask=_edges(drawn, width))
     if names:
         _write_names(canvas, drawn, labels, taxonomy, scores)
     return canvas
@@ -138,6 +83,44 @@ def _edges(drawn: np.ndarray, width: int) -> Image.Image:
     return Image.fromarray(ndimage.maximum_filter(edge.view(np.uint8), width).view(bool))
 
 
+def picture(
+    rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
+    titles: list[str],
+    taxonomy: Taxonomy,
+    path: Path,
+    caption: str = "",
+    side: int = 256,
+) -> None:
+    """A PNG with one row an image: the image, then its panoptic maps (segment_map, labels), and a
+    legend. titles: of all columns, the image's first;  side: pixels of a cell.
+    """
+    gap, head, foot, entry = 8, 34, 30, (175, 22)
+    labels = sorted({int(label) for _, maps in rows for _, own in maps for label in own})
+    width = len(titles) * (side + gap) + gap
+    per_line = max(1, width // entry[0])
+    end = head + len(rows) * (side + gap)
+    height = end + -(-len(labels) // per_line) * entry[1] + 12 + (foot if caption else 0)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for c, title in enumerate(titles):
+        middle = (gap + c * (side + gap) + side / 2, head / 2)
+        draw.text(middle, title, "black", _font("", 18), anchor="mm")
+    for r, (image, maps) in enumerate(rows):
+        cells = [overlay(image, *answer, taxonomy, side=side) for answer in maps]
+        for c, cell in enumerate([ImageOps.contain(image, (side, side)), *cells]):
+            canvas.paste(cell, (gap + c * (side + gap), head + r * (side + gap)))
+    names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
+    for k, label in enumerate(labels):
+        x, y = gap + k % per_line * entry[0], end + 6 + k // per_line * entry[1]
+        draw.rectangle((x, y, x + 16, y + 14), taxonomy.colours[label], "black")
+        text = f"{names[label]} ({'thing' if taxonomy.things[label] else 'stuff'})"
+        draw.text((x + 22, y + 7), text, "black", _font(font_of(names[label]), 13), anchor="lm")
+    if caption:
+        draw.text((gap, height - foot / 2), caption, "black", _font("", 13), anchor="lm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
 @functools.lru_cache(maxsize=64)
 def written(names: tuple[str, ...], ids: tuple[int, ...]) -> tuple[str, ...]:
     """What pictures call classes: names, or `#` and the category id of one that no font writes.
@@ -145,10 +128,8 @@ def written(names: tuple[str, ...], ids: tuple[int, ...]) -> tuple[str, ...]:
     Which is which is said once, in one line.
     """
     # a letter and its accent as one character, where there is one
-    names = tuple(unicodedata.normalize("NFC", name) for name in names)
-    shown = tuple(
-        name if font_of(name) is not None else f"#{number}" for name, number in zip(names, ids)
-    )
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    shown = [f"#{id_}" if font_of(name) is None else name for name, id_ in zip(names, ids)]
     changed = [f"{new} {old}" for old, new in zip(names, shown) if new != old]
     if changed:
         tqdm.write(
@@ -156,7 +137,7 @@ def written(names: tuple[str, ...], ids: tuple[int, ...]) -> tuple[str, ...]:
             f"{', '.join(changed)}; a font such as Noto Sans (CJK), and libraqm for Arabic and "
             "Indian scripts, would show the names"
         )
-    return shown
+    return tuple(shown)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -168,13 +149,14 @@ def font_of(text: str) -> str | None:
     Arabic, Hebrew and Indian scripts are shaped and ordered by libraqm: without it, they would
     be wrong in any font.
     """
-    shaped = any(
-        unicodedata.bidirectional(c) in ("R", "AL") or unicodedata.category(c) in ("Mn", "Mc")
-        for c in text
-    )
+    shaped = any(unicodedata.bidirectional(c) in ("R", "AL") or _is_mark(c) for c in text)
     if shaped and not features.check("raqm"):
         return None
     return next((name for name in ("", *FONTS) if _has(name, text)), None)
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character) in ("Mn", "Mc")
 
 
 def _has(name: str, text: str) -> bool:
@@ -187,15 +169,13 @@ def _has(name: str, text: str) -> bool:
         return mask.size, bytes(mask)
 
     missing = drawn("\uffff")  # no character: what a font draws for all that it has not
-    return all(
-        c.isspace() or unicodedata.category(c) in ("Mn", "Mc", "Cf") or drawn(c) != missing
-        for c in text
-    )
+    unseen = [c.isspace() or _is_mark(c) or unicodedata.category(c) == "Cf" for c in text]
+    return all(skip or drawn(c) != missing for c, skip in zip(text, unseen))
 
 
 @functools.lru_cache(maxsize=256)
 def _font(name: str | None, size: int):
-    """A font of this size, in pixels; None for a file that the system has not. name: of `font_of`."""
+    """A font of `font_of`, so many pixels high; None for a file that the system has not."""
     if not name:
         return ImageFont.load_default(size)
     try:
@@ -207,8 +187,10 @@ def _font(name: str | None, size: int):
 def _write_names(
     canvas: Image.Image, drawn: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy, scores
 ) -> None:
-    """Write the name of each segment where the most of it lies on the segment and on no other name, near its middle; large ones first."""
-    least, largest = FONT_SIZE
+    """Write the name of each segment where the most of it lies on the segment and on no other
+    name, near its middle; large ones first.
+    """
+    least, largest = FONT_SIZES
     size = min(max(max(canvas.size) // PIXELS_A_FONT_SIZE, least), largest)
     names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
     draw, boxes = ImageDraw.Draw(canvas), ndimage.find_objects(drawn, len(labels))
@@ -224,72 +206,31 @@ def _write_names(
         font = _font(font_of(text), size)
         left, top, right, bottom = draw.textbbox((0, 0), text, font, anchor="lt", stroke_width=2)
         w, h = -(-(right - left) // step), -(-(bottom - top) // step)
-        (y0, y1), (x0, x1) = (
-            (max(0, s.start // step - n), s.stop // step + n) for s, n in zip(boxes[k], (h, w))
-        )
-        inside = (coarse[y0:y1, x0:x1] == k + 1).astype(np.int32)
-        if areas[k] < ROOM * w * h or inside.shape[0] < h or inside.shape[1] < w:
+        place = _place(coarse, k + 1, boxes[k], (h, w), step)
+        if place is None:
             continue
-        sums = np.pad(inside.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        covered = (sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]) / (w * h)
-        middle = np.argwhere(inside).mean(0) - (h / 2, w / 2)
-        distance = np.hypot(*(np.indices(covered.shape) - middle[:, None, None]))
-        y, x = np.unravel_index(np.argmax(covered - 1e-4 * distance), covered.shape)
-        if covered[y, x] < ROOM:
-            continue
-        coarse[y0 + y : y0 + y + h, x0 + x : x0 + x + w] = 0  # taken
-        draw.text(
-            ((x0 + x) * step - left, (y0 + y) * step - top),
-            text,
-            "white",
-            font,
-            anchor="lt",
-            stroke_width=2,
-            stroke_fill=(25, 25, 25),
-        )
+        y, x = place
+        coarse[y : y + h, x : x + w] = 0  # taken
+        corner = (x * step - left, y * step - top)
+        draw.text(corner, text, "white", font, anchor="lt", **OUTLINE)
 
 
-def picture(
-    rows: list[tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]],
-    titles: list[str],
-    taxonomy: Taxonomy,
-    path: Path,
-    caption: str = "",
-    side: int = 256,
-) -> None:
-    """A PNG with one row an image: the image, then panoptic maps (segment_map, labels) under the titles, and a legend.
+def _place(
+    coarse: np.ndarray, k: int, box: tuple[slice, slice], shape: tuple[int, int], step: int
+) -> tuple[int, int] | None:
+    """The upper left corner (y, x) for a name of this shape on segment k, if it has room.
 
-    Args: rows: image and maps, of one size each;  titles: of all columns, the image's first.   side: pixels of a cell.
+    coarse: the map, every `step`-th pixel;  box: around the segment, in pixels.
     """
-    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
-    names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
-    gap, head, foot = 8, 34, 30
-    shown = sorted({int(label) for _, maps in rows for _, labels in maps for label in labels})
-    columns = len(titles)
-    width = columns * (side + gap) + gap
-    per_line = max(1, width // 175)
-    legend = (len(shown) + per_line - 1) // per_line * 22 + 12
-    canvas = Image.new(
-        "RGB", (width, head + len(rows) * (side + gap) + legend + (foot if caption else 0)), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    for c, title in enumerate(titles):
-        draw.text((gap + c * (side + gap) + side / 2, head / 2), title, "black", font, anchor="mm")
-    for r, (image, maps) in enumerate(rows):
-        y = head + r * (side + gap)
-        cells = [ImageOps.contain(image, (side, side))] + [
-            overlay(image, segment_map, labels, taxonomy, side=side) for segment_map, labels in maps
-        ]
-        for c, cell in enumerate(cells):
-            canvas.paste(cell, (gap + c * (side + gap), y))
-    y = head + len(rows) * (side + gap) + 6
-    for k, label in enumerate(shown):
-        x, line = gap + k % per_line * 175, y + k // per_line * 22
-        draw.rectangle((x, line, x + 16, line + 14), taxonomy.colours[label], "black")
-        kind = "thing" if taxonomy.things[label] else "stuff"
-        font = _font(font_of(names[label]), 13)
-        draw.text((x + 22, line + 7), f"{names[label]} ({kind})", "black", font, anchor="lm")
-    if caption:
-        draw.text((gap, canvas.height - foot / 2), caption, "black", small, anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    h, w = shape
+    y0, x0 = (max(0, side.start // step - n) for side, n in zip(box, shape))
+    y1, x1 = (side.stop // step + n for side, n in zip(box, shape))
+    inside = (coarse[y0:y1, x0:x1] == k).astype(np.int32)
+    if inside.sum() < ROOM * w * h or inside.shape[0] < h or inside.shape[1] < w:
+        return None
+    sums = np.pad(inside.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    covered = (sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]) / (w * h)
+    middle = np.argwhere(inside).mean(0) - (h / 2, w / 2)
+    distance = np.hypot(*(np.indices(covered.shape) - middle[:, None, None]))
+    y, x = np.unravel_index(np.argmax(covered - 1e-4 * distance), covered.shape)
+    return (y0 + y, x0 + x) if covered[y, x] >= ROOM else None

@@ -18,7 +18,7 @@ from ground import ranks
 from ground.errors import UserError
 from ground.files import write_atomic
 from readers.ground_truth import DataSet, Taxonomy
-from report import drawing, page
+from report import page, run_folder, tables
 from report.gallery import Other, gallery
 from report.groups import frequency_groups, group_quality
 
@@ -59,7 +59,8 @@ def finish(
         content = {"evaluated_on": source.evaluated_on, "images": len(dataset.val), **metrics}
         if ranks.rank() == 0:
             write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
-        print(drawing.table(list(metrics.items())))
+        columns = [column for metric in method.metrics for column in metric.columns]
+        print(tables.table(list(metrics.items()), columns))
         print(f"{folder / 'metrics.json'}")
     if ranks.rank() == 0:
         write_report(method, dataset, folder, pictures, config)
@@ -85,7 +86,7 @@ def write_report(
 ) -> None:
     """report.html at the end of a stage. dataset: None, if there is nothing to be drawn."""
     try:
-        run = page.read(folder, {**(config or {}), **dataclasses.asdict(method.cfg)})
+        run = run_folder.read(folder, {**(config or {}), **dataclasses.asdict(method.cfg)})
         shown = dataset is not None and run.reading and pictures.count
         cards = draw_cards(method, dataset, run, pictures) if shown else {}
         print(page.write(folder, [run], dataset, cards))
@@ -97,7 +98,7 @@ def write_report(
 
 
 def draw_cards(
-    method: Method, dataset: DataSet, run: "page.Stored", pictures: Pictures, others=()
+    method: Method, dataset: DataSet, run: run_folder.Stored, pictures: Pictures, others=()
 ) -> dict:
     data = run.config.get("data")
     indices = dataset.labeled if run.config.get("stage") == "sup" else None
@@ -123,7 +124,7 @@ def report_again(
     can tell apart.
     """
     own = stored.path if stored.path.is_dir() else folder
-    run, *others = [page.read(path, stored.config) for path in (own, *compare)]
+    run, *others = [run_folder.read(path, stored.config) for path in (own, *compare)]
     source = dataclasses.replace(source, eval_on=run.metrics.get("evaluated_on", "val"))
     dataset, cards = None, {}
     missing = "" if run.reading else "the run was not evaluated"

@@ -19,7 +19,7 @@ from ground import ranks
 from ground.errors import UserError
 from ground.files import write_atomic
 from readers.ground_truth import DataSet
-from report import drawing
+from report import tables
 from report.gallery import PSEUDO, snapshot
 
 
@@ -45,8 +45,8 @@ def watcher(folder: Path, method: Method, dataset: DataSet, images: int):
 
 def _write(folder: Path, step: int, images: int, method: Method, metrics: dict) -> None:
     """The line of a step; lines of later steps, of before a kill, go."""
-    where = method.metrics[0].columns[0][2]
-    figures = {reading: drawing.figure(result, where) for reading, result in metrics.items()}
+    _, where = method.metrics[0].columns[0]
+    figures = {reading: tables.figure(result, where) for reading, result in metrics.items()}
     row = {"step": step, "images": images, **figures}
     rows = [*(old for old in read(folder) if old["step"] < step), row]
     write_atomic(file(folder), "".join(json.dumps(row) + "\n" for row in rows).encode())

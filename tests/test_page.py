@@ -20,7 +20,7 @@ from engine.parser import parser
 from engine.resolve import resolve
 from mini import scenes
 from readers import sixteen_bit
-from report import gallery, page
+from report import gallery, page, run_folder
 from tests.helpers import TINY_FLAGS, fitting, run, wait_for, write_coco_folder
 
 # ------------------------------------------------------------------------------------------------------ html_report.py
@@ -142,7 +142,7 @@ def page_of(folder, runs=None, **kwargs):
     return (
         page.write(
             folder,
-            runs or [page.read(folder)],
+            runs or [run_folder.read(folder)],
             kwargs.pop("dataset", None),
             kwargs.pop("cards", {}),
             **kwargs,
@@ -255,7 +255,7 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
         == 0
     )
     for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
-        made = page.commands(page.read(folder))
+        made = run_folder.commands(run_folder.read(folder))
         assert len(made) == number
         args = parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
         request = resolve(args)

@@ -28,7 +28,7 @@ from mean_teacher import MeanTeacher
 from mini import microcosm, scenes
 from panoptic_eval import MeanIoU, PanopticQuality
 from readers import ground_truth, panoptic
-from report import drawing
+from report import drawing, tables
 from tests.helpers import (
     ROOT,
     TINY,
@@ -67,7 +67,7 @@ def test_figures_over_nothing_are_not_printed_as_0():
     quality = PanopticQuality(2)
     quality.add(np.array([[1, 1]]), np.array([0]), np.array([[1, 1]]), np.array([0]))
     metrics = {**quality.result([True, False]), "miou": 0.0, "miou_classes": 0}
-    assert [drawing.figure(metrics, keys) for _, keys in drawing.COLUMNS] == [
+    assert [tables.figure(metrics, keys) for _, keys in tables.COLUMNS] == [
         1.0,
         1.0,
         None,
@@ -75,7 +75,7 @@ def test_figures_over_nothing_are_not_printed_as_0():
         1.0,
         None,
     ]
-    assert drawing.table([("a run", metrics)]).splitlines()[1].split() == [
+    assert tables.table([("a run", metrics)]).splitlines()[1].split() == [
         "a",
         "run",
         "100.0",
@@ -86,11 +86,11 @@ def test_figures_over_nothing_are_not_printed_as_0():
         "n/a",
     ]
     assert (
-        drawing.figure({**metrics, "miou_classes": 1}, ("miou",)) == 0.0
-        and drawing.figure({}, ("things", "pq")) is None
+        tables.figure({**metrics, "miou_classes": 1}, ("miou",)) == 0.0
+        and tables.figure({}, ("things", "pq")) is None
     )
     del metrics["miou_classes"]  # as older versions stored it
-    assert drawing.figure(metrics, ("miou",)) == 0.0
+    assert tables.figure(metrics, ("miou",)) == 0.0
 
 
 def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_image(tmp_path):

@@ -34,6 +34,7 @@ from ground.files import require_writable, write_atomic
 from pretrained import foundation
 from readers.ground_truth import DataSet
 from report import drawing
+from report.tables import COLUMNS
 
 LONGEST = (
     "dearli",
@@ -43,12 +44,7 @@ LONGEST = (
 )  # kinds, the longest first: DEARLi has masks and warm-up to make
 MAX_JOBS = 8
 READINGS = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
-FIGURES = (
-    ("PQ", ("all", "pq")),
-    ("PQ things", ("things", "pq")),
-    ("PQ stuff", ("stuff", "pq")),
-    ("mIoU", ("miou",)),
-)
+FIGURES = [column for column in COLUMNS if column[0] not in ("SQ", "RQ")]
 
 
 @dataclass(frozen=True)

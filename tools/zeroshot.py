@@ -24,7 +24,7 @@ from pretrained.segmenter import build
 from readers import mask_files
 from readers.checks import require_files, require_truth
 from readers.ground_truth import DataSet
-from report import drawing
+from report import tables
 
 
 def run(source: Source, place: Place, machine: Machine, cfg: Config, masks, folder: Path) -> None:
@@ -55,7 +55,7 @@ def run(source: Source, place: Place, machine: Machine, cfg: Config, masks, fold
     metrics = zero_shot(model, dataset, cfg, machine.device, partition)
     content = {"images": len(images), "zero-shot": metrics}
     write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
-    print(drawing.table([("zero-shot", metrics)], drawing.COLUMNS[:-1]))
+    print(tables.table([("zero-shot", metrics)], PanopticScore.columns))
     print(f"{folder / 'metrics.json'}")
 
 

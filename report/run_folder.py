@@ -1,0 +1,171 @@
+"""A run on disk: what its folder says of itself, and the commands that make it again."""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+from config import PAPERS_DATASETS, PRESETS, Config, changes
+from engine.checks import idle
+from engine.flags import READS
+from engine.parser import parser
+from engine.run_log import read_log
+from ground.errors import UserError
+from inference import papers_reading
+from report import watch
+from report.tables import COLUMNS, figure
+
+STAGES = ("dewa", "sup", "ssl", "dear", "dearli")  # in config.json: those that train
+FIELDS = tuple(field.name for field in dataclasses.fields(Config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a run folder says of itself; a file that is not there is empty."""
+
+    folder: Path
+    config: dict
+    metrics: dict
+    log: list[dict]
+    watched: list[dict]  # PQ at checkpoints (`watch.py`)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def readings(self) -> dict[str, dict]:
+        return {k: v for k, v in self.metrics.items() if isinstance(v, dict) and "per_class" in v}
+
+    @property
+    def papers(self) -> str:
+        """The reading that the paper takes for this method."""
+        posterior = self.config.get("teacher_posterior")
+        return papers_reading(posterior or usual_posterior(self.config.get("stage")))
+
+    @property
+    def reading(self) -> str | None:
+        """The paper's, or what there is."""
+        return self.papers if self.papers in self.readings else next(iter(self.readings), None)
+
+    def figures(self, reading: str | None) -> list[float | None]:
+        """The figures of a reading, in the order of `tables.COLUMNS`."""
+        return [figure(self.readings.get(reading), keys) for _, keys in COLUMNS]
+
+
+def read(folder: Path, config: dict | None = None) -> Stored:
+    """config: of a folder that has none.
+
+    Raises: UserError if this is no folder of a run, or a file in it cannot be read.
+    """
+    folder = Path(folder)
+    own, metrics = (_object(folder / f"{name}.json") for name in ("config", "metrics"))
+    log = read_log(folder / "log.jsonl")
+    if not (own or metrics or log):
+        names = "config.json, metrics.json or log.jsonl"
+        raise UserError(f"{folder}: holds no {names}; expected the folder of a run")
+    return Stored(folder, own or config or {}, metrics, log, watch.read(folder))
+
+
+def _object(path: Path) -> dict:
+    """What a JSON file holds; empty without the file."""
+    again = "delete it and evaluate again (--stage eval)"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error}); {again}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; {again}")
+    return content
+
+
+def usual_posterior(stage: str | None) -> str:
+    """What makes the pseudo-labels of a method, if any; an official file is one of DEARLi."""
+    return "decoder" if stage in ("dewa", "sup", "ssl") else "ensemble"
+
+
+def nearest_preset(config: dict) -> tuple[str, dict]:
+    """The preset with the fewest other numbers, and what differs from it."""
+    own, _ = data_set(config)
+    presets = sorted(PRESETS, key=lambda preset: preset != own)
+    nearest = min(presets, key=lambda preset: len(changes(config, PRESETS[preset])))
+    return nearest, changes(config, PRESETS[nearest])
+
+
+def data_set(config: dict) -> tuple[str, list[str]]:
+    """The data set as --dataset wants it, and the flags that name the data.
+
+    Of a folder of images (--images) a run knows the name only.
+    """
+    name, root = config.get("dataset", "mini"), config.get("data_root")
+    if not root and name != "mini":
+        return "mini", ["--images", name]
+    known = name if name in PAPERS_DATASETS or not root else "custom"
+    flags = {"--dataset": known, "--data-root": root}
+    flags |= {f"--{key}": config.get(key) for key in ("variant", "split")}
+    return known, [word for flag, value in flags.items() if value for word in (flag, value)]
+
+
+def commands(run: Stored, depth: int = 3) -> list[str]:
+    """What remakes the run, and before it the runs that it began with.
+
+    Precision and number of processes are not stored, and not said.
+    """
+    stage = run.config.get("stage")
+    if stage not in STAGES:
+        return []
+    name, flags = data_set(run.config)
+    preset, changed = nearest_preset(run.config)
+    posterior = run.config.get("teacher_posterior", usual_posterior(stage))
+    changed.pop("teacher_posterior", None)  # the stage has its own
+    if posterior != usual_posterior(stage):
+        changed["teacher_posterior"] = posterior
+    if "backbone" in changed:  # its weights would follow it
+        changed["pretrained"] = run.config["pretrained"]
+    if preset != name:
+        flags += ["--preset", preset]
+
+    def command(*words, out=("--out", run.folder)):
+        words = [*words, *_numbers(words, run.config, changed), *out]
+        return shlex.join(["python", "dearli.py", *map(str, words)])
+
+    if stage == "dewa":
+        masks = command("--stage", "masks", *flags, out=())
+        return [masks, command("--stage", "dewa", *flags)]
+    start, earlier = _beginning(run.config.get("init")), []
+    if start and depth and (Path(start) / "config.json").exists():
+        earlier = commands(read(Path(start)), depth - 1)
+    if start:
+        flags += ["--init", start]
+    if run.metrics.get("evaluated_on") == "dev":
+        flags += ["--eval-on", "dev"]
+    method = ["sup"] if stage == "sup" else ["ssl", "--method", stage]
+    return [*earlier, command("--stage", *method, *flags)]
+
+
+def _beginning(init) -> str | None:
+    """Where a run took its first weights from. init: of config.json; older runs say it in words."""
+    if isinstance(init, dict):
+        return init.get("source")
+    words = re.match(r"(.*?): \d+ of \d+ tensors taken", str(init))
+    return words and words[1]
+
+
+def _numbers(words: list, config: dict, changed: dict) -> list:
+    """The numbers of `changed` as flags of the command that begins with `words`: those it reads.
+
+    config: of the run.
+    """
+    args = parser().parse_args(list(map(str, words)))
+    unused = idle(args, Config(**{key: config[key] for key in FIELDS if key in config}))
+    flags = []
+    for key, value in changed.items():
+        name = key.replace("_", "-")
+        if key not in READS[args.stage] or key in unused:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", value]
+    return flags

@@ -1,0 +1,33 @@
+"""The figures of a reading that people compare, in one order for text and for pages."""
+
+from panoptic_eval import PanopticScore, SemanticScore
+
+COLUMNS = (*PanopticScore.columns, *SemanticScore.columns)
+
+
+def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:
+    """A figure of one reading, as ("things", "pq"), from 0 to 1.
+
+    None if it is not there, or is over nothing: `evaluation.evaluate` gives 0 then, as the COCO
+    panoptic API.
+    """
+    value, counted = metrics, None
+    for key in keys:
+        if not isinstance(value, dict):
+            return None
+        value, counted = value.get(key), value.get("miou_classes" if key == "miou" else "n")
+    return None if counted == 0 else value
+
+
+def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
+    """A plain-text table in percent, n/a where there is nothing to measure.
+
+    rows: (title, metrics of one reading as `evaluation.evaluate` returns).
+    """
+    width = max(len(title) for title, _ in rows)
+    lines = [" " * width + "".join(f"{name:>11}" for name, _ in columns)]
+    for title, metrics in rows:
+        figures = [figure(metrics, keys) for _, keys in columns]
+        cells = [f"{'n/a':>11}" if v is None else f"{100 * v:11.1f}" for v in figures]
+        lines.append(f"{title:<{width}}" + "".join(cells))
+    return "\n".join(lines)
