@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import dearli
-from engine import command_line, stages
+from engine import command_line
+from engine.resolve import resolve
 from tests.helpers import ROOT, TINY_FLAGS, fitting, log_of
 from tests.test_house import FILES
 
@@ -88,7 +89,7 @@ def test_every_command_of_the_documents_is_one_that_the_program_knows():
             "report",
             "import",
         ):  # these read the run that they are about
-            stages.resolve(args)
+            resolve(args)
 
 
 def test_the_guide_to_data_of_ones_own_runs_word_for_word(tmp_path, monkeypatch, capsys):
@@ -180,7 +181,7 @@ def test_a_stage_that_builds_no_model_waits_for_none_of_its_libraries():
         "transformers",
         "scipy.optimize",
     }
-    code = f"import sys; from engine import stages; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys; from engine import resolve; print(sorted({heavy} & sys.modules.keys()))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert said.stdout == "[]\n", said.stderr
 
@@ -189,7 +190,7 @@ def test_a_library_that_is_missing_is_told_with_the_environment_that_has_it(caps
     def absent(args):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(stages, "run", absent)
+    monkeypatch.setattr(dearli, "run", absent)
     assert dearli.main(["--stage", "sup"]) == 2
     message = capsys.readouterr().err
     assert (

@@ -20,7 +20,7 @@ from PIL import Image
 import data
 import dewa
 from config import Config
-from engine import checkpoint, stages
+from engine import checkpoint, stored
 from ground.errors import UserError
 from pretrained import official
 from readers import mask_files, panoptic
@@ -181,16 +181,17 @@ def fuzz_files(folder):
             raise
 
     images = panoptic.load_folder(root, "5").train
+    masked = dewa.MaskedImages(images, masks, range(len(images)))
 
     def restore(path):
-        state = stages.read_run(path)
-        stages.take(state, "student", model, str(path)), stages.require_classes(state, 2, path)
+        there = stored.read(path)
+        stored.take(there, "student", model, str(path)), stored.require_classes(there, 2)
         dataclasses.replace(
             cfg,
             **{
-                f.name: state["config"][f.name]
+                f.name: there.config[f.name]
                 for f in dataclasses.fields(Config)
-                if f.name in state.get("config", {})
+                if f.name in there.config
             },
         )
 
@@ -204,7 +205,7 @@ def fuzz_files(folder):
         "split lists": (sorted(root.glob("splits/*/*")), load),
         "SAM masks": (
             sorted(masks.glob("*.json")),
-            lambda: [dewa.DewaBatches(images, masks, cfg, 2)[step] for step in range(2)],
+            lambda: [dewa.DewaBatches(masked, cfg, 2)[step] for step in range(2)],
         ),
         "checkpoints of a run": (
             [folder / "run" / "step_0000003.pt"],
@@ -212,7 +213,7 @@ def fuzz_files(folder):
         ),
         "checkpoints without hash": only(folder / "weights.pt", restore),
         "official files": only(
-            folder / "official.pth", lambda path: official.read(path) or stages.read_run(path)
+            folder / "official.pth", lambda path: official.read(path) or stored.read(path)
         ),
         "safetensors": only(folder / "export.safetensors", restore),
     }

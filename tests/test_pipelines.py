@@ -12,14 +12,17 @@ from PIL import Image
 
 import data
 import dearli
-import mean_teacher
 from config import MINI
-from engine import checkpoint, optim, stages
-from engine.evaluation import evaluate, frequency_groups, group_quality
+from engine import checkpoint, masks, optim
+from engine.evaluation import evaluate
+from engine.request import Course, Machine, Place, Source
 from ground import identity
 from ground.errors import UserError
+from mean_teacher import Supervised
 from mini import scenes
+from pretrained.segmenter import build
 from readers import panoptic
+from report.groups import frequency_groups, group_quality
 from tests.helpers import (
     REAL_DATA,
     TINY,
@@ -32,6 +35,7 @@ from tests.helpers import (
     same,
     write_coco_folder,
 )
+from tools import ladder
 from tools.zeroshot import flatten, zero_shot
 
 # ------------------------------------------------------------------------------------------------------ whole pipelines
@@ -43,15 +47,12 @@ def test_two_images_can_be_learned_by_heart(small_mini):
     )
     dataset = scenes.load_mini("2")
     dataset.val = dataset.train
-    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
-    optimizer, things = optim.build_optimizer(student, cfg), torch.tensor(dataset.taxonomy.things)
+    method = Supervised(cfg, dataset.taxonomy, torch.device("cpu"))
     batches = data.LabeledBatches(dataset, cfg, 140)
     for step in range(140):
-        optim.set_lr(optimizer, step, 140, cfg)
-        mean_teacher.train_step(student, None, optimizer, batches[step], None, things, cfg, step)
-    metrics = evaluate({"student": student}, dataset, cfg, torch.device("cpu"), limit=2)[
-        "student/decoder"
-    ]
+        optim.set_lr(method.optimizer, step, 140, cfg)
+        method.step(batches[step], step)
+    metrics = evaluate(method, dataset, limit=2)["student/decoder"]
     assert metrics["all"]["pq"] > 0.6, metrics["all"]
 
 
@@ -198,7 +199,7 @@ def test_what_refuses_a_run_does_so_before_what_it_needs_is_made(
 ):
     assert run("--stage", "sup", "--steps", 1, "--no-eval", "--out", tmp_path / "there") == 0
     monkeypatch.setattr(
-        stages, "stage_masks", lambda *args: pytest.fail("hours of work, and then an error")
+        masks, "make", lambda *args: pytest.fail("hours of work, and then an error")
     )
     timm = ["--backbone", "convnext_atto.d2_in1k", "--pretrained", "random"]
     for flags, words in (
@@ -231,7 +232,10 @@ def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, t
         "--stage",
         "zeroshot",
     ]
-    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+
+    def main(*args):
+        return dearli.main([str(a) for a in [*flags, *args]])
+
     assert main("--masks", "gt") == 0
     metrics = json.loads((tmp_path / "mini-zeroshot-gt" / "metrics.json").read_text())["zero-shot"]
     assert metrics["all"]["pq"] > 0.4
@@ -242,7 +246,7 @@ def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, t
     sam = json.loads((tmp_path / "mini-zeroshot-sam" / "metrics.json").read_text())["zero-shot"]
     assert 0 <= sam["all"]["pq"] < metrics["all"]["pq"]
     dataset = scenes.load_mini("4")
-    model = stages.build(stages.Job(), MINI, dataset.taxonomy)
+    model = build(MINI, dataset.taxonomy, torch.device("cpu"))
     nothing = zero_shot(
         model, dataset, MINI, torch.device("cpu"), lambda i: np.zeros((128, 128), np.int32)
     )
@@ -285,12 +289,8 @@ def test_groups_of_classes_by_labelled_pixels(small_mini):
 
 def test_the_confusion_that_is_stored_is_that_of_the_stored_miou(small_mini):
     dataset = scenes.load_mini("4")
-    result = evaluate(
-        {"student": stages.build(stages.Job(), MINI, dataset.taxonomy)},
-        dataset,
-        MINI,
-        torch.device("cpu"),
-    )["student/ensemble"]
+    method = Supervised(MINI, dataset.taxonomy, torch.device("cpu"))
+    result = evaluate(method, dataset)["student/ensemble"]
     confusion = np.array([[int(v) for v in row.split()] for row in result["confusion"]])
     assert (
         confusion.sum(1).tolist()
@@ -335,18 +335,20 @@ def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, cap
 
 def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_path):
     cfg = dataclasses.replace(TINY, ssl_steps=3, burn_in=1, eval_batch=32)
-    rungs = [(cfg, rung) for rung in stages.RUNGS if rung.title in ("M2F-Lang, supervised", "DEAR")]
+    rungs = [(rung, cfg) for rung in ladder.RUNGS if rung.title in ("M2F-Lang, supervised", "DEAR")]
+
+    def results(split, runs, jobs):
+        stages = dearli.stage_sup, dearli.stage_ssl, dearli.warm_up
+        source, place = Source(split=split, eval_on="dev"), Place(runs=runs)
+        trainer = ladder.Trainer(source, place, Machine(), Course(), *stages)
+        return ladder.run_rungs(trainer, rungs, jobs)
+
     torch.set_num_threads(1)  # as in the processes: sums in the same order
-    one, two = (
-        stages.run_rungs(
-            stages.Job(split="4", eval_on="dev", runs=tmp_path / str(jobs), jobs=jobs), rungs
-        )
-        for jobs in (1, 2)
-    )
+    one, two = (results("4", tmp_path / str(jobs), jobs) for jobs in (1, 2))
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     assert one == two and len(one) == 2
     with pytest.raises(UserError, match="unknown split '400' of data set mini"):
-        stages.run_rungs(stages.Job(split="400", runs=tmp_path / "3", jobs=2), rungs)
+        results("400", tmp_path / "3", 2)
 
 
 def test_a_folder_of_ones_own_runs_through_every_stage(tmp_path):

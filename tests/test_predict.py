@@ -16,14 +16,18 @@ import torch
 from PIL import Image, ImageFont
 
 import dearli
-import model as m2f
+import inference
+import mean_teacher
 from config import Config
-from engine import checkpoint, command_line, evaluation, stages, training
+from engine import checkpoint, command_line
 from engine.evaluation import evaluate
+from engine.method import find
+from engine.sameness import differing
+from engine.stored import read, restore
 from ground import colours, files, tensor_files
 from ground.errors import UserError
+from inference import semantic_inference
 from mini import microcosm, scenes
-from model import semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 from readers import ground_truth, panoptic
 from report import drawing
@@ -99,7 +103,10 @@ def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_im
     )  # ten times as large
     assert drawn.shape == (640, 640, 3)
     first, second, stuff, void = drawn[150, 50], drawn[150, 350], drawn[500, 100], drawn[300, 600]
-    mixed = lambda colour: np.round(128 * (1 - drawing.PAINT) + drawing.PAINT * np.array(colour))
+
+    def mixed(colour):
+        return np.round(128 * (1 - drawing.PAINT) + drawing.PAINT * np.array(colour))
+
     assert (
         np.abs(first - mixed(taxonomy.colours[0])).max() <= 1
         and np.abs(stuff - mixed(taxonomy.colours[1])).max() <= 1
@@ -128,10 +135,13 @@ def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_im
 def test_names_are_written_on_segments_that_have_room_and_inside_the_image():
     image, segment_map, labels = square()
     taxonomy = ground_truth.Taxonomy(("cat, feline", "grass"), (True, False), (1, 2))
-    written = lambda **flags: (
-        np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, **flags))
-        != np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False))
-    ).any(-1)
+
+    def written(**flags):
+        return (
+            np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, **flags))
+            != np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False))
+        ).any(-1)
+
     plain, scored = written(), written(scores=[0.5, 0.75, 1.0])
     for part in (np.s_[:320, :240], np.s_[:320, 240:480], np.s_[320:, :480]):
         assert plain[part].sum() > 100 and scored[part].sum() > plain[part].sum()
@@ -194,11 +204,11 @@ def test_names_that_no_font_writes_are_category_ids_and_are_said_once(monkeypatc
         function.cache_clear()
     image, segment_map, labels = square()
     taxonomy = ground_truth.Taxonomy(("\u732b", "grass"), (True, False), (17, 2))
-    draw = lambda name: np.asarray(
-        drawing.overlay(
-            image, segment_map, labels, dataclasses.replace(taxonomy, names=(name, "grass"))
-        )
-    )
+
+    def draw(name):
+        named = dataclasses.replace(taxonomy, names=(name, "grass"))
+        return np.asarray(drawing.overlay(image, segment_map, labels, named))
+
     unknown = draw("\u732b")
     said = capsys.readouterr().out
     assert said.count("warning") == 1 and "#17 \u732b" in said and "grass" not in said
@@ -263,34 +273,38 @@ def test_semantic_inference_by_rows_is_that_of_the_whole(image, output, monkeypa
         torch.rand(4, 6, generator=g),
         ((32, 32), image, output),
     )
-    whole = semantic_inference(posterior, logits, sizes, m2f.resize_masks(logits, *sizes).sigmoid())
+    masks = inference.resize_masks(logits, *sizes).sigmoid()
+    whole = semantic_inference(posterior, logits, sizes, masks)
     for values in (1, 4 * output[1] * 7, 10**9):  # one row, seven rows, all rows at once
-        monkeypatch.setattr(m2f, "CPU_CHUNK", values)
+        monkeypatch.setattr(inference, "CPU_CHUNK", values)
         assert torch.equal(semantic_inference(posterior, logits, sizes), whole)
 
 
 def test_large_images_are_evaluated_in_parts_with_the_figures_of_the_whole(small_mini, monkeypatch):
     # 100 queries: 1.6 GB at 2000 x 2000, for every model
-    large = evaluation.shared_masks(
+    large = inference.shared_masks(
         torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000))
     )
     assert large is None
-    assert evaluation.shared_masks(
-        torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))
-    ).shape == (5, 30, 20)
+    assert inference.shared_masks(torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))).shape == (
+        5,
+        30,
+        20,
+    )
     cfg = dataclasses.replace(TINY, object_mask_threshold=0.0, overlap_threshold=0.0)
     dataset = scenes.load_mini("4", "val")
-    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
-    models = {"student": student, "teacher": student.teacher()}
-    whole = evaluate(models, dataset, cfg, torch.device("cpu"), title="")
+    method = mean_teacher.MeanTeacher(cfg, dataset.taxonomy, torch.device("cpu"))
+    whole = evaluate(method, dataset, title="")
 
-    def made_whole(*args):
-        raise AssertionError("masks of all queries at once")
+    shared = inference.shared_masks
 
-    monkeypatch.setattr(evaluation, "SHARED_MASKS", 0)
-    monkeypatch.setattr(evaluation, "resize_masks", made_whole)
-    monkeypatch.setattr(m2f, "CPU_CHUNK", 2 * 128 * 128)  # two of six queries at a time
-    assert evaluate(models, dataset, cfg, torch.device("cpu"), title="") == whole
+    def none_shared(*args):
+        assert shared(*args) is None, "masks of all queries at once"
+
+    monkeypatch.setattr(inference, "SHARED_MASKS", 0)
+    monkeypatch.setattr(inference, "shared_masks", none_shared)
+    monkeypatch.setattr(inference, "CPU_CHUNK", 2 * 128 * 128)  # two of six queries at a time
+    assert evaluate(method, dataset, title="") == whole
     assert any(
         reading["confusion"] != whole["student/decoder"]["confusion"] for reading in whole.values()
     )
@@ -377,24 +391,19 @@ def test_predictions_are_those_of_evaluation_and_valid_coco_panoptic_files(
     monkeypatch.setattr(
         MeanIoU, "add", lambda self, *a: (seen["miou"].append(a[0]), add_classes(self, *a))
     )
-    state = checkpoint.newest(small_run / "run")
-    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
-    model = stages.build(stages.Job(), cfg, taxonomy)
-    stages.take(state, which, model, "run")
-    metrics = evaluate(
-        {"m": model},
-        ground_truth.DataSet("t", taxonomy, truth, truth, [], []),
-        cfg,
-        torch.device("cpu"),
-    )[f"m/{posterior}"]
-    of = ["decoder", "ensemble"].index(posterior)
-    for i, (name, segments) in enumerate(zip(names, seen["pq"][of::2])):
+    stored, cpu = read(small_run / "run"), torch.device("cpu")
+    cfg = Config(**{f.name: stored.config[f.name] for f in dataclasses.fields(Config)})
+    method = restore(stored, find("dear"), cfg, taxonomy, cpu, "mini")
+    dataset = ground_truth.DataSet("t", taxonomy, truth, truth, [], [])
+    metrics = evaluate(method, dataset)[f"{which}/{posterior}"]
+    of = slice([*method.readings].index(f"{which}/{posterior}"), None, len(method.readings))
+    for i, (name, segments) in enumerate(zip(names, seen["pq"][of])):
         assert np.array_equal(segments[0], predicted.truth(i).segment_map) and np.array_equal(
             segments[1], predicted.truth(i).labels
         )
         classes = np.asarray(Image.open(out / "semantic" / f"{name}.png"))
         assert classes.dtype == np.uint8 and np.array_equal(
-            classes.astype(int) - 1, seen["miou"][of::2][i]
+            classes.astype(int) - 1, seen["miou"][of][i]
         )
     assert mine.result(things, taxonomy.short_names)["all"] == metrics["all"]
 
@@ -489,7 +498,7 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     )  # what was predicted is not taken for a picture
     files.release(out)
     # a second call changes nothing, and is refused before there is a model
-    monkeypatch.setattr(stages, "build", lambda *a: pytest.fail("a model was built"))
+    monkeypatch.setattr(mean_teacher, "build", lambda *a: pytest.fail("a model was built"))
     for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
         before = fingerprint(pictures)
         assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
@@ -597,11 +606,14 @@ def test_predictions_that_were_killed_are_continued_and_equal_those_that_were_no
         "3 pictures, 2 of them made now" in capsys.readouterr().out
         and (out / "panoptic" / "a.png.png").stat().st_mtime_ns == first
     )
-    relative = lambda folder: {
-        path.replace(str(folder), ""): value
-        for path, value in fingerprint(folder).items()
-        if not path.endswith(".jsonl")
-    }
+
+    def relative(folder):
+        return {
+            path.replace(str(folder), ""): value
+            for path, value in fingerprint(folder).items()
+            if not path.endswith(".jsonl")
+        }
+
     assert relative(out) == relative(tmp_path / "whole")
     assert (
         predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
@@ -745,10 +757,11 @@ def test_a_run_is_applied_without_its_data_set_and_an_older_one_asks_for_it(
     ):
         code, error = change(broken)
         assert code == 2 and f"error: {folder}: its taxonomy is " in error, error
+
     # an older run is resumed, one of other classes is not
-    differs = lambda stored: training.differing(
-        stored, {"stage": "sup", "taxonomy": {"names": ["b"]}}
-    )
+    def differs(stored):
+        return differing(stored, {"stage": "sup", "taxonomy": {"names": ["b"]}})
+
     assert differs({"stage": "sup"}) == [] and differs(
         {"stage": "sup", "taxonomy": {"names": ["a"]}}
     ) == ["taxonomy"]
