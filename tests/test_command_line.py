@@ -20,18 +20,25 @@ import data
 import dearli
 import mean_teacher
 from config import MINI, OFFICIAL, Config
-from engine import checkpoint, stages, training
+from engine import checkpoint, request, training
+from engine.checkpoint import state_of
 from engine.checks import check
 from engine.evaluation import evaluate
 from engine.flags import ALL, DATASETS, FLAGS, READS, SOURCES, STORED, reads
+from engine.method import find
 from engine.parser import HINTS, WIDTH, flag_texts, numbers, parser
+from engine.resolve import resolve
+from engine.run_log import read_log
+from engine.stored import restore
 from ground import colours
 from ground.errors import UserError
 from mini import microcosm, scenes
+from pretrained.segmenter import build
 from readers import annotations, ground_truth
 from report import watch
+from report.finish import repainted
 from tests.helpers import ROOT, SSL, fitting, log_of, run, wait_for, write_coco_folder
-from tools import importer
+from tools import importer, ladder
 
 # ----------------------------- engine/flags.py, parser.py, checks.py, rehearsal.py; report/watch.py
 
@@ -59,11 +66,12 @@ def test_help_is_one_screen_and_the_pages_of_the_stages_have_every_flag_and_ever
 
 
 def test_stages_on_the_command_line_are_those_that_there_are():
-    assert sorted(ALL) == sorted(stages.STAGES) and SOURCES == tuple(annotations.READERS)
+    stages = [name[6:].replace("_", "-") for name in vars(dearli) if name.startswith("stage_")]
+    assert sorted(ALL) == sorted(stages) and SOURCES == tuple(annotations.READERS)
     texts, precisions = flag_texts(), [f.choices for f in FLAGS if f.name == "precision"]
     assert ", ".join(annotations.FORMS) in texts["masks-are"]
     assert texts["dataset"] == ", ".join(DATASETS)
-    assert precisions == [tuple(stages.PRECISIONS)] and all(texts.values())
+    assert precisions == [tuple(request.PRECISIONS)] and all(texts.values())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +142,7 @@ def test_ctrl_c_advises_what_the_stage_has(flags, words, capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "run", interrupted)
+    monkeypatch.setattr(dearli, "run", interrupted)
     assert dearli.main(flags) == 130
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and ("--resume" in said) == ("--resume" in words)
@@ -157,12 +165,8 @@ def test_a_folder_of_ones_own_is_trained_without_clip_unless_somebody_says_other
         and method(*custom, "--preset", "official", "--classifier", "linear") == "ssl"
     )
     assert method("--dataset", "coco", "--split", "1_512") == "dearli"
-    assert (
-        stages.resolve(parser().parse_args(["--stage", "sup", *custom, "--device", "cpu"]))[
-            0
-        ].method
-        == "dearli"
-    )
+    sup = parser().parse_args(["--stage", "sup", *custom, "--device", "cpu"])
+    assert resolve(sup)["method"] is None  # no other stage has one
 
 
 def test_a_cpu_without_bf16_is_told_from_one_with_it(tmp_path, monkeypatch, capsys):
@@ -176,11 +180,11 @@ def test_a_cpu_without_bf16_is_told_from_one_with_it(tmp_path, monkeypatch, caps
         ("nothing", True),
     ):
         info.write_text(f"processor\t: 0\n{flags}\n")
-        assert stages.multiplies_bf16(info) == expected
-    assert stages.multiplies_bf16(tmp_path / "none")
-    monkeypatch.setattr(stages, "multiplies_bf16", lambda: False)
+        assert request.multiplies_bf16(info) == expected
+    assert request.multiplies_bf16(tmp_path / "none")
+    monkeypatch.setattr(request, "multiplies_bf16", lambda: False)
     for precision, count in (("bf16", 1), ("fp32", 0)):
-        stages.resolve(
+        resolve(
             parser().parse_args(["--stage", "sup", "--device", "cpu", "--precision", precision])
         )
         assert capsys.readouterr().out.count("this CPU has no instructions for it") == count
@@ -251,12 +255,9 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
         int(said[1]) * {"seconds": 1, "minutes": 60, "hours": 3600}[said[2]], rel=0.3
     )  # of rounded numbers
     count = re.search(r"student: ([\d,]+) trained parameters, teacher", out)[1]
-    student = stages.build(
-        stages.Job(),
-        stages.resolve(parser().parse_args(fitting(["--stage", "sup"])))[1],
-        scenes.mini_taxonomy(),
-    )
-    assert int(count.replace(",", "")) == sum(p.numel() for p in student.trained().values())
+    cfg = resolve(parser().parse_args(fitting(["--stage", "sup"])))["cfg"]
+    student = build(cfg, scenes.mini_taxonomy(), torch.device("cpu"))
+    assert int(count.replace(",", "")) == sum(p.numel() for p in state_of(student).values())
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -285,13 +286,15 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
     )
     rows = watch.read(tmp_path / "watched")
     assert [(row["step"], row["images"]) for row in rows] == [(2, 3), (4, 3), (6, 3)]
-    job, cfg = stages.resolve(
+    asked = resolve(
         parser().parse_args(
             ["--stage", "eval", "--weights", str(tmp_path / "watched"), "--device", "cpu"]
         )
     )
-    dataset = stages.load_data(job, cfg)
-    metrics = evaluate(stages.load_models(job, cfg, dataset.taxonomy), dataset, cfg, job.device, 3)
+    run_there, cfg, device = asked["stored"], asked["cfg"], asked["machine"].device
+    dataset = asked["source"].load(cfg)
+    method = restore(run_there, find("dear"), cfg, dataset.taxonomy, device, dataset.name)
+    metrics = evaluate(method, dataset, 3)
     assert {reading: of["all"]["pq"] for reading, of in metrics.items()} == {
         k: v for k, v in rows[-1].items() if "/" in k
     }
@@ -314,9 +317,9 @@ def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_r
 ):
     stop = training.Run._steps
 
-    def stopped_after_two(self, start, seconds, models, optimizer, batches, *rest):
+    def stopped_after_two(self, start, seconds, method, batches):
         batches.steps, length = 2, batches.steps
-        stop(self, start, seconds, models, optimizer, batches, *rest)
+        stop(self, start, seconds, method, batches)
         batches.steps = length
 
     out = ["--out", tmp_path / "run"]
@@ -324,7 +327,7 @@ def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_r
         patch.setattr(training.Run, "_steps", stopped_after_two)
         assert run("--stage", "sup", "--steps", 5, "--no-eval", *out) == 0
     assert run("--stage", "sup", "--resume", *out) == 0  # not the 500 of the preset
-    assert [row["step"] for row in training.read_log(tmp_path / "run" / "log.jsonl")] == [
+    assert [row["step"] for row in read_log(tmp_path / "run" / "log.jsonl")] == [
         0,
         1,
         2,
@@ -383,9 +386,10 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
 
     def stage(name, *args):
         asked = parser().parse_args(fitting(["--stage", name, *args]))
-        job, cfg = stages.resolve(asked)
+        wanted = resolve(asked)
+        wanted["cfg"] = Recorder(**dataclasses.asdict(wanted["cfg"]))
         Recorder.read.clear()
-        stages.STAGES[name](job, Recorder(**dataclasses.asdict(cfg)))
+        dearli.call(name, wanted)
         found.setdefault(name, set()).update(Recorder.read)
 
     monkeypatch.setattr(scenes, "MINI_TRAIN", 6)
@@ -706,7 +710,8 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
 def test_fault_45_what_a_stage_cannot_use_or_does_not_read_is_refused_before_anything_is_imported(
     args, words, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(stages, "run", lambda args: pytest.fail("too late"))
+    for module in ("engine.resolve", "engine.stored", "torch"):  # an import of it would fail
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
     assert dearli.main(args) == 2
     message = capsys.readouterr().err
@@ -763,11 +768,11 @@ def test_a_burn_in_is_a_share_of_the_steps_that_does_not_move_when_a_run_is_made
         (OFFICIAL, 0, 0),
     ):  # the steps that presets had
         assert (preset.burn_in_steps(False), preset.burn_in_steps(True)) == (cold, warm)
-    dearli_rung = stages.rung_config(MINI, "dearli")
+    rungs = {rung.kind: rung.config(MINI) for rung in ladder.RUNGS}
     assert (
-        dearli_rung.ssl_steps,
-        dearli_rung.burn_in_steps(True),
-        stages.rung_config(MINI, "dear").burn_in_steps(False),
+        rungs["dearli"].ssl_steps,
+        rungs["dearli"].burn_in_steps(True),
+        rungs["dear"].burn_in_steps(False),
     ) == (350, 100, 250)
     steps = dataclasses.replace(MINI, burn_in=7, ssl_steps=9)
     assert [mean_teacher.ema_decay(t, steps, False) for t in (6, 7)] == [
@@ -800,9 +805,9 @@ def test_a_burn_in_is_a_share_of_the_steps_that_does_not_move_when_a_run_is_made
 
 
 def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
-    stages.require_rungs(dataclasses.replace(MINI, ssl_steps=100), stages.ALPHAS)
+    ladder.require_rungs(dataclasses.replace(MINI, ssl_steps=100), ladder.ALPHAS)
     with pytest.raises(UserError, match="--steps 150"):
-        stages.require_rungs(dataclasses.replace(MINI, ssl_steps=150), stages.RUNGS)
+        ladder.require_rungs(dataclasses.replace(MINI, ssl_steps=150), ladder.RUNGS)
 
 
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
@@ -848,7 +853,7 @@ def test_tensorboard_gets_the_log_and_its_absence_is_said(
     )
     sup = ["--stage", "sup", "--steps", 2, "--no-eval", "--log", "tensorboard"]
     assert run(*sup, "--out", tmp_path / "run") == 0
-    rows = training.read_log(tmp_path / "run" / "log.jsonl")
+    rows = read_log(tmp_path / "run" / "log.jsonl")
     assert (
         sorted(written)
         == sorted(
@@ -926,5 +931,5 @@ def test_a_report_shows_what_other_runs_say_of_the_same_images(
 
 def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_world):
     taxonomy = ground_truth.Taxonomy(("a", "b"), (True, False), (1, 2), ((1, 2, 3), (4, 5, 6)))
-    assert stages.repainted(stages.Job(), taxonomy).colours == [(1, 2, 3), (4, 5, 6)]
-    assert stages.repainted(stages.Job(palette="safe"), taxonomy).colours == colours.palette(2)
+    assert repainted(taxonomy, safe=False).colours == [(1, 2, 3), (4, 5, 6)]
+    assert repainted(taxonomy, safe=True).colours == colours.palette(2)
