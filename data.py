@@ -35,7 +35,7 @@ GRACE = 10  # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4  # long side of a training view, in crops (2560 of 640)
 
 
-# ---------------------------------------------------------------------------------------------- views of an image
+# ------------------------------------------------------------------------------ views of an image
 
 
 @dataclass
@@ -239,7 +239,7 @@ def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) ->
     return Target(labels, torch.from_numpy(lut[segment_map]))
 
 
-# ----------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass

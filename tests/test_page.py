@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import dearli
-from engine import stages
+from engine.begin import identity
 from engine.parser import parser
+from engine.resolve import resolve
 from mini import scenes
 from readers import sixteen_bit
 from report import gallery, page
@@ -257,12 +258,14 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
         made = page.commands(page.read(folder))
         assert len(made) == number
         args = parser().parse_args(shlex.split(made[-1])[2:] + ["--device", "cpu"])
-        job, cfg = stages.resolve(args)
+        request = resolve(args)
+        cfg = request["cfg"]
         stored = json.loads((folder / "config.json").read_text())
         assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(
             dataclasses.replace(cfg, white=sixteen_bit.WHITE).settled()
-        ) and job.out == folder
-        assert stages.identity(job, job.method, scenes.mini_taxonomy()) | {"taxonomy": 0} == {
+        ) and request["place"].out == folder
+        taxonomy = scenes.mini_taxonomy()
+        assert identity(request["source"], args.method or "ssl", taxonomy) | {"taxonomy": 0} == {
             k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")
         } | {"taxonomy": 0}
 

@@ -16,15 +16,16 @@ import torch
 from PIL import Image, ImageFont
 
 import dearli
-import model as m2f
+import inference
 from config import Config
-from engine import checkpoint, evaluation, stages, training
+from engine import checkpoint, sameness, stored
 from engine.evaluation import evaluate
 from engine.flags import READS
 from ground import colours, files, tensor_files
 from ground.errors import UserError
+from inference import resize_masks, semantic_inference, shared_masks
+from mean_teacher import MeanTeacher
 from mini import microcosm, scenes
-from model import semantic_inference
 from panoptic_eval import MeanIoU, PanopticQuality
 from readers import ground_truth, panoptic
 from report import drawing
@@ -264,34 +265,28 @@ def test_semantic_inference_by_rows_is_that_of_the_whole(image, output, monkeypa
         torch.rand(4, 6, generator=g),
         ((32, 32), image, output),
     )
-    whole = semantic_inference(posterior, logits, sizes, m2f.resize_masks(logits, *sizes).sigmoid())
+    whole = semantic_inference(posterior, logits, sizes, resize_masks(logits, *sizes).sigmoid())
     for values in (1, 4 * output[1] * 7, 10**9):  # one row, seven rows, all rows at once
-        monkeypatch.setattr(m2f, "CPU_CHUNK", values)
+        monkeypatch.setattr(inference, "CPU_CHUNK", values)
         assert torch.equal(semantic_inference(posterior, logits, sizes), whole)
 
 
 def test_large_images_are_evaluated_in_parts_with_the_figures_of_the_whole(small_mini, monkeypatch):
     # 100 queries: 1.6 GB at 2000 x 2000, for every model
-    large = evaluation.shared_masks(
-        torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000))
-    )
+    large = shared_masks(torch.zeros(100, 128, 128), ((512, 512), (512, 512), (2000, 2000)))
     assert large is None
-    assert evaluation.shared_masks(
-        torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))
-    ).shape == (5, 30, 20)
+    assert shared_masks(torch.zeros(5, 16, 16), ((64, 64), (64, 48), (30, 20))).shape == (5, 30, 20)
     cfg = dataclasses.replace(TINY, object_mask_threshold=0.0, overlap_threshold=0.0)
     dataset = scenes.load_mini("4", "val")
-    student = stages.build(stages.Job(), cfg, dataset.taxonomy)
-    models = {"student": student, "teacher": student.teacher()}
-    whole = evaluate(models, dataset, cfg, torch.device("cpu"), title="")
+    method = MeanTeacher(cfg, dataset.taxonomy, torch.device("cpu"))
+    whole = evaluate(method, dataset, title="")
 
-    def made_whole(*args):
-        raise AssertionError("masks of all queries at once")
-
-    monkeypatch.setattr(evaluation, "SHARED_MASKS", 0)
-    monkeypatch.setattr(evaluation, "resize_masks", made_whole)
-    monkeypatch.setattr(m2f, "CPU_CHUNK", 2 * 128 * 128)  # two of six queries at a time
-    assert evaluate(models, dataset, cfg, torch.device("cpu"), title="") == whole
+    parts, share = [], inference.shared_masks
+    monkeypatch.setattr(inference, "SHARED_MASKS", 0)
+    monkeypatch.setattr(inference, "shared_masks", lambda *args: parts.append(share(*args)))
+    monkeypatch.setattr(inference, "CPU_CHUNK", 2 * 128 * 128)  # two of six queries at a time
+    assert evaluate(method, dataset, title="") == whole
+    assert parts and all(masks is None for masks in parts)
     assert any(
         reading["confusion"] != whole["student/decoder"]["confusion"] for reading in whole.values()
     )
@@ -380,14 +375,15 @@ def test_predictions_are_those_of_evaluation_and_valid_coco_panoptic_files(
     )
     state = checkpoint.newest(small_run / "run")
     cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
-    model = stages.build(stages.Job(), cfg, taxonomy)
-    stages.take(state, which, model, "run")
-    metrics = evaluate(
-        {"m": model},
-        ground_truth.DataSet("t", taxonomy, truth, truth, [], []),
+    method = stored.restore(
+        stored.Stored(small_run / "run", {which: state[which], "config": state["config"]}),
         cfg,
+        taxonomy,
         torch.device("cpu"),
-    )[f"m/{posterior}"]
+        "mini",
+    )
+    images = ground_truth.DataSet("t", taxonomy, truth, truth, [], [])
+    metrics = evaluate(method, images)[f"{which}/{posterior}"]
     of = ["decoder", "ensemble"].index(posterior)
     for i, (name, segments) in enumerate(zip(names, seen["pq"][of::2])):
         assert np.array_equal(segments[0], predicted.truth(i).segment_map) and np.array_equal(
@@ -490,7 +486,7 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     )  # what was predicted is not taken for a picture
     files.release(out)
     # a second call changes nothing, and is refused before there is a model
-    monkeypatch.setattr(stages, "build", lambda *a: pytest.fail("a model was built"))
+    monkeypatch.setattr(predict, "restore", lambda *a: pytest.fail("a model was built"))
     for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
         before = fingerprint(pictures)
         assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
@@ -747,7 +743,7 @@ def test_a_run_is_applied_without_its_data_set_and_an_older_one_asks_for_it(
         code, error = change(broken)
         assert code == 2 and f"error: {folder}: its taxonomy is " in error, error
     # an older run is resumed, one of other classes is not
-    differs = lambda stored: training.differing(
+    differs = lambda stored: sameness.differing(
         stored, {"stage": "sup", "taxonomy": {"names": ["b"]}}
     )
     assert differs({"stage": "sup"}) == [] and differs(
