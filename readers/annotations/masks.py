@@ -132,7 +132,7 @@ def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
     tops = {file.parts[0] for file in inner}
     by_image = tops <= stems.keys() and not all(file.stem in stems for file in inner)
     exact = {file.parent for file in files if file.stem in stems and len(file.parts) <= 2}
-    found = defaultdict(list)
+    owned = defaultdict(list)
     for file in files:
         depth, path = len(file.parts), masks / file
         label, stem, single = "" if depth == 1 or by_image else file.parts[0], file.stem, False
@@ -151,14 +151,14 @@ def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
                 f"{path}: is of {first} or of {others[0]}; call it {first}.png, or rename one of "
                 "the images"
             )
-        twins = [mask.path for mask in found[first] if mask.label == label and not mask.single]
+        twins = [mask.path for mask in owned[first] if mask.label == label and not mask.single]
         if twins and not single:
             raise UserError(
                 f"{path}: {twins[0]} is the map of this class and image already; take one of them "
                 "out"
             )
-        found[first].append(_Mask(label, path, single))
-    return [(Record(name, images / name, part=part), found[name]) for name in names]
+        owned[first].append(_Mask(label, path, single))
+    return [(Record(name, images / name, part=part), owned[name]) for name in names]
 
 
 def _before_suffix(stem: str, stems: dict) -> tuple[str, bool]:
