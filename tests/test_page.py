@@ -1,4 +1,4 @@
-"""."""
+"""report.html: its numbers, its names, its commands, and how a browser shows it."""
 
 import dataclasses
 import html.parser
@@ -23,14 +23,19 @@ from readers import sixteen_bit
 from report import gallery, page, run_folder
 from tests.helpers import TINY_FLAGS, fitting, run, wait_for, write_coco_folder
 
-# ------------------------------------------------------------------------------------------------------ html_report.py
-
 EVIL = """<script>alert(1)</script>&"'"""
+
+
+def report(folder, *flags):
+    flags = ["--weights", folder, "--device", "cpu", *flags]
+    return dearli.main(["--stage", "report", *map(str, flags)])
 
 
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory):
-    """Folder of a run with masks, on a data set one of whose classes, one image and the folder of the run are named to break a page."""
+    """Folder of a run with masks, on a data set one of whose classes, one image and the folder of
+    the run are named to break a page.
+    """
     root = write_coco_folder(tmp_path_factory.mktemp("reported") / "set")
     name = "<img src=x onerror=alert(1)>&\"'.png"
     for part in ("train", "val"):
@@ -41,71 +46,35 @@ def reported(tmp_path_factory):
         path.write_text(json.dumps(content))
     flags = [*TINY_FLAGS[: TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu"]
     own = ["--dataset", "custom", "--preset", "mini", "--data-root", root, "--runs", root.parent]
-    main = lambda *args: dearli.main(fitting([*own, *args], flags))
     folder = root.parent / "a<b>&\"' run"
-    assert main("--stage", "masks", "--sam", "regions") == 0
-    assert (
-        main("--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder)
-        == 0
-    )
+    ssl = ["--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder]
+    for stage in (["--stage", "masks", "--sam", "regions"], ssl):
+        assert dearli.main(fitting([*own, *stage], flags)) == 0
     written = (folder / "report.html").read_bytes()
-    assert (
-        dearli.main(
-            [
-                "--stage",
-                "report",
-                "--out",
-                str(folder),
-                "--runs",
-                str(root.parent),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )  # a run knows its data and its numbers
+    again = ["--stage", "report", "--out", folder, "--runs", root.parent, "--device", "cpu"]
+    assert dearli.main(list(map(str, again))) == 0  # a run knows its data and its numbers
     assert (folder / "report.html").read_bytes() == written
-    metrics, rng = (
-        json.loads((folder / "metrics.json").read_text()),
-        random.Random(0),
-    )  # after 5 steps most figures are 0
-    tables = [
-        t
-        for reading in metrics.values()
-        if isinstance(reading, dict)
-        for t in (
-            reading,
-            *(reading[g] for g in ("all", "things", "stuff")),
-            *reading["per_class"].values(),
-        )
-    ]
-    for figures in tables:
+    metrics, rng = json.loads((folder / "metrics.json").read_text()), random.Random(0)
+    tables = []
+    for reading in metrics.values():
+        if isinstance(reading, dict):
+            tables += [reading, *(reading[group] for group in ("all", "things", "stuff"))]
+            tables += reading["per_class"].values()
+    for figures in tables:  # after 5 steps most are 0
         figures |= {
             k: rng.randint(1, 999) if isinstance(v, int) else rng.random()
             for k, v in figures.items()
             if isinstance(v, (int, float))
         }
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    assert (
-        dearli.main(
-            [
-                "--stage",
-                "report",
-                "--weights",
-                str(folder),
-                "--runs",
-                str(root.parent),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    assert report(folder, "--runs", root.parent) == 0
     return folder
 
 
 class Outline(html.parser.HTMLParser):
-    """Fails on a page whose elements are not closed in order; collects addresses, cells by table, and text."""
+    """Fails on a page whose elements are not closed in order; collects addresses, cells by table,
+    and text.
+    """
 
     def __init__(self, page):
         super().__init__()
@@ -116,11 +85,8 @@ class Outline(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.addresses += [
-            v
-            for k, v in attributes.items()
-            if k in ("src", "href", "action", "srcset", "data", "poster")
-        ]
+        links = ("src", "href", "action", "srcset", "data", "poster")
+        self.addresses += [v for k, v in attributes.items() if k in links]
         assert not any(k.startswith("on") for k in attributes)
         self.table = attributes.get("id") if tag == "table" else self.table
         if tag == "td" and attributes.get("data-v"):
@@ -138,37 +104,20 @@ class Outline(html.parser.HTMLParser):
         self.text += text
 
 
-def page_of(folder, runs=None, **kwargs):
-    return (
-        page.write(
-            folder,
-            runs or [run_folder.read(folder)],
-            kwargs.pop("dataset", None),
-            kwargs.pop("cards", {}),
-            **kwargs,
-        )
-        .read_bytes()
-        .decode()
-    )
+def page_of(folder, cards=None):
+    return page.write(folder, [run_folder.read(folder)], None, cards or {}).read_bytes().decode()
 
 
 def numbers_in_svg(page):
     svgs = "".join(re.findall("<svg.*?</svg>", page, re.S))
-    return [
-        float(v)
-        for v in re.findall(r'\b(?:x|y|x1|x2|y1|y2|cx|cy)="([^"]*)"', svgs)
-        + re.split("[ML ]+", " ".join(re.findall(r'\bd="M([^"]*)"', svgs)))
-        if v
-    ]
+    places = re.findall(r'\b(?:x|y|x1|x2|y1|y2|cx|cy)="([^"]*)"', svgs)
+    places += re.split("[ML ]+", " ".join(re.findall(r'\bd="M([^"]*)"', svgs)))
+    return [float(place) for place in places if place]
 
 
-def test_fault_36_a_report_is_one_sound_file_whose_numbers_are_those_of_the_run_and_whose_names_are_text(
-    reported,
-):
-    page, metrics = (
-        (reported / "report.html").read_bytes().decode(),
-        json.loads((reported / "metrics.json").read_text()),
-    )
+def test_a_report_is_one_sound_file_with_the_numbers_of_the_run_and_names_that_are_text(reported):
+    page = (reported / "report.html").read_bytes().decode()
+    metrics = json.loads((reported / "metrics.json").read_text())
     outline = Outline(page)
     assert (
         page.count("<script") == 1
@@ -197,63 +146,14 @@ def test_fault_36_a_report_is_one_sound_file_whose_numbers_are_those_of_the_run_
 
 
 def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini, tmp_path):
-    assert (
-        run(
-            "--stage",
-            "dewa",
-            "--images",
-            reported.parent / "set" / "images",
-            "--masks",
-            reported.parent / "set-masks",
-            "--steps",
-            1,
-            "--out",
-            tmp_path / "dewa",
-        )
-        == 0
-    )
-    assert (
-        run(
-            "--stage",
-            "ssl",
-            "--method",
-            "dearli",
-            "--init",
-            tmp_path / "dewa",
-            "--steps",
-            1,
-            "--burn-in-warm",
-            0,
-            "--lambda-u",
-            0.5,
-            "--no-eval",
-            "--seed",
-            3,
-            "--out",
-            tmp_path / "warm",
-        )
-        == 0
-    )
-    assert (
-        run(
-            "--stage",
-            "ssl",
-            "--method",
-            "ssl",
-            "--preset",
-            "custom",
-            "--classifier",
-            "language",
-            "--alpha",
-            "0.4:0.8",
-            "--steps",
-            1,
-            "--no-eval",
-            "--out",
-            tmp_path / "custom",
-        )
-        == 0
-    )
+    images, masks = reported.parent / "set" / "images", reported.parent / "set-masks"
+    dewa = ["--stage", "dewa", "--images", images, "--masks", masks, "--steps", 1]
+    assert run(*dewa, "--out", tmp_path / "dewa") == 0
+    ssl = ["--stage", "ssl", "--steps", 1, "--no-eval"]
+    warm = ["--method", "dearli", "--init", tmp_path / "dewa", "--burn-in-warm", 0, "--seed", 3]
+    assert run(*ssl, *warm, "--lambda-u", 0.5, "--out", tmp_path / "warm") == 0
+    custom = ["--method", "ssl", "--preset", "custom", "--classifier", "language"]
+    assert run(*ssl, *custom, "--alpha", "0.4:0.8", "--out", tmp_path / "custom") == 0
     for folder, number in ((reported, 1), (tmp_path / "warm", 3), (tmp_path / "custom", 1)):
         made = run_folder.commands(run_folder.read(folder))
         assert len(made) == number
@@ -274,6 +174,8 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     reported, small_mini, tmp_path, capsys
 ):
     folder, log = tmp_path / "run", (reported / "log.jsonl").read_text().splitlines(keepends=True)
+    skipped = {"step": 2, "lr": 1e-4, "time": 9.0, "skipped": "loss is nan", "images": [EVIL]}
+    huge = [{"step": k, "lr": 1e-4, "loss": (-1) ** k * 1e308, "time": k + 1} for k in range(2)]
     folder.mkdir()
     shutil.copy(reported / "config.json", folder)
     assert "no metrics.json" in page_of(folder) and "no log.jsonl" in page_of(folder)
@@ -281,19 +183,9 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
         ("".join(log[:1]), "1 step;"),
         ("".join(log)[:-30], "4 steps"),
         (log[0].replace('"loss": ', '"loss": NaN, "was": '), "1 step;"),
-        (
-            "".join(log[:2])
-            + json.dumps(
-                {"step": 2, "lr": 1e-4, "time": 9.0, "skipped": "loss is nan", "images": [EVIL]}
-            )
-            + "\n",
-            "1 step skipped",
-        ),
+        ("".join(log[:2]) + json.dumps(skipped) + "\n", "1 step skipped"),
         ('{"step": 0}\n', "no log.jsonl with a finished step"),
-        (
-            '{"step": 0, "lr": 1e-4, "loss": 1e308, "time": 1}\n{"step": 1, "loss": -1e308, "time": 2}\n',
-            "2 steps",
-        ),
+        ("".join(json.dumps(row) + "\n" for row in huge), "2 steps"),
     ):
         (folder / "log.jsonl").write_text(content)
         outline = Outline(page := page_of(folder))
@@ -308,22 +200,7 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     (other / "config.json").write_text(
         json.dumps({**config, "stage": "ssl", "teacher_posterior": "decoder", "num_queries": 77})
     )
-    assert (
-        dearli.main(
-            [
-                "--stage",
-                "report",
-                "--weights",
-                str(folder),
-                "--compare",
-                str(reported),
-                str(other),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    assert report(folder, "--compare", reported, other) == 0
     assert "no checkpoint" in capsys.readouterr().out
     outline = Outline(page := (folder / "report.html").read_text())
     assert (
@@ -338,30 +215,13 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
         and "student, decoder alone</em>" in page
     )
     (folder / "metrics.json").write_text('{"images": ')
-    assert (
-        dearli.main(["--stage", "report", "--weights", str(folder), "--device", "cpu"]) == 2
-        and "metrics.json: not a readable JSON file" in capsys.readouterr().err
-    )
-    assert (
-        run(
-            "--stage",
-            "dewa",
-            "--masks",
-            reported.parent / "set-masks",
-            "--images",
-            reported.parent / "set" / "images",
-            "--steps",
-            1,
-            "--out",
-            tmp_path / "dewa",
-        )
-        == 0
-    )
-    assert (
-        dearli.main(["--stage", "report", "--weights", str(tmp_path / "dewa"), "--device", "cpu"])
-        == 0
-        and "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
-    )
+    assert report(folder) == 2
+    assert "metrics.json: not a readable JSON file" in capsys.readouterr().err
+    images, masks = reported.parent / "set" / "images", reported.parent / "set-masks"
+    dewa = ["--stage", "dewa", "--images", images, "--masks", masks, "--steps", 1]
+    assert run(*dewa, "--out", tmp_path / "dewa") == 0
+    assert report(tmp_path / "dewa") == 0
+    assert "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
 
 
 def test_a_report_that_cannot_be_written_does_not_cost_the_run(small_mini, tmp_path, capsys):
@@ -377,64 +237,38 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_run(small_mini, tmp_p
 def test_pictures_are_left_out_until_the_page_is_small_enough_and_many_classes_stay_readable(
     tmp_path, monkeypatch
 ):
-    names, rng = [f"class {k}" for k in range(150)], np.random.default_rng(0)
-    per_class = {
-        name: {
-            "pq": 0.5,
-            "sq": 0.5,
-            "rq": 1.0,
-            "iou": 1.0,
-            "tp": 2,
-            "fp": 0,
-            "fn": 0,
-            "semantic_iou": 0.5,
-        }
-        for name in names
+    monkeypatch.chdir(tmp_path)  # the template is found from anywhere
+    rng = np.random.default_rng(0)
+    quality = {"pq": 0.5, "sq": 0.5, "rq": 1.0}
+    one = {**quality, "iou": 1.0, "tp": 2, "fp": 0, "fn": 0, "semantic_iou": 0.5}
+    pixels = (rng.random((150, 150)) ** 8 * 1000).astype(int).tolist()
+    reading = {
+        **{group: {**quality, "n": 150} for group in ("all", "things", "stuff")},
+        "per_class": {f"class {k}": one for k in range(150)},
+        "miou": 0.5,
+        "confusion": [" ".join(map(str, row)) for row in pixels],
     }
-    group = {"pq": 0.5, "sq": 0.5, "rq": 1.0, "n": 150}
-    confusion = [
-        " ".join(map(str, row)) for row in (rng.random((150, 150)) ** 8 * 1000).astype(int).tolist()
-    ]
-    metrics = {
-        "images": 1,
-        "student/decoder": {
-            "all": group,
-            "things": group,
-            "stuff": group,
-            "per_class": per_class,
-            "miou": 0.5,
-            "confusion": confusion,
-        },
-    }
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    cards = {
-        "worst of 9": [
-            gallery.Card(f"{k}.png", "PQ 0.0", [("image", rng.bytes(30_000))]) for k in range(9)
-        ]
-    }
-    whole = page_of(tmp_path, cards=cards)
-    assert (
-        whole.count("<img ") == 9
-        and "28 of 150 classes" in whole
-        and whole.count('<g class="') <= 28 * 28
-    )
+    (tmp_path / "metrics.json").write_text(json.dumps({"images": 1, "student/decoder": reading}))
+    shown = [gallery.Card(f"{k}.png", "PQ 0.0", [("image", rng.bytes(30_000))]) for k in range(9)]
+    cards = {"worst of 9": shown}
+    whole = page_of(tmp_path, cards)
+    assert whole.count("<img ") == 9 and "28 of 150 classes" in whole
+    assert whole.count('<g class="') <= 28 * 28
     monkeypatch.setattr(page, "MAX_BYTES", 300_000)
-    small = page_of(tmp_path, cards=cards)
-    assert (
-        0 < small.count("<img ") < 9
-        and len(small.encode()) <= 300_000
-        and "0.png" in small
-        and "8.png" not in small
-    )
+    small = page_of(tmp_path, cards)
+    assert 0 < small.count("<img ") < 9 and len(small.encode()) <= 300_000
+    assert "0.png" in small and "8.png" not in small
 
 
 class Browser:
-    """A headless Chromium, asked over a pipe (DevTools protocol): browser("Page.navigate", url=...)."""
+    """A headless Chromium, asked over a pipe (DevTools protocol): browser("Page.navigate", ...)."""
 
     def __init__(self, program, folder):
         there, self.to = os.pipe()
         self.back, here = os.pipe()
-        command = f'exec "$0" --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --user-data-dir="$1" about:blank 3<&{there} 4>&{here}'
+        flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage"
+        pipe = f'--remote-debugging-pipe --user-data-dir="$1" about:blank 3<&{there} 4>&{here}'
+        command = f'exec "$0" {flags} {pipe}'
         self.process = subprocess.Popen(
             ["bash", "-c", command, program, str(folder)],
             pass_fds=(there, here),
@@ -524,7 +358,8 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
         )
         assert (
             browser.ask(
-                "[...document.images].every(i => i.complete && i.naturalWidth > 100) && document.images.length"
+                "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
+                " && document.images.length"
             )
             == 2 * 5 + 3 * 3 + 3 * 2
         )

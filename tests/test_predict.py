@@ -101,7 +101,10 @@ def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_im
     )  # ten times as large
     assert drawn.shape == (640, 640, 3)
     first, second, stuff, void = drawn[150, 50], drawn[150, 350], drawn[500, 100], drawn[300, 600]
-    mixed = lambda colour: np.round(128 * (1 - drawing.PAINT) + drawing.PAINT * np.array(colour))
+
+    def mixed(colour):
+        return np.round(128 * (1 - drawing.PAINT) + drawing.PAINT * np.array(colour))
+
     assert (
         np.abs(first - mixed(taxonomy.colours[0])).max() <= 1
         and np.abs(stuff - mixed(taxonomy.colours[1])).max() <= 1
@@ -130,19 +133,19 @@ def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_im
 def test_names_are_written_on_segments_that_have_room_and_inside_the_image():
     image, segment_map, labels = square()
     taxonomy = ground_truth.Taxonomy(("cat, feline", "grass"), (True, False), (1, 2))
-    written = lambda **flags: (
-        np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, **flags))
-        != np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False))
-    ).any(-1)
+
+    def drawn(taxonomy, **flags):
+        return np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, **flags))
+
+    def written(**flags):
+        return (drawn(taxonomy, **flags) != drawn(taxonomy, names=False)).any(-1)
+
     plain, scored = written(), written(scores=[0.5, 0.75, 1.0])
     for part in (np.s_[:320, :240], np.s_[:320, 240:480], np.s_[320:, :480]):
         assert plain[part].sum() > 100 and scored[part].sum() > plain[part].sum()
     assert not plain[:, 480:].any()  # nothing on void
     long = dataclasses.replace(taxonomy, names=("cat" * 99, "grass"))
-    assert (
-        np.asarray(drawing.overlay(image, segment_map, labels, long))[:300]
-        == np.asarray(drawing.overlay(image, segment_map, labels, taxonomy, names=False))[:300]
-    ).all()
+    assert (drawn(long)[:300] == drawn(taxonomy, names=False)[:300]).all()
     # a name that would hang over too far is not written, nor one whose place another name has taken
     width = ImageFont.load_default(640 // drawing.PIXELS_A_FONT_SIZE).getlength("m" * 12) + 4
 
@@ -196,11 +199,11 @@ def test_names_that_no_font_writes_are_category_ids_and_are_said_once(monkeypatc
         function.cache_clear()
     image, segment_map, labels = square()
     taxonomy = ground_truth.Taxonomy(("\u732b", "grass"), (True, False), (17, 2))
-    draw = lambda name: np.asarray(
-        drawing.overlay(
-            image, segment_map, labels, dataclasses.replace(taxonomy, names=(name, "grass"))
-        )
-    )
+
+    def draw(name):
+        named = dataclasses.replace(taxonomy, names=(name, "grass"))
+        return np.asarray(drawing.overlay(image, segment_map, labels, named))
+
     unknown = draw("\u732b")
     said = capsys.readouterr().out
     assert said.count("warning") == 1 and "#17 \u732b" in said and "grass" not in said
