@@ -38,10 +38,10 @@ from clip_ensemble import ClipBackbone, Vocabulary
 from config import OFFICIAL, Config
 from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
 from engine import training
-from engine.optim import build_optimizer
+from inference import panoptic_inference
 from matcher import Target
-from mean_teacher import pseudo_labels, train_step
-from model import Segmenter, panoptic_inference
+from mean_teacher import MeanTeacher
+from model import Segmenter
 from panoptic_eval import PanopticQuality
 from pretrained import foundation
 from pretrained.sam import MaskGenerator
@@ -66,17 +66,22 @@ class Skipped(Exception):
 # ------------------------------------------------------------------------------------------------------- the two sides
 
 
-def our_models(classes: int = CLASSES, cfg: Config = OFFICIAL) -> tuple[Segmenter, Segmenter]:
-    torch.manual_seed(0)
-    clip, _ = foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="random"))
-    vocabulary = Vocabulary(
-        F.normalize(
-            torch.randn(classes * NAMES_A_CLASS, clip.visual.head.proj.out_features), dim=-1
-        ),
-        [NAMES_A_CLASS] * classes,
-    )
-    student = Segmenter(ClipBackbone(clip), vocabulary, cfg, classes)
-    return student, student.teacher()
+class Made(MeanTeacher):
+    """DEAR with random weights; embeddings of its classes are made up, too."""
+
+    def network(self, clip) -> Segmenter:
+        torch.manual_seed(0)
+        clip, _ = foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="random"))
+        dim, classes = clip.visual.head.proj.out_features, len(self.taxonomy)
+        embeddings = F.normalize(torch.randn(classes * NAMES_A_CLASS, dim), dim=-1)
+        vocabulary = Vocabulary(embeddings, [NAMES_A_CLASS] * classes)
+        return Segmenter(ClipBackbone(clip), vocabulary, self.cfg, classes)
+
+
+def our_method(classes: int = CLASSES, cfg: Config = OFFICIAL, precision=torch.float32) -> Made:
+    names = tuple(f"class {k}" for k in range(classes))
+    taxonomy = Taxonomy(names, tuple(_things(classes).tolist()), tuple(range(classes)))
+    return Made(cfg, taxonomy, torch.device("cpu"), precision)
 
 
 def official_models(folder: Path, classes: int = CLASSES):
@@ -220,12 +225,9 @@ def our_step(
     precision: torch.dtype = torch.float32,
 ) -> Callable:
     cfg = dataclasses.replace(OFFICIAL, crop=side, num_queries=queries)
-    student, teacher = our_models(classes, cfg)
-    optimizer, things = build_optimizer(student, cfg), _things(classes)
+    method = our_method(classes, cfg, precision)
     batches = [made_batch(side, classes, images, segments, t) for t in range(5)]
-    return lambda t: train_step(
-        student, teacher, optimizer, *batches[t % len(batches)], things, cfg, t, precision=precision
-    )
+    return lambda t: method.step(batches[t % len(batches)], t)
 
 
 def official_step(folder: Path, side: int = 256, images: int = 2, segments: int = 10) -> Callable:
@@ -257,14 +259,14 @@ def official_step(folder: Path, side: int = 256, images: int = 2, segments: int 
 def our_inference(
     side: int = 256, images: int = 2, precision: torch.dtype = torch.float32
 ) -> Callable:
-    student, _ = our_models()
-    student.eval().requires_grad_(False)
-    things, x = _things(CLASSES), made_batch(side, CLASSES, images, 1, 0)[0].images
+    method = our_method(precision=precision)
+    teacher = method.models["teacher"]
+    x = made_batch(side, CLASSES, images, 1, 0)[0].images
 
     @torch.no_grad()
     def one(t):
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            return pseudo_labels(student, student.backbone(x), things, (side, side), OFFICIAL.alpha)
+        with method.autocast():
+            return method.pseudo_labels(teacher.backbone(x), (side, side), 0)
 
     return one
 
