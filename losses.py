@@ -46,16 +46,7 @@ def set_loss(
         of exactly zero.
     """
     queries = layers[0][0].shape[1]
-    counts = [
-        sum(map(len, targets)),
-        sum(min(len(t), queries) for t in targets),
-        len(targets) * queries,
-    ]
-    num_masks, num_matched, num_queries = ranks.total(
-        torch.tensor(counts, dtype=torch.float32, device=mask_features.device)
-    )
-    num_masks = num_masks.clamp(min=1)
-    class_weight = num_matched + cfg.no_object_weight * (num_queries - num_matched)
+    num_masks, class_weight = _normalisers(targets, queries, cfg, mask_features.device)
     # B of (hw, C), as the pixel decoder lays them out
     shape, features = mask_features.shape[-2:], mask_features.flatten(2).transpose(1, 2).unbind()
     nothing = torch.zeros(queries, 0, device=mask_features.device)
@@ -91,6 +82,19 @@ def set_loss(
         total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
         total["dice"] = total["dice"] + cfg.weights.dice * dice / num_masks
     return total
+
+
+def _normalisers(targets: list[Target], queries: int, cfg: LossConfig, device):
+    """Of all ranks: the number of masks, at least 1, and the sum of the weights of all queries."""
+    counts = [
+        sum(map(len, targets)),
+        sum(min(len(t), queries) for t in targets),
+        len(targets) * queries,
+    ]
+    counts = torch.tensor(counts, dtype=torch.float32, device=device)
+    num_masks, num_matched, num_queries = ranks.total(counts)
+    class_weight = num_matched + cfg.no_object_weight * (num_queries - num_matched)
+    return num_masks.clamp(min=1), class_weight
 
 
 def logits(features: Tensor, embeddings: Tensor, shape) -> Tensor:

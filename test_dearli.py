@@ -441,7 +441,9 @@ def test_text_embeddings_average_normalised_templates():
         def encode_text(self, tokens):
             return tokens
 
-    tokenize = lambda prompts: torch.tensor([[float(len(p)), 1.0] for p in prompts])
+    def tokenize(prompts):
+        return torch.tensor([[float(len(p)), 1.0] for p in prompts])
+
     e = clip_ensemble.text_embeddings(Clip(1, 1), tokenize, ["cat", "zebra"], batch=5)
     rows = F.normalize(
         torch.tensor([[float(len(t.format("zebra"))), 1.0] for t in clip_ensemble.TEMPLATES]),

@@ -155,7 +155,10 @@ def made_batch(
 ) -> tuple[Labeled, Unlabeled]:
     """Noise in the shape of a batch: partitions into cells around random centres; every other unlabelled image has a CutMix box."""
     g = torch.Generator().manual_seed(seed)
-    picture = lambda n: torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8)
+
+    def picture(n):
+        return torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8)
+
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     targets = []
     for _ in range(images):
@@ -497,16 +500,19 @@ def index(root: Path, images: int = COCO_IMAGES, reads: int = 2000, workers: int
         {"id": k, "name": f"class {k}", "isthing": int(k < 80)} for k in range(1, CLASSES + 1)
     ]
     names = [f"{i:012d}" for i in range(images)]
-    info = lambda i: [
-        {
-            "id": k,
-            "category_id": 1 + (7 * i + k) % CLASSES,
-            "iscrowd": 0,
-            "bbox": [0, 0, 160, 160],
-            "area": 25_600,
-        }
-        for k in range(1, COCO_SEGMENTS + 1)
-    ]
+
+    def info(i):
+        return [
+            {
+                "id": k,
+                "category_id": 1 + (7 * i + k) % CLASSES,
+                "iscrowd": 0,
+                "bbox": [0, 0, 160, 160],
+                "area": 25_600,
+            }
+            for k in range(1, COCO_SEGMENTS + 1)
+        ]
+
     with open(
         root / "index.json", "w"
     ) as file:  # piece by piece: what writes it is the process that is measured
