@@ -405,7 +405,10 @@ def test_fault_49_the_same_data_elsewhere_is_the_same_and_other_data_in_its_plac
         "0",
     ]
     usual = ["--stage", "sup", "--dataset", "custom", "--steps", 1, "--no-eval"]
-    sup = lambda *args: dearli.main(fitting([*usual, "--out", tmp_path / "run", *args], flags))
+
+    def sup(*args):
+        return dearli.main(fitting([*usual, "--out", tmp_path / "run", *args], flags))
+
     assert sup("--data-root", root) == 0
     moved = root.rename(tmp_path / "moved")
     assert (
@@ -755,8 +758,9 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
                 if name.split(".")[0] in self.names:
                     raise ModuleNotFoundError(f"No module named {{name}}", name=name)
         sys.meta_path.insert(0, Missing())
-        import data, dearli
-        data.MINI_TRAIN, data.MINI_VAL = 6, 2
+        import dearli
+        from mini import scenes
+        scenes.MINI_TRAIN, scenes.MINI_VAL = 6, 2
         masks, sup = {[fitting(["--stage", stage, "--runs", tmp_path]) for stage in ("masks", "sup")]!r}
         try:
             dearli.main(["--help"])
@@ -800,12 +804,15 @@ def test_fault_41_a_download_that_is_cut_short_leaves_nothing_and_is_resumed_by_
 
     with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetch = lambda: foundation.fetch(
-            tmp_path / "cache" / "w.pth",
-            f"http://127.0.0.1:{server.server_port}/w.pth",
-            hashlib.sha256(content).hexdigest(),
-            "or else",
-        )
+
+        def fetch():
+            return foundation.fetch(
+                tmp_path / "cache" / "w.pth",
+                f"http://127.0.0.1:{server.server_port}/w.pth",
+                hashlib.sha256(content).hexdigest(),
+                "or else",
+            )
+
         with pytest.raises(UserError, match="w.pth: cannot be fetched") as error:
             fetch()
         assert "\n" not in str(error.value) and not list((tmp_path / "cache").iterdir())
@@ -844,10 +851,13 @@ def soak(kills, folder, seed=None):
         "--resume",
     ]
     assert ended(fork(lambda: run(*args, "--out", straight), f"{straight}.txt"), 600 + kills) == 0
-    strays = lambda: killed.is_dir() and any(p.suffix == ".tmp" for p in killed.iterdir())
-    lines = lambda: (
-        len(log.read_bytes().splitlines()) if (log := killed / "log.jsonl").exists() else 0
-    )
+
+    def strays():
+        return killed.is_dir() and any(p.suffix == ".tmp" for p in killed.iterdir())
+
+    def lines():
+        return len(log.read_bytes().splitlines()) if (log := killed / "log.jsonl").exists() else 0
+
     happened = {"kills": 0, "in a write": 0, "seconds": time.monotonic()}
     for k in range(kills):
         process = fork(lambda: run(*args, "--out", killed, "--workers", k % 3), f"{killed}.txt")
