@@ -809,6 +809,20 @@ def test_panoptic_inference_drops_a_query_that_keeps_less_than_the_overlap_thres
     )
 
 
+def test_joined_stuff_is_one_segment_a_class_and_things_stay_apart():
+    things = [True, False, False]  # 0 thing, 1 and 2 stuff
+    labels = [1, 0, 2, 1, 0, 2]
+    #   stuff 1 is segment 1, the thing 2, stuff 2 is 3; the second stuff 1 joins 1, the second thing is 4
+    first, number = inference.join_stuff(labels, [True] * 6, things)
+    assert (first, number) == ([0, 1, 2, 4], [1, 2, 3, 1, 4, 3])
+    #   a candidate that is absent is no segment: stuff 1 begins with its second
+    present = [False, True, False, True, False, True]
+    first, number = inference.join_stuff(labels, present, torch.tensor(things))
+    assert (first, number) == ([1, 3, 5], [0, 1, 0, 2, 0, 3])
+    assert inference.join_stuff([], [], things) == ([], [])
+    assert inference.join_stuff([1, 1], [False, False], things) == ([], [0, 0])
+
+
 def test_inference_of_nothing_is_an_empty_map():
     posterior = torch.tensor([[0.1, 0.9]])
     segment_map, labels, _ = panoptic_inference(
@@ -1677,6 +1691,30 @@ def test_teacher_is_the_average_of_the_student():
     mean_teacher.update_teacher(teacher, student, 0.9)
     for name, p in state_of(teacher).items():
         torch.testing.assert_close(p, before[name] + 0.1, rtol=1e-5, atol=1e-6)
+
+
+def test_the_teacher_averages_statistics_copies_counters_and_leaves_what_is_constant():
+    class Normed(nn.Module):
+        constant = ("frozen.",)
+
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+
+    student, teacher = Normed(), Normed()
+    student.norm.running_mean.copy_(torch.tensor([10.0, 20.0]))  # the teacher's are 0 and 1
+    student.norm.running_var.copy_(torch.tensor([2.0, 3.0]))
+    student.norm.num_batches_tracked.fill_(7)
+    kept = teacher.frozen.weight.clone()
+    mean_teacher.update_teacher(teacher, student, 0.9)
+    torch.testing.assert_close(teacher.norm.running_mean, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(teacher.norm.running_var, torch.tensor([1.1, 1.2]))
+    assert teacher.norm.num_batches_tracked == 7  # a count, of which there is no average
+    assert torch.equal(teacher.frozen.weight, kept)
+    student.norm.running_var[0] = math.inf
+    with pytest.raises(optim.Broken, match="not finite: norm.running_var; the teacher was left"):
+        mean_teacher.update_teacher(teacher, student, 0.9)
+    assert teacher.norm.running_var.isfinite().all()
 
 
 def test_fault_13_a_nan_in_the_student_never_reaches_the_teacher():

@@ -757,8 +757,9 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
                 if name.split(".")[0] in self.names:
                     raise ModuleNotFoundError(f"No module named {{name}}", name=name)
         sys.meta_path.insert(0, Missing())
-        import data, dearli
-        data.MINI_TRAIN, data.MINI_VAL = 6, 2
+        import dearli
+        from mini import scenes
+        scenes.MINI_TRAIN, scenes.MINI_VAL = 6, 2
         masks, sup = {[fitting(["--stage", s, "--runs", tmp_path]) for s in ("masks", "sup")]!r}
         try:
             dearli.main(["--help"])
