@@ -49,10 +49,13 @@ class Supervised:
     def __init__(self, cfg, taxonomy, device, precision=torch.float32, clip=None, warm=False):
         self.cfg, self.taxonomy, self.device = cfg, taxonomy, device
         self.precision, self.warm = precision, warm
-        self.models = {"student": build(cfg, taxonomy, device, clip)}
+        self.models = {"student": self.network(clip)}
         self.things = torch.tensor(taxonomy.things, device=device)
         # Of what is learned: semantic labels have one segment a class.
         self.counted = torch.tensor(taxonomy.things) & (cfg.labels == "panoptic")
+
+    def network(self, clip: dict | None) -> Segmenter:
+        return build(self.cfg, self.taxonomy, self.device, clip)
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -206,9 +206,10 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
         rng.normal(0, 1, xx.shape).astype(np.float32),
         _noise(rng, size, 5),
     )
-    rgb = lambda r, g, b: (
-        np.array([r, g, b], np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
-    )
+
+    def rgb(r, g, b):
+        return np.array([r, g, b], np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
+
     if name == "grass":
         blades = _noise(rng, size, size / 2, 0.25)
         return rgb(70, 135, 55) * (1 + 0.3 * blades + 0.15 * coarse)[..., None]

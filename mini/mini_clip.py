@@ -43,7 +43,12 @@ WEIGHTS = Path(__file__).parent / "weights" / "mini_clip.safetensors"
 EMBED_DIM = 128  # D
 CONTEXT = 24  # L, with start and end; longer texts are cut
 SIDE = 64  # pixels of a training picture: a detail of the world, at its scale
-_words = lambda text: re.findall(r"[a-z]+", text.lower())
+
+
+def _words(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
 PAD, START, UNKNOWN = 0, 1, 2
 WORDS = {
     word: i + 3
@@ -230,7 +235,10 @@ def evaluate(model: open_clip.CLIP, collection: str = "clip-test", images: int =
     cosines, labels = torch.cat(cosines), torch.cat(labels)
     right = (cosines.argmax(1) == labels).float()
     per_class = {k: right[labels == k].mean().item() for k in labels.unique().tolist()}
-    mean = lambda keep: round(float(np.mean([v for k, v in per_class.items() if keep(k)])), 3)
+
+    def mean(keep):
+        return round(float(np.mean([v for k, v in per_class.items() if keep(k)])), 3)
+
     scale = float(backbone.logit_scale.exp().clamp(max=MAX_SCALE))
     nll = {
         t: F.cross_entropy(cosines * t, labels).item() for t in (scale, *np.geomspace(2, 100, 60))

@@ -233,7 +233,10 @@ def train_phase(
 def turned(s: microcosm.Scene, rng: np.random.Generator) -> microcosm.Scene:
     """One of the eight ways to turn and mirror a scene."""
     turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-    turn = lambda a: np.ascontiguousarray(np.rot90(a[:, ::-1] if mirror else a, turns))
+
+    def turn(a):
+        return np.ascontiguousarray(np.rot90(a[:, ::-1] if mirror else a, turns))
+
     return microcosm.Scene(turn(s.image), turn(s.segment_map), s.labels, turn(s.part_map))
 
 

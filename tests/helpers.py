@@ -169,7 +169,9 @@ def write_downloads(name, root, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(path)
 
-    photo = lambda: rng.integers(0, 256, (64, 96, 3), np.uint8)
+    def photo():
+        return rng.integers(0, 256, (64, 96, 3), np.uint8)
+
     if kind == "ade20k":
         stems = {
             "training": [f"ADE_train_{i:08d}" for i in range(1, 5)],
@@ -187,7 +189,10 @@ def write_downloads(name, root, monkeypatch):
                 save(photo(), base / "images" / part / f"{stem}.jpg")
                 save(semantic, base / "annotations" / part / f"{stem}.png")
                 save(instances, base / "annotations_instance" / part / f"{stem}.png")
-        line = lambda stem: f"images/training/{stem}.jpg annotations/training/{stem}.png\n"
+
+        def line(stem):
+            return f"images/training/{stem}.jpg annotations/training/{stem}.png\n"
+
         labeled, unlabeled = (
             line(a) + line(b) for a, b in (stems["training"][:2], stems["training"][2:])
         )

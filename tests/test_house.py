@@ -12,7 +12,7 @@ FLOORS = (
     ("ground",),
     ("config",),
     ("panoptic_eval", "readers"),
-    ("matcher", "clip_ensemble"),
+    ("matcher", "clip_ensemble", "deformable_cpu"),
     ("deformable", "losses"),
     ("model",),
     ("inference",),

@@ -210,7 +210,8 @@ def test_run_lengths_are_read_like_polygons(tmp_path):
 
 
 def test_pixels_belong_to_a_shape_if_their_centres_do():
-    draw = lambda points: polygon(np.array(points, float), (10, 12))
+    def draw(points):
+        return polygon(np.array(points, float), (10, 12))
 
     def whole(patch, size=(10, 12)):
         mask = np.zeros(size, bool)
@@ -295,12 +296,15 @@ def test_polygons_are_as_large_as_pycocotools_says(tmp_path):
     # hole, and back along the cut
     ring = [[1, 1], [9, 1], [9, 9], [1, 9], [1, 1], [3, 3], [3, 6], [6, 6], [6, 3], [3, 3]]
     assert polygon(np.array(ring, float), (10, 12))[2].sum() == 64 - 9
+
     # two parts of one instance, which overlap: COCO's union, 9 + 9 - 4
-    parts = lambda label: (
-        [[1, 1, 4, 1, 4, 4, 1, 4], [2, 2, 5, 2, 5, 5, 2, 5]]
-        if label == "cat"
-        else [np.ravel(np.add(CORNERS["dog"], [0, 2])).tolist()]
-    )
+    def parts(label):
+        return (
+            [[1, 1, 4, 1, 4, 4, 1, 4], [2, 2, 5, 2, 5, 5, 2, 5]]
+            if label == "cat"
+            else [np.ravel(np.add(CORNERS["dog"], [0, 2])).tolist()]
+        )
+
     assert imported("coco-instances", write_coco(tmp_path / "parts", parts))[0].train.truth(
         0
     ).areas.tolist() == [14, 20]
@@ -452,12 +456,14 @@ def test_labelme_rotated_rectangles_are_read_and_unknown_shapes_stop_nothing(tmp
 
 
 def test_what_is_ignored_or_has_no_mask_is_void_and_not_background(tmp_path):
-    square = lambda label, x, y, side, **more: {
-        "label": label,
-        "points": [[x, y], [x + side, y + side]],
-        "shape_type": "rectangle",
-        **more,
-    }
+    def square(label, x, y, side, **more):
+        return {
+            "label": label,
+            "points": [[x, y], [x + side, y + side]],
+            "shape_type": "rectangle",
+            **more,
+        }
+
     shapes = [
         square("cat", 10, 10, 20),
         square("__ignore__", 14, 14, 6),
@@ -1301,11 +1307,13 @@ def test_other_pixels_are_one_segment_of_the_named_background(kind, tmp_path):
 
 
 def test_of_two_segments_the_smaller_is_on_top_and_what_is_hidden_is_counted(tmp_path):
-    square = lambda label, left, top, side: {
-        "label": label,
-        "points": [[left, top], [left + side, top + side]],
-        "shape_type": "rectangle",
-    }
+    def square(label, left, top, side):
+        return {
+            "label": label,
+            "points": [[left, top], [left + side, top + side]],
+            "shape_type": "rectangle",
+        }
+
     for name, order in (("one", 1), ("two", -1)):
         shapes = [
             square("big", 0, 0, 8),
@@ -1336,10 +1344,13 @@ def test_of_two_segments_the_smaller_is_on_top_and_what_is_hidden_is_counted(tmp
 
 def test_the_share_for_validation_is_drawn_by_seed(tmp_path):
     root = write_labelme(tmp_path / "s", [f"{k:02}" for k in range(10)])
-    chosen = lambda name, **flags: (
-        importer.import_folder("labelme", root, tmp_path / name, **flags),
-        json.loads((tmp_path / name / "panoptic_val.json").read_text()),
-    )
+
+    def chosen(name, **flags):
+        return (
+            importer.import_folder("labelme", root, tmp_path / name, **flags),
+            json.loads((tmp_path / name / "panoptic_val.json").read_text()),
+        )
+
     sets = {
         name: {i["file_name"] for i in chosen(name, val_share=0.3, seed=seed)[1]["images"]}
         for name, seed in (("a", 0), ("b", 0), ("c", 1))

@@ -232,7 +232,10 @@ def test_zero_shot_on_true_masks_beats_chance_and_sam_is_flattened(small_mini, t
         "--stage",
         "zeroshot",
     ]
-    main = lambda *args: dearli.main([str(a) for a in [*flags, *args]])
+
+    def main(*args):
+        return dearli.main([str(a) for a in [*flags, *args]])
+
     assert main("--masks", "gt") == 0
     metrics = json.loads((tmp_path / "mini-zeroshot-gt" / "metrics.json").read_text())["zero-shot"]
     assert metrics["all"]["pq"] > 0.4

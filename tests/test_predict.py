@@ -597,11 +597,14 @@ def test_predictions_that_were_killed_are_continued_and_equal_those_that_were_no
         "3 pictures, 2 of them made now" in capsys.readouterr().out
         and (out / "panoptic" / "a.png.png").stat().st_mtime_ns == first
     )
-    relative = lambda folder: {
-        path.replace(str(folder), ""): value
-        for path, value in fingerprint(folder).items()
-        if not path.endswith(".jsonl")
-    }
+
+    def relative(folder):
+        return {
+            path.replace(str(folder), ""): value
+            for path, value in fingerprint(folder).items()
+            if not path.endswith(".jsonl")
+        }
+
     assert relative(out) == relative(tmp_path / "whole")
     assert (
         predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
@@ -745,10 +748,11 @@ def test_a_run_is_applied_without_its_data_set_and_an_older_one_asks_for_it(
     ):
         code, error = change(broken)
         assert code == 2 and f"error: {folder}: its taxonomy is " in error, error
+
     # an older run is resumed, one of other classes is not
-    differs = lambda stored: sameness.differing(
-        stored, {"stage": "sup", "taxonomy": {"names": ["b"]}}
-    )
+    def differs(stored):
+        return sameness.differing(stored, {"stage": "sup", "taxonomy": {"names": ["b"]}})
+
     assert differs({"stage": "sup"}) == [] and differs(
         {"stage": "sup", "taxonomy": {"names": ["a"]}}
     ) == ["taxonomy"]

@@ -27,7 +27,10 @@ def test_a_flipped_bit_in_exported_weights_or_kept_embeddings_is_noticed(tmp_pat
         path, official.Weights("student", {"head.a": torch.ones(100)}, {}, {}), "safetensors"
     )
     assert official.read(path).head["head.a"].eq(1).all()
-    make = lambda: torch.ones(100)
+
+    def make():
+        return torch.ones(100)
+
     tensor_files.cached(tmp_path / "cache", ["key"], make)
     for file in (path, *(tmp_path / "cache").iterdir()):
         content = bytearray(file.read_bytes())
@@ -82,7 +85,10 @@ def test_official_names_map_one_to_one_onto_our_parameters():
 
 def test_embeddings_are_made_once_for_a_key_and_again_when_damaged(tmp_path, capsys):
     calls = []
-    make = lambda: calls.append(1) or torch.arange(6.0).view(2, 3)
+
+    def make():
+        return calls.append(1) or torch.arange(6.0).view(2, 3)
+
     first, second = (tensor_files.cached(tmp_path, ["model", ["a", "b"]], make) for _ in range(2))
     assert torch.equal(first, second) and len(calls) == 1
     tensor_files.cached(tmp_path, ["model", ["a", "c"]], make)
@@ -137,7 +143,10 @@ def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp
         tmp_path / "c.pth",
     )
     flags = ["--dataset", "mini", "--device", "cpu"]
-    main = lambda *args: dearli.main([str(a) for a in args] + flags)
+
+    def main(*args):
+        return dearli.main([str(a) for a in args] + flags)
+
     assert main("--stage", "export", "--weights", folder, "--out", theirs) == 0
     assert (
         main("--stage", "export", "--weights", theirs, "--format", "safetensors", "--out", ours)

@@ -28,7 +28,7 @@ from ground import files, identity, tensor_files
 from ground.errors import UserError
 from mean_teacher import MeanTeacher
 from mini import scenes
-from pretrained import foundation
+from pretrained import fetching, foundation
 from readers import mask_files, panoptic
 from tests.helpers import (
     ROOT,
@@ -806,7 +806,7 @@ def test_fault_41_a_download_that_is_cut_short_leaves_nothing_and_is_resumed_by_
         def fetch():
             address = f"http://127.0.0.1:{server.server_port}/w.pth"
             digest = hashlib.sha256(content).hexdigest()
-            return foundation.fetch(tmp_path / "cache" / "w.pth", address, digest, "or else")
+            return fetching.fetch(tmp_path / "cache" / "w.pth", address, digest, "or else")
 
         with pytest.raises(UserError, match="w.pth: cannot be fetched") as error:
             fetch()

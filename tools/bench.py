@@ -38,10 +38,10 @@ from clip_ensemble import ClipBackbone, Vocabulary
 from config import OFFICIAL, Config
 from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
 from engine import training
-from engine.optim import build_optimizer
+from inference import panoptic_inference
 from matcher import Target
-from mean_teacher import pseudo_labels, train_step
-from model import Segmenter, panoptic_inference
+from mean_teacher import MeanTeacher
+from model import Segmenter
 from panoptic_eval import PanopticQuality
 from pretrained import foundation
 from pretrained.sam import MaskGenerator
@@ -66,17 +66,22 @@ class Skipped(Exception):
 # ------------------------------------------------------------------------------------------------------- the two sides
 
 
-def our_models(classes: int = CLASSES, cfg: Config = OFFICIAL) -> tuple[Segmenter, Segmenter]:
-    torch.manual_seed(0)
-    clip, _ = foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="random"))
-    vocabulary = Vocabulary(
-        F.normalize(
-            torch.randn(classes * NAMES_A_CLASS, clip.visual.head.proj.out_features), dim=-1
-        ),
-        [NAMES_A_CLASS] * classes,
-    )
-    student = Segmenter(ClipBackbone(clip), vocabulary, cfg, classes)
-    return student, student.teacher()
+class Made(MeanTeacher):
+    """DEAR with random weights; embeddings of its classes are made up, too."""
+
+    def network(self, clip) -> Segmenter:
+        torch.manual_seed(0)
+        clip, _ = foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="random"))
+        dim, classes = clip.visual.head.proj.out_features, len(self.taxonomy)
+        embeddings = F.normalize(torch.randn(classes * NAMES_A_CLASS, dim), dim=-1)
+        vocabulary = Vocabulary(embeddings, [NAMES_A_CLASS] * classes)
+        return Segmenter(ClipBackbone(clip), vocabulary, self.cfg, classes)
+
+
+def our_method(classes: int = CLASSES, cfg: Config = OFFICIAL, precision=torch.float32) -> Made:
+    names = tuple(f"class {k}" for k in range(classes))
+    taxonomy = Taxonomy(names, tuple(_things(classes).tolist()), tuple(range(classes)))
+    return Made(cfg, taxonomy, torch.device("cpu"), precision)
 
 
 def official_models(folder: Path, classes: int = CLASSES):
@@ -150,7 +155,10 @@ def made_batch(
 ) -> tuple[Labeled, Unlabeled]:
     """Noise in the shape of a batch: partitions into cells around random centres; every other unlabelled image has a CutMix box."""
     g = torch.Generator().manual_seed(seed)
-    picture = lambda n: torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8)
+
+    def picture(n):
+        return torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8)
+
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     targets = []
     for _ in range(images):
@@ -220,12 +228,9 @@ def our_step(
     precision: torch.dtype = torch.float32,
 ) -> Callable:
     cfg = dataclasses.replace(OFFICIAL, crop=side, num_queries=queries)
-    student, teacher = our_models(classes, cfg)
-    optimizer, things = build_optimizer(student, cfg), _things(classes)
+    method = our_method(classes, cfg, precision)
     batches = [made_batch(side, classes, images, segments, t) for t in range(5)]
-    return lambda t: train_step(
-        student, teacher, optimizer, *batches[t % len(batches)], things, cfg, t, precision=precision
-    )
+    return lambda t: method.step(batches[t % len(batches)], t)
 
 
 def official_step(folder: Path, side: int = 256, images: int = 2, segments: int = 10) -> Callable:
@@ -257,14 +262,14 @@ def official_step(folder: Path, side: int = 256, images: int = 2, segments: int 
 def our_inference(
     side: int = 256, images: int = 2, precision: torch.dtype = torch.float32
 ) -> Callable:
-    student, _ = our_models()
-    student.eval().requires_grad_(False)
-    things, x = _things(CLASSES), made_batch(side, CLASSES, images, 1, 0)[0].images
+    method = our_method(precision=precision)
+    teacher = method.models["teacher"]
+    x = made_batch(side, CLASSES, images, 1, 0)[0].images
 
     @torch.no_grad()
     def one(t):
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            return pseudo_labels(student, student.backbone(x), things, (side, side), OFFICIAL.alpha)
+        with method.autocast():
+            return method.pseudo_labels(teacher.backbone(x), (side, side), 0)
 
     return one
 
@@ -495,16 +500,19 @@ def index(root: Path, images: int = COCO_IMAGES, reads: int = 2000, workers: int
         {"id": k, "name": f"class {k}", "isthing": int(k < 80)} for k in range(1, CLASSES + 1)
     ]
     names = [f"{i:012d}" for i in range(images)]
-    info = lambda i: [
-        {
-            "id": k,
-            "category_id": 1 + (7 * i + k) % CLASSES,
-            "iscrowd": 0,
-            "bbox": [0, 0, 160, 160],
-            "area": 25_600,
-        }
-        for k in range(1, COCO_SEGMENTS + 1)
-    ]
+
+    def info(i):
+        return [
+            {
+                "id": k,
+                "category_id": 1 + (7 * i + k) % CLASSES,
+                "iscrowd": 0,
+                "bbox": [0, 0, 160, 160],
+                "area": 25_600,
+            }
+            for k in range(1, COCO_SEGMENTS + 1)
+        ]
+
     with open(
         root / "index.json", "w"
     ) as file:  # piece by piece: what writes it is the process that is measured

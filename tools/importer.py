@@ -89,11 +89,8 @@ def import_folder(
                 f"or the folder: {', '.join(renamed[:2])}"
             )
         val = divide(rows, val_share, seed, source, why)
-        return {
-            **finish(output, rows, val, known, background),
-            "dropped": dict(dropped),
-            "notes": notes,
-        }
+        result = finish(output, rows, val, known, background)
+        return {**result, "dropped": dict(dropped), "notes": notes}
     finally:
         release(output)
 
