@@ -7,5 +7,8 @@ rooms below.
     watch           figures and pseudo-labels at every checkpoint
     gallery         pictures of a run
     groups          PQ of groups of classes (Figure 5)
-    page            report.html
+    page            report.html, from a template in templates/
+    run_folder      a run on disk, and the commands that make it again
+    charts          its curves
+    tables          the figures that people compare, for text and for pages
 """
