@@ -51,8 +51,6 @@ class Supervised:
         self.precision, self.warm = precision, warm
         self.models = {"student": self.network(clip)}
         self.things = torch.tensor(taxonomy.things, device=device)
-        # Of what is learned: semantic labels have one segment a class.
-        self.counted = torch.tensor(taxonomy.things) & (cfg.labels == "panoptic")
 
     def network(self, clip: dict | None) -> Segmenter:
         return build(self.cfg, self.taxonomy, self.device, clip)
@@ -60,6 +58,11 @@ class Supervised:
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.models["student"], self.cfg)
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """(K,) bool, the things of what is learned: semantic labels have one segment a class."""
+        return torch.tensor(self.taxonomy.things) & (self.cfg.labels == "panoptic")
 
     def batches(self, dataset) -> LabeledBatches:
         return LabeledBatches(dataset, self.cfg, self.cfg.sup_steps)
