@@ -47,7 +47,7 @@ def evaluate(
     Returns: {"student/ensemble": {"all": {pq, sq, rq, n}, "things", "stuff", "per_class", "miou",
     "miou_classes", "confusion"}, ...}, values 0 to 1;
         n, miou_classes: classes in the mean, and where there is none the 0 is no figure
-        (`report.figure`);
+        (`tables.figure`);
         confusion: pixels, a row of text for every true class: so many taken for the first class, the second, ...
     """
     taxonomy, images = dataset.taxonomy, dataset.val
