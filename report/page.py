@@ -112,11 +112,8 @@ def comparison(runs: list[Stored]) -> dict:
     """Runs side by side: figures, losses, and what differs in the configuration."""
     readings = list(dict.fromkeys(reading for run in runs for reading in run.readings))
     configs = [run.config for run in runs]
-    differing = [
-        key
-        for key in sorted(set().union(*configs))
-        if any(config.get(key) != configs[0].get(key) for config in configs)
-    ]
+    keys = sorted(set().union(*configs))
+    same = [key for key in keys if all(c.get(key) == configs[0].get(key) for c in configs)]
     losses = [curve(run.name, run.log, "loss") for run in runs]
     labeled = [curve(run.name, _labeled_loss(run.log), "sum") for run in runs]
     charts = [
@@ -129,7 +126,7 @@ def comparison(runs: list[Stored]) -> dict:
         "readings": readings,
         "reading_columns": [(f"r{k}", reading_title(r)) for k, r in enumerate(readings)],
         "charts": list(filter(None, charts)),
-        "differing": [(key, [config.get(key, "–") for config in configs]) for key in differing],
+        "differing": [(k, [c.get(k, "–") for c in configs]) for k in keys if k not in same],
     }
 
 
@@ -154,13 +151,10 @@ def curves(run: Stored) -> dict:
         if "skipped" in row and isinstance(row["step"], int):
             why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
             skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
-    charts = [
-        chart("PQ", f"percent, on {watched.get('images', '?')} validation images", quality),
-        *(
-            chart(*CURVES.get(name, (name, "")), lines, skipped, log=name == "grad_norm")
-            for name, lines in panels.items()
-        ),
-    ]
+    charts = [chart("PQ", f"percent, on {watched.get('images', '?')} validation images", quality)]
+    for name, lines in panels.items():
+        title, unit = CURVES.get(name, (name, ""))
+        charts.append(chart(title, unit, lines, skipped, log=name == "grad_norm"))
     _, _, times = curve("time", log, "time")
     return {
         "charts": list(filter(None, charts)),
@@ -189,10 +183,8 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
         shares = (pixels / max(pixels.sum(), 1)).tolist()
         taxonomy = dataset.taxonomy
         look = dict(zip(taxonomy.short_names, zip(shares, taxonomy.colours, taxonomy.things)))
-    rows = []
-    for (name, row), pixels in itertools.zip_longest(
-        result["per_class"].items(), result.get("confusion", ())
-    ):
+    rows, confusion = [], result.get("confusion", ())
+    for (name, row), pixels in itertools.zip_longest(result["per_class"].items(), confusion):
         figures = [row.get(key) for key in ("pq", "sq", "rq", "semantic_iou")]
         counts = [row.get(key) for key in ("tp", "fp", "fn")]
         if not any(counts):  # over nothing, as is the IoU of a class without a true pixel
@@ -239,13 +231,7 @@ def configuration(run: Stored) -> dict:
     preset, changed = nearest_preset(run.config)
     usual = {key: getattr(PRESETS[preset], key) for key in FIELDS}
     rows = [(key, value, usual.get(key, "")) for key, value in run.config.items()]
-    return {
-        "preset": preset,
-        "differing": [
-            (key, value, other)
-            for key, value, other in rows
-            if key != "taxonomy" and (key in changed if key in usual else value not in ("", None))
-        ],
-        "same": [row for row in rows if row[0] in usual and row[0] not in changed],
-        "commands": commands(run),
-    }
+    same = [row for row in rows if row[0] in usual and row[0] not in changed]
+    empty = [row for row in rows if row[0] not in usual and row[1] in ("", None)]
+    differing = [row for row in rows if row not in same + empty and row[0] != "taxonomy"]
+    return {"preset": preset, "differing": differing, "same": same, "commands": commands(run)}

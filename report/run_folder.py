@@ -16,7 +16,6 @@ from inference import papers_reading
 from report import watch
 from report.tables import COLUMNS, figure
 
-STAGES = ("dewa", "sup", "ssl", "dear", "dearli")  # in config.json: those that train
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 
 
@@ -113,7 +112,7 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     Precision and number of processes are not stored, and not said.
     """
     stage = run.config.get("stage")
-    if stage not in STAGES:
+    if stage not in ("dewa", "sup", "ssl", "dear", "dearli"):
         return []
     name, flags = data_set(run.config)
     preset, changed = nearest_preset(run.config)
@@ -133,11 +132,11 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if stage == "dewa":
         masks = command("--stage", "masks", *flags, out=())
         return [masks, command("--stage", "dewa", *flags)]
-    start, earlier = _beginning(run.config.get("init")), []
-    if start and depth and (Path(start) / "config.json").exists():
-        earlier = commands(read(Path(start)), depth - 1)
-    if start:
+    earlier = []
+    if start := _beginning(run.config.get("init")):
         flags += ["--init", start]
+        if depth and (Path(start) / "config.json").exists():
+            earlier = commands(read(start), depth - 1)
     if run.metrics.get("evaluated_on") == "dev":
         flags += ["--eval-on", "dev"]
     method = ["sup"] if stage == "sup" else ["ssl", "--method", stage]
@@ -153,17 +152,12 @@ def _beginning(init) -> str | None:
 
 
 def _numbers(words: list, config: dict, changed: dict) -> list:
-    """The numbers of `changed` as flags of the command that begins with `words`: those it reads.
-
-    config: of the run.
-    """
+    """The numbers of `changed` that a command reads, as its flags. words: of the command so far."""
     args = parser().parse_args(list(map(str, words)))
     unused = idle(args, Config(**{key: config[key] for key in FIELDS if key in config}))
     flags = []
-    for key, value in changed.items():
-        name = key.replace("_", "-")
-        if key not in READS[args.stage] or key in unused:
-            continue
+    for key in [key for key in changed if key in READS[args.stage] and key not in unused]:
+        name, value = key.replace("_", "-"), changed[key]
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
