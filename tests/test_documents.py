@@ -170,7 +170,7 @@ def test_the_map_has_a_function_for_every_equation():
 
 def test_the_picture_of_the_house_has_its_floors_from_the_top_down():
     picture = re.search(r"```text\n(.*?)```", section("The house"), re.S)[1]
-    rooms = [line[:30].split() for line in picture.splitlines()]  # the column of names
+    rooms = [line[:49].split() for line in picture.splitlines()]  # the column of names
     floors = [{room.removesuffix(".py").strip("/") for room in floor} for floor in rooms]
     assert floors == [set(rooms) for rooms in reversed(FLOORS)]
 
