@@ -62,7 +62,8 @@ def small_mini(monkeypatch):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run of the miniature world, hardly trained: its folder, and one with three of its pictures."""
+    """A run of the miniature world, hardly trained: its folder, and one with three of its
+    pictures."""
     folder = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("MINI_TRAIN", 12), ("MINI_VAL", 4)):

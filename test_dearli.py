@@ -1,8 +1,9 @@
 """Tests, in the order of the files. CPU, seeded, no network, no file outside the repository.
 
-test_fault_NN_... provokes fault NN of the list that the project must survive, for real: a kill, a full disk, a cut file. `python test_dearli.py
---soak 50` kills a run 50 times, `--fuzz 2000` reads so many mutated files.
-Tests on real images use the folder named by DEARLI_TEST_DATA (default ../shared/data) and are skipped where it is absent.
+test_fault_NN_... provokes fault NN of the list that the project must survive, for real: a kill, a
+full disk, a cut file. `python test_dearli.py --soak 50` kills a run 50 times, `--fuzz 2000` reads so
+many mutated files. Tests on real images use the folder named by DEARLI_TEST_DATA (default
+../shared/data) and are skipped where it is absent.
 """
 
 import colorsys
@@ -98,11 +99,12 @@ from tests.test_fuzz import fuzz
 from tests.test_survival import soak
 from tools import predict
 
-# ---------------------------------------------------------------------------------------------------------- matcher.py
+# --------------------------------------------------------------------------------------- matcher.py
 
 
 def test_point_sample_reads_pixel_centres_and_mixes_between_them():
-    # 1 x 2 map [0, 4]: centres at x = 0.25 and 0.75; halfway 2; at x = 0 the outside (0) has weight 1/2
+    # 1 x 2 map [0, 4]: centres at x = 0.25 and 0.75; halfway 2; at x = 0 the outside (0) has
+    # weight 1/2
     maps = torch.tensor([[[0.0, 4.0]]])
     points = torch.tensor([[0.25, 0.5], [0.75, 0.5], [0.5, 0.5], [1.0, 0.5]])
     assert point_sample(maps, points[None]).tolist() == [[0.0, 4.0, 2.0, 2.0]]
@@ -207,11 +209,12 @@ def test_target_refuses_labels_and_masks_of_different_number():
         Target(torch.zeros(5, dtype=torch.int64), masks=torch.zeros(4, 8, 8, dtype=torch.bool))
 
 
-# ----------------------------------------------------------------------------------------------------------- losses.py
+# ---------------------------------------------------------------------------------------- losses.py
 
 
 def test_class_loss_is_weighted_with_a_light_no_object():
-    # 2 queries, 1 class; query 0 is matched (p = 0.8), query 1 is not (p_void = 0.5): -ln 0.8 - 0.1 ln 0.5
+    # 2 queries, 1 class; query 0 is matched (p = 0.8), query 1 is not (p_void = 0.5): -ln 0.8 -
+    # 0.1 ln 0.5
     logits = torch.tensor([[[math.log(0.8), math.log(0.2)], [0.0, 0.0]]])
     target = [Target(torch.tensor([0]), torch.ones(2, 2, dtype=torch.int32))]
     loss = class_loss(logits, target, [(torch.tensor([0]), torch.tensor([0]))], 0.1)
@@ -339,7 +342,7 @@ def test_dewa_loss_gives_the_class_head_a_gradient_of_exactly_zero():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- clip_ensemble.py
+# --------------------------------------------------------------------------------- clip_ensemble.py
 
 
 def test_mask_pool_is_the_mean_under_the_mask_and_zero_where_there_is_none():
@@ -351,13 +354,15 @@ def test_mask_pool_is_the_mean_under_the_mask_and_zero_where_there_is_none():
 
 
 def test_mask_pool_resizes_the_logits_before_it_thresholds():
-    # 1 x 4 logits [3, -1, -1, -1] become [1, -1] on a 1 x 2 grid: one cell, although a quarter of the mask is on
+    # 1 x 4 logits [3, -1, -1, -1] become [1, -1] on a 1 x 2 grid: one cell, although a quarter of
+    # the mask is on
     pooled = mask_pool(torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0, -1.0, -1.0, -1.0]]]]))
     assert pooled.item() == pytest.approx(1.0)
 
 
 def test_geometric_ensemble_of_two_classes_by_hand():
-    # decoder: p = (0.6, 0.2), void 0.2, so p_MT = (3/4, 1/4); CLIP (1/5, 4/5); alpha 1/2: sqrt(3/20) : sqrt(4/20)
+    # decoder: p = (0.6, 0.2), void 0.2, so p_MT = (3/4, 1/4); CLIP (1/5, 4/5); alpha 1/2:
+    # sqrt(3/20) : sqrt(4/20)
     class_logits, clip_logits = torch.tensor([0.6, 0.2, 0.2]).log(), torch.tensor([0.2, 0.8]).log()
     a, b = math.sqrt(3 / 20), math.sqrt(4 / 20)
     expected = torch.tensor([0.8 * a / (a + b), 0.8 * b / (a + b), 0.2])
@@ -390,7 +395,8 @@ def test_fault_15_geometric_ensemble_survives_probabilities_that_are_zero_in_sin
 def test_alpha_is_a_constant_a_schedule_or_follows_the_labelled_share():
     assert alpha_at(0.6, 0.0) == alpha_at(0.6, 1.0) == 0.6
     assert [alpha_at("0.4:0.8", p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.4, 0.6, 0.8])
-    # Table 8: the vertex of the parabola through (0.5, 26.70), (0.6, 27.67), (0.7, 24.35) and so on, kept to 0.5 ... 0.7; a line through all
+    # Table 8: the vertex of the parabola through (0.5, 26.70), (0.6, 27.67), (0.7, 24.35) and so
+    # on, kept to 0.5 ... 0.7; a line through all
     table = [
         (26.70, 27.67, 24.35),
         (31.22, 32.27, 31.05),
@@ -454,7 +460,8 @@ def test_text_embeddings_average_normalised_templates():
 
 
 def dropping(small_openclip, train_backbone=False):
-    """A segmenter on a real OpenCLIP ConvNeXt that has drop path, as OpenCLIP hands it over: in training mode."""
+    """A segmenter on a real OpenCLIP ConvNeXt that has drop path, as OpenCLIP hands it over: in
+    training mode."""
     cfg = dataclasses.replace(TINY, backbone=small_openclip, train_backbone=train_backbone)
     return tiny_segmenter(cfg)
 
@@ -503,7 +510,7 @@ def test_fault_44_a_frozen_openclip_with_drop_path_is_in_eval_mode_and_cannot_le
     )
 
 
-def test_fault_44_a_trained_backbone_drops_paths_while_it_trains_and_its_teacher_and_clips_head_never_do(
+def test_fault_44_a_trained_backbone_drops_paths_while_it_trains_but_no_teacher_and_no_clips_head(
     small_openclip,
 ):
     student = dropping(small_openclip, train_backbone=True)
@@ -631,7 +638,7 @@ def test_sides_that_are_no_multiple_of_32_are_padded_with_the_mean_colour(size):
     assert clip_ensemble.padded_size(*size) == (height, width)
 
 
-# ------------------------------------------------------------------------------------------------------------ model.py
+# ----------------------------------------------------------------------------------------- model.py
 
 
 def test_deformable_attention_equals_its_definition():
@@ -812,7 +819,8 @@ def test_panoptic_inference_drops_a_query_that_keeps_less_than_the_overlap_thres
 def test_joined_stuff_is_one_segment_a_class_and_things_stay_apart():
     things = [True, False, False]  # 0 thing, 1 and 2 stuff
     labels = [1, 0, 2, 1, 0, 2]
-    #   stuff 1 is segment 1, the thing 2, stuff 2 is 3; the second stuff 1 joins 1, the second thing is 4
+    # stuff 1 is segment 1, the thing 2, stuff 2 is 3; the second stuff 1 joins 1, the second thing
+    # is 4
     first, number = inference.join_stuff(labels, [True] * 6, things)
     assert (first, number) == ([0, 1, 2, 4], [1, 2, 3, 1, 4, 3])
     #   a candidate that is absent is no segment: stuff 1 begins with its second
@@ -879,7 +887,7 @@ def test_teacher_shares_a_frozen_backbone_and_copies_a_trained_one():
     assert any(name.startswith("backbone.") for name in state_of(student))
 
 
-# ------------------------------------------------------------------------------------------- config.py, data.py, optim.py
+# --------------------------------------------------------------------- config.py, data.py, optim.py
 
 
 def test_weak_views_move_image_and_map_together():
@@ -1678,7 +1686,7 @@ def test_poly_schedule_and_clipping_of_the_whole_gradient():
     )
 
 
-# ----------------------------------------------------------------------------------------------------- mean_teacher.py
+# ---------------------------------------------------------------------------------- mean_teacher.py
 
 
 def test_teacher_is_the_average_of_the_student():
@@ -1763,7 +1771,8 @@ def test_cutmix_of_labels_merges_stuff_drops_what_vanished_and_pastes_void():
     mixed = mean_teacher.mix_target(
         first, second, (0, 1, 2, 4), things
     )  # right half from the second
-    # pixel 0 thing, pixel 1 stuff of the first; pixel 2 void and pixel 3 stuff of the second; the first's second thing is gone
+    # pixel 0 thing, pixel 1 stuff of the first; pixel 2 void and pixel 3 stuff of the second; the
+    # first's second thing is gone
     assert mixed.segment_map.tolist() == [[1, 2, 0, 2]] and mixed.labels.tolist() == [0, 1]
     mixed = mean_teacher.mix_target(
         first, second, (0, 1, 0, 2), things
@@ -1897,7 +1906,7 @@ def test_fault_15_bf16_keeps_losses_in_single_precision(small_mini):
     assert loss(torch.bfloat16) == pytest.approx(loss(torch.float32), rel=0.05)
 
 
-# ---------------------------------------------------------------------------------------------------- panoptic_eval.py
+# --------------------------------------------------------------------------------- panoptic_eval.py
 
 
 def pq_of(pred, pred_labels, true, true_labels, num_classes=2, things=None, **more):
@@ -1916,13 +1925,15 @@ def test_pq_of_a_perfect_prediction_is_one_whatever_the_order_of_segments():
 
 
 def test_pq_does_not_punish_pixels_over_void():
-    # truth of 10 px; the prediction covers 8 of them and 2 void px: IoU = 8 / (10 + 10 - 8 - 2) = 0.8
+    # truth of 10 px; the prediction covers 8 of them and 2 void px: IoU = 8 / (10 + 10 - 8 - 2) =
+    # 0.8
     result = pq_of([0, 0] + [1] * 8 + [1, 1], [0], [1] * 10 + [0, 0], [0])
     assert counts(result) == (1, 0, 0) and result["all"]["pq"] == pytest.approx(0.8)
 
 
 def test_pq_is_sq_times_rq_for_one_match_one_false_positive_and_one_miss():
-    # segment 1: 3 of 4 px, IoU 3/4; prediction 2 (2 px) lies on 1 px of segment 1 and 1 px of segment 2 (3 px):
+    # segment 1: 3 of 4 px, IoU 3/4; prediction 2 (2 px) lies on 1 px of segment 1 and 1 px of
+    # segment 2 (3 px):
     # IoU 1 / (2 + 3 - 1), no match. tp fp fn = 1 1 1: sq 3/4, rq 1 / (1 + 1/2 + 1/2) = 1/2, pq 3/8
     result = pq_of([1, 1, 1, 2, 2, 0, 0], [0, 0], [1, 1, 1, 1, 2, 2, 2], [0, 0])
     assert counts(result) == (1, 1, 1)
@@ -1976,13 +1987,15 @@ def test_fault_32_pq_crowd_is_never_missed_and_never_matched():
 
 
 def test_fault_32_pq_void_and_crowd_are_added_before_the_half_is_taken():
-    # 5 px: 2 on void, 1 on the crowd of its class, 2 on another segment: 3/5 forgiven; each alone would not do
+    # 5 px: 2 on void, 1 on the crowd of its class, 2 on another segment: 3/5 forgiven; each alone
+    # would not do
     result = pq_of([1] * 5, [0], [0, 0, 1, 2, 2], [0, 1], true_crowd=[True, False])
     assert counts(result, 0) == (0, 0, 0) and counts(result, 1) == (0, 0, 1)
 
 
 def test_pq_crowd_pixels_stay_in_the_union_of_a_match():
-    # truth of 4 px found whole, and 2 px of crowd with it: IoU 4 / (6 + 4 - 4) = 2/3; on void it would be 1
+    # truth of 4 px found whole, and 2 px of crowd with it: IoU 4 / (6 + 4 - 4) = 2/3; on void it
+    # would be 1
     result = pq_of([1] * 6, [0], [1, 1, 1, 1, 2, 2], [0, 0], true_crowd=[False, True])
     assert counts(result) == (1, 0, 0) and result["all"]["pq"] == pytest.approx(2 / 3)
 
@@ -1999,7 +2012,8 @@ def test_pq_of_several_crowd_regions_of_a_class_only_the_last_listed_forgives():
 
 
 def test_pq_takes_the_area_of_the_truth_from_the_json():
-    # 4 px found whole; stated 5: IoU 4 / (4 + 5 - 4) = 0.8; stated 8: exactly 1/2, no match; stated 2: 4 / 2 = 2, as the API
+    # 4 px found whole; stated 5: IoU 4 / (4 + 5 - 4) = 0.8; stated 8: exactly 1/2, no match;
+    # stated 2: 4 / 2 = 2, as the API
     areas = {5: ((1, 0, 0), 0.8), 8: ((0, 1, 1), 0.0), 2: ((1, 0, 0), 2.0), 0: ((0, 1, 1), 0.0)}
     for area, (expected, pq) in areas.items():
         result = pq_of([1] * 4, [0], [1] * 4, [0], true_areas=[area])
@@ -2073,7 +2087,8 @@ def test_pq_refuses_what_does_not_fit_and_counts_nothing_of_it(arguments, messag
 
 
 def random_panoptic(rng, num_classes=4):
-    """An image with void, crowd (several of a class), half-right predictions and JSON areas that are off by up to a third."""
+    """An image with void, crowd (several of a class), half-right predictions and JSON areas that
+    are off by up to a third."""
     coarse = rng.integers(0, 9, (6, 8))  # 0 = void
     num_true = 9  # the 9th never has a pixel
     true = np.kron(coarse, np.ones((4, 4), int))
@@ -2170,7 +2185,8 @@ def test_pq_and_miou_merged_over_uneven_processes_equal_one_process_and_are_json
 
 
 def test_miou_by_hand_without_void_and_without_classes_that_the_truth_lacks():
-    # the void px counts nowhere. class 0: tp 2, fn 1 (said 1): 2/3. class 1: tp 1, fp 1, fn 1 (said 2): 1/3.
+    # the void px counts nowhere. class 0: tp 2, fn 1 (said 1): 2/3. class 1: tp 1, fp 1, fn 1
+    # (said 2): 1/3.
     # class 2 is only predicted, class 3 occurs nowhere: neither is in the mean, (2/3 + 1/3) / 2
     miou = MeanIoU(4)
     miou.add(np.array([[0, 0, 1], [1, 2, 0]]), np.array([[0, 0, 0], [1, 1, 255]], np.uint8))
@@ -2193,18 +2209,20 @@ def test_miou_refuses_a_void_value_that_is_a_class_and_labels_beyond_the_classes
         MeanIoU(2).add(np.zeros((1, 2), int), np.array([[0, 2]]))
 
 
-# ------------------------------------------------------------------------------------------------------------ dewa.py
+# ------------------------------------------------------------------------------------------ dewa.py
 
 
 def test_run_lengths_of_coco_by_hand():
-    # columns first: 40 zeros = 0b01_01000 -> low group 8 with "more" (32): chr(48 + 40) = "X", then 1: "1"; 2 ones: "2"
+    # columns first: 40 zeros = 0b01_01000 -> low group 8 with "more" (32): chr(48 + 40) = "X",
+    # then 1: "1"; 2 ones: "2"
     mask = np.zeros((6, 7), bool)
     mask[4:, 6] = True
     assert mask_files.encode_rle(mask) == {"size": [6, 7], "counts": "X12"}
     assert (
         mask_files.encode_rle(np.ones((2, 2), bool))["counts"] == "04"
     )  # a mask that starts with ones
-    # runs 0 5 1 3 1: the fourth is stored as 3 - 5 = -2 -> 0b11110 = 30 -> chr(78) = "N", the fifth as 1 - 1 = 0
+    # runs 0 5 1 3 1: the fourth is stored as 3 - 5 = -2 -> 0b11110 = 30 -> chr(78) = "N", the
+    # fifth as 1 - 1 = 0
     assert (
         mask_files.encode_rle(np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 0], bool)[:, None])["counts"]
         == "051N0"
@@ -2496,7 +2514,7 @@ if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(
-        description="The tests run by `pytest test_dearli.py`; this runs longer searches for faults."
+        description="The tests run by `pytest`; this runs longer searches for faults."
     )
     parser.add_argument(
         "--soak",

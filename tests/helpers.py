@@ -1,4 +1,4 @@
-"""."""
+"""What several tests use: a tiny model, small data sets, runs in processes of their own."""
 
 import dataclasses
 import hashlib
@@ -97,7 +97,8 @@ def sizes(h, w):
 
 
 def write_coco_folder(root, images=6, side=64):
-    """A data set in COCO panoptic format from the miniature world, with ids above 65535 and a crowd region."""
+    """A data set in COCO panoptic format from the miniature world, with ids above 65535 and a
+    crowd region."""
     (root / "images").mkdir(parents=True)
     (root / "panoptic").mkdir()
     categories = [
@@ -137,7 +138,8 @@ def write_coco_folder(root, images=6, side=64):
 
 
 def png_of_16_bits(path, values):
-    """A PNG of (H, W) or (H, W, channels) values, 16 bits each: grey, grey and alpha, RGB or RGBA."""
+    """A PNG of (H, W) or (H, W, channels) values, 16 bits each: grey, grey and alpha, RGB or
+    RGBA."""
     values = np.asarray(values)
     values = values[..., None] if values.ndim == 2 else values
     height, width, channels = values.shape
@@ -161,7 +163,8 @@ def png_of_16_bits(path, values):
 
 
 def write_downloads(name, root, monkeypatch):
-    """The downloads of a data set in their original layout, two handfuls of pixels each, and its official lists."""
+    """The downloads of a data set in their original layout, two handfuls of pixels each, and its
+    official lists."""
     kind = "ade20k" if name == "ade20k" else "coco"
     base, rng = root / downloads.FOLDERS[kind], np.random.default_rng(0)
 
@@ -262,10 +265,10 @@ def write_downloads(name, root, monkeypatch):
     return base
 
 
-# --------------------------------------------------------------------------------- validate.py, and faults in data sets
+# ------------------------------------------------------------- validate.py, and faults in data sets
 #
-# Fault 26 (archives that unpack outside their folder, or to
-# more than fits) has no test because nothing here unpacks an archive: `--stage prepare` names the addresses and reads what was unpacked.
+# Fault 26 (archives that unpack outside their folder, or to more than fits) has no test because
+# nothing here unpacks an archive: `--stage prepare` names the addresses and reads what was unpacked.
 
 
 def rewrite(path, change):
@@ -441,11 +444,12 @@ def run_folder(stage, root, *flags):
     return dearli.main(fitting(arguments, usual))
 
 
-# ------------------------------------------------------- the state of a run: what it must survive, each by the fault itself
+# ------------------------------- the state of a run: what it must survive, each by the fault itself
 
 
 def fork(main, output):
-    """main() in a process of its own, which has everything loaded; what it says goes to a file. Its return value is the exit code."""
+    """main() in a process of its own, which has everything loaded; what it says goes to a file.
+    Its return value is the exit code."""
 
     def target():
         torch.set_num_threads(1)  # no OpenMP after a fork
@@ -504,11 +508,12 @@ def back_to(folder, step):
             path.unlink()
 
 
-# -------------------------------------------------------------------------------------------- colours.py, report.py, predict.py
+# ---------------------------------------------------------------- colours.py, report.py, predict.py
 
 
 def square(image_side=64):
-    """A grey image, and a map with two things of class 0 side by side, stuff of class 1 below, void at the right."""
+    """A grey image, and a map with two things of class 0 side by side, stuff of class 1 below,
+    void at the right."""
     segment_map = np.zeros((image_side, image_side), np.int32)
     half, void = image_side // 2, 3 * image_side // 4
     (

@@ -1,4 +1,5 @@
-"""The contract of `engine.method`: methods that the frame has never heard of train, go on and are measured."""
+"""The contract of `engine.method`: methods that the frame has never heard of train, go on and are
+measured."""
 
 import dataclasses
 import json
@@ -27,7 +28,8 @@ TWO_STEPS = dataclasses.replace(TINY, ssl_steps=2, sup_steps=2, burn_in=0, check
 
 
 class Squared(MeanTeacher):
-    """A teacher that is surer than it is: its class posterior squared, and made a posterior again."""
+    """A teacher that is surer than it is: its class posterior squared, and made a posterior
+    again."""
 
     title = "squared"
 
@@ -38,7 +40,8 @@ class Squared(MeanTeacher):
 
 
 class Memory(nn.Module):
-    """State without a gradient: the mean colour of what was seen, a queue, a counter, and a table that stays."""
+    """State without a gradient: the mean colour of what was seen, a queue, a counter, and a table
+    that stays."""
 
     constant = ("table",)
 
@@ -58,7 +61,8 @@ class Memory(nn.Module):
 
 
 class Pixels:
-    """No queries, no teacher, no CLIP: a class for every pixel, from its colour beside the mean colour of what was seen."""
+    """No queries, no teacher, no CLIP: a class for every pixel, from its colour beside the mean
+    colour of what was seen."""
 
     title = "pixels"
     metrics = (PanopticScore, SemanticScore)
@@ -126,8 +130,8 @@ def test_a_method_of_ones_own_trains_goes_on_bit_for_bit_and_is_measured(
     back_to(folder, 1)
     again = trained(kind, folder, dataset, resume=True)
     assert same(checkpoint.newest(folder), whole) and log_of(folder) == rows
-    results = evaluate(made, dataset)
-    assert results == evaluate(again, dataset) and results.keys() == made.readings.keys()
+    results = evaluate(made, dataset, 2)
+    assert results == evaluate(again, dataset, 2) and results.keys() == made.readings.keys()
     for result in results.values():
         assert {"all", "miou", "per_class"} <= result.keys() and 0 <= result["miou"] <= 1
         assert result["per_class"][dataset.taxonomy.short_names[0]].keys() >= {"pq", "semantic_iou"}
@@ -174,7 +178,8 @@ def test_a_stage_runs_resumes_evaluates_and_shows_a_method_that_is_named_in_the_
         return answer(self, features, t)
 
     monkeypatch.setattr(Squared, "teacher_answer", noted)
-    monkeypatch.setitem(method.METHOD_CLASSES, "dear", f"{__name__}.Squared")
+    squared = dataclasses.replace(METHODS["dear"], place=f"{__name__}.Squared")
+    monkeypatch.setitem(METHODS, "dear", squared)
     steps = ["--steps", 2, "--checkpoint-every", 1, "--burn-in", 0]
     usual = [word for word in SSL if word != "--no-eval"]
     assert run(*usual, *steps, "--out", tmp_path / "run") == 0
@@ -189,7 +194,7 @@ def test_a_stage_runs_resumes_evaluates_and_shows_a_method_that_is_named_in_the_
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == metrics
 
 
-# ---------------------------------------------------------------------- state: what training changes of a model
+# ---------------------------------------------------------- state: what training changes of a model
 
 
 @pytest.mark.parametrize("classifier", ["language", "linear"])

@@ -1,4 +1,4 @@
-"""."""
+"""Several processes that share a stage: they do what one does, and end together."""
 
 import json
 import os
@@ -17,11 +17,12 @@ from ground import identity, ranks
 from mini import scenes
 from tests.helpers import SSL, ended, fitting, fork, log_of, run, wait_for
 
-# ------------------------------------------------------------------------------------------------------------ ranks.py
+# ----------------------------------------------------------------------------------------- ranks.py
 
 
 def ranks_run(number, output, *args):
-    """The exit codes of so many processes that share a stage, joined as torchrun would join them."""
+    """The exit codes of so many processes that share a stage, joined as torchrun would join
+    them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

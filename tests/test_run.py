@@ -1,4 +1,4 @@
-"""."""
+"""Weights of a run, and of the official code: what is written is read, and nothing else is."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from pretrained import foundation, official
 from readers import ground_truth
 from tests.helpers import REAL_DATA, TINY, random_vocabulary, run, tiny_head, tiny_segmenter
 
-# ------------------------------------------------------------------------------------------- checkpoint.py, trainer.py
+# ------------------------------------------------------------------------ checkpoint.py, trainer.py
 
 
 def test_a_flipped_bit_in_exported_weights_or_kept_embeddings_is_noticed(tmp_path, capsys):
@@ -162,7 +162,8 @@ def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp
         main("--stage", "export", "--weights", ours, "--out", again) == 2
         and "exists already" in capsys.readouterr().err
     )
-    # the file alone gives the figures of the run: it brings its CLIP along (the run's own was random)
+    # the file alone gives the figures of the run: it brings its CLIP along (the run's own was
+    # random)
     expected = json.loads((folder / "metrics.json").read_text())
     for file in (theirs, ours):
         assert run("--stage", "eval", "--weights", file, "--out", tmp_path / "eval") == 0

@@ -1,4 +1,4 @@
-"""Faults found once: what stops, is cut short or damaged must not cost a run."""
+"""What a run survives: kills, signals, full disks, damaged files, numbers that are not finite."""
 
 import hashlib
 import http.server
@@ -28,7 +28,7 @@ from ground import files, identity, tensor_files
 from ground.errors import UserError
 from mean_teacher import MeanTeacher
 from mini import scenes
-from pretrained import fetching, foundation
+from pretrained import fetching
 from readers import mask_files, panoptic
 from tests.helpers import (
     ROOT,
@@ -220,7 +220,7 @@ def test_fault_07_a_run_that_is_stopped_at_every_step_equals_one_that_is_not_bit
         "--stage",
         stage,
         *(["--method", "dear"] if stage == "ssl" else []),
-        *([] if stage == "dewa" else ["--no-eval"]),
+        "--no-eval",
         "--masks",
         tmp_path / "masks",
         "--steps",
@@ -604,16 +604,18 @@ def test_fault_13_a_run_whose_step_spoils_a_weight_stops_at_once_and_keeps_its_c
             self.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
-    own = ["--masks", tmp_path / "masks"] if stage == ["dewa"] else ["--watch", 0]
+    masks = ["--masks", tmp_path / "masks"] if stage == ["dewa"] else []
     assert (
         run(
             "--stage",
             *stage,
-            *own,
+            *masks,
             "--steps",
             8,
             "--checkpoint-every",
             2,
+            "--watch",
+            0,
             "--out",
             tmp_path / "run",
         )
@@ -748,11 +750,12 @@ def test_fault_35_masks_that_were_cut_short_are_made_again_and_strays_removed(sm
 def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_missing_one_is_named(
     tmp_path,
 ):
+    lines = [fitting(["--stage", stage, "--runs", tmp_path]) for stage in ("masks", "sup")]
     code = f"""if True:
         import sys
         class Missing:
-            names = {{"pycocotools", "panopticapi", "detectron2", "cv2", "matplotlib", "pytest",
-                      "open_clip", "timm", "segment_anything"}}
+            names = {{"pycocotools", "panopticapi", "detectron2", "cv2", "matplotlib", "pytest"}}
+            names |= {{"open_clip", "timm", "segment_anything"}}
             def find_spec(self, name, path=None, target=None):
                 if name.split(".")[0] in self.names:
                     raise ModuleNotFoundError(f"No module named {{name}}", name=name)
@@ -760,7 +763,7 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
         import dearli
         from mini import scenes
         scenes.MINI_TRAIN, scenes.MINI_VAL = 6, 2
-        masks, sup = {[fitting(["--stage", s, "--runs", tmp_path]) for s in ("masks", "sup")]!r}
+        masks, sup = {lines!r}
         try:
             dearli.main(["--help"])
         except SystemExit as end:
@@ -769,7 +772,7 @@ def test_fault_40_help_and_the_miniature_world_need_no_optional_library_and_a_mi
         assert dearli.main(sup) == 2
         Missing.names -= {{"open_clip", "timm"}}
         assert dearli.main([*sup, "--steps", "1"]) == 0
-        Missing.names -= {{"segment_anything", "pycocotools"}}
+        Missing.names -= {{"segment_anything"}}
         assert dearli.main([*masks, "--points-per-side", "2"]) == 0
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -805,9 +808,12 @@ def test_fault_41_a_download_that_is_cut_short_leaves_nothing_and_is_resumed_by_
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def fetch():
-            address = f"http://127.0.0.1:{server.server_port}/w.pth"
-            digest = hashlib.sha256(content).hexdigest()
-            return fetching.fetch(tmp_path / "cache" / "w.pth", address, digest, "or else")
+            return fetching.fetch(
+                tmp_path / "cache" / "w.pth",
+                f"http://127.0.0.1:{server.server_port}/w.pth",
+                hashlib.sha256(content).hexdigest(),
+                "or else",
+            )
 
         with pytest.raises(UserError, match="w.pth: cannot be fetched") as error:
             fetch()
@@ -832,10 +838,12 @@ def test_fault_42_a_log_whose_last_line_was_cut_is_read_without_it(small_mini, t
 
 
 def soak(kills, folder, seed=None):
-    """A semi-supervised run that is killed (SIGKILL) so many times, half of them at the sight of a
-    half-written file, and resumed each time, must end as one that was left alone: weights,
-    optimiser, log and metrics, bit for bit. Returns what happened; loader processes: 0, 1 or 2, by
-    turns."""
+    """A semi-supervised run that is killed (SIGKILL) so many times must end as one that was not.
+
+    Half of the kills come at the sight of a half-written file, the run is resumed after each, with
+    0, 1 or 2 loader processes by turns; weights, optimiser, log and metrics are the same, all bits.
+    Returns: what happened.
+    """
     rng, straight, killed = random.Random(seed), Path(folder) / "straight", Path(folder) / "killed"
     args = [
         "--stage",
