@@ -1242,7 +1242,9 @@ def write_report(
 ) -> None:
     """report.html at the end of a stage. models: None, if there is nothing to be drawn."""
     try:
-        run = run_folder.read(folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)})
+        run = run_folder.read(
+            folder, {**(job.state or {}).get("config", {}), **dataclasses.asdict(cfg)}
+        )
         cards = (
             draw_cards(job, cfg, dataset, models, run)
             if models and run.reading and job.report_images
@@ -1681,7 +1683,9 @@ def resolve(args: argparse.Namespace) -> tuple[Job, Config]:
             if checkpoint.steps(args.weights)
             else {"config": require_config(run_folder.read(args.weights).config, args.weights)}
         )
-        args.dataset = run_folder.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
+        args.dataset = (
+            run_folder.data_set(state["config"])[0] if args.dataset == "mini" else args.dataset
+        )
     if args.stage in ("eval", "predict", "export", "report"):
         state = state or read_run(args.weights)
         stored = state.get("config", {})
