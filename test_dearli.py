@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import clip_ensemble
 import data
+import deformable_cpu
 import dewa
 import matcher
 import mean_teacher
@@ -51,7 +52,6 @@ from config import (
 from deformable import (
     DeformableAttention,
     Pyramid,
-    SparseSamples,
     grid_samples,
     pixel_centres,
     weighted_samples,
@@ -666,67 +666,48 @@ def test_attention_equals_torch_multihead_attention_with_a_mask():
     torch.testing.assert_close(ours(q, kv, kv, allowed), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", (1, 10**9))  # one image at once, and all
-def test_samples_by_sparse_matrix_and_their_gradients_are_those_of_grid_sampling(monkeypatch, part):
-    monkeypatch.setattr(matcher, "PART", part)
+def samples(shapes, heads: int, points: int, images: int, d: int):
+    """A pyramid, and values, positions (many of them outside) and weights of noise."""
     g = torch.Generator().manual_seed(0)
-    b, heads, d, points, shapes = (
-        3,
-        2,
-        5,
-        2,
-        [(1, 1), (2, 1), (3, 4)],
-    )  # maps of one row or column, too
-    s, pyramid = sum(h * w for h, w in shapes), Pyramid.of(shapes, heads, points, "cpu")
-    value, weights = (
-        torch.randn(b, s, heads, d, generator=g),
-        torch.rand(b, s, heads, len(shapes), points, generator=g),
-    )
-    positions = (
-        pyramid.centres + torch.randn(b, 2, s, heads, len(shapes), points, generator=g) * 2
-    )  # many lie outside
+    pyramid = Pyramid.of(shapes, heads, points, "cpu")
+    offsets = torch.randn(images, *pyramid.centres.shape, generator=g) * 2
+    value = torch.randn(images, sum(h * w for h, w in shapes), heads, d, generator=g)
+    weights = torch.rand(images, *pyramid.centres.shape[1:], generator=g)
+    return pyramid, value, pyramid.centres + offsets, weights
+
+
+def test_samples_by_sparse_matrix_and_their_gradients_are_those_of_grid_sampling():
+    shapes = [(1, 1), (2, 1), (3, 4)]  # maps of one row or column, too
+    pyramid, value, positions, weights = samples(shapes, heads=2, points=2, images=3, d=5)
     positions[0] = positions[0].round()  # where the slope has a step: as a new model's do
     given = [t.requires_grad_() for t in (value, positions, weights)]
-    ours, plain, first = SparseSamples.apply(*given, pyramid), 0.0, 0
-    for level, (h, w) in enumerate(shapes):
-        plain = plain + grid_samples(
-            value[:, first : first + h * w].unflatten(1, (h, w)),
-            positions[:, :, :, :, level],
-            weights[:, :, :, level],
-        )
-        first += h * w
+    assert pyramid.table.fits
+    ours, plain = weighted_samples(*given, pyramid), grid_samples(*given, shapes)
+    assert "SparseSamples" in type(ours.grad_fn).__name__
     torch.testing.assert_close(ours, plain)
-    change = torch.randn(ours.shape, generator=g)
-    of_ours, of_plain = (
-        torch.autograd.grad(ours, given, change),
-        torch.autograd.grad(plain, given, change),
-    )
+    change = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    of_ours = torch.autograd.grad(ours, given, change)
+    of_plain = torch.autograd.grad(plain, given, change)
     for a, p in zip(of_ours[::2], of_plain[::2]):
         torch.testing.assert_close(a, p, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(of_ours[1][1:], of_plain[1][1:], rtol=1e-4, atol=1e-5)
-    assert (
-        of_ours[1][0].isfinite().all() and of_ours[1][0].abs().sum() > 0
-    )  # on a step grid sampling takes either side, as it rounds
-    torch.testing.assert_close(weighted_samples(*given, pyramid), plain)  # whichever way it takes
+    # on a step grid sampling takes either side, as it rounds
+    assert of_ours[1][0].isfinite().all() and of_ours[1][0].abs().sum() > 0
 
 
 def test_samples_of_maps_too_small_for_the_matrix_are_read_by_the_grid(monkeypatch):
     pyramid = Pyramid.of([(1, 1), (1, 2)], 1, 16, "cpu")  # 128 entries a row
-    assert pyramid.rows == 25 + 30
-    monkeypatch.setattr(SparseSamples, "apply", lambda *_: pytest.fail("a sparse matrix"))
-    value, weights = (
-        torch.ones(2, 3, 1, 4, requires_grad=True),
-        torch.full((2, 3, 1, 2, 16), 0.25, requires_grad=True),
-    )
+    assert pyramid.table.rows == 25 + 30 and not pyramid.table.fits
+    monkeypatch.setattr(deformable_cpu, "SparseSamples", None)
+    value = torch.ones(2, 3, 1, 4, requires_grad=True)
+    weights = torch.full((2, 3, 1, 2, 16), 0.25, requires_grad=True)
     positions = pyramid.centres.expand(2, -1, -1, -1, -1, -1).clone().requires_grad_()
     out = weighted_samples(value, positions, weights, pyramid)
-    assert out[0, 0, 0, 0].item() == pytest.approx(
-        8
-    )  # 1 x 1 map: the pixel itself; 1 x 2: halfway between two ones
+    # 1 x 1 map: the pixel itself; 1 x 2: halfway between two ones
+    assert out[0, 0, 0, 0].item() == pytest.approx(8)
     out.sum().backward()
-    assert all(t.grad.isfinite().all() for t in (value, positions, weights)) and weights.grad[
-        0, 0, 0, 0, 0
-    ].item() == pytest.approx(4)
+    assert all(t.grad.isfinite().all() for t in (value, positions, weights))
+    assert weights.grad[0, 0, 0, 0, 0].item() == pytest.approx(4)
 
 
 def test_where_positions_are_not_finite_neither_is_the_answer_and_nothing_fails():
