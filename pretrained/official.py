@@ -1,11 +1,12 @@
-"""The authors' checkpoints, without detectron2: recognised by their keys, read safely, and written back tensor by tensor.
+"""The authors' checkpoints, without detectron2: recognised by their keys, and read safely.
 
-An official file is {"model": {name: tensor}, ...} and holds all of CLIP, text tower included, so neither CLIP's weights nor the
-network is needed to use it. Student, teacher and DeWa files differ by the criterion's buffers alone:
+An official file is {"model": {name: tensor}, ...} and holds all of CLIP, text tower included, so
+neither CLIP's weights nor the network is needed to use it. Student, teacher and DeWa files differ
+by the criterion's buffers alone:
 
-    student    criterion_labeled.empty_weight and criterion_pseudolabeled.empty_weight, K + 1 values each
+    student    criterion_labeled.empty_weight, criterion_pseudolabeled.empty_weight: K + 1 values
     teacher    no criterion, hence no word about K
-    dewa       criterion.empty_weight (DeWa: K = 1; a supervised run of the same code has this key, too)
+    dewa       criterion.empty_weight (DeWa: K = 1; a supervised run of the same code has it, too)
 
 Source: github.com/helen1c/DEARLi, commit 1de0dc8. Axes: K classes.
 """
@@ -22,9 +23,11 @@ from torch import Tensor
 from ground import files, tensor_files
 from ground.errors import UserError
 
-CLIP = "backbone.clip_model."  # prefix of CLIP in an official file; behind it come open_clip's own names
+# prefix of CLIP in an official file; behind it come open_clip's own names
+CLIP = "backbone.clip_model."
 KINDS = ("student", "teacher", "dewa")
-NAMES = (  # official prefix, ours; # = number of a layer; the first that fits wins, in both directions
+# official prefix, ours; # = number of a layer; the first that fits wins, in both directions
+NAMES = (
     ("sem_seg_head.pixel_decoder.transformer.level_embed", "head.pixel_decoder.level_embed"),
     ("sem_seg_head.pixel_decoder.transformer.encoder.layers.", "head.pixel_decoder.layers."),
     ("sem_seg_head.pixel_decoder.adapter_1.norm.", "head.pixel_decoder.lateral.1."),
@@ -83,7 +86,8 @@ def _rename(name: str, source: int, target: int) -> str:
 class Weights:
     """A whole model in three parts. kind: of KINDS.
 
-    head: parameters of `Segmenter.head`, by our names.   clip: OpenCLIP's state dict, text tower included.
+    head: parameters of `Segmenter.head`, by our names.   clip: OpenCLIP's state dict, text tower
+        included.
     rest: what only the official code has (the criterion's buffers), by its names.
     """
 
@@ -102,13 +106,13 @@ class Weights:
     def summary(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "any number of classes"
         return (
-            f"{self.kind} file: {len(self.head)} tensors of the head, {len(self.clip)} of CLIP, {classes}"
-            + (f"; not used: {', '.join(self.rest)}" if self.rest else "")
+            f"{self.kind} file: {len(self.head)} tensors of the head, {len(self.clip)} of CLIP, "
+            f"{classes}" + (f"; not used: {', '.join(self.rest)}" if self.rest else "")
         )
 
 
 def recognise(content: dict) -> Weights | None:
-    """The parts of a file of the official code, from what `checkpoint.load` read; None if it is something else."""
+    """The parts of an official file, from what `tensor_files.load` read; None if it is none."""
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not any(
         str(name).startswith("sem_seg_head.") for name in model
@@ -119,20 +123,18 @@ def recognise(content: dict) -> Weights | None:
     except (TypeError, ValueError, RuntimeError):  # some value is no tensor
         return None
     head = {to_ours(n): t for n, t in model.items() if to_ours(n).startswith("head.")}
-    clip = {n.removeprefix(CLIP): t for n, t in model.items() if n.startswith(CLIP)}
-    rest = {
-        n: t
-        for n, t in model.items()
-        if not n.startswith(CLIP) and not to_ours(n).startswith("head.")
-    }
-    kind = (
-        "student"
-        if "criterion_labeled.empty_weight" in rest
-        else "dewa"
-        if "criterion.empty_weight" in rest
-        else "teacher"
-    )
-    return Weights(kind, head, clip, rest)
+    used = (CLIP, "head.")
+    rest = {n: t for n, t in model.items() if not to_ours(n).startswith(used)}
+    kind = "teacher"
+    if "criterion_labeled.empty_weight" in rest:
+        kind = "student"
+    elif "criterion.empty_weight" in rest:
+        kind = "dewa"
+    return Weights(kind, head, _part(model, CLIP), rest)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def official(weights: Weights) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ def official(weights: Weights) -> dict[str, Tensor]:
 
 
 def criterion(kind: str, num_classes: int, no_object_weight: float) -> dict[str, Tensor]:
-    """The criterion's buffers that an official file of a kind has: class weights, the last one of no-object."""
+    """The criterion's buffers in a file of a kind: class weights, the last one of no-object."""
     names = {
         "student": ("criterion_labeled.empty_weight", "criterion_pseudolabeled.empty_weight"),
         "teacher": (),
@@ -157,7 +159,7 @@ def criterion(kind: str, num_classes: int, no_object_weight: float) -> dict[str,
 
 
 def read(path: Path) -> Weights | None:
-    """Weights from an official .pth or from a .safetensors of `write`; None if the file is something else (a run's checkpoint).
+    """Weights from an official .pth or a .safetensors of `write`; None if it is something else.
 
     Raises: UserError if the file is missing or damaged. Nothing in it is executed.
     """
@@ -171,21 +173,15 @@ def read(path: Path) -> Weights | None:
         kind = None
     if kind not in KINDS:
         raise UserError(
-            f"{path}: not weights of a segmenter (no kind in its header); expected a file of --stage export"
+            f"{path}: not weights of a segmenter (no kind in its header); expected a file of "
+            f"--stage export"
         )
-    part = lambda prefix: {
-        n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
-    }
-    return Weights(
-        kind,
-        {n: t for n, t in tensors.items() if n.startswith("head.")},
-        part("clip."),
-        part("rest."),
-    )
+    head = {n: t for n, t in tensors.items() if n.startswith("head.")}
+    return Weights(kind, head, _part(tensors, "clip."), _part(tensors, "rest."))
 
 
 def write(path: Path, weights: Weights, form: str) -> None:
-    """Write a model: `official`, a .pth that the official code loads, or `safetensors`, our names and nothing executable."""
+    """Write a model: `official`, a .pth that the official code loads, or `safetensors`."""
     if form == "official":
         buffer = io.BytesIO()
         torch.save({"model": official(weights)}, buffer)

@@ -16,7 +16,7 @@ import dearli
 from config import MINI, OFFICIAL, Config
 from ground.errors import UserError
 from mini import microcosm
-from pretrained import foundation, sam
+from pretrained import fetching, foundation, sam
 from pretrained.sam import MaskGenerator
 from tests.helpers import TINY, run
 
@@ -34,14 +34,14 @@ def test_fault_41_a_download_is_checked_kept_and_missed_in_one_line(tmp_path):
     with pytest.raises(
         UserError, match="far: cannot be fetched .*invalid hash.* put it to .*w.pth, or else"
     ):
-        foundation.fetch(near, far, "0" * 64, "or else")
+        fetching.fetch(near, far, "0" * 64, "or else")
     assert not list(near.parent.iterdir())  # nothing half-done is left behind
-    assert foundation.fetch(near, far, digest, "") == near and near.read_bytes() == content
+    assert fetching.fetch(near, far, digest, "") == near and near.read_bytes() == content
     (tmp_path / "far").unlink()
-    assert foundation.fetch(near, far, digest, "") == near  # from the cache
+    assert fetching.fetch(near, far, digest, "") == near  # from the cache
     near.write_bytes(content[:-1])
     with pytest.raises(UserError, match=f"w.pth: SHA-256 is .*, expected {digest}; delete it"):
-        foundation.fetch(near, far, digest, "")
+        fetching.fetch(near, far, digest, "")
 
 
 def test_sam_comes_from_a_file_the_cache_or_nowhere(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_sam_comes_from_a_file_the_cache_or_nowhere(tmp_path, monkeypatch):
     torch.save(weights, file)
     with pytest.raises(UserError, match="sam_vit_b_01ec64.pth: SHA-256 is"):  # not Meta's file
         foundation.load_sam(cfg)
-    monkeypatch.setitem(foundation.SAM_FILES, "vit_b", (file.name, foundation.sha256(file)))
+    monkeypatch.setitem(foundation.SAM_FILES, "vit_b", (file.name, fetching.sha256(file)))
     for found in (cfg, dataclasses.replace(cfg, sam_weights=str(file))):
         taken = foundation.load_sam(found)(torch.device("cpu")).sam.state_dict()
         assert all(torch.equal(taken[name], weights[name]) for name in weights)
@@ -111,12 +111,12 @@ def test_openclip_weights_come_from_a_file_the_hub_or_nowhere(
         lambda repository, name, **more: str(tmp_path / "snapshot.bin"),
     )
     assert (
-        foundation._hub_file("laion/some", foundation.CLIP_FILES, "some")
+        fetching.hub_file("laion/some", foundation.CLIP_FILES, "some")
         == tmp_path / "snapshot.bin"
     )
     store.write_bytes(store.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{store.name}: damaged, its SHA-256 is not {blob.name}"):
-        foundation._hub_file("laion/some", foundation.CLIP_FILES, "some")
+        fetching.hub_file("laion/some", foundation.CLIP_FILES, "some")
 
 
 def test_the_weights_of_the_paper_are_known_to_openclip_and_go_with_their_model(capsys):

@@ -27,7 +27,7 @@ from engine import checkpoint, stages, training
 from ground import files, identity, tensor_files
 from ground.errors import UserError
 from mini import scenes
-from pretrained import foundation
+from pretrained import fetching, foundation
 from readers import mask_files, panoptic
 from tests.helpers import (
     ROOT,
@@ -802,7 +802,7 @@ def test_fault_41_a_download_that_is_cut_short_leaves_nothing_and_is_resumed_by_
 
     with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetch = lambda: foundation.fetch(
+        fetch = lambda: fetching.fetch(
             tmp_path / "cache" / "w.pth",
             f"http://127.0.0.1:{server.server_port}/w.pth",
             hashlib.sha256(content).hexdigest(),
