@@ -1,12 +1,15 @@
-"""The set loss of Eq. (3): class cross-entropy on all queries, BCE and dice on the masks of the matched ones.
+"""The set loss of Eq. (3): cross-entropy on all queries, BCE and dice on the masks of matched ones.
 
-Masks are compared on P points: most of them where the student is least certain (importance sampling of PointRend),
-the rest uniform. The loss is applied to every layer of the decoder (deep supervision), each with its own matching. A query's mask logits are the
-product of its embedding and the mask features; they are formed here, of all queries for the matching and, with gradient, of the matched
-ones alone: no other query has a mask loss.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, N segments, P points, M matched pairs.
+Masks are compared on P points: most of them where the student is least certain (importance sampling
+of PointRend), the rest uniform. The loss is applied to every layer of the decoder (deep
+supervision), each with its own matching. A query's mask logits are the product of its embedding and
+the mask features; they are formed here, of all queries for the matching and, with gradient, of the
+matched ones alone: no other query has a mask loss.
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, N segments, P
+points, M matched pairs.
 Sources: Mask2Former (arXiv:2112.01527), PointRend (arXiv:1912.08193).
-Try: `python dearli.py --stage sup --steps 250 --dice-weight 0 --out runs/try-dice` does without the dice term, in the loss and in the matching.
+Try: `python dearli.py --stage sup --steps 250 --dice-weight 0 --out runs/try-dice` does without the
+dice term, in the loss and in the matching.
 """
 
 import itertools
@@ -28,16 +31,19 @@ def set_loss(
     generators: list[torch.Generator] | None = None,
     points: list[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Eq. (3), summed over the layers of the decoder and weighted. With several ranks: this rank's share, the shares add up.
+    """Eq. (3), summed over the decoder's layers and weighted; a rank's share, if there are several.
 
     Args:
-        layers: for each layer (the last one is the prediction): class_logits (B, Q, K+1) and mask embeddings (B, Q, C).
+        layers: for each layer (the last one is the prediction): class_logits (B, Q, K+1) and mask
+            embeddings (B, Q, C).
         mask_features: (B, C, h, w).
-        targets: B targets.     generators: for each image the source of its point draws (`point_generators`).
-        points: instead of draws, for each layer: the matching's (B, P, 2) and the mask losses' (M, P, 2), M matched pairs
-            in the order of images and queries; xy in [0, 1].
-    Returns: {"class", "mask", "dice"}: scalars; their sum is the loss. A zero weight leaves its term out of the sum but
-        in the graph, so DeWa (L_loc only) gives the class head a gradient of exactly zero.
+        targets: B targets.     generators: for each image the source of its point draws
+            (`point_generators`).
+        points: instead of draws, for each layer: the matching's (B, P, 2) and the mask losses' (M,
+            P, 2), M matched pairs in the order of images and queries; xy in [0, 1].
+    Returns: {"class", "mask", "dice"}: scalars; their sum is the loss. A zero weight leaves its
+        term out of the sum but in the graph, so DeWa (L_loc only) gives the class head a gradient
+        of exactly zero.
     """
     queries = layers[0][0].shape[1]
     counts = [
@@ -48,15 +54,12 @@ def set_loss(
     num_masks, num_matched, num_queries = ranks.total(
         torch.tensor(counts, dtype=torch.float32, device=mask_features.device)
     )
-    num_masks, class_weight = (
-        num_masks.clamp(min=1),
-        num_matched + cfg.no_object_weight * (num_queries - num_matched),
-    )
-    shape, features = (
-        mask_features.shape[-2:],
-        mask_features.flatten(2).transpose(1, 2).unbind(),
-    )  # B of (hw, C), as the pixel decoder lays them out
-    costs, nothing = [], torch.zeros(queries, 0, device=mask_features.device)
+    num_masks = num_masks.clamp(min=1)
+    class_weight = num_matched + cfg.no_object_weight * (num_queries - num_matched)
+    # B of (hw, C), as the pixel decoder lays them out
+    shape, features = mask_features.shape[-2:], mask_features.flatten(2).transpose(1, 2).unbind()
+    nothing = torch.zeros(queries, 0, device=mask_features.device)
+    costs = []
     for layer, (class_logits, embeddings) in enumerate(layers):
         shared = (
             points[layer][0]
@@ -91,7 +94,10 @@ def set_loss(
 
 
 def logits(features: Tensor, embeddings: Tensor, shape) -> Tensor:
-    """Mask logits (Q, h, w) of one image, the queries of a pixel side by side in memory, from (hw, C) and (Q, C); shape = (h, w)."""
+    """Mask logits (Q, h, w) of one image from (hw, C) and (Q, C); shape = (h, w).
+
+    The queries of a pixel lie side by side in memory.
+    """
     return (features.to(embeddings.dtype) @ embeddings.T).T.unflatten(1, shape)
 
 
@@ -104,9 +110,10 @@ def learn(
     precision: torch.dtype,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Forward pass of the head, set loss, backward pass: gradients are added to those that are there, and all between is forgotten.
+    """Forward pass of the head, set loss, backward pass; gradients are added to those there are.
 
-    precision: of the head's matrix products.   Returns: the terms of the loss times weight, without gradient.
+    precision: of the head's matrix products.   Returns: the terms of the loss times weight, without
+        gradient.
     """
     with torch.autocast(features[0].device.type, precision, enabled=precision != torch.float32):
         layers, mask_features = head(features)
@@ -121,7 +128,10 @@ def learn(
 def point_generators(
     seed: int, step: int, first: int, images: int, device: torch.device
 ) -> list[torch.Generator]:
-    """A generator for each image of a batch, from slot `first` on: its points depend on (seed, step, slot) and on nothing else."""
+    """A generator for each image of a batch, from slot `first` on.
+
+    Its points depend on (seed, step, slot) and on nothing else.
+    """
     return [
         torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1024 + first + slot)
         for slot in range(images)
@@ -131,7 +141,10 @@ def point_generators(
 def class_loss(
     class_logits: Tensor, targets: list[Target], matches, no_object_weight: float
 ) -> Tensor:
-    """Cross-entropy of all queries, a weighted sum; unmatched ones should say no-object (index K), with a lower weight. Scalar."""
+    """Cross-entropy of all queries, a weighted sum. Scalar.
+
+    Unmatched ones should say no-object (index K), with a lower weight.
+    """
     num_classes = class_logits.shape[-1] - 1
     wanted = torch.full(
         class_logits.shape[:2], num_classes, dtype=torch.int64, device=class_logits.device
@@ -163,9 +176,10 @@ def uncertain_points(
     candidates: Tensor | None = None,
     uniform: Tensor | None = None,
 ) -> Tensor:
-    """(M, P, 2) points for (M, h, w) logits: the least certain of oversample * P candidates, and some uniform ones.
+    """(M, P, 2) points for (M, h, w) logits: the least certain candidates, some uniform ones.
 
-    candidates (M, oversample * P, 2) and uniform (M, P - importance * P, 2) replace the draws when given.
+    candidates (M, oversample * P, 2) and uniform (M, P - importance * P, 2) replace the draws when
+    given.
     """
     m, device = len(mask_logits), mask_logits.device
     num_uncertain = int(cfg.importance * cfg.num_points)
@@ -191,7 +205,7 @@ def uncertain_points(
 
 @torch.no_grad()
 def sample_targets(targets: list[Target], matches, points: Tensor) -> Tensor:
-    """(M, P) target values of the matched segments of all images, in the order of the matches, at points (M, P, 2)."""
+    """(M, P) values of the matched segments of all images, in order, at points (M, P, 2)."""
     per_image = points.split([len(queries) for queries, _ in matches])
     return torch.cat(
         [t.sample(p, s.to(p.device)) for t, p, (_, s) in zip(targets, per_image, matches)]

@@ -1,10 +1,13 @@
 """Bipartite matching of queries to segments (Hungarian assignment), on sampled points.
 
-Implements the matching M of Eq. (3): cost = w_class * class + w_mask * BCE + w_dice * dice, on P points that all masks of an
-image share. Targets stay segment maps: binary masks of full size are built a few at a time, or not at all.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, P points, h w mask grid (stride 4).
+Implements the matching M of Eq. (3): cost = w_class * class + w_mask * BCE + w_dice * dice, on P
+points that all masks of an image share. Targets stay segment maps: binary masks of full size are
+built a few at a time, or not at all.
+Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, P points, h w
+mask grid (stride 4).
 Sources: Mask2Former (arXiv:2112.01527); point sampling from PointRend (arXiv:1912.08193).
-Try: `python dearli.py --stage sup --steps 250 --num-points 8 --out runs/try-points` compares masks on 8 points instead of 384.
+Try: `python dearli.py --stage sup --steps 250 --num-points 8 --out runs/try-points` compares masks
+on 8 points instead of 384.
 """
 
 from dataclasses import dataclass
@@ -15,14 +18,15 @@ from torch import Tensor
 
 from config import CostWeights
 
-PART, GPU_PART = (
-    2**18,
-    2**27,
-)  # values that work takes at once: 1 MB, what a core's cache holds; a small part of a GPU's memory
+# values that work takes at once: 1 MB, what a core's cache holds; a small part of a GPU's memory
+PART, GPU_PART = 2**18, 2**27
 
 
 def in_parts(values: int, *tensors: Tensor):
-    """Tensors of N rows, split alike: a few rows at a time, so that work on `values` numbers a row stays in the cache of a CPU, or within reason on a GPU."""
+    """Tensors of N rows, split alike: a few rows at a time.
+
+    So that work on `values` numbers a row stays in the cache of a CPU, or within reason on a GPU.
+    """
     rows = max(1, (PART if tensors[0].device.type == "cpu" else GPU_PART) // values)
     return zip(*(t.split(rows) for t in tensors))
 
@@ -32,7 +36,8 @@ class Target:
     """What one image should be segmented into. Exactly one of `segment_map` and `masks` is given.
 
     labels: (N,) int64 in [0, K).
-    segment_map: (H, W) integers; 0 = void, k = k-th segment: a partition (ground truth, hard pseudo-labels).
+    segment_map: (H, W) integers; 0 = void, k = k-th segment: a partition (ground truth, hard
+        pseudo-labels).
     masks: (N, H, W) bool, may overlap (masks drawn by SAM).
     """
 
@@ -53,13 +58,14 @@ class Target:
         return len(self.labels)
 
     def to(self, device) -> "Target":
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)
-        return Target(move(self.labels), move(self.segment_map), move(self.masks))
+        parts = (self.labels, self.segment_map, self.masks)
+        return Target(*(t if t is None else t.to(device, non_blocking=True) for t in parts))
 
     def sample(self, points: Tensor, segments: Tensor) -> Tensor:
         """Bilinear samples of the binary masks of some segments, each at its own points.
 
-        Args: points (M, P, 2) xy in [0, 1];  segments (M,) int64 in [0, N).   Returns: (M, P) float32 in [0, 1].
+        Args: points (M, P, 2) xy in [0, 1];  segments (M,) int64 in [0, N).   Returns: (M, P)
+        float32 in [0, 1].
         A few masks at a time: all those of full size would fill the memory.
         """
         source, parts = self.segment_map if self.masks is None else self.masks, []
@@ -81,7 +87,7 @@ class Target:
 
 
 def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Flat indices and bilinear weights of the four pixels around points xy in [0, 1]: (..., 4) each."""
+    """Flat indices and bilinear weights, (..., 4) each, of the pixels around xy in [0, 1]."""
     x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
     x0, y0 = x.floor(), y.floor()
     fx, fy = x - x0, y - y0
@@ -93,19 +99,24 @@ def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps, each at its own points; pixel centres lie at (i + 0.5) / size, outside counts 0.
+    """Bilinear samples of maps, each at its own points; outside counts 0.
 
+    Pixel centres lie at (i + 0.5) / size.
     Args: maps (M, h, w) float;  points (M, P, 2) xy in [0, 1].   Returns: (M, P).
     """
     return F.grid_sample(maps[:, None], (2 * points[:, None]).sub_(1), align_corners=False)[:, 0, 0]
 
 
 def match(costs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Assign every segment of an image to a distinct query at the lowest total cost, for many images (and layers) at once.
+    """Assign every segment of an image to a distinct query at the lowest total cost.
 
-    Args: costs: matrices (Q, N), see `matching_cost`. They cross to the CPU together: a GPU is asked to wait once.
-    Returns: for each (query_idx, segment_idx), both (min(Q, N),) int64 on the CPU, sorted by query; empty when N = 0.
-    A cost that is not finite comes from outputs that are not: any assignment will do, for the loss, which sees them too, stops the step.
+    Many images (and layers) at once.
+    Args: costs: matrices (Q, N), see `matching_cost`. They cross to the CPU together: a GPU is
+        asked to wait once.
+    Returns: for each (query_idx, segment_idx), both (min(Q, N),) int64 on the CPU, sorted by query;
+        empty when N = 0.
+    A cost that is not finite comes from outputs that are not: any assignment will do, for the loss,
+    which sees them too, stops the step.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import, and only training matches
 
@@ -131,7 +142,8 @@ def matching_cost(
     with torch.autocast(class_logits.device.type, enabled=False):
         cost_class = -class_logits.float().softmax(-1)[:, target.labels]  # (Q, N)
         target_values = target.sample_all(points)  # (N, P)
-        # A pixel's logits of all queries, side by side, are a row of a table; a point mixes four rows. A few points at a time stay in the cache.
+        # A pixel's logits of all queries, side by side, are a row of a table; a point mixes four
+        # rows. A few points at a time stay in the cache.
         table = mask_logits.float().flatten(1).T.contiguous()  # (hw, Q)
         index, weight = _neighbours(points, *mask_logits.shape[-2:])  # (P, 4)
         bce = overlap = area = 0.0
