@@ -1,1 +1,1 @@
-"""The embedded world."""
+"""The miniature world and its models: everything runs on a laptop without a download."""

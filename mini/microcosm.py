@@ -1,16 +1,19 @@
 """The miniature world: procedural panoptic images, their captions and their parts.
 
-A scene is a few stuff regions with things on top. It stands in for photographs, so that all three stages of the method
-run on a laptop without a download. What a real pipeline would not have, nothing here gives away: the labelled and
-unlabelled images, `dev` and `val`, and the images that the mini CLIP and the mini SAM learn from all come from disjoint seeds.
+A scene is a few stuff regions with things on top. It stands in for photographs, so that all three
+stages of the method run on a laptop without a download. What a real pipeline would not have,
+nothing here gives away: the labelled and unlabelled images, `dev` and `val`, and the images that
+the mini CLIP and the mini SAM learn from all come from disjoint seeds.
 
 Two properties are there on purpose, because the method lives on them:
-* classes are long-tailed, so a labelled list of 16 images shows some classes once or never (what CLIP is for);
-* things have shaded parts and stuff has stains outside the taxonomy, so "a segment" has several honest answers
+* classes are long-tailed, so a labelled list of 16 images shows some classes once or never (what
+CLIP is for); * things have shaded parts and stuff has stains outside the taxonomy, so "a segment"
+has several honest answers
   (what the paper calls granularity mismatch, section 3.3).
 
 Axes: S image side in pixels, N segments.
-Try: `python -c "import microcosm; from PIL import Image; Image.fromarray(microcosm.scene('val', 0).image).resize((512, 512)).save('scene.png')"`
+Try: `python -c "from mini import microcosm; from PIL import Image;
+Image.fromarray(microcosm.scene('val', 0).image).resize((512, 512)).save('scene.png')"`
 """
 
 from dataclasses import dataclass
@@ -21,33 +24,32 @@ SIZE = 128  # pixels, side of the square images of the data set `mini`
 MIN_VISIBLE = 60  # pixels of a SIZE image; a thing that shows less is left out of the scene
 RADIUS = (11.0, 24.0)  # pixels, half the extent of a thing
 
-# Class names with synonyms, most frequent first. A thing is told by shape, pattern and colour together: any one of them may be
-# shared, so a hue shift or a loss of colour (the strong augmentation) does not turn one class into another.
-THINGS = (
-    "tomato",
-    "beach ball, striped ball",
-    "gold star",
-    "lifebuoy, life ring",
-    "die, dice",
-    "kite",
-    "cookie, biscuit",
-    "gift, present",
-    "starfish, sea star",
-    "tire, wheel",
-    "medical cross, green cross",
-    "warning sign, danger sign",
-)
-STUFF = (
-    "grass, lawn",
-    "water, sea",
-    "brick, brick wall",
-    "sand, beach",
-    "sky",
-    "wood, planks",
-    "tiles, tiled floor",
-    "snow",
+# Class names with synonyms, most frequent first. A thing is told by shape, pattern and two colours
+# together: any one of them may be shared, so a hue shift or a loss of colour (the strong
+# augmentation) does not turn one class into another.
+APPEARANCE = {
+    "tomato": ("disc", "plain", (205, 45, 40), (205, 45, 40)),
+    "beach ball, striped ball": ("disc", "sectors", (235, 235, 230), (45, 95, 200)),
+    "gold star": ("star", "plain", (240, 200, 50), (240, 200, 50)),
+    "lifebuoy, life ring": ("ring", "sectors", (240, 240, 235), (215, 60, 40)),
+    "die, dice": ("box", "dots", (240, 240, 235), (25, 25, 30)),
+    "kite": ("triangle", "checks", (70, 175, 80), (240, 225, 90)),
+    "cookie, biscuit": ("disc", "dots", (200, 150, 90), (70, 40, 25)),
+    "gift, present": ("box", "ribbon", (200, 50, 150), (250, 215, 70)),
+    "starfish, sea star": ("star", "dots", (225, 110, 60), (250, 215, 180)),
+    "tire, wheel": ("ring", "plain", (45, 45, 50), (45, 45, 50)),
+    "medical cross, green cross": ("cross", "plain", (30, 150, 90), (30, 150, 90)),
+    "warning sign, danger sign": ("triangle", "rim", (245, 200, 40), (35, 30, 30)),
+}
+THINGS = tuple(APPEARANCE)
+STUFF = tuple(
+    "grass, lawn|water, sea|brick, brick wall|sand, beach|sky|"
+    "wood, planks|tiles, tiled floor|snow".split("|")
 )
 CLASSES = THINGS + STUFF  # contiguous index: things first
+CAPTIONS = "a photo of a {}.|There is a {} in the scene.|a {}|This is a photo of a {}.|{}".split(
+    "|"
+)
 THING_TAIL, STUFF_TAIL = 0.9, 0.5  # class frequency ~ rank ** -tail
 
 # First seed of each collection; index i of a collection is drawn from SeedSequence((first, i)).
@@ -58,8 +60,10 @@ SEEDS = {"train": 1, "dev": 2, "val": 3, "clip": 10, "clip-test": 11, "sam": 20,
 class Scene:
     """One image with everything that is true of it.
 
-    image: (S, S, 3) uint8 RGB.   segment_map: (S, S) int32, every pixel k >= 1 = k-th segment (no void).
-    labels: (N,) int64, index into CLASSES.   part_map: (S, S) int32, 0 or k = k-th part, a part lies inside one segment.
+    image: (S, S, 3) uint8 RGB.   segment_map: (S, S) int32, every pixel k >= 1 = k-th segment (no
+        void).
+    labels: (N,) int64, index into CLASSES.   part_map: (S, S) int32, 0 or k = k-th part, a part
+        lies inside one segment.
     """
 
     image: np.ndarray
@@ -76,18 +80,18 @@ def scene(
     stuff: tuple[int, int] = (1, 3),
     tail: bool = True,
 ) -> Scene:
-    """Draw scene `index` of a collection (a key of SEEDS); the same arguments always give the same pixels.
+    """Draw scene `index` of a collection (a key of SEEDS); equal arguments give equal pixels.
 
     Args:
-        size: S, pixels; things keep their size in pixels, so a smaller image is a crop of the world, not a thumbnail.
+        size: S, pixels; things keep their size in pixels, so a smaller image is a crop of the
+            world, not a thumbnail.
         things, stuff: least and most number of things and of stuff regions.
         tail: long-tailed class frequencies; False draws all classes alike.
     """
     rng = np.random.default_rng(np.random.SeedSequence((SEEDS[collection], index)))
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
-    image, stuff_labels, region = _stuff(
-        rng, xx, yy, int(rng.integers(stuff[0], stuff[1] + 1)), tail
-    )
+    regions = int(rng.integers(stuff[0], stuff[1] + 1))
+    image, stuff_labels, region = _stuff(rng, xx, yy, regions, tail)
     owner = region + 1  # ids before renumbering: stuff first, then things
     ids = list(len(THINGS) + stuff_labels)
     part_map, parts = np.zeros((size, size), np.int32), 0
@@ -112,50 +116,31 @@ def scene(
         if part is not None:
             parts += 1
             part_map[window][inside & part] = parts
-    image *= rng.uniform(0.8, 1.15) * rng.uniform(0.93, 1.07, 3).astype(
-        np.float32
-    )  # light and white balance
+    # light and white balance
+    image *= rng.uniform(0.8, 1.15) * rng.uniform(0.93, 1.07, 3).astype(np.float32)
     image += rng.normal(0, rng.uniform(2, 7), image.shape).astype(np.float32)  # sensor noise
     owner = _drop_slivers(owner, ids, len(stuff_labels))
-    kept = np.unique(owner)
-    lut = np.zeros(len(ids) + 1, np.int32)
-    lut[kept] = np.arange(1, len(kept) + 1)
+    visible, segment_map = np.unique(owner, return_inverse=True)
+    segment_map = segment_map.reshape(owner.shape).astype(np.int32) + 1
     areas = np.bincount(part_map.ravel(), minlength=parts + 1)
-    part_lut = np.where(areas >= MIN_VISIBLE // 3, np.arange(parts + 1), 0).astype(np.int32)
-    return Scene(
-        image.clip(0, 255).astype(np.uint8),
-        lut[owner],
-        np.array([ids[k - 1] for k in kept], np.int64),
-        part_lut[part_map],
-    )
+    part_map[areas[part_map] < MIN_VISIBLE // 3] = 0
+    labels = np.array([ids[k - 1] for k in visible], np.int64)
+    return Scene(image.clip(0, 255).astype(np.uint8), segment_map, labels, part_map)
 
 
 def caption(
     labels: np.ndarray, rng: np.random.Generator, drop_thing: float = 0.15, drop_stuff: float = 0.5
 ) -> tuple[frozenset, str]:
-    """What somebody might write under a picture with these segments: some of its classes, by any synonym, in any order.
+    """What somebody might write under a picture: some of its classes, by any synonym, in any order.
 
+    Args: labels (N,) of its segments;  drop_*: chances of a class not to be named.
     Returns: the classes that are named, and the caption.
     """
-    said = [
-        label
-        for label in dict.fromkeys(labels.tolist())
-        if rng.random() > (drop_thing if label < len(THINGS) else drop_stuff)
-    ]
-    said = said or [int(rng.choice(labels))]
-    names = [str(rng.choice(CLASSES[label].split(", "))) for label in rng.permutation(said)]
-    frame = str(
-        rng.choice(
-            [
-                "a photo of a {}.",
-                "There is a {} in the scene.",
-                "a {}",
-                "This is a photo of a {}.",
-                "{}",
-            ]
-        )
-    )
-    return frozenset(said), frame.format(" and a ".join(names))
+    drop = [drop_thing] * len(THINGS) + [drop_stuff] * len(STUFF)
+    named = [label for label in dict.fromkeys(labels.tolist()) if rng.random() > drop[label]]
+    named = named or [int(rng.choice(labels))]
+    names = [str(rng.choice(CLASSES[label].split(", "))) for label in rng.permutation(named)]
+    return frozenset(named), str(rng.choice(CAPTIONS)).format(" and a ".join(names))
 
 
 def _tail(n: int, exponent: float) -> np.ndarray:
@@ -176,11 +161,10 @@ def _noise(rng, size: int, cells: int, aspect: float = 1.0) -> np.ndarray:
 
 
 def _stuff(rng, xx, yy, regions: int, tail: bool):
-    """Texture every pixel. Returns image (S, S, 3) float32, labels of the regions, region index (S, S)."""
+    """Image (S, S, 3) float32 of textures, labels of the regions, region index (S, S)."""
     size = xx.shape[0]
-    labels = rng.choice(
-        len(STUFF), regions, replace=False, p=_tail(len(STUFF), STUFF_TAIL if tail else 0.0)
-    )
+    weights = _tail(len(STUFF), STUFF_TAIL if tail else 0.0)
+    labels = rng.choice(len(STUFF), regions, replace=False, p=weights)
     scores = [
         rng.normal() * (xx - size / 2) / size * 2
         + rng.normal() * (yy - size / 2) / size * 2
@@ -201,14 +185,13 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
     """(S, S, 3) float32 in 0 to 255."""
     size = xx.shape[0]
     name = STUFF[label].split(",")[0]
-    phase, fine, coarse = (
-        rng.uniform(0, 6.28),
-        rng.normal(0, 1, xx.shape).astype(np.float32),
-        _noise(rng, size, 5),
-    )
-    rgb = lambda r, g, b: (
-        np.array([r, g, b], np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
-    )
+    phase = rng.uniform(0, 6.28)
+    fine = rng.normal(0, 1, xx.shape).astype(np.float32)
+    coarse = _noise(rng, size, 5)
+
+    def rgb(*colour):
+        return np.array(colour, np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
+
     if name == "grass":
         blades = _noise(rng, size, size / 2, 0.25)
         return rgb(70, 135, 55) * (1 + 0.3 * blades + 0.15 * coarse)[..., None]
@@ -221,10 +204,9 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
         mortar = ((yy / height + phase) % 1 < 0.17) | (
             (xx / width + 0.5 * (row % 2) + phase) % 1 < 0.09
         )
+        grout, bricks = rgb(180, 170, 160), rgb(150, 75, 55)
         return np.where(
-            mortar[..., None],
-            rgb(180, 170, 160),
-            rgb(150, 75, 55) * (1 + 0.12 * coarse + 0.05 * fine)[..., None],
+            mortar[..., None], grout, bricks * (1 + 0.12 * coarse + 0.05 * fine)[..., None]
         )
     if name == "sand":
         return rgb(215, 190, 135) * (1 + 0.09 * fine + 0.08 * coarse)[..., None]
@@ -234,31 +216,30 @@ def _texture(rng, xx, yy, label: int) -> np.ndarray:
     if name == "wood":
         grain = np.sin(xx * rng.uniform(0.5, 0.8) + 3 * _noise(rng, size, 4, 0.4) + phase)
         board = (xx / rng.uniform(20, 26) + phase) % 1 < 0.07
-        return (
-            rgb(160, 110, 60) * np.where(board, 0.55, 1 + 0.13 * grain + 0.08 * coarse)[..., None]
-        )
+        shade = np.where(board, 0.55, 1 + 0.13 * grain + 0.08 * coarse)
+        return rgb(160, 110, 60) * shade[..., None]
     if name == "tiles":
         side = rng.uniform(9, 12)
         check = (np.floor(xx / side + phase) + np.floor(yy / side + phase)) % 2
-        return (
-            np.where(check[..., None] > 0, rgb(205, 205, 200), rgb(95, 100, 105))
-            * (1 + 0.05 * coarse)[..., None]
-        )
+        colour = np.where(check[..., None] > 0, rgb(205, 205, 200), rgb(95, 100, 105))
+        return colour * (1 + 0.05 * coarse)[..., None]
     return rgb(238, 243, 250) * (1 + 0.05 * coarse + 0.015 * fine)[..., None]  # snow
 
 
 def _thing(rng, xx, yy, label: int):
-    """One thing: the window that it lies in, and there its cover (h, w) in 0 to 1 (antialiased), colour (h, w, 3), and the mask of its part or None."""
+    """One thing: the window that it lies in, its cover, its colour, the mask of its part or None.
+
+    cover: (h, w) in 0 to 1, antialiased.   colour: (h, w, 3).
+    """
     size, radius = xx.shape[0], rng.uniform(*RADIUS)
     cx, cy = rng.uniform(0.06 * size, 0.94 * size, 2)
     angle = rng.uniform(0, 2 * np.pi)
-    window = tuple(
-        slice(max(0, int(c - 1.2 * radius - 2)), int(c + 1.2 * radius + 3)) for c in (cy, cx)
-    )  # no outline is farther from the centre
+    reach = 1.2 * radius  # no outline is farther from the centre
+    window = tuple(slice(max(0, int(c - reach - 2)), int(c + reach + 3)) for c in (cy, cx))
     xx, yy = xx[window], yy[window]
     u = ((xx - cx) * np.cos(angle) + (yy - cy) * np.sin(angle)) / radius
     v = (-(xx - cx) * np.sin(angle) + (yy - cy) * np.cos(angle)) / radius
-    shape, pattern, first, second = APPEARANCE[THINGS[label].split(",")[0]]
+    shape, pattern, first, second = APPEARANCE[THINGS[label]]
     distance = _outline(u, v, shape)
     cover = np.clip(0.5 - distance * radius, 0, 1)
     mix = _pattern(u, v, pattern, distance, radius)[..., None]  # 0 first colour, 1 second
@@ -266,36 +247,18 @@ def _thing(rng, xx, yy, label: int):
         np.array(c, np.float32) + rng.normal(0, 12, 3).astype(np.float32) for c in (first, second)
     )
     colour = first * (1 - mix) + second * mix
-    colour *= (1 - 0.22 * ((xx - cx) + (yy - cy)) / (2 * radius))[
-        ..., None
-    ]  # lit from the upper left
+    # lit from the upper left
+    colour *= (1 - 0.22 * ((xx - cx) + (yy - cy)) / (2 * radius))[..., None]
     part = None
-    if rng.random() < 0.65:  # a cap or a hub: darker or lighter, same class
-        part = (
-            v > rng.uniform(0.05, 0.45)
-            if rng.random() < 0.5
-            else u * u + v * v < rng.uniform(0.35, 0.55) ** 2
-        )
+    if rng.random() < 0.65:  # darker or lighter, same class
+        if rng.random() < 0.5:  # a cap
+            part = v > rng.uniform(0.05, 0.45)
+        else:  # a hub
+            part = u * u + v * v < rng.uniform(0.35, 0.55) ** 2
         colour[part] *= rng.uniform(0.4, 0.6) if rng.random() < 0.6 else rng.uniform(1.3, 1.6)
         if not (part & (cover > 0.5)).any():
             part = None
     return window, cover.astype(np.float32), colour, part
-
-
-APPEARANCE = {  # shape, pattern, two colours
-    "tomato": ("disc", "plain", (205, 45, 40), (205, 45, 40)),
-    "beach ball": ("disc", "sectors", (235, 235, 230), (45, 95, 200)),
-    "cookie": ("disc", "dots", (200, 150, 90), (70, 40, 25)),
-    "die": ("box", "dots", (240, 240, 235), (25, 25, 30)),
-    "gift": ("box", "ribbon", (200, 50, 150), (250, 215, 70)),
-    "gold star": ("star", "plain", (240, 200, 50), (240, 200, 50)),
-    "starfish": ("star", "dots", (225, 110, 60), (250, 215, 180)),
-    "tire": ("ring", "plain", (45, 45, 50), (45, 45, 50)),
-    "lifebuoy": ("ring", "sectors", (240, 240, 235), (215, 60, 40)),
-    "kite": ("triangle", "checks", (70, 175, 80), (240, 225, 90)),
-    "warning sign": ("triangle", "rim", (245, 200, 40), (35, 30, 30)),
-    "medical cross": ("cross", "plain", (30, 150, 90), (30, 150, 90)),
-}
 
 
 def _pattern(u, v, pattern: str, distance, radius: float):
@@ -315,7 +278,7 @@ def _pattern(u, v, pattern: str, distance, radius: float):
 
 
 def _outline(u, v, shape: str):
-    """Signed distance (approximately, in units of the radius) to the outline of a shape; negative inside."""
+    """Signed distance to the outline of a shape, about, in radii; negative inside."""
     r = np.sqrt(u * u + v * v)
     if shape == "disc":
         return r - 0.95
@@ -327,32 +290,28 @@ def _outline(u, v, shape: str):
     if shape == "ring":
         return abs(r - 0.72) - 0.28
     if shape == "cross":
-        return np.minimum(
-            np.maximum(abs(u) - 1, abs(v) - 0.36), np.maximum(abs(u) - 0.36, abs(v) - 1)
-        )
+        bars = np.maximum(abs(u) - 1, abs(v) - 0.36), np.maximum(abs(u) - 0.36, abs(v) - 1)
+        return np.minimum(*bars)
     return np.maximum(v - 0.6, abs(u) * 0.866 - v * 0.5 - 0.55)  # triangle
 
 
-def _blob(rng, xx, yy):
+def _blob(rng, xx, yy) -> np.ndarray:
+    """(S, S): negative inside of a stain somewhere."""
     size = xx.shape[0]
     cx, cy = rng.uniform(0, size, 2)
     r = rng.uniform(8, 20)
     a, b = rng.uniform(0.6, 1.6, 2)
-    return np.sqrt(((xx - cx) * a) ** 2 + ((yy - cy) * b) ** 2) - r * (
-        1 + 0.3 * _noise(rng, size, 6)
-    )
+    distance = np.sqrt(((xx - cx) * a) ** 2 + ((yy - cy) * b) ** 2)
+    return distance - r * (1 + 0.3 * _noise(rng, size, 6))
 
 
 def _drop_slivers(owner, ids, num_stuff: int):
-    """Give pixels of things that show less than MIN_VISIBLE pixels to the segment that surrounds them most."""
+    """Give things that show less than MIN_VISIBLE pixels to the segment most around them."""
     areas = np.bincount(owner.ravel(), minlength=len(ids) + 1)
     for k in range(num_stuff + 1, len(ids) + 1):
         if 0 < areas[k] < MIN_VISIBLE:
             mask = owner == k
-            ring = np.zeros_like(mask)
-            for axis in (0, 1):
-                for shift in (-1, 1):
-                    ring |= np.roll(mask, shift, axis)
-            around = owner[ring & ~mask]
+            rolled = [np.roll(mask, shift, axis) for axis in (0, 1) for shift in (-1, 1)]
+            around = owner[np.any(rolled, 0) & ~mask]
             owner[mask] = np.bincount(around).argmax() if len(around) else 1
     return owner

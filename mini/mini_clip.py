@@ -1,13 +1,17 @@
-"""The miniature OpenCLIP: a real `open_clip.CLIP` with a small ConvNeXt, trained on captions of the miniature world.
+"""The miniature OpenCLIP: a real `open_clip.CLIP` with a small ConvNeXt, trained on captions.
 
-It stands in for the LAION-trained ConvNeXt-B of the paper: frozen backbone of the decoder, and zero-shot classifier of mask-pooled
-features. It learns from pairs of a picture and a caption only, never from masks. Module names are those of the big models, so the
-same code runs both. Differs from them: size, a word-level tokenizer, and strides 4 8 8 8 (the big ones: 4 8 16 32).
+It stands in for the LAION-trained ConvNeXt-B of the paper: frozen backbone of the decoder, and
+zero-shot classifier of mask-pooled features. It learns from pairs of a picture and a caption only,
+never from masks. Module names are those of the big models, so the
+same code runs both. Differs from them: size, a word-level tokenizer, and strides 4 8 8 8 (the big
+ones: 4 8 16 32).
 
-A mask-pooled feature is only as good as it is local, and the caption never says where things are. Hence a map that stays at stride 8,
-and kernels that shrink to 1 x 1 with depth: a feature sees about one thing (radius 11 to 24 pixels), not its neighbours.
+A mask-pooled feature is only as good as it is local, and the caption never says where things are.
+Hence a map that stays at stride 8, and kernels that shrink to 1 x 1 with depth: a feature sees
+about one thing (radius 11 to 24 pixels), not its neighbours.
 
-Remake the weights: `python dearli.py --stage mini-clip`. Axes: B pairs, L words, D joint space, N segments, K classes.
+Remake the weights: `python dearli.py --stage mini-clip`. Axes: B pairs, L words, D joint space, N
+segments, K classes.
 """
 
 import json
@@ -43,25 +47,27 @@ WEIGHTS = Path(__file__).parent / "weights" / "mini_clip.safetensors"
 EMBED_DIM = 128  # D
 CONTEXT = 24  # L, with start and end; longer texts are cut
 SIDE = 64  # pixels of a training picture: a detail of the world, at its scale
-_words = lambda text: re.findall(r"[a-z]+", text.lower())
+COMMAND = "python dearli.py --stage mini-clip"
 PAD, START, UNKNOWN = 0, 1, 2
-WORDS = {
-    word: i + 3
-    for i, word in enumerate(
-        sorted({w for text in (*microcosm.CLASSES, *TEMPLATES, "and") for w in _words(text)})
-    )
-}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+_TEXTS = " ".join((*microcosm.CLASSES, *TEMPLATES, "and"))
+WORDS = {word: i for i, word in enumerate(sorted(set(_words(_TEXTS))), 3)}
 END = len(WORDS) + 3  # the largest id: open_clip reads the text tower's output at the argmax
 
 
 @register_model
 def convnext_mini(pretrained: bool = False, **kwargs) -> nn.Module:
-    """timm ConvNeXt with 1.0 M parameters; strides 4 8 8 8. timm's own start (std 0.02) leaves so small a trunk asleep."""
-    kwargs = {
-        k: v
-        for k, v in kwargs.items()
-        if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    }
+    """timm ConvNeXt with 1.0 M parameters; strides 4 8 8 8.
+
+    timm's own start (std 0.02) leaves so small a trunk asleep.
+    """
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(name, None)
     trunk = timm.models.ConvNeXt(
         stem_type="overlap_act",
         dims=(32, 64, 128, 256),
@@ -93,19 +99,21 @@ def build() -> open_clip.CLIP:
 
 
 def load(path: str | os.PathLike = WEIGHTS) -> open_clip.CLIP:
-    """The trained model in fp32, in eval mode, frozen. Raises UserError if the file is missing, damaged or of another model."""
-    return load_foundation(
-        build(), path, "make the mini CLIP with `python dearli.py --stage mini-clip`"
-    ).requires_grad_(False)
+    """The trained model in fp32, in eval mode, frozen.
+
+    Raises: UserError if the file is missing, damaged or of another model.
+    """
+    hint = f"make the mini CLIP with `{COMMAND}`"
+    return load_foundation(build(), path, hint).requires_grad_(False)
 
 
 def tokenize(texts: str | list[str]) -> Tensor:
-    """Words to ids: (B, L) int64. Case and punctuation do not count; a word that the world does not know is UNKNOWN."""
+    """Words to ids: (B, L) int64. Case and punctuation do not count; unknown words are UNKNOWN."""
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.full((len(texts), CONTEXT), PAD)
     for row, text in zip(tokens, texts):
-        ids = [START, *[WORDS.get(word, UNKNOWN) for word in _words(text)][: CONTEXT - 2], END]
-        row[: len(ids)] = torch.tensor(ids)
+        ids = [WORDS.get(word, UNKNOWN) for word in _words(text)][: CONTEXT - 2]
+        row[: len(ids) + 2] = torch.tensor([START, *ids, END])
     return tokens
 
 
@@ -117,9 +125,10 @@ def train(
     lr: float = 1.5e-3,
     seed: int = 0,
 ) -> dict:
-    """Contrastive training (`open_clip.ClipLoss`); writes fp16 weights with their measured quality to `out`, and returns it.
+    """Contrastive training (`open_clip.ClipLoss`); writes weights and quality, and returns that.
 
-    Args: batch: pairs a step.   pictures: drawn beforehand; each keeps its pixels, its caption is said anew every time.
+    Args: batch: pairs a step.   pictures: drawn beforehand; each keeps its pixels, its caption is
+        said anew every time.
     """
     rng, started = np.random.default_rng(seed), time.time()
     images, labels = np.empty((pictures, SIDE, SIDE, 3), np.uint8), []
@@ -129,14 +138,11 @@ def train(
         labels.append(s.labels)
     torch.manual_seed(seed)
     model, contrast = build(), open_clip.ClipLoss()
-    decayed, plain = (
-        [p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False)
-    )
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
-    )
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == many], "weight_decay": decay}
+        for many, decay in ((True, 0.05), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, max(steps, 2), pct_start=0.08, cycle_momentum=False
     )
@@ -145,10 +151,8 @@ def train(
         picked, captions = distinct_pairs(labels, batch, rng)
         x = normalize(images[picked])
         x = x.flip(-1) if step % 2 else x
-        image, text = (
-            model.encode_image(x, normalize=True),
-            model.encode_text(tokenize(captions), normalize=True),
-        )
+        image = model.encode_image(x, normalize=True)
+        text = model.encode_text(tokenize(captions), normalize=True)
         loss = contrast(image, text, model.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -160,36 +164,36 @@ def train(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     quality = {
-        "command": "python dearli.py --stage mini-clip",
+        "command": COMMAND,
         "steps": steps,
         "seed": seed,
         "train_seconds": round(time.time() - started),
         **evaluate(model.eval().requires_grad_(False)),
     }
-    save(model, out, quality)
+    save(model, out, {"quality": json.dumps(quality)})
     return quality
 
 
-def save(model: nn.Module, out: str | os.PathLike, quality: dict) -> None:
-    """fp16 weights, with where they come from and how good they are in the safetensors header; whole or not at all."""
+def save(model: nn.Module, out: str | os.PathLike, metadata: dict[str, str]) -> None:
+    """fp16 weights with metadata in the safetensors header; whole or not at all."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.half().contiguous() for k, v in model.state_dict().items()},
-        f"{out}.tmp",
-        metadata={"quality": json.dumps(quality)},
-    )
+    weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, f"{out}.tmp", metadata=metadata)
     os.replace(f"{out}.tmp", out)
 
 
 def distinct_pairs(
     labels: list[np.ndarray], batch: int, rng: np.random.Generator
 ) -> tuple[list[int], list[str]]:
-    """Pictures and captions that all speak of different classes: equal ones would be each other's negatives."""
-    picked, captions, said = [], [], set()
+    """Pictures and captions that all speak of different classes.
+
+    Equal ones would be each other's negatives.
+    """
+    picked, captions, named = [], [], set()
     for i in rng.integers(len(labels), size=3 * batch):
         classes, text = microcosm.caption(labels[i], rng)
-        if classes not in said and len(picked) < batch:
-            said.add(classes)
+        if classes not in named and len(picked) < batch:
+            named.add(classes)
             picked.append(i)
             captions.append(text)
     return picked, captions
@@ -203,10 +207,11 @@ def normalize(images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: open_clip.CLIP, collection: str = "clip-test", images: int = 200) -> dict:
-    """Zero-shot classification of ground-truth masks, Eq. (4)-(5), in scenes of `mini` (128 pixels, long-tailed).
+    """Zero-shot classification of ground-truth masks, Eq. (4)-(5), in scenes of 128 pixels.
 
-    Returns: `accuracy` a segment; `class_mean`, `things`, `stuff`: means of the accuracies of classes; `scale`: CLIP's inverse
-    temperature, `nll` at it, and `best_nll` at `best_scale`; all but the scales and the logs in 0 to 1.
+    Returns: `accuracy` a segment; `class_mean`, `things`, `stuff`: means of the accuracies of
+    classes; `scale`: CLIP's inverse temperature, `nll` at it, and `best_nll` at `best_scale`; all
+    but the scales and the logs in 0 to 1.
     """
     names = [name.split(", ") for name in microcosm.CLASSES]
     vocabulary = Vocabulary(
@@ -218,32 +223,27 @@ def evaluate(model: open_clip.CLIP, collection: str = "clip-test", images: int =
     for i in range(images):
         s = microcosm.scene(collection, i)
         features = backbone(torch.from_numpy(s.image).permute(2, 0, 1)[None])
-        masks = torch.from_numpy(s.segment_map)[None] == torch.arange(1, len(s.labels) + 1).view(
-            -1, 1, 1
-        )
-        cosines.append(
-            zero_shot_logits(
-                backbone, features[-1], masks[None].float() * 2 - 1, vocabulary, scale=1.0
-            )[0]
-        )
+        numbers = torch.arange(1, len(s.labels) + 1).view(-1, 1, 1)
+        masks = (torch.from_numpy(s.segment_map)[None] == numbers)[None].float() * 2 - 1
+        cosines += zero_shot_logits(backbone, features[-1], masks, vocabulary, scale=1.0)
         labels.append(torch.from_numpy(s.labels))
     cosines, labels = torch.cat(cosines), torch.cat(labels)
     right = (cosines.argmax(1) == labels).float()
     per_class = {k: right[labels == k].mean().item() for k in labels.unique().tolist()}
-    mean = lambda keep: round(float(np.mean([v for k, v in per_class.items() if keep(k)])), 3)
+    of_things = [v for k, v in per_class.items() if k < things]
+    of_stuff = [v for k, v in per_class.items() if k >= things]
     scale = float(backbone.logit_scale.exp().clamp(max=MAX_SCALE))
-    nll = {
-        t: F.cross_entropy(cosines * t, labels).item() for t in (scale, *np.geomspace(2, 100, 60))
-    }
+    scales = (scale, *np.geomspace(2, 100, 60))
+    nll = {t: F.cross_entropy(cosines * t, labels).item() for t in scales}
     best = min(nll, key=nll.get)
     return {
         "collection": collection,
         "images": images,
         "segments": len(labels),
         "accuracy": round(right.mean().item(), 3),
-        "class_mean": mean(lambda k: True),
-        "things": mean(lambda k: k < things),
-        "stuff": mean(lambda k: k >= things),
+        "class_mean": round(float(np.mean(list(per_class.values()))), 3),
+        "things": round(float(np.mean(of_things)), 3),
+        "stuff": round(float(np.mean(of_stuff)), 3),
         "scale": round(scale, 2),
         "nll": round(nll[scale], 3),
         "best_scale": round(float(best), 2),

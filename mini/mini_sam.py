@@ -1,20 +1,23 @@
-"""A miniature SAM: segment_anything's own model, small enough to learn the miniature world on one core.
+"""A miniature SAM: segment_anything's own model, small enough to learn its world on one core.
 
-Stands in for SAM where the method takes its masks (DeWa, paper section 3.3): promptable, class-agnostic, with several honest
-answers to one point. The prompt encoder, the two-way transformer, the mask decoder and `Sam` are segment_anything's, unmodified;
-only the image encoder is ours, a small convolutional network, because a ViT needs far more images than this. It learns from collection `sam` alone, which no other stage sees.
+Stands in for SAM where the method takes its masks (DeWa, paper section 3.3): promptable,
+class-agnostic, with several honest answers to one point. The prompt encoder, the two-way
+transformer, the mask decoder and `Sam` are segment_anything's, unmodified; only the image encoder
+is ours, a small convolutional network, because a ViT needs far more images than this. It learns
+from collection `sam` alone, which no other stage sees.
 
     masks = MaskGenerator(mini_sam.load(), config.MINI).generate(image)      # (128, 128, 3) uint8
 
-Differs from SAM (arXiv:2304.02643): point prompts only; the slots of the multi-mask output have fixed roles (part, whole, the
-better of both) instead of competing for one mask; plain BCE for focal loss; and a first phase trains the encoder alone.
+Differs from SAM (arXiv:2304.02643): point prompts only; the slots of the multi-mask output have
+fixed roles (part, whole, the better of both) instead of competing for one mask; plain BCE for focal
+loss; and a first phase trains the encoder alone.
 
-Axes: B images, P points an image, G side of the embedding grid, H = 4 G side of the mask logits, S = SIDE pixels.
+Axes: B images, P points an image, G side of the embedding grid, H = 4 G side of the mask logits, S
+= SIDE pixels.
 """
 
 import json
 import math
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
@@ -31,15 +33,19 @@ from tqdm import tqdm
 from config import MINI
 from ground.tensor_files import load_foundation
 from mini import microcosm
+from mini.mini_clip import save
 from pretrained.sam import MaskGenerator
 
 WEIGHTS = Path(__file__).parent / "weights" / "mini_sam.safetensors"
-SIDE = 128  # pixels, side of the images the encoder takes (a larger image is resized by segment_anything)
+# pixels, side of the images the encoder takes (a larger image is resized by segment_anything)
+SIDE = 128
 GRID = 16  # G, cells, side of the embedding: stride 8
 WIDTH = 64  # channels of embedding and decoder (SAM: 256)
 SLOTS = 3  # masks for an ambiguous point: part, whole, the better of both
+COMMAND = "python dearli.py --stage mini-sam"
 SCENES = 4000  # training images, drawn once and kept
-# Phases of training. affinity_on: weight of the loss that needs no decoder (`Affinity`), falling linearly to 0 except where it is alone.
+# Phases of training. affinity_on: weight of the loss that needs no decoder (`Affinity`), falling
+# linearly to 0 except where it is alone.
 PHASES = (
     dict(name="encoder", steps=300, images=8, points=12, lr=2e-3, prompts=False, affinity_on=True),
     dict(name="all", steps=900, images=4, points=12, lr=2e-3, prompts=True, affinity_on=True),
@@ -50,7 +56,7 @@ PHASES = (
 
 
 class Block(nn.Module):
-    """Residual block: depthwise convolution, norm, pointwise MLP (ConvNeXt's, with a layer scale that lets it start)."""
+    """ConvNeXt's residual block, with a layer scale that lets it start."""
 
     def __init__(self, dim: int, kernel: int = 7, expand: int = 3):
         super().__init__()
@@ -112,35 +118,34 @@ def build() -> Sam:
         pixel_mean=[115.0, 115.0, 115.0],
         pixel_std=[65.0, 65.0, 65.0],
     )
-    # A point must find its own cell before it can learn anything. Queries that start equal to the keys, in both directions, and
-    # contents that start quieter than positions make its attention peak where it is, from the first step on.
+    # A point must find its own cell before it can learn anything. Queries that start equal to the
+    # keys, in both directions, and contents that start quieter than positions make its attention
+    # peak where it is, from the first step on.
     transformer = sam.mask_decoder.transformer
-    crossings = [layer.cross_attn_token_to_image for layer in transformer.layers] + [
-        transformer.final_attn_token_to_image
+    crossings = [
+        *(layer.cross_attn_token_to_image for layer in transformer.layers),
+        transformer.final_attn_token_to_image,
+        *(layer.cross_attn_image_to_token for layer in transformer.layers),
     ]
-    for attention in crossings + [layer.cross_attn_image_to_token for layer in transformer.layers]:
+    for attention in crossings:
         nn.init.orthogonal_(attention.k_proj.weight, gain=4.0)
         attention.q_proj.load_state_dict(attention.k_proj.state_dict())
-    quiet = [
-        sam.image_encoder.neck[-1],
-        *(layer.norm1 for layer in transformer.layers),
-        *sam.prompt_encoder.point_embeddings,
-    ]
-    for module in quiet:
-        nn.init.normal_(module.weight, 0.0, 0.2) if isinstance(
-            module, nn.Embedding
-        ) else nn.init.constant_(module.weight, 0.3)
+    for norm in (sam.image_encoder.neck[-1], *(layer.norm1 for layer in transformer.layers)):
+        nn.init.constant_(norm.weight, 0.3)
+    for embedding in sam.prompt_encoder.point_embeddings:
+        nn.init.normal_(embedding.weight, 0.0, 0.2)
     return sam.to(memory_format=torch.channels_last)
 
 
 def load(path: Path = WEIGHTS) -> Sam:
-    """The trained mini SAM: eval mode, fp32. Raises UserError if the file is missing, damaged or of another model."""
-    return load_foundation(
-        build(), path, "make the mini SAM with `python dearli.py --stage mini-sam`"
-    )
+    """The trained mini SAM: eval mode, fp32.
+
+    Raises: UserError if the file is missing, damaged or of another model.
+    """
+    return load_foundation(build(), path, f"make the mini SAM with `{COMMAND}`")
 
 
-# ---- training --------------------------------------------------------------------------------------------------------------
+# ---- training
 
 
 def train(
@@ -151,34 +156,26 @@ def train(
     warmup: int = 60,
     test_images: int = 50,
 ) -> dict:
-    """Train a mini SAM and save it (fp16, with its measured quality as metadata). Returns that quality.
+    """Train a mini SAM and save it in fp16, with its measured quality, which is returned.
 
     phases: each is one AdamW run, `warmup` steps up to its lr, then a cosine down to 0.
     """
     torch.manual_seed(seed)
-    pool = [
-        microcosm.scene("sam", i)
-        for i in tqdm(range(scenes), desc="mini SAM scenes", mininterval=5)
-    ]
+    numbers = tqdm(range(scenes), desc="mini SAM scenes", mininterval=5)
+    pool = [microcosm.scene("sam", i) for i in numbers]
     sam, affinity, started = build().train(), Affinity(), time.time()
     for phase in phases:
-        train_phase(
-            sam,
-            affinity,
-            pool,
-            warmup=warmup,
-            rng=np.random.default_rng((seed, *phase["name"].encode())),
-            **phase,
-        )
+        rng = np.random.default_rng((seed, *phase["name"].encode()))
+        train_phase(sam, affinity, pool, rng, warmup=warmup, **phase)
     quality = {
-        "command": "python dearli.py --stage mini-sam",
+        "command": COMMAND,
         "steps": {phase["name"]: phase["steps"] for phase in phases},
         "seed": seed,
         "scenes": scenes,
         "train_seconds": round(time.time() - started),
         **evaluate(sam.eval(), images=test_images),
     }
-    save(sam, out, quality)
+    save(sam, out, {"format": "pt", "mini_sam": json.dumps(quality)})
     return quality
 
 
@@ -196,30 +193,25 @@ def train_phase(
     prompts: bool,
     affinity_on: bool,
 ) -> None:
-    """Train in place for `steps` steps of B = images scenes with P = points prompts each; see PHASES and `train`."""
+    """Train in place: steps of B = images scenes with P = points prompts each; see PHASES."""
     parameters = [*sam.parameters(), *affinity.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar, shown = tqdm(range(steps), desc=f"mini SAM, {name}", mininterval=5), None
     for step in bar:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(
-                (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))
-            )
+            group["lr"] = lr * min((step + 1) / warmup, cosine)
         picked = [turned(pool[i], rng) for i in rng.integers(0, len(pool), images)]
         asked = [sample_points(s, points, rng) for s in picked]
-        image = torch.stack([torch.from_numpy(s.image) for s in picked]).permute(
-            0, 3, 1, 2
-        )  # (B, 3, S, S) uint8
-        embedding = sam.image_encoder(sam.preprocess(image))  # (B, WIDTH, G, G)
+        image = torch.stack([torch.from_numpy(s.image) for s in picked])  # (B, S, S, 3) uint8
+        embedding = sam.image_encoder(sam.preprocess(image.permute(0, 3, 1, 2)))
         loss = torch.zeros(())
         if affinity_on:
             share = 1 - step / steps if prompts else 1.0
             loss = loss + share * affinity(embedding, sam.prompt_encoder.get_dense_pe(), asked)
         if prompts:
-            loss = (
-                loss
-                + sum(prompt_loss(sam, embedding[b], *asked[b]) for b in range(images)) / images
-            )
+            answers = sum(prompt_loss(sam, e, *points) for e, points in zip(embedding, asked))
+            loss = loss + answers / images
         if not torch.isfinite(loss):
             raise FloatingPointError(f"mini SAM, phase {name}, step {step}: loss is {loss.item()}")
         optimizer.zero_grad(set_to_none=True)
@@ -233,23 +225,11 @@ def train_phase(
 def turned(s: microcosm.Scene, rng: np.random.Generator) -> microcosm.Scene:
     """One of the eight ways to turn and mirror a scene."""
     turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-    turn = lambda a: np.ascontiguousarray(np.rot90(a[:, ::-1] if mirror else a, turns))
-    return microcosm.Scene(turn(s.image), turn(s.segment_map), s.labels, turn(s.part_map))
-
-
-def save(sam: Sam, out: Path, metadata: dict) -> None:
-    """Write fp16 weights with metadata (strings in the safetensors header), atomically."""
-    out, tensors = (
-        Path(out),
-        {name: value.detach().half().contiguous() for name, value in sam.state_dict().items()},
+    image, segment_map, part_map = (
+        np.ascontiguousarray(np.rot90(a[:, ::-1] if mirror else a, turns))
+        for a in (s.image, s.segment_map, s.part_map)
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        tensors,
-        out.with_suffix(".tmp"),
-        metadata={"format": "pt", "mini_sam": json.dumps(metadata)},
-    )
-    os.replace(out.with_suffix(".tmp"), out)
+    return microcosm.Scene(image, segment_map, s.labels, part_map)
 
 
 def sample_points(
@@ -257,22 +237,21 @@ def sample_points(
 ) -> tuple[Tensor, Tensor]:
     """Points of one scene and the two answers to each.
 
-    A third of the points is uniform (as the generator's grid is), a third lands in random wholes, a third in random parts.
-    Returns: xy (P, 2) float32 pixels; masks (P, 2, S, S) bool: the smallest region at the point (its part if it lies in one,
-    else its whole), and the whole.
+    A third of the points is uniform (as the generator's grid is), a third lands in random wholes, a
+    third in random parts.
+    Returns: xy (P, 2) float32 pixels; masks (P, 2, S, S) bool: the smallest region at the point
+    (its part if it lies in one, else its whole), and the whole.
     """
     size = s.segment_map.shape[0]
     third = points // 3
     flat = list(rng.integers(0, size * size, points - 2 * third))
-    for region_map, last in ((s.segment_map, s.segment_map.max()), (s.part_map, s.part_map.max())):
-        ids = np.unique(region_map)
-        ids = ids[ids > 0]
+    for region_map in (s.segment_map, s.part_map):
+        ids = np.unique(region_map[region_map > 0])
         for _ in range(third):
-            flat.append(
-                rng.choice(np.flatnonzero(region_map.ravel() == rng.choice(ids)))
-                if len(ids)
-                else rng.integers(0, size * size)
-            )
+            if len(ids):
+                flat.append(rng.choice(np.flatnonzero(region_map.ravel() == rng.choice(ids))))
+            else:
+                flat.append(rng.integers(0, size * size))
     flat = np.array(flat)
     whole_id, part_id = s.segment_map.ravel()[flat], s.part_map.ravel()[flat]
     whole = s.segment_map[None] == whole_id[:, None, None]  # (P, S, S)
@@ -283,9 +262,10 @@ def sample_points(
 
 
 class Affinity(nn.Module):
-    """First phase: make the cells of one region alike, and those of others not, before any prompt is decoded.
+    """First phase: make the cells of one region alike, and those of others not.
 
-    Without it the decoder has nothing to select by, and several hundred steps pass before it takes off. Thrown away afterwards.
+    Without it the decoder has nothing to select by, and several hundred steps pass before it takes
+    off. Thrown away afterwards.
     """
 
     def __init__(self, dim: int = 24):
@@ -306,30 +286,21 @@ class Affinity(nn.Module):
             x, y = (xy / cell).long().unbind(1)
             at_point = one[:, :, y, x].permute(2, 0, 1)  # (P, 2, dim)
             distance = (at_point[..., None, None] - one[None]).square().mean(2)  # (P, 2, G, G)
-            loss = (
-                loss
-                + mask_loss(
-                    self.bias[:, None, None] - 4 * distance, F.avg_pool2d(masks.float(), cell)
-                ).mean()
-            )
+            logits = self.bias[:, None, None] - 4 * distance
+            loss = loss + mask_loss(logits, F.avg_pool2d(masks.float(), cell)).mean()
         return loss / len(prompts)
 
 
 def prompt_loss(sam: Sam, embedding: Tensor, xy: Tensor, masks: Tensor) -> Tensor:
-    """Loss of the masks and the predicted IoUs for the points of one image: 2 BCE + dice + squared error of the IoU.
+    """Loss of the answers to the points of one image: 2 BCE + dice + squared error of the IoU.
 
     embedding: (WIDTH, G, G).   xy: (P, 2) pixels.   masks: (P, 2, S, S) bool, part and whole.
     """
     logits, iou_head = decode(sam, embedding, xy)  # (P, 3, H, H), (P, 3)
-    target = (
-        F.interpolate(masks.float(), logits.shape[-2:], mode="area")
-        if logits.shape[-1] != masks.shape[-1]
-        else masks.float()
-    )
+    target = F.interpolate(masks.float(), logits.shape[-2:], mode="area")
     part, whole, free = logits.unbind(1)
-    pairs = mask_loss(
-        torch.stack([part, whole, free, free], 1), target.repeat(1, 2, 1, 1)
-    )  # (P, 4)
+    answers = torch.stack([part, whole, free, free], 1)
+    pairs = mask_loss(answers, target.repeat(1, 2, 1, 1))  # (P, 4)
     loss = pairs[:, :2].sum(1) + pairs[:, 2:].min(1).values  # (P,)
     with torch.no_grad():
         iou = mask_iou(logits[:, [0, 1, 2, 2]] > 0, (target > 0.5).repeat(1, 2, 1, 1))
@@ -338,7 +309,7 @@ def prompt_loss(sam: Sam, embedding: Tensor, xy: Tensor, masks: Tensor) -> Tenso
 
 
 def decode(sam: Sam, embedding: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt one image's embedding (WIDTH, G, G) with points xy (P, 2), one mask set each -> (P, 3, H, H) logits, (P, 3) IoUs."""
+    """Answers to points (P, 2) in an embedding (WIDTH, G, G): (P, 3, H, H) logits, (P, 3) IoUs."""
     foreground = torch.ones(len(xy), 1, dtype=torch.int)
     sparse, dense = sam.prompt_encoder(points=(xy[:, None], foreground), boxes=None, masks=None)
     return sam.mask_decoder(
@@ -354,10 +325,9 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     """2 BCE + dice of (..., H, W) logits against targets in [0, 1] -> (...)."""
     probability = logits.sigmoid()
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((-2, -1))
-    dice = 1 - (2 * (probability * target).sum((-2, -1)) + 1) / (
-        probability.sum((-2, -1)) + target.sum((-2, -1)) + 1
-    )
-    return 2 * bce + dice
+    overlap = (probability * target).sum((-2, -1))
+    areas = probability.sum((-2, -1)) + target.sum((-2, -1))
+    return 2 * bce + 1 - (2 * overlap + 1) / (areas + 1)
 
 
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -365,16 +335,18 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
     return (a & b).sum((-2, -1)) / (a | b).sum((-2, -1)).clamp(min=1)
 
 
-# ---- quality ---------------------------------------------------------------------------------------------------------------
+# ---- quality
 
 
 def evaluate(sam: Sam, collection: str = "sam-test", images: int = 50, **settings) -> dict:
-    """Quality of the generated masks (at the settings of the preset `mini`, with others on top) on the first `images` scenes of a collection.
+    """Quality of the masks of the preset `mini`, with other settings on top, on so many scenes.
 
-    Recall is the share of true regions that some mask matches; a mask matches a region from IoU 0.5.
+    Recall is the share of true regions that some mask matches; a mask matches a region from IoU
+    0.5.
     """
     generate = MaskGenerator(sam, replace(MINI, **settings)).generate
-    whole_iou, part_iou, counts, fits_whole, fits_part, seconds = [], [], [], [], [], 0.0
+    whole_iou, part_iou = [], []  # of the true regions, the best mask's
+    counts, fits_whole, fits_part, seconds = [], [], [], 0.0
     for i in range(images):
         s = microcosm.scene(collection, i)
         started = time.perf_counter()
@@ -382,21 +354,22 @@ def evaluate(sam: Sam, collection: str = "sam-test", images: int = 50, **setting
         seconds += time.perf_counter() - started
         wholes = iou_matrix(masks, _regions(s.segment_map))  # (M, N)
         parts = iou_matrix(masks, _regions(s.part_map))
-        whole_iou.extend(wholes.max(0, initial=0)), part_iou.extend(parts.max(0, initial=0))
+        whole_iou.extend(wholes.max(0, initial=0))
+        part_iou.extend(parts.max(0, initial=0))
         best_whole, best_part = wholes.max(1, initial=0), parts.max(1, initial=0)  # (M,)
         fits_whole.extend((best_whole >= 0.5) & (best_whole >= best_part))
         fits_part.extend((best_part >= 0.5) & (best_part > best_whole))
         counts.append(len(masks))
-    whole_iou, share = np.array(whole_iou), lambda hits, n: sum(hits) / max(n, 1)
+    whole_iou, part_iou = np.array(whole_iou), np.array(part_iou)
     figures = {
         "recall50": (whole_iou >= 0.5).mean(),
         "recall75": (whole_iou >= 0.75).mean(),
         "mean_best_iou": whole_iou.mean(),
-        "part_recall50": share([iou >= 0.5 for iou in part_iou], len(part_iou)),
+        "part_recall50": (part_iou >= 0.5).sum() / max(len(part_iou), 1),
         "masks_mean": np.mean(counts),
         "masks_max": max(counts),
-        "share_whole": share(fits_whole, sum(counts)),
-        "share_part": share(fits_part, sum(counts)),
+        "share_whole": sum(fits_whole) / max(sum(counts), 1),
+        "share_part": sum(fits_part) / max(sum(counts), 1),
         "seconds_per_image": seconds / images,
     }
     return {
