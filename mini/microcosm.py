@@ -7,9 +7,9 @@ the mini CLIP and the mini SAM learn from all come from disjoint seeds.
 
 Two properties are there on purpose, because the method lives on them:
 * classes are long-tailed, so a labelled list of 16 images shows some classes once or never (what
-CLIP is for); * things have shaded parts and stuff has stains outside the taxonomy, so "a segment"
-has several honest answers
-  (what the paper calls granularity mismatch, section 3.3).
+  CLIP is for);
+* things have shaded parts and stuff has stains outside the taxonomy, so "a segment" has several
+  honest answers (what the paper calls granularity mismatch, section 3.3).
 
 Axes: S image side in pixels, N segments.
 Try: `python -c "from mini import microcosm; from PIL import Image;
@@ -47,9 +47,7 @@ STUFF = tuple(
     "wood, planks|tiles, tiled floor|snow".split("|")
 )
 CLASSES = THINGS + STUFF  # contiguous index: things first
-CAPTIONS = "a photo of a {}.|There is a {} in the scene.|a {}|This is a photo of a {}.|{}".split(
-    "|"
-)
+FRAMES = "a photo of a {}.|There is a {} in the scene.|a {}|This is a photo of a {}.|{}"
 THING_TAIL, STUFF_TAIL = 0.9, 0.5  # class frequency ~ rank ** -tail
 
 # First seed of each collection; index i of a collection is drawn from SeedSequence((first, i)).
@@ -140,7 +138,7 @@ def caption(
     named = [label for label in dict.fromkeys(labels.tolist()) if rng.random() > drop[label]]
     named = named or [int(rng.choice(labels))]
     names = [str(rng.choice(CLASSES[label].split(", "))) for label in rng.permutation(named)]
-    return frozenset(named), str(rng.choice(CAPTIONS)).format(" and a ".join(names))
+    return frozenset(named), str(rng.choice(FRAMES.split("|"))).format(" and a ".join(names))
 
 
 def _tail(n: int, exponent: float) -> np.ndarray:

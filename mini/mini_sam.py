@@ -21,6 +21,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ def train(
     sam, affinity, started = build().train(), Affinity(), time.time()
     for phase in phases:
         rng = np.random.default_rng((seed, *phase["name"].encode()))
-        train_phase(sam, affinity, pool, rng, warmup=warmup, **phase)
+        train_phase(sam, affinity, pool, rng, warmup, SimpleNamespace(**phase))
     quality = {
         "command": COMMAND,
         "steps": {phase["name"]: phase["steps"] for phase in phases},
@@ -184,36 +185,33 @@ def train_phase(
     affinity: "Affinity",
     pool: list[microcosm.Scene],
     rng: np.random.Generator,
-    name: str,
-    steps: int,
-    images: int,
-    points: int,
-    lr: float,
     warmup: int,
-    prompts: bool,
-    affinity_on: bool,
+    phase: SimpleNamespace,
 ) -> None:
-    """Train in place: steps of B = images scenes with P = points prompts each; see PHASES."""
+    """Train in place: `phase.steps` steps of B = images scenes with P = points prompts each."""
+    steps, images = phase.steps, phase.images
     parameters = [*sam.parameters(), *affinity.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
-    bar, shown = tqdm(range(steps), desc=f"mini SAM, {name}", mininterval=5), None
+    optimizer = torch.optim.AdamW(parameters, phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    bar, shown = tqdm(range(steps), desc=f"mini SAM, {phase.name}", mininterval=5), None
     for step in bar:
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, cosine)
+            group["lr"] = phase.lr * min((step + 1) / warmup, cosine)
         picked = [turned(pool[i], rng) for i in rng.integers(0, len(pool), images)]
-        asked = [sample_points(s, points, rng) for s in picked]
+        asked = [sample_points(s, phase.points, rng) for s in picked]
         image = torch.stack([torch.from_numpy(s.image) for s in picked])  # (B, S, S, 3) uint8
         embedding = sam.image_encoder(sam.preprocess(image.permute(0, 3, 1, 2)))
         loss = torch.zeros(())
-        if affinity_on:
-            share = 1 - step / steps if prompts else 1.0
+        if phase.affinity_on:
+            share = 1 - step / steps if phase.prompts else 1.0
             loss = loss + share * affinity(embedding, sam.prompt_encoder.get_dense_pe(), asked)
-        if prompts:
-            answers = sum(prompt_loss(sam, e, *points) for e, points in zip(embedding, asked))
+        if phase.prompts:
+            answers = sum(prompt_loss(sam, e, *prompt) for e, prompt in zip(embedding, asked))
             loss = loss + answers / images
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"mini SAM, phase {name}, step {step}: loss is {loss.item()}")
+            raise FloatingPointError(
+                f"mini SAM, phase {phase.name}, step {step}: loss is {loss.item()}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
