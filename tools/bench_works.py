@@ -1,0 +1,459 @@
+"""What `tools.bench` measures: our side of each work, and that of the peer it is measured beside.
+
+A maker is called in the process that measures it, with a `Place`, and returns a function of the
+number of the call. Weights are noise and images are made, the same for both sides.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clip_ensemble import ClipBackbone, Vocabulary
+from config import OFFICIAL
+from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
+from engine import training
+from engine.optim import build_optimizer
+from matcher import Target
+from mean_teacher import pseudo_labels, train_step
+from model import Segmenter, panoptic_inference
+from panoptic_eval import PanopticQuality
+from pretrained import foundation
+from pretrained.sam import MaskGenerator
+from readers import mask_files, pictures
+from readers.ground_truth import DataSet, Taxonomy
+from readers.panoptic import PanopticFolder
+from tools import prepare
+
+CLASSES, THINGS, NAMES_A_CLASS = 133, 80, 2
+COCO_IMAGES, COCO_SEGMENTS = 118_287, 11  # of train2017; segments an image, 1.3 million in all
+OFFICIAL_CONFIG = (
+    "configs/ade20k/panoptic-segmentation-vlm/convnext_semisup/vlm_convnext_base_ade20k_1_64.yaml"
+)
+OFFICIAL_DIM = 640  # joint space of convnext_base_w_320
+NAMES = tuple(f"class {k}" for k in range(1, CLASSES + 1))
+TAXONOMY = Taxonomy(NAMES, tuple(k < THINGS for k in range(CLASSES)), tuple(range(1, CLASSES + 1)))
+
+
+class Skipped(Exception):
+    """Why something was not measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """official: a clone of the official code.   folder: an empty one of this maker's own."""
+
+    official: Path | None
+    folder: Path
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+def our_models(classes: int = CLASSES, cfg=OFFICIAL) -> Segmenter:
+    torch.manual_seed(0)
+    clip, _ = foundation.load_clip(dataclasses.replace(OFFICIAL, pretrained="random"))
+    names = torch.randn(classes * NAMES_A_CLASS, clip.visual.head.proj.out_features)
+    vocabulary = Vocabulary(F.normalize(names, dim=-1), [NAMES_A_CLASS] * classes)
+    return Segmenter(ClipBackbone(clip), vocabulary, cfg, classes)
+
+
+def official_models(place: Place):
+    """Student and teacher of the official code, and its module of the training step.
+
+    Its CUDA extension is replaced by its own CPU fallback, CLIP's download by noise.
+    """
+    if place.official is None:
+        raise Skipped("no --official DIR")
+    os.chdir(place.official)  # it reads its class names from where it stands
+    sys.path.insert(0, os.getcwd())
+    extension = types.ModuleType("MultiScaleDeformableAttention")
+    extension.__getattr__ = lambda name: None  # its caller then takes the path in plain torch
+    sys.modules["MultiScaleDeformableAttention"] = extension
+    try:
+        import open_clip
+
+        create = open_clip.create_model
+        open_clip.create_model_and_transforms = lambda name, **more: (create(name), None, None)
+        import mask2former.config as settings
+        import mask2former.vision_language_maskformer_teacher as teachers
+        from detectron2.config import get_cfg
+        from detectron2.data import MetadataCatalog
+        from detectron2.modeling import build_model
+        from detectron2.projects.deeplab import add_deeplab_config
+        from mask2former.semi_sup_train_runner import SemiSupTrainRunner
+    except ImportError as error:
+        raise Skipped(f"official code: {error}") from None
+    names = [f"class {k},thing {k}" for k in range(CLASSES)]
+    MetadataCatalog.get("made").set(
+        stuff_classes=names,
+        thing_classes=names[:THINGS],
+        stuff_dataset_id_to_contiguous_id={k: k for k in range(CLASSES)},
+        thing_dataset_id_to_contiguous_id={k: k for k in range(THINGS)},
+    )
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    for name in ("maskformer2", "semi_sup", "vl_maskformer2"):
+        getattr(settings, f"add_{name}_config")(cfg)
+    cfg.merge_from_file(OFFICIAL_CONFIG, allow_unsafe=True)
+    cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN = "cpu", ("made",)
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = CLASSES
+    torch.manual_seed(0)
+    student = build_model(cfg)
+    text = torch.randn(CLASSES * NAMES_A_CLASS, OFFICIAL_DIM)
+    student.text_classifier = F.normalize(text, dim=-1)
+    student.semantic_on = False  # panoptic inference on both sides
+    teacher = teachers.VisionLanguageMaskFormerTeacher(
+        cfg, student, ema_decay=0.999, burn_in_iters=0
+    )
+    return student, teacher, SemiSupTrainRunner
+
+
+def made_batch(side: int, images: int, segments: int, seed: int, classes: int = CLASSES):
+    """Noise in the shape of a labelled and an unlabelled batch, which has every other CutMix box.
+
+    Targets are partitions into cells around random centres.
+    """
+    g = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    targets = []
+    for _ in range(images):
+        centres = torch.rand(segments, 2, generator=g) * side
+        distances = torch.stack([(y - cy) ** 2 + (x - cx) ** 2 for cy, cx in centres])
+        labels = torch.randint(0, classes, (segments,), generator=g)
+        targets.append(Target(labels, distances.argmin(0).int() + 1))
+    box = (side // 4, side // 2, side // 4, side // 2)
+    boxes = [box if i % 2 == 0 else None for i in range(images)]
+    counts = (images, images, images, len(boxes[::2]), len(boxes[::2]))
+    labeled, weak, strong, *partners = (
+        torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8) for n in counts
+    )
+    names = [f"made {i}" for i in range(images)]
+    return Labeled(labeled, targets, names), Unlabeled(weak, strong, boxes, *partners, names)
+
+
+def official_batch(labeled: Labeled, unlabeled: Unlabeled) -> list[dict]:
+    """The same batch as the official code wants it."""
+    from detectron2.structures import Instances
+
+    rows, side = [], labeled.images.shape[-1]
+    partners = zip(unlabeled.partner_strong, unlabeled.partner_weak)
+    for i, target in enumerate(labeled.targets):
+        masks = torch.stack([target.segment_map == k for k in range(1, len(target) + 1)])
+        row = dict(
+            image=labeled.images[i],
+            instances=Instances((side, side), gt_classes=target.labels, gt_masks=masks),
+            student_image=unlabeled.strong[i],
+            teacher_image=unlabeled.weak[i],
+            height=side,
+            width=side,
+        )
+        if unlabeled.boxes[i] is not None:
+            top, bottom, left, right = unlabeled.boxes[i]
+            box = torch.zeros(side, side)
+            box[top:bottom, left:right] = 1
+            strong, weak = next(partners)
+            row["cutmix_addons"] = dict(
+                cutmix_box=box, student_image_cutmix=strong, teacher_image_cutmix=weak
+            )
+        rows.append(row)
+    return rows
+
+
+def our_step(
+    place, side=256, images=2, classes=CLASSES, segments=10, queries=200, precision=torch.float32
+) -> Callable:
+    cfg = dataclasses.replace(OFFICIAL, crop=side, num_queries=queries)
+    student = our_models(classes, cfg)
+    teacher, optimizer = student.teacher(), build_optimizer(student, cfg)
+    things = torch.arange(classes) < classes * THINGS // CLASSES
+    batches = [made_batch(side, images, segments, t, classes) for t in range(5)]
+
+    def step(t: int) -> None:
+        batch = batches[t % len(batches)]
+        train_step(student, teacher, optimizer, *batch, things, cfg, t, precision=precision)
+
+    return step
+
+
+def official_step(place, side=256, images=2, segments=10) -> Callable:
+    student, teacher, runner = official_models(place)
+    batches = [made_batch(side, images, segments, t) for t in range(5)]
+    params = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=OFFICIAL.lr, weight_decay=OFFICIAL.weight_decay)
+
+    class Feed:
+        def __iter__(self):
+            return (official_batch(*batch) for batch in itertools.cycle(batches))
+
+    run = runner(teacher, student.train(), Feed(), optimizer)
+    run._write_metrics = lambda *a, **k: None
+    run.after_backward = lambda: torch.nn.utils.clip_grad_norm_(params, OFFICIAL.clip_norm)
+
+    def step(t: int) -> None:
+        run.run_step()
+        with torch.no_grad():  # the average that the official hook forms after each step
+            for a, b in zip(teacher.parameters(), student.parameters()):
+                a.mul_(0.999).add_(b, alpha=0.001)
+
+    return step
+
+
+def our_inference(place, side=256, images=2, precision=torch.float32) -> Callable:
+    student = our_models().eval().requires_grad_(False)
+    things, x = torch.tensor(TAXONOMY.things), made_batch(side, images, 1, 0)[0].images
+
+    @torch.no_grad()
+    def infer(t: int):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            return pseudo_labels(student, student.backbone(x), things, (side, side), OFFICIAL.alpha)
+
+    return infer
+
+
+def official_inference(place, side=256, images=2) -> Callable:
+    student = official_models(place)[0].eval()
+    pictures = made_batch(side, images, 1, 0)[0].images
+    rows = [dict(image=x, height=side, width=side) for x in pictures]
+    return torch.no_grad()(lambda t: student(rows))
+
+
+def made_logits(side: int):
+    """Of 200 queries, of which 60 draw a disc of their own class: as many as a busy image has."""
+    g, grid = torch.Generator().manual_seed(0), torch.arange(side // 4)
+    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    masks = torch.randn(200, side // 4, side // 4, generator=g) - 6
+    classes = torch.zeros(200, CLASSES + 1)
+    classes[:, -1] = 8.0
+    for q, (cy, cx, r, c) in enumerate(torch.rand(60, 4, generator=g).tolist()):
+        distance = (y - cy * side / 4) ** 2 + (x - cx * side / 4) ** 2
+        masks[q][distance < (side / 48 * (1 + r)) ** 2] = 6.0
+        classes[q, -1], classes[q, int(c * CLASSES)] = 0.0, 6.0
+    return classes, masks
+
+
+def our_segments(place, side=512, images=4) -> Callable:
+    classes, masks = made_logits(side)
+    args = classes.softmax(-1), masks, torch.tensor(TAXONOMY.things), ((side, side),) * 3
+    return lambda t: [panoptic_inference(*args) for _ in range(images)]
+
+
+def official_segments(place, side=512, images=4) -> Callable:
+    _, teacher, _ = official_models(place)
+    classes, masks = made_logits(side)
+    masks = masks[None].expand(images, -1, -1, -1)
+
+    @torch.no_grad()
+    def segment(t: int):  # as its forward does
+        full = F.interpolate(masks, size=(side, side), mode="bilinear", align_corners=False)
+        return [teacher.panoptic_inference(classes, m) for m in full]
+
+    return segment
+
+
+# ------------------------------------------------------------------------ data and evaluation
+
+
+def made_folder(
+    root: Path, images: int, size: tuple[int, int], segments: int, name="true", shift=0, read=True
+) -> PanopticFolder | None:
+    """A panoptic data set. Its segments are rectangles, moved by `shift` pixels.
+
+    All images are links to one picture of noise, all maps to one map.
+    """
+    columns = min(segments, 8)
+    rows = -(-segments // columns)
+    y, x = np.mgrid[: size[0], : size[1]]
+    ids = y * rows // size[0] * columns + (x + shift) % size[1] * columns // size[1] + 1
+    ids = 1_000 * ids.clip(max=segments).astype(np.int32)
+    noise = np.random.default_rng(0).integers(64, 192, (size[0] // 3, size[1] // 3, 3), np.uint8)
+    noise = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
+    folders = {".jpg": root / f"{name} images", ".png": root / name}
+    for ending, picture in ((".jpg", noise), (".png", prepare.encode(ids))):
+        folders[ending].mkdir(parents=True)
+        picture.save(folders[ending] / f"0{ending}", quality=90)
+        for i in range(1, images):
+            os.symlink(f"0{ending}", folders[ending] / f"{i}{ending}")
+    areas, info = np.bincount(ids.ravel()).tolist(), dict(iscrowd=0, bbox=[0, 0, 160, 160])
+    segments_info = [
+        dict(id=1_000 * k, category_id=1 + 3 * k % CLASSES, area=areas[1_000 * k], **info)
+        for k in range(1, segments + 1)
+    ]
+    shape, numbers = dict(height=size[0], width=size[1]), range(images)
+    maps = dict(segments_info=segments_info)
+    content = dict(
+        images=[dict(id=i, file_name=f"{i}.jpg", **shape) for i in numbers],
+        annotations=[dict(image_id=i, file_name=f"{i}.png", **maps) for i in numbers],
+        categories=[
+            dict(id=k, name=n, isthing=int(thing))
+            for k, n, thing in zip(TAXONOMY.ids, TAXONOMY.names, TAXONOMY.things)
+        ],
+    )
+    (root / f"{name}.json").write_text(json.dumps(content))
+    if read:
+        return PanopticFolder(root / f"{name}.json", folders[".jpg"], folders[".png"], TAXONOMY)
+
+
+def both_folders(root: Path) -> list[PanopticFolder]:
+    sides = ("true", 0), ("predicted", 20)
+    return [made_folder(root, 20, (480, 640), 40, name, shift) for name, shift in sides]
+
+
+def our_pq(place: Place) -> Callable:
+    true, predicted = both_folders(place.folder)
+
+    def evaluate(t: int) -> float:
+        pq = PanopticQuality(CLASSES)
+        for i in range(len(true)):
+            a, b = predicted.truth(i), true.truth(i)
+            pq.add(a.segment_map, a.labels, b.segment_map, b.labels, b.areas, b.crowd)
+        return pq.result(TAXONOMY.things)["all"]["pq"]
+
+    return evaluate
+
+
+def panopticapi_pq(place: Place) -> Callable:
+    try:
+        from panopticapi.evaluation import pq_compute_single_core
+    except ImportError:
+        raise Skipped("panopticapi is not installed") from None
+    both_folders(place.folder)
+    folders = [place.folder / name for name in ("true", "predicted")]
+    true, predicted = (json.loads(f.with_suffix(".json").read_text()) for f in folders)
+    categories = {c["id"]: c for c in true["categories"]}
+    pairs = list(zip(true["annotations"], predicted["annotations"]))
+    args = (0, pairs, *map(str, folders), categories)
+    return lambda t: pq_compute_single_core(*args).pq_average(categories, isthing=None)[0]["pq"]
+
+
+def data_set(root: Path, images: int, size: tuple[int, int], segments: int) -> DataSet:
+    folder = made_folder(root, images, size, segments)
+    return DataSet("made", TAXONOMY, folder, folder, list(range(images)), [0])
+
+
+def big_photo(root: Path) -> DataSet:
+    """One picture of 1.5 megapixels with 40 segments, labelled and unlabelled."""
+    return data_set(root, 1, (1024, 1536), 40)
+
+
+def our_sample(place: Place) -> Callable:
+    cfg = dataclasses.replace(OFFICIAL, labeled_batch=1)
+    batches = LabeledBatches(big_photo(place.folder), cfg, 1000)
+    return lambda t: [batches[10 * t + k] for k in range(10)]
+
+
+def our_views(place: Place) -> Callable:
+    batches = SemiSupervisedBatches(big_photo(place.folder), OFFICIAL, 1000)
+    return lambda t: [batches._two_views(batches.rng(t, k)) for k in range(10)]
+
+
+def decoding(place: Place, maps: bool) -> Callable:
+    big_photo(place.folder)
+    paths = [place.folder / "true images" / "0.jpg"]
+    if maps:
+        paths.append(place.folder / "true" / "0.png")
+    return lambda t: [np.asarray(pictures.open_image(p)) for _ in range(10) for p in paths]
+
+
+def our_loading(place: Place, images: int) -> Callable:
+    """Labelled batches of a data set of so many images."""
+    batches = LabeledBatches(data_set(place.folder, images, (480, 640), 10), OFFICIAL, 1000)
+    return lambda t: batches[t]
+
+
+def index(place: Place, images=COCO_IMAGES, reads=2000, workers=2) -> dict:
+    """Opening a JSON of COCO's size; memory that a loader process (forked) has to itself."""
+    root = place.folder
+    args = root / "true.json", root / "true images", root / "true", TAXONOMY
+    made_folder(root, images, (480, 640), COCO_SEGMENTS, read=False)
+    clock = time.perf_counter()
+    folder = PanopticFolder(*args)
+    seconds = time.perf_counter() - clock
+    chosen = np.random.default_rng(1).choice(images, reads, replace=False).tolist()
+    loader = torch.utils.data.DataLoader(
+        Reads(folder, chosen), batch_size=None, num_workers=workers, multiprocessing_context="fork"
+    )
+    private = list(loader)  # MB after each read, workers in turn
+    early, late = private[10 * workers : 20 * workers], private[-10 * workers :]
+    return {
+        "seconds": round(seconds, 1),
+        "MB a worker, after 10 reads": round(max(early)),
+        f"MB a worker, after {reads // workers} reads": round(max(late)),
+    }
+
+
+class Reads(torch.utils.data.Dataset):
+    """Item k: read an image and its map; the process's private memory after it, MB."""
+
+    def __init__(self, folder: PanopticFolder, indices: list[int]):
+        self.folder, self.indices = folder, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: int) -> float:
+        self.folder.image(self.indices[k]).load()
+        self.folder.truth(self.indices[k])
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+# ------------------------------------------------------------------------------ SAM and ranks
+
+
+def random_sam():
+    """SAM with ViT-B and random weights, a cfg that rejects no mask, and a picture."""
+    from segment_anything import sam_model_registry
+
+    torch.manual_seed(0)
+    lax = dict(points_per_side=8, pred_iou_thresh=-1e9, stability_thresh=0.0)
+    picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    return sam_model_registry["vit_b"]().eval(), dataclasses.replace(OFFICIAL, **lax), picture
+
+
+def our_sam(place: Place) -> Callable:
+    sam, cfg, picture = random_sam()
+    generator, root = MaskGenerator(sam, cfg), place.folder
+    Image.fromarray(picture).save(root / "0.png")
+    images = pictures.ImageFolder(root)
+    return lambda t: mask_files.generate_masks(images, generator, root / str(t))
+
+
+def their_sam(place: Place) -> Callable:
+    from segment_anything import SamAutomaticMaskGenerator
+
+    sam, cfg, picture = random_sam()
+    batch, lax = cfg.points_per_batch, (cfg.pred_iou_thresh, cfg.stability_thresh)
+    generator = SamAutomaticMaskGenerator(sam, cfg.points_per_side, batch, *lax)
+    return lambda t: generator.generate(picture)
+
+
+def steps_of_ranks(place: Place, processes: int) -> dict:
+    """Seconds a step (median) of a short run on the miniature world, by processes of one thread."""
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes} ".split()
+    options = "--stage ssl --method dear --steps 80 --burn-in 20 --no-eval --device cpu".split()
+    run = place.folder / "run"
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), "dearli.py", *options, "--out", run],
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    rows = training.read_log(run / "log.jsonl")
+    times = [row["time"] for row in rows if row["step"] >= 30]  # the first pseudo-labels warm up
+    return {"seconds": round(statistics.median(np.diff(times)), 4)}
