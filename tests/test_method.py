@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from config import METHODS
 from data import LabeledBatches
-from engine import checkpoint, method, rehearsal
+from engine import checkpoint, rehearsal
 from engine.checkpoint import state_of
 from engine.evaluation import evaluate, predict_image
 from engine.optim import build_optimizer, descend, require_finite

@@ -343,3 +343,21 @@ def test_masks_with_an_encoder_in_bf16_are_nearly_those_of_fp32():
         )
         found.extend(mini_sam.iou_matrix(exact, rounded).max(1))
     assert len(found) > 20 and np.mean(np.array(found) > 0.95) > 0.9, np.sort(found)
+
+
+def test_answers_without_the_repeated_image_are_those_of_segment_anythings_decoder():
+    from mini import mini_sam
+    from pretrained.sam_fast import answers
+
+    loaded, size = mini_sam.load(), mini_sam.SIDE
+    picture = torch.from_numpy(microcosm.scene("val", 3).image).permute(2, 0, 1)[None]
+    xy = torch.rand(9, 2, generator=torch.Generator().manual_seed(0)) * size
+    with torch.no_grad():
+        embedding = loaded.image_encoder(loaded.preprocess(picture))
+        logits, iou = mini_sam.decode(loaded, embedding[0], xy)  # (9, 3, 64, 64), (9, 3)
+        for least in (-9.0, iou.median().item()):
+            points, ious, masks = answers(loaded, embedding, xy, least)
+            drawn = (iou > least).nonzero(as_tuple=True)
+            assert torch.equal(points, drawn[0]) and 0 < len(points) <= 27
+            torch.testing.assert_close(ious, iou[drawn], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(masks, logits[drawn], rtol=1e-3, atol=1e-3)

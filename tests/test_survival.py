@@ -28,7 +28,7 @@ from ground import files, identity, tensor_files
 from ground.errors import UserError
 from mean_teacher import MeanTeacher
 from mini import scenes
-from pretrained import fetching
+from pretrained import fetching, foundation
 from readers import mask_files, panoptic
 from tests.helpers import (
     ROOT,
