@@ -52,7 +52,7 @@ SCHEDULES = {"poly": poly}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config) -> float:
-    """The learning rate of step t, from 0, by the schedule that `cfg.schedule` names. Returns it."""
+    """Set the learning rate of step t, from 0, by the schedule of `cfg.schedule`; returns it."""
     lr = cfg.lr * SCHEDULES[cfg.schedule](step, steps, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]

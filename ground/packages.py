@@ -1,4 +1,4 @@
-"""The packages that the program needs: which there are, and what to do about one that there is not."""
+"""Packages that the program needs: which there are, and what to do about one that there is not."""
 
 import importlib.metadata
 import sys
@@ -33,7 +33,9 @@ def missing(package: str, stage: str) -> str | None:
 
 
 def version(program: str) -> str:
-    """This program (its version), Python and the libraries that decide on results; none of them is imported."""
+    """This program (its version), Python and the libraries that decide on results; none of them is
+    imported.
+    """
     parts = [f"dearli {program}", f"python {sys.version.split()[0]}"]
     for package in ("torch", "torchvision"):
         try:

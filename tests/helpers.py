@@ -268,7 +268,8 @@ def write_downloads(name, root, monkeypatch):
 # ------------------------------------------------------------- validate.py, and faults in data sets
 #
 # Fault 26 (archives that unpack outside their folder, or to more than fits) has no test because
-# nothing here unpacks an archive: `--stage prepare` names the addresses and reads what was unpacked.
+# nothing here unpacks an archive: `--stage prepare` names the addresses and reads what was
+# unpacked.
 
 
 def rewrite(path, change):

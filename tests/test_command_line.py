@@ -362,7 +362,9 @@ def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_r
 
 
 class Recorder(Config):
-    """A configuration that remembers which of its numbers were read, other than to be copied or compared."""
+    """A configuration that remembers which of its numbers were read, other than to be copied or
+    compared.
+    """
 
     read: set = set()
 
@@ -452,7 +454,8 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "decoder_layers",
         "decoder_ffn",
     }
-    # read, and of no effect: the class term of the warm-up has weight 0, and CLIP alone is asked where a decoder was built
+    # read, and of no effect: the class term of the warm-up has weight 0, and CLIP alone is asked
+    # where a decoder was built
     found["dewa"] -= {"class_weight", "no_object_weight"}
     found["zeroshot"] -= model
     found["dewa"] |= {"test_size", "test_max", "eval_batch"}  # stored with the run for its sisters
@@ -812,7 +815,8 @@ def test_only_rungs_with_a_warm_up_need_more_steps_than_it_takes():
 
 def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
     code = f"import sys; from mini import scenes; scenes.MINI_TRAIN, scenes.MINI_VAL = 12, 4; import dearli; sys.exit(dearli.main({fitting(['--runs', tmp_path, '--steps', 9000, '--jobs', 2])}))"
-    # the processes of the pool import nothing of this line: their world is of full size, and drawn in a second or two
+    # the processes of the pool import nothing of this line: their world is of full size, and drawn
+    # in a second or two
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,

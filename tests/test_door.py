@@ -10,7 +10,7 @@ from ground.errors import UserError
 from readers import panoptic
 from tests.helpers import run, write_coco_folder
 
-# ------------------------------------------------------------------------------------------------- mistakes at the door
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from readers.annotations.shapes import polygon
 from tests.helpers import TINY_FLAGS, fingerprint, fitting, log_of, photo, rewrite, save, validated
 from tools import importer
 
-# ------------------------------------------------------------ readers/annotations, tools/importer.py
+# ------------------------------------------------------------ readers/annotations, tools/importer.p
 #
-# One scene in every format: on 12 x 10 pixels a cat at x 1 to 4, y 2 to 5 (16 pixels) and a dog at x 4 to 8, y 4 to 7 (20); at x 4, y 4 to 5 they overlap.
+# One scene in every format: on 12 x 10 pixels a cat at x 1 to 4, y 2 to 5 (16 pixels) and a dog at
+# x 4 to 8, y 4 to 7 (20); at x 4, y 4 to 5 they overlap.
 
 BOXES = {"cat": (1, 2, 5, 6), "dog": (4, 4, 9, 8)}  # left, top, right, bottom, in corners of pixels
 CORNERS = {
@@ -151,7 +152,9 @@ SCENES = {
 
 
 def imported(kind, source, **flags):
-    """The data set that an import makes, read as every stage reads it, and what the import says of it."""
+    """The data set that an import makes, read as every stage reads it, and what the import says of
+    it.
+    """
     output = source.parent / f"{source.name}-out"
     result = importer.import_folder(kind, source, output, **flags)
     assert not (output / "import.part").exists()

@@ -4,7 +4,7 @@ import numpy as np
 
 from mini import microcosm
 
-# ---------------------------------------------------------------------------------------------- microcosm and its models
+# ---------------------------------------------------------------------------------------------- mic
 
 
 def test_scenes_are_partitions_that_never_change_and_collections_differ():

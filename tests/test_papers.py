@@ -17,7 +17,7 @@ from readers import ground_truth, papers
 from tests.helpers import REAL_DATA, TINY_FLAGS, fitting, write_downloads
 from tools import prepare
 
-# ------------------------------------------------------------------------ tools/prepare.py, readers/papers.py
+# ------------------------------------------------------------------------ tools/prepare.py, readers
 
 
 def test_ade_segments_follow_the_rules_by_hand():

@@ -38,7 +38,7 @@ from tests.helpers import (
 from tools import ladder
 from tools.zeroshot import flatten, zero_shot
 
-# ------------------------------------------------------------------------------------------------------ whole pipelines
+# --------------------------------------------------------------------------------------------------
 
 
 def test_two_images_can_be_learned_by_heart(small_mini):

@@ -20,7 +20,7 @@ from pretrained import fetching, foundation, sam
 from pretrained.sam import MaskGenerator
 from tests.helpers import TINY, run
 
-# -------------------------------------------------------------------------------------------------------- foundation.py
+# --------------------------------------------------------------------------------------------------
 
 
 def test_fault_41_a_download_is_checked_kept_and_missed_in_one_line(tmp_path):
@@ -222,7 +222,7 @@ def test_a_timm_backbone_trains_plain_mask2former_and_refuses_what_needs_text(
         foundation.load_timm(dataclasses.replace(cfg, pretrained=""))
 
 
-# ------------------------------------------------------------------------------------------------------- sam_masks.py
+# --------------------------------------------------------------------------------------------------
 
 
 def _masks_of_both(picture: np.ndarray, cfg: Config) -> tuple[list[dict], list[dict]]:

@@ -137,7 +137,7 @@ class Predictor:
         return self.cfg.white or WHITE
 
     def info(self) -> dict:
-        """What a prediction depends on, beside the image. sha256: of the weights and the classes."""
+        """What a prediction depends on, beside the image. sha256: of weights and classes."""
         digest = hashlib.sha256(repr(self.taxonomy).encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
