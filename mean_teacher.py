@@ -119,8 +119,10 @@ class Supervised:
         return predict(self.models, alphas, images, sizes, self.things, self.cfg, semantic)
 
     def _alpha(self, posterior: str, t: int | None) -> float:
+        if posterior == "pseudo" and t is not None:
+            return teacher_alpha(self.cfg, t, self.warm)
         if posterior == "pseudo":
-            return teacher_alpha(self.cfg, self.cfg.ssl_steps if t is None else t, self.warm)
+            posterior = self.cfg.teacher_posterior
         return {"decoder": 1.0, "clip": 0.0}.get(posterior, alpha_at(self.cfg.alpha, 1.0))
 
 

@@ -1251,7 +1251,8 @@ def test_the_rows_of_a_linear_class_head_follow_the_names():
         assert torch.equal(state_of(two)[name], weights[name][[2, 0, 1, 3]])
     older = Stored(Path("run"), {"student": weights, "config": {}})
     with pytest.raises(UserError, match="run: trained on 3 classes, here has 2"):
-        stored.class_order(older, ground_truth.Taxonomy(("a", "b"), (True,) * 2, (1, 2)), "here")
+        fewer = ground_truth.Taxonomy(("a", "b"), (True,) * 2, (1, 2))
+        stored.class_order(older, fewer, "here", two.class_rows)
 
 
 def test_a_coco_panoptic_folder_is_read_as_it_was_written(tmp_path):

@@ -25,7 +25,6 @@ from engine.checkpoint import state_of
 from engine.checks import check
 from engine.evaluation import evaluate
 from engine.flags import ALL, DATASETS, FLAGS, READS, SOURCES, STORED, reads
-from engine.method import find
 from engine.parser import HINTS, WIDTH, flag_texts, numbers, parser
 from engine.resolve import resolve
 from engine.run_log import read_log
@@ -293,7 +292,7 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
     )
     run_there, cfg, device = asked["stored"], asked["cfg"], asked["machine"].device
     dataset = asked["source"].load(cfg)
-    method = restore(run_there, find("dear"), cfg, dataset.taxonomy, device, dataset.name)
+    method = restore(run_there, cfg, dataset.taxonomy, device, dataset.name)
     metrics = evaluate(method, dataset, 3)
     assert {reading: of["all"]["pq"] for reading, of in metrics.items()} == {
         k: v for k, v in rows[-1].items() if "/" in k

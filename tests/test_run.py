@@ -142,10 +142,9 @@ def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp
         tmp_path / "b.safetensors",
         tmp_path / "c.pth",
     )
-    flags = ["--dataset", "mini", "--device", "cpu"]
 
     def main(*args):
-        return dearli.main([str(a) for a in args] + flags)
+        return dearli.main([str(a) for a in args] + ["--dataset", "mini"])
 
     assert main("--stage", "export", "--weights", folder, "--out", theirs) == 0
     assert (

@@ -10,4 +10,5 @@ tools.bench`).
     zeroshot        CLIP alone on given masks
     ladder          tables of the paper on the miniature world
     bench           time and memory, beside others' code
+    bench_works     what it measures
 """
