@@ -349,7 +349,9 @@ def stage_demo(source, place, machine, cfg, course, jobs):
     ladder.require_rungs(cfg, ladder.RUNGS)
     top = place.out or place.runs
     require_writable(top)
-    rungs = {rung.run: rung for rung in ladder.SHOWN}  # two rows read the same run
+    # two rows read the same run; the picture is of the first
+    rungs = {rung.run: rung for rung in reversed(ladder.SHOWN)}
+    rungs = dict(reversed(rungs.items()))
     tasks = [(rung, cfg) for rung in rungs.values()]
     metrics = ladder.run_rungs(trainer(source, place, machine, course), tasks, jobs)
     metrics = dict(zip(rungs, metrics))
