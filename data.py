@@ -342,8 +342,8 @@ class LabeledBatches(Batches):
 
 
 class SemiSupervisedBatches(Batches):
-    """A labelled batch and an unlabelled one, sampled independently and with replacement. No
-    unlabelled one during burn-in."""
+    """A labelled batch, and an unlabelled one, whose images are sampled independently and with
+    replacement. No unlabelled one during burn-in."""
 
     def __init__(self, dataset: DataSet, cfg: Config, steps: int, warm: bool = False):
         super().__init__(cfg, steps)

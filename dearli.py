@@ -1,22 +1,16 @@
-"""DEARLi from the command line: every stage of the method, and the whole of it on a miniature
-world.
+"""DEARLi from the command line: every stage of the method, and all of them on a miniature world.
 
-    python dearli.py                              the demo: all stages on `mini`, a table, a picture
-    python dearli.py --stage import --from labelme --input DIR --out NEW       annotations as a data
-    set
-    python dearli.py --stage validate --dataset custom --data-root DIR         what is in it, and
-    wrong
-    python dearli.py --stage masks --dataset mini                              SAM's masks of all
-    images
-    python dearli.py --stage dewa --dataset mini                               decoder warm-up on
-    them
-    python dearli.py --stage sup --dataset mini --split 16                     supervised baseline
-    python dearli.py --stage ssl --dataset mini --split 16 --method dearli     the semi-supervised
-    stage
+    python dearli.py                  the demo: all stages on `mini`, a table, a picture
+    python dearli.py --stage import --from labelme --input DIR --out NEW    annotations of tools
+    python dearli.py --stage validate --dataset custom --data-root DIR      what is wrong with it
+    python dearli.py --stage masks --dataset mini                           SAM's masks
+    python dearli.py --stage dewa --dataset mini                            decoder warm-up on them
+    python dearli.py --stage sup --dataset mini --split 16                  supervised baseline
+    python dearli.py --stage ssl --dataset mini --split 16 --method dearli
     python dearli.py --stage eval --dataset mini --weights runs/mini-dearli-16
     python dearli.py --stage predict --weights runs/mini-dearli-16 --input DIR --out predictions
     python dearli.py --stage report --weights runs/mini-dearli-16 --compare runs/mini-sup-16
-    python dearli.py --stage ladder --dataset mini --seeds 3                   Table 1 in miniature
+    python dearli.py --stage ladder --dataset mini --seeds 3                Table 1 in miniature
 
 A stage is a function here, wiring only: its parameters are what it needs of the command line
 (`engine.request`), and it imports what it uses when it is called, so that a page of help and a

@@ -25,11 +25,11 @@ from model import resize
 # of the memory.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**27
 # Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a
-# larger image are made
-# anew by every reading, a part at a time: they would fill the memory.
+# larger image are made anew by every reading, a part at a time: they would fill the memory.
 SHARED_MASKS = 2**27
 # The posteriors that readings take, in words.
 POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip": "CLIP alone"}
+PSEUDO = "teacher/pseudo"  # the reading that is the pseudo-labels, of a method that makes any
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Prediction:
     """What a reading says of an image of H x W pixels.
 
     segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores:
-    (N,) posterior of the class,
-    0 to 1;  semantic: (H, W) int64, a class for every pixel; None where nobody asked.
+    (N,) posterior of the class, 0 to 1;  semantic: (H, W) int64, a class for every pixel; None
+    where nobody asked.
     """
 
     segment_map: np.ndarray
@@ -64,7 +64,7 @@ def predict(
             reading, "student/ensemble", whose first part names the model: the decoder's share in
             its posterior.
         images: (B, 3, S, S') uint8.    sizes: for each (its size in the batch, the size of the
-        answer), (H, W) both.
+            answer), (H, W) both.
         things: (K,) bool.    semantic: whether anybody wants the semantic map.
     """
     padded = padded_size(*images.shape[-2:])

@@ -7,17 +7,19 @@ pseudo-labels are read off. `Supervised` is the baseline, `MeanTeacher` plain SS
 they differ in the posterior and in what the student starts from.
 Differs from the paper: nothing. The burn-in (supervised steps before the first pseudo-label) is 0
 officially.
-Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).    Axes: B images, N segments,
-    S pixels of a side.
+Sources: Mean Teacher (arXiv:1703.01780), CutMix (arXiv:1905.04899).
+Axes: B images, Q queries, K classes, N segments, S pixels of a side.
 Try: `python dearli.py --stage ssl --method dear --steps 350 --burn-in 0 --out runs/try-burn-in`: a
 teacher that begins without having learned anything.
 """
 
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from clip_ensemble import padded_size
 from config import Config, alpha_at
 from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
 from engine.checkpoint import state_of
@@ -25,6 +27,8 @@ from engine.optim import Broken, build_optimizer, descend, require_finite
 from ground import ranks
 from inference import (
     POSTERIORS,
+    PSEUDO,
+    Prediction,
     join_stuff,
     panoptic_inference,
     papers_reading,
@@ -97,7 +101,8 @@ class Supervised:
     @property
     def readings(self) -> dict[str, str]:
         posteriors = ("decoder", "ensemble") if self.cfg.has_ensemble else ("decoder",)
-        return {f"{model}/{p}": POSTERIORS[p] for model in self.models for p in posteriors}
+        models = [name for name in ("student", "teacher") if name in self.models]
+        return {f"{model}/{p}": POSTERIORS[p] for model in models for p in posteriors}
 
     @property
     def reading(self) -> str:
@@ -108,22 +113,13 @@ class Supervised:
 
     @property
     def pictured(self) -> dict[str, str]:
-        captions = {"student/clip": POSTERIORS["clip"]} if self.cfg.has_ensemble else {}
-        if "teacher" in self.models:
-            captions["teacher/pseudo"] = POSTERIORS[self.cfg.teacher_posterior]
-        return captions
+        return {"student/clip": POSTERIORS["clip"]} if self.cfg.has_ensemble else {}
 
     def predict(self, images, sizes, readings, t=None, semantic=True):
         """See `inference.predict`."""
-        alphas = {reading: self._alpha(reading.split("/")[1], t) for reading in readings}
+        alphas = {"decoder": 1.0, "clip": 0.0, "ensemble": alpha_at(self.cfg.alpha, 1.0)}
+        alphas = {reading: alphas[reading.split("/")[1]] for reading in readings}
         return predict(self.models, alphas, images, sizes, self.things, self.cfg, semantic)
-
-    def _alpha(self, posterior: str, t: int | None) -> float:
-        if posterior == "pseudo" and t is not None:
-            return teacher_alpha(self.cfg, t, self.warm)
-        if posterior == "pseudo":
-            posterior = self.cfg.teacher_posterior
-        return {"decoder": 1.0, "clip": 0.0}.get(posterior, alpha_at(self.cfg.alpha, 1.0))
 
 
 class MeanTeacher(Supervised):
@@ -156,7 +152,8 @@ class MeanTeacher(Supervised):
                 weak = torch.cat([unlabeled.weak, unlabeled.partner_weak])
                 f_labeled, f_strong, f_weak = self.features(labeled.images, strong, weak)
                 # 2 pseudo-labels of the weak views; then CutMix, the same boxes as on the images
-                pseudo = self.pseudo_labels(f_weak, weak.shape[-2:], t)
+                size = weak.shape[-2:]
+                pseudo = self.pseudo_labels(f_weak, (size, size, size), t)
                 first, partners = pseudo[: len(strong)], pseudo[len(strong) :]
                 pseudo = mix_targets(first, partners, unlabeled.boxes, self.counted)
         # 3 the student learns from both, without the ensemble: Eq. (3) each, Eq. (1) as a sum of
@@ -187,9 +184,32 @@ class MeanTeacher(Supervised):
             of_teacher = teacher.backbone(weak)
         return student.backbone(labeled), student.backbone(strong), of_teacher
 
-    def teacher_answer(self, features: list[Tensor], t: int) -> tuple[Tensor, Tensor]:
+    @property
+    def pictured(self) -> dict[str, str]:
+        pseudo = (
+            {PSEUDO: POSTERIORS[self.cfg.teacher_posterior]} if "teacher" in self.models else {}
+        )
+        return {**super().pictured, **pseudo}
+
+    def predict(self, images, sizes, readings, t=None, semantic=True):
+        """Also of PSEUDO: the labels that the student would get, without scores of their own."""
+        yield from super().predict(images, sizes, [r for r in readings if r != PSEUDO], t, semantic)
+        if PSEUDO in readings:
+            yield from self._pseudo_predictions(images, sizes, t)
+
+    @torch.no_grad()
+    def _pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None):
+        padded, maps = padded_size(*images.shape[-2:]), self.models["teacher"].backbone(images)
+        for k, size in enumerate(sizes):
+            features = [m[k : k + 1] for m in maps]
+            (target,) = self.pseudo_labels(features, (padded, *size), t)
+            labels = target.labels.cpu().numpy()
+            segment_map = target.segment_map.cpu().numpy()
+            yield k, PSEUDO, Prediction(segment_map, labels, np.ones(len(labels), np.float32))
+
+    def teacher_answer(self, features: list[Tensor], t: int | None) -> tuple[Tensor, Tensor]:
         """What pseudo-labels of step t are made of: class posterior (B, Q, K+1), Eq. (4)-(6), and
-        mask_logits (B, Q, h, w).
+        mask_logits (B, Q, h, w). t: None: at the end of the training.
         """
         teacher = self.models["teacher"]
         class_logits, mask_logits = teacher.predict(features)
@@ -197,14 +217,16 @@ class MeanTeacher(Supervised):
         return teacher.posterior(features, class_logits, mask_logits, alpha), mask_logits
 
     @torch.no_grad()
-    def pseudo_labels(self, features: list[Tensor], size, t: int) -> list[Target]:
-        """Hard pseudo-labels of B images at full resolution, size = (H, W).
+    def pseudo_labels(self, features: list[Tensor], sizes, t: int | None) -> list[Target]:
+        """Hard pseudo-labels of B images at full resolution.
 
+        sizes: (padded, image, output) of all of them, as in `inference.resize_masks`.   t: as in
+        `teacher_answer`.
         No confidence threshold and no area filter: a segment is in or out by the rules of panoptic
         inference alone. Semantic ones (cfg.labels) are the classes of semantic inference, a segment
         each; no pixel is void.
         """
-        targets, sizes, cfg = [], (size, size, size), self.cfg
+        targets, cfg = [], self.cfg
         for posterior, mask_logits in zip(*self.teacher_answer(features, t)):
             if cfg.labels == "semantic":
                 classes = semantic_inference(posterior, mask_logits, sizes)
@@ -268,12 +290,14 @@ def mix_target(
     return Target(labels[segments], number[mixed.long()])
 
 
-def teacher_alpha(cfg: Config, step: int, warm: bool) -> float:
-    """The decoder's share in the posterior that makes the pseudo-labels of a step: P_MT, P_CLIP or
-    P_ENS (Table 7).
+def teacher_alpha(cfg: Config, step: int | None, warm: bool) -> float:
+    """The decoder's share in the posterior that makes the pseudo-labels of a step (None: after the
+    last): P_MT, P_CLIP or P_ENS (Table 7).
     """
     if cfg.teacher_posterior != "ensemble":
         return {"decoder": 1.0, "clip": 0.0}[cfg.teacher_posterior]
+    if step is None:
+        return alpha_at(cfg.alpha, 1.0)
     burn_in = cfg.burn_in_steps(warm)
     return alpha_at(cfg.alpha, max(step - burn_in, 0) / max(cfg.ssl_steps - burn_in, 1))
 

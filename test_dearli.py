@@ -1844,7 +1844,7 @@ def test_semantic_labels_are_one_segment_a_class(small_mini):
     labeled, unlabeled = method.batches(dataset)[0]
     assert all(len(t.labels.unique()) == len(t) for t in labeled.targets)
     maps = method.models["teacher"].backbone(unlabeled.weak)
-    for pseudo in method.pseudo_labels(maps, (64, 64), 0):
+    for pseudo in method.pseudo_labels(maps, ((64, 64),) * 3, 0):
         assert (
             len(pseudo.labels.unique()) == len(pseudo)
             and (pseudo.segment_map > 0).all()

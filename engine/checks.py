@@ -39,7 +39,7 @@ from readers.downloads import default_root, require
 
 TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")  # that one can train on
 # Of a run that is stored: what its weights are part of, and what they were trained on
-OF_THE_RUN = ("backbone", *FIELDS["DECODER"], "no_object_weight", "seed")
+OF_THE_RUN = ("backbone", *FIELDS["DECODER"], "labels", "no_object_weight", "seed")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
-    longer = cfg.ssl_steps - cfg.dewa_steps  # of DEARLi's rung; too few: `stages.require_rungs`
+    longer = cfg.ssl_steps - cfg.dewa_steps  # of DEARLi's rung; too few: `ladder.require_rungs`
     if args.stage in ("demo", "ladder") and longer > 0:
         require_semi_supervised(replace(cfg.settled(), ssl_steps=longer), warm=True)
     if args.stage in ("predict", "import"):
@@ -242,6 +242,8 @@ def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
                 f"{dashed(name)} {value}: {args.weights} fits another configuration, it was "
                 f"trained with {stored[name]}; leave the flag out"
             )
+    if "labels" in args.flags and not stored:
+        raise UserError(f"--labels: {args.weights} has no teacher, whose pseudo-labels it is about")
     if "preset" in args.flags and "num_queries" in stored:
         raise UserError(
             f"--preset: the numbers are those that {args.weights} was trained with; leave it out"

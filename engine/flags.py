@@ -231,9 +231,9 @@ masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps
 ssl: SEMI burn_in_warm
-eval: STUDENT eval_batch seed
+eval: STUDENT labels eval_batch seed
 predict: STUDENT seed
-report: STUDENT seed
+report: STUDENT labels seed
 zeroshot: CLIP SIZES MASKS clip_scale
 export: CLIP no_object_weight seed
 demo: MASKS DEWA SEMI burn_in_warm

@@ -50,7 +50,7 @@ class Method(Protocol):
     and `class_rows`, names of what has a row a class and no-object last (joined by name).
     metrics: what is measured of every reading.   readings: names such as "student/ensemble" of ways
     to predict, each with its caption;  reading: the one that the paper reports;  pictured: further
-    ones that pictures show; "teacher/pseudo" is what makes the pseudo-labels.
+    ones that pictures show; `inference.PSEUDO` is the pseudo-labels themselves.
     """
 
     title: str
@@ -90,8 +90,8 @@ class Method(Protocol):
         t: int | None = None,
         semantic: bool = True,
     ) -> Iterator[tuple[int, str, Prediction]]:
-        """As `inference.predict`. t: the step whose pseudo-labels "teacher/pseudo" means; None: the
-        last.
+        """As `inference.predict`. t: the step whose pseudo-labels PSEUDO means; None: those of the
+        end.
         """
 
 

@@ -78,7 +78,7 @@ def descend(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
 
 
 class NotFinite(ArithmeticError):
-    """A loss or a gradient became NaN or infinite, weights are as they were; `trainer.Run` adds the
+    """A loss or a gradient is NaN or infinite, weights are as they were; `training.Run` adds the
     step and its images.
     """
 

@@ -18,18 +18,17 @@ from engine.evaluation import predict_image
 from engine.method import Method
 from ground.errors import UserError
 from ground.files import write_atomic
-from inference import Prediction
-from panoptic_eval import PanopticScore
+from inference import PSEUDO, Prediction
 from readers import mask_files
 from readers.ground_truth import DataSet, Taxonomy
 from report import drawing
+from report.tables import figure
 
 SAMPLE = 4  # validation images that are looked at, for every one that is shown
 SIDE = 320  # pixels, long side of a picture
 QUALITY = 80  # WebP
 SNAPSHOTS = 4  # unlabelled images that are followed through the training
 SHOWN_SNAPSHOTS = 5  # steps of it that a card shows
-PSEUDO = "teacher/pseudo"  # the reading that makes the pseudo-labels, of a method that has any
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def gallery(
     scored = []
     for i in looked_at:
         answer = predict_image(method, dataset.val.image(i), [reading])[reading]
-        quality = _quality(dataset, i, answer)
+        quality = _quality(method, dataset, i, answer)
         if quality is not None:
             scored.append((quality, i))
     scored.sort()
@@ -90,12 +89,12 @@ def gallery(
     return cards
 
 
-def _quality(dataset: DataSet, i: int, answer: Prediction) -> float | None:
-    """PQ of one validation image; None if there is nothing to measure."""
-    score = PanopticScore(dataset.taxonomy)
+def _quality(method: Method, dataset: DataSet, i: int, answer: Prediction) -> float | None:
+    """The method's first figure (PQ) of a validation image; None if there is none."""
+    score = method.metrics[0](dataset.taxonomy)
     score.add(answer, dataset.val.truth(i))
-    result = score.result()["all"]
-    return result["pq"] if result["n"] else None
+    _, where = score.columns[0]
+    return figure(score.result(), where)
 
 
 def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, others) -> Card:
@@ -110,11 +109,12 @@ def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, 
         columns.append((other.title, answer))
     cells = [("image", webp(image)), ("ground truth", webp(image, truth, dataset.taxonomy))]
     for title, answer in columns:
-        pq = _quality(dataset, i, answer)
-        figure = "–" if pq is None else f"{100 * pq:.1f}"
-        caption = f"{html.escape(title)} <b>{figure}</b>"
+        own_quality = _quality(method, dataset, i, answer)
+        number = "–" if own_quality is None else f"{100 * own_quality:.1f}"
+        caption = f"{html.escape(title)} <b>{number}</b>"
         cells.append((caption, webp(image, answer, dataset.taxonomy)))
-    return Card(dataset.val.name(i), f"PQ {100 * quality:.1f}", cells)
+    heading, _ = method.metrics[0].columns[0]
+    return Card(dataset.val.name(i), f"{heading} {100 * quality:.1f}", cells)
 
 
 def _unlabelled(method: Method, dataset: DataSet, i: int, masks: Path | None) -> Card:

@@ -18,9 +18,10 @@ from engine.run_log import read_log
 from ground import ranks
 from ground.errors import UserError
 from ground.files import write_atomic
+from inference import PSEUDO
 from readers.ground_truth import DataSet
 from report import tables
-from report.gallery import PSEUDO, snapshot
+from report.gallery import snapshot
 
 
 def watcher(folder: Path, method: Method, dataset: DataSet, images: int):

@@ -427,7 +427,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "--out",
         tmp_path / "warm",
     )
-    stage("eval", "--weights", folder, *alone)
+    stage("eval", "--weights", folder, "--report-images", 1)
     stage("eval", "--weights", tmp_path / "linear", *alone)
     stage(
         "predict",

@@ -14,11 +14,11 @@ from config import METHODS
 from data import LabeledBatches
 from engine import checkpoint, rehearsal
 from engine.checkpoint import state_of
-from engine.evaluation import evaluate, predict_image
+from engine.evaluation import evaluate, predict_image, views
 from engine.optim import build_optimizer, descend, require_finite
 from engine.training import Run
 from ground.errors import UserError
-from inference import Prediction
+from inference import PSEUDO, Prediction
 from mean_teacher import MeanTeacher
 from mini import scenes
 from panoptic_eval import PanopticScore, SemanticScore
@@ -161,12 +161,35 @@ def test_a_squared_posterior_makes_the_pseudo_labels_and_nothing_else(small_mini
         (p, masks), (q, same_masks) = (made.teacher_answer(maps, 0) for made in (usual, squared))
     torch.testing.assert_close(q, p**2 / (p**2).sum(-1, keepdim=True))
     assert torch.equal(masks, same_masks) and q.max(-1).values.mean() > p.max(-1).values.mean()
-    labels = [made.pseudo_labels(maps, weak.shape[-2:], 0) for made in (usual, squared)]
+    sizes = (weak.shape[-2:],) * 3
+    labels = [made.pseudo_labels(maps, sizes, 0) for made in (usual, squared)]
     assert [len(made) for made in labels] == [len(weak)] * 2
     sizes = [((64, 64), (64, 64))] * len(weak)
     answers = [list(made.predict(weak, sizes, ["student/decoder"])) for made in (usual, squared)]
     for (_, _, one), (_, _, other) in zip(*answers):
         assert (one.segment_map == other.segment_map).all()
+
+
+@pytest.mark.parametrize("labels", ["panoptic", "semantic"])
+def test_pictures_of_pseudo_labels_show_what_the_student_gets(small_mini, labels):
+    class Three(MeanTeacher):
+        """A teacher that always says class 3."""
+
+        def teacher_answer(self, features, t):
+            posterior, masks = super().teacher_answer(features, t)
+            return F.one_hot(torch.full(posterior.shape[:2], 3), posterior.shape[-1]).float(), masks
+
+    dataset = scenes.load_mini("4")
+    cfg = dataclasses.replace(TINY, labels=labels, overlap_threshold=0.0)
+    made = Three(cfg, dataset.taxonomy, CPU)
+    image = dataset.train.image(5)
+    batch, ((view, size),) = views([image], made.cfg)
+    maps = made.models["teacher"].backbone(batch)
+    (target,) = made.pseudo_labels(maps, (view, view, size), 1)
+    answer = predict_image(made, image, [PSEUDO], 1)[PSEUDO]
+    assert (answer.segment_map == target.segment_map.numpy()).all() and answer.segment_map.any()
+    assert set(answer.labels) == {3} == set(target.labels.tolist())
+    assert labels == "panoptic" or len(answer.labels) == 1
 
 
 def test_a_stage_runs_resumes_evaluates_and_shows_a_method_that_is_named_in_the_table(
@@ -187,7 +210,9 @@ def test_a_stage_runs_resumes_evaluates_and_shows_a_method_that_is_named_in_the_
     whole = checkpoint.newest(tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (tmp_path / "run" / "report.html").exists()
-    assert asked == [0, 1] and "not written" not in capsys.readouterr().out
+    # two steps, and pictures of its own pseudo-labels: of every checkpoint, and of the end
+    assert asked[:1] == [0] and {0, 1, None} == set(asked) - {2}
+    assert "not written" not in capsys.readouterr().out
     back_to(tmp_path / "run", 1)
     assert run(*usual, *steps, "--out", tmp_path / "run", "--resume") == 0
     assert same(checkpoint.newest(tmp_path / "run"), whole)

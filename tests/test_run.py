@@ -161,6 +161,8 @@ def test_official_files_are_evaluated_continued_and_written_back(small_mini, tmp
         main("--stage", "export", "--weights", ours, "--out", again) == 2
         and "exists already" in capsys.readouterr().err
     )
+    assert main("--stage", "eval", "--weights", ours, "--labels", "semantic") == 2
+    assert "has no teacher" in capsys.readouterr().err
     # the file alone gives the figures of the run: it brings its CLIP along (the run's own was
     # random)
     expected = json.loads((folder / "metrics.json").read_text())

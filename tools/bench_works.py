@@ -226,7 +226,7 @@ def our_inference(place, side=256, images=2, precision=torch.float32) -> Callabl
     @torch.no_grad()
     def infer(t: int):
         with method.autocast():
-            return method.pseudo_labels(teacher.backbone(x), (side, side), 0)
+            return method.pseudo_labels(teacher.backbone(x), ((side, side),) * 3, 0)
 
     return infer
 

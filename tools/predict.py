@@ -86,7 +86,7 @@ class Prediction:
         return [self.taxonomy.short_names[label] for label in self.labels]
 
     def overlay(self, **flags) -> Image.Image:
-        """flags: as in `report.overlay`."""
+        """flags: as in `report.drawing.overlay`."""
         return drawing.overlay(self.image, self.segment_map, self.labels, self.taxonomy, **flags)
 
     def segments_info(self) -> list[dict]:
