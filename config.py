@@ -1,4 +1,4 @@
-"""Every number of the method, in one place: the configuration, its presets and ranges, the methods.
+"""The numbers that a run may change, in one place: the configuration, its presets, ranges, methods.
 
 Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8); where the paper
 says otherwise, the comment names both. `mini` differs from the paper's sizes in numbers only.

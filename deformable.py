@@ -3,9 +3,9 @@
 What Mask2Former's pixel decoder is made of. `grid_samples` is the definition, and what a GPU runs;
 on a CPU the same sum is a product with a sparse matrix (`deformable_cpu.py`). Neither keeps the
 samples, the largest tensors of the whole model, for the backward pass.
-Differs from the paper: nothing.    Axes: B images, S pixels of all levels, H heads, d channels a
-head, L levels,
-P points.    Source: Deformable DETR (arXiv:2010.04159), Eq. (3).
+Differs from the paper: nothing.
+Axes: B images, S pixels of all levels, H heads, d channels a head, L levels, P points.
+Source: Deformable DETR (arXiv:2010.04159), Eq. (3).
 Try: `python dearli.py --stage sup --steps 250 --encoder-points 1 --out runs/try-points-a-head`
 reads one position a level instead of four.
 """

@@ -5,8 +5,8 @@ of PointRend), the rest uniform. The loss is applied to every layer of the decod
 supervision), each with its own matching. A query's mask logits are the product of its embedding and
 the mask features; they are formed here, of all queries for the matching and, with gradient, of the
 matched ones alone: no other query has a mask loss.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, N segments, P
-points, M matched pairs.
+Differs from the paper: nothing.
+Axes: B images, Q queries, K classes, C channels, N segments, P points, M matched pairs.
 Sources: Mask2Former (arXiv:2112.01527), PointRend (arXiv:1912.08193).
 Try: `python dearli.py --stage sup --steps 250 --dice-weight 0 --out runs/try-dice` does without the
 dice term, in the loss and in the matching.

@@ -3,8 +3,8 @@
 Implements the matching M of Eq. (3): cost = w_class * class + w_mask * BCE + w_dice * dice, on P
 points that all masks of an image share. Targets stay segment maps: binary masks of full size are
 built a few at a time, or not at all.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, N segments, P points, h w
-mask grid (stride 4).
+Differs from the paper: nothing.
+Axes: B images, Q queries, K classes, N segments, P points, h w mask grid (stride 4).
 Sources: Mask2Former (arXiv:2112.01527); point sampling from PointRend (arXiv:1912.08193).
 Try: `python dearli.py --stage sup --steps 250 --num-points 8 --out runs/try-points` compares masks
 on 8 points instead of 384.

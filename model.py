@@ -5,8 +5,8 @@ The pixel decoder refines three feature maps by multi-scale deformable attention
 and adds one FPN level for the mask features; the decoder lets Q learned queries attend to the maps,
 each only inside its own mask so far, and predicts after every layer. M2F-Lang (section 3.2)
 classifies a query by its cosine with the text embeddings of the classes.
-Differs from the paper: nothing.    Axes: B images, Q queries, K classes, C channels, D joint
-image-text space, S pixels.
+Differs from the paper: nothing.
+Axes: B images, Q queries, K classes, C channels, D joint image-text space, S pixels.
 Sources: Mask2Former (arXiv:2112.01527), FC-CLIP (arXiv:2308.02487).
 Parameters are laid out as in the official code, so its files load by renaming (`official.py`).
 Try: `python dearli.py --stage sup --steps 250 --decoder-layers 0 --out runs/try-decoder`: queries

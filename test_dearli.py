@@ -1,7 +1,7 @@
 """Tests, in the order of the files. CPU, seeded, no network, no file outside the repository.
 
-test_fault_NN_... provokes fault NN of the list that the project must survive, for real: a kill, a
-full disk, a cut file. `python test_dearli.py --soak 50` kills a run 50 times, `--fuzz 2000` reads
+test_fault_NN_... provokes a fault that the project must survive, for real: a kill, a full disk, a
+cut file; NN numbers the kinds. `python test_dearli.py --soak 50` kills a run 50 times, `--fuzz 2000` reads
 so many mutated files. Tests on real images use the folder named by DEARLI_TEST_DATA (default
 ../shared/data) and are skipped where it is absent.
 """

@@ -189,13 +189,7 @@ def test_a_cpu_without_bf16_is_told_from_one_with_it(tmp_path, monkeypatch, caps
         assert capsys.readouterr().out.count("this CPU has no instructions for it") == count
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    for name, count in (("MINI_TRAIN", 12), ("MINI_VAL", 4)):
-        monkeypatch.setattr(scenes, name, count)
-
-
-def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp_path, capsys):
+def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_mini, tmp_path, capsys):
     masks, runs = (
         ["--points-per-side", 2, "--pred-iou-thresh", 0, "--stability-thresh", 0],
         ["--runs", tmp_path],
@@ -261,7 +255,7 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_world, tmp
 
 
 def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
-    small_world, tmp_path, capsys
+    small_mini, tmp_path, capsys
 ):
     ssl = [
         "--stage",
@@ -312,7 +306,7 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
 
 
 def test_a_run_goes_on_to_the_length_it_was_begun_with_and_its_results_are_not_replaced_by_others(
-    small_world, tmp_path, capsys
+    small_mini, tmp_path, capsys
 ):
     stop = training.Run._steps
 
@@ -743,7 +737,7 @@ def test_fault_45_a_stored_run_keeps_the_numbers_that_its_weights_are_part_of(
         assert words in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_fault_45_legitimate_ablations_are_said_in_a_line(small_world, tmp_path, capsys):
+def test_fault_45_legitimate_ablations_are_said_in_a_line(small_mini, tmp_path, capsys):
     out = ["--out", tmp_path / "run", "--dry-run"]
     assert run(*SSL[:-1], "--steps", 3, "--lambda-u", 0, "--alpha", 1, "--ema-decay", 1, *out) == 0
     said = capsys.readouterr().out
@@ -841,7 +835,7 @@ def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
 
 
 def test_tensorboard_gets_the_log_and_its_absence_is_said(
-    small_world, tmp_path, capsys, monkeypatch
+    small_mini, tmp_path, capsys, monkeypatch
 ):
     class SummaryWriter:
         def __init__(self, folder):
@@ -883,7 +877,7 @@ def test_tensorboard_gets_the_log_and_its_absence_is_said(
 
 
 def test_a_report_shows_what_other_runs_say_of_the_same_images(
-    small_run, small_world, tmp_path, capsys
+    small_run, small_mini, tmp_path, capsys
 ):
     assert (
         run("--stage", "sup", "--steps", 2, "--out", tmp_path / "<other>", "--eval-batch", 1) == 0
@@ -891,48 +885,18 @@ def test_a_report_shows_what_other_runs_say_of_the_same_images(
     assert run("--stage", "eval", "--weights", small_run / "run", "--out", tmp_path / "run") == 0
     for file in (small_run / "run").iterdir():
         shutil.copy(file, tmp_path / "run")
-    assert (
-        dearli.main(
-            [
-                "--stage",
-                "report",
-                "--weights",
-                str(tmp_path / "run"),
-                "--compare",
-                str(tmp_path / "<other>"),
-                "--report-images",
-                "2",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    report = ["--stage", "report", "--weights", tmp_path / "run", "--compare", tmp_path / "<other>"]
+    report = [*map(str, report), "--report-images", "2", "--device", "cpu"]
+    assert dearli.main(report) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<figcaption>&lt;other&gt; <b>") == 2  # the worst and the best image
     next((tmp_path / "<other>").glob("step_*.pt")).unlink()
     capsys.readouterr()
-    assert (
-        dearli.main(
-            [
-                "--stage",
-                "report",
-                "--weights",
-                str(tmp_path / "run"),
-                "--compare",
-                str(tmp_path / "<other>"),
-                "--report-images",
-                "2",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    assert dearli.main(report) == 0
     assert "no pictures of a run beside this one" in capsys.readouterr().out
 
 
-def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_world):
+def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_mini):
     taxonomy = ground_truth.Taxonomy(("a", "b"), (True, False), (1, 2), ((1, 2, 3), (4, 5, 6)))
     assert repainted(taxonomy, safe=False).colours == [(1, 2, 3), (4, 5, 6)]
     assert repainted(taxonomy, safe=True).colours == colours.palette(2)
