@@ -173,7 +173,7 @@ def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, m
     require_training_files(dataset, cfg, course.evaluate)
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
     if METHODS[method].warm and init is None and not before.knows_init:
-        init = warm_up(source, place, machine, cfg, course, dataset, folder, masks)
+        init = warm_up(source, place, machine, cfg, course, dataset, folder, masks, method)
     elif idle := sorted(course.given & MAKES["ssl"]):  # only with --resume: else they are refused
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         print(f"{folder}: goes on with the warm-up that it began with; {flags} change nothing")
@@ -218,7 +218,7 @@ def train(
     finish(method, dataset, folder, source, course, pictures)
 
 
-def warm_up(source, place, machine, cfg, course, dataset, run, masks):
+def warm_up(source, place, machine, cfg, course, dataset, run, masks, method):
     """The DeWa run of a method that starts from one: the one of this name, if it is of these
     images, of this decoder and finished; else it is made or goes on.
 
@@ -232,7 +232,7 @@ def warm_up(source, place, machine, cfg, course, dataset, run, masks):
     from pretrained.segmenter import build
 
     folder = place.folder(source, "dewa", cfg.seed)
-    what = warm_up_there(folder, source, cfg, course, dataset)
+    what = warm_up_there(folder, source, cfg, course, dataset, method)
     if not what:
         return folder
     if course.dry_run:

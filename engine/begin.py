@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_ensemble import alpha_of_share
-from config import PRESETS, Config
+from config import METHODS, PRESETS, Config
 from engine import checkpoint, masks, rehearsal, stored
 from engine.checkpoint import require_free
 from engine.checks import ablations
@@ -238,10 +238,10 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
 
 
 def warm_up_there(
-    folder: Path, source: Source, cfg: Config, course: Course, dataset: DataSet
+    folder: Path, source: Source, cfg: Config, course: Course, dataset: DataSet, method: str
 ) -> str:
-    """What is missing of the DeWa run in a folder, for a run that starts from it; empty if nothing
-    is.
+    """What is missing of the DeWa run in a folder, for a run of a method that starts from it; empty
+    if nothing is.
 
     Raises: UserError if it is of other images or of another decoder, or something is missing and
         may not be made.
@@ -256,10 +256,11 @@ def warm_up_there(
     what = f"DeWa stopped at step {taken} of {steps}" if state else "no DeWa weights"
     if not course.make:
         go_on = "; --resume goes on" if state else ""
+        without = ", ".join(name for name, entry in METHODS.items() if not entry.warm)
         raise UserError(
-            f"{folder}: {what} for --method dearli; make them with `python dearli.py --stage dewa "
-            f"--dataset {source.dataset}` (same --seed and --data-root{go_on}), or go without: "
-            "--method dear"
+            f"{folder}: {what} for --method {method}; make them with `python dearli.py --stage "
+            f"dewa --dataset {source.dataset}` (same --seed and --data-root{go_on}), or go without: "
+            f"--method {without}"
         )
     return what
 

@@ -6,16 +6,18 @@ import re
 import shlex
 from pathlib import Path
 
-from config import PAPERS_DATASETS, PRESETS, Config, changes
+from config import METHODS, PRESETS, Config, changes
 from engine.checks import idle
 from engine.flags import READS
 from engine.parser import parser
+from engine.resolve import data_set
 from engine.run_log import read_log
 from ground.errors import UserError
 from inference import papers_reading
 from report import watch
 from report.tables import COLUMNS, figure
 
+STAGES = ("dewa", "sup", *METHODS)  # in config.json: what trains
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 
 
@@ -81,29 +83,27 @@ def _object(path: Path) -> dict:
 
 def usual_posterior(stage: str | None) -> str:
     """What makes the pseudo-labels of a method, if any; an official file is one of DEARLi."""
-    return "decoder" if stage in ("dewa", "sup", "ssl") else "ensemble"
+    if stage in METHODS:
+        return METHODS[stage].numbers.get("teacher_posterior", "ensemble")
+    return "decoder" if stage in STAGES else "ensemble"
 
 
 def nearest_preset(config: dict) -> tuple[str, dict]:
     """The preset with the fewest other numbers, and what differs from it."""
-    own, _ = data_set(config)
+    own = data_set(config)
     presets = sorted(PRESETS, key=lambda preset: preset != own)
     nearest = min(presets, key=lambda preset: len(changes(config, PRESETS[preset])))
     return nearest, changes(config, PRESETS[nearest])
 
 
-def data_set(config: dict) -> tuple[str, list[str]]:
-    """The data set as --dataset wants it, and the flags that name the data.
-
-    Of a folder of images (--images) a run knows the name only.
-    """
+def _data_flags(config: dict) -> list[str]:
+    """The flags that name the data; of a folder of images (--images) a run knows the name only."""
     name, root = config.get("dataset", "mini"), config.get("data_root")
     if not root and name != "mini":
-        return "mini", ["--images", name]
-    known = name if name in PAPERS_DATASETS or not root else "custom"
-    flags = {"--dataset": known, "--data-root": root}
+        return ["--images", name]
+    flags = {"--dataset": data_set(config), "--data-root": root}
     flags |= {f"--{key}": config.get(key) for key in ("variant", "split")}
-    return known, [word for flag, value in flags.items() if value for word in (flag, value)]
+    return [word for flag, value in flags.items() if value for word in (flag, value)]
 
 
 def commands(run: Stored, depth: int = 3) -> list[str]:
@@ -112,9 +112,9 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     Precision and number of processes are not stored, and not said.
     """
     stage = run.config.get("stage")
-    if stage not in ("dewa", "sup", "ssl", "dear", "dearli"):
+    if stage not in STAGES:
         return []
-    name, flags = data_set(run.config)
+    flags = _data_flags(run.config)
     preset, changed = nearest_preset(run.config)
     posterior = run.config.get("teacher_posterior", usual_posterior(stage))
     changed.pop("teacher_posterior", None)  # the stage has its own
@@ -122,7 +122,7 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
         changed["teacher_posterior"] = posterior
     if "backbone" in changed:  # its weights would follow it
         changed["pretrained"] = run.config["pretrained"]
-    if preset != name:
+    if preset != data_set(run.config):
         flags += ["--preset", preset]
 
     def command(*words, out=("--out", run.folder)):

@@ -160,7 +160,8 @@ class Trainer:
         }
         if rung.kind == "dearli":
             place = dataclasses.replace(self.place, out=None)
-            init = self.warm_up(source, place, self.machine, cfg, course, dataset, folder, None)
+            where = source, place, self.machine, cfg, course, dataset, folder
+            init = self.warm_up(*where, None, rung.kind)
             about["init"] = beginning(folder, Begun(), init)[1]
         numbers = dataclasses.asdict(settle(cfg, dataset))
         expected = {**identity(source, rung.kind, dataset.taxonomy), **about, **numbers}
