@@ -259,8 +259,8 @@ def warm_up_there(
         without = ", ".join(name for name, entry in METHODS.items() if not entry.warm)
         raise UserError(
             f"{folder}: {what} for --method {method}; make them with `python dearli.py --stage "
-            f"dewa --dataset {source.dataset}` (same --seed and --data-root{go_on}), or go without: "
-            f"--method {without}"
+            f"dewa --dataset {source.dataset}` (same --seed and --data-root{go_on}), or go "
+            f"without: --method {without}"
         )
     return what
 
