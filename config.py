@@ -108,6 +108,12 @@ class Config:
     dewa_crop: int = 0  # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
     scale_min: float = 0.5  # short side = crop * k, k from scale_min ...
     scale_max: float = 2.0  # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
+    seen_width: float = 0.0  # pixels: how wide the median object is shown, in views (times k) and
+    #    in windows; 0 = the paper's rule, whole images by their short side (crop * k, test_size)
+    object_width: float = 0.0  # pixels: the median object in the images as they are, as diameter of
+    #    a disc of its area; 0 = measured on the labelled images
+    window: int = 0  # pixels as shown: images larger than that are predicted in windows that
+    #    overlap by half, and stitched; 0 = whole images
     jitter: float = 0.8  # strong view: brightness, contrast, saturation times 1 +- jitter
     jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
     grayscale_prob: float = 0.2  # strong view
@@ -131,6 +137,11 @@ class Config:
     seed: int = 0  # of everything random
     checkpoint_every: int = 1000  # steps
     log_every: int = 20  # steps between lines on the screen
+
+    @property
+    def magnification(self) -> float:
+        """Pixels shown for a pixel of an image; 0: that is the paper's rule, by short sides."""
+        return self.seen_width / self.object_width if self.object_width else 0.0
 
     @property
     def has_ensemble(self) -> bool:
@@ -219,12 +230,12 @@ CUSTOM = replace(
     train_backbone=True,
     backbone_lr_multiplier=1.0,
     classifier="linear",
-    num_queries=100,
+    num_queries=40,
     num_points=2048,
-    scale_min=1.5,
-    scale_max=3.5,
+    seen_width=26.0,
+    window=128,
     test_size=256,
-    eval_batch=1,
+    eval_batch=16,
     sam="regions",
     ssl_steps=2400,
     sup_steps=2400,
@@ -310,9 +321,9 @@ BOUNDS = {
     (1, INF): "num_queries hidden heads encoder_layers encoder_ffn encoder_points decoder_ffn crop "
     "num_points oversample ssl_steps sup_steps dewa_steps labeled_batch unlabeled_batch dewa_batch "
     "test_size test_max eval_batch points_per_side points_per_batch checkpoint_every log_every",
-    (0, INF): "backbone_lr_multiplier decoder_layers class_weight mask_weight dice_weight "
-    "no_object_weight lambda_u burn_in burn_in_warm lr weight_decay poly_power dewa_crop white "
-    "workers",
+    (0, INF): "seen_width object_width window backbone_lr_multiplier decoder_layers class_weight "
+    "mask_weight dice_weight no_object_weight lambda_u burn_in burn_in_warm lr weight_decay "
+    "poly_power dewa_crop white workers",
     (0.1, INF): "blur_radius",
     (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
     "object_mask_threshold overlap_threshold pred_iou_thresh stability_thresh mask_nms_thresh",
@@ -341,7 +352,7 @@ RULES = {
         lambda x, c: x <= 1 or x % 1 == 0,
         "a share of the steps, below 1, or a whole number of steps",
     ),
-    "crop dewa_crop": (lambda x, c: x % 32 == 0, "a multiple of 32, the coarsest stride"),
+    "crop dewa_crop window": (lambda x, c: x % 32 == 0, "a multiple of 32, the coarsest stride"),
     "white": (
         lambda x, c: x == 0 or 255 <= x <= 65535,
         "0 (measured), or a grey value of 16 bits, 255 to 65535",
@@ -360,7 +371,10 @@ RULES = {
 
 
 # What versions did that did not know a field yet, and so did not store it.
-BEFORE = {"white": 65535, "optimizer": "adamw", "schedule": "poly"}
+BEFORE = {
+    **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
+    **{"seen_width": 0.0, "object_width": 0.0, "window": 0},
+}
 
 
 def numbers_of(stored: dict) -> dict:

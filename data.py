@@ -52,9 +52,7 @@ def weak_view(
 ) -> tuple[Tensor, list[np.ndarray]]:
     """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w)
     uint8, not padded, and its layers."""
-    tenths = range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1)
-    sizes = [int(0.1 * k * cfg.crop) for k in tenths]
-    w, h = size = output_size(*sample.image.size, rng.choice(sizes), MAX_LONG_SIDE * cfg.crop)
+    w, h = size = training_size(*sample.image.size, cfg, rng)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
     sample = resize_part(sample, size, (x, y, x + cw, y + ch))
@@ -65,6 +63,20 @@ def weak_view(
     if rng.random() < 0.5:
         image, layers = image.flip(-1), [a[:, ::-1] for a in layers]
     return image, layers
+
+
+def training_size(w: int, h: int, cfg: Config, rng: random.Random) -> tuple[int, int]:
+    """(w, h) of an image of that size in a training view, before the crop: short side = crop * k,
+    or with `seen_width` the median object k times as wide as that."""
+    k = rng.choice(range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1))
+    if cfg.magnification:
+        return magnified(w, h, 0.1 * k * cfg.magnification)
+    return output_size(w, h, int(0.1 * k * cfg.crop), MAX_LONG_SIDE * cfg.crop)
+
+
+def magnified(w: int, h: int, times: float) -> tuple[int, int]:
+    """(w, h) so many times as large, at least a pixel."""
+    return max(1, round(w * times)), max(1, round(h * times))
 
 
 def resize(sample: Sample, short_side: int, long_side: int) -> Sample:

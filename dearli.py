@@ -99,7 +99,7 @@ def stage_masks(source, place, machine, cfg, dry_run):
 def stage_dewa(source, place, machine, cfg, course, masks=None):
     """Decoder warm-up, L_loc on all SAM masks."""
     import dewa
-    from engine.begin import as_begun, begin, begun, require_place
+    from engine.begin import as_begun, begin, begun, require_place, scaled
     from engine.masks import provided, say_maker
     from engine.stored import require_foundation
     from pretrained.segmenter import build
@@ -108,9 +108,10 @@ def stage_dewa(source, place, machine, cfg, course, masks=None):
 
     cfg = dataclasses.replace(cfg, teacher_posterior="decoder")  # there is no teacher
     folder = place.out or place.folder(source, "dewa", cfg.seed)
-    images = source.load_images(cfg)
+    images, dataset = source.load_images(cfg)
     before = begun(course, folder)
-    cfg = as_begun(course, dataclasses.replace(cfg, white=images.white), before, "dewa_steps")
+    cfg = scaled(dataclasses.replace(cfg, white=images.white), dataset)
+    cfg = as_begun(course, cfg, before, "dewa_steps")
 
     def prepare():
         require_place(folder, course.resume)

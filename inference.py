@@ -37,14 +37,15 @@ class Prediction:
     """What a reading says of an image of H x W pixels.
 
     segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores:
-    (N,) posterior of the class, 0 to 1;  semantic: (H, W) int64, a class for every pixel; None
-    where nobody asked.
+    (N,) posterior of the class, 0 to 1;  semantic: (H, W) int64, a class for every pixel;  sums:
+    (K, H, W) float32, what that is the largest of (`class_sums`); None where nobody asked.
     """
 
     segment_map: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
     semantic: np.ndarray | None = None
+    sums: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -56,6 +57,7 @@ def predict(
     things: Tensor,
     cfg: Config,
     semantic: bool = True,
+    sums: bool = False,
 ) -> Iterator[tuple[int, str, Prediction]]:
     """What readings say of B images, one at a time: (index of the image, reading, prediction).
 
@@ -65,7 +67,8 @@ def predict(
             its posterior.
         images: (B, 3, S, S') uint8.    sizes: for each (its size in the batch, the size of the
             answer), (H, W) both.
-        things: (K,) bool.    semantic: whether anybody wants the semantic map.
+        things: (K,) bool.    semantic, sums: whether anybody wants the semantic map, and what it
+            is the largest of.
     """
     padded = padded_size(*images.shape[-2:])
     names = list(dict.fromkeys(reading.split("/")[0] for reading in alphas))
@@ -90,7 +93,10 @@ def predict(
                 thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
                 segments = panoptic_inference(p, logits, things, all_sizes, *thresholds, masks)
                 classes = semantic_inference(p, logits, all_sizes, masks) if semantic else None
-                arrays = (None if x is None else x.cpu().numpy() for x in (*segments, classes))
+                added = class_sums(p, logits, all_sizes, masks) if sums else None
+                arrays = (
+                    None if x is None else x.cpu().numpy() for x in (*segments, classes, added)
+                )
                 yield k, reading, Prediction(*arrays)
             del masks  # before those of the next model are made
 
@@ -216,6 +222,15 @@ def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int
 
 
 @torch.no_grad()
+def class_sums(
+    posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None
+) -> Tensor:
+    """(K, H, W): for every class the sum over queries of probability * sigmoid(mask)."""
+    masks = resize_masks(mask_logits, *sizes).sigmoid_() if masks is None else masks
+    return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks)
+
+
+@torch.no_grad()
 def semantic_inference(
     posterior: Tensor, mask_logits: Tensor, sizes, masks: Tensor | None = None
 ) -> Tensor:
@@ -226,7 +241,7 @@ def semantic_inference(
     memory with large images.
     """
     if masks is not None:
-        return torch.einsum("qk,qhw->khw", posterior[:, :-1], masks).max(0).indices
+        return class_sums(posterior, mask_logits, sizes, masks).max(0).indices
     padded, image, (height, width) = sizes
     whole, strips = resize_masks(mask_logits, padded, image, image), []  # (Q, *image)
     rows_of = torch.arange(height, device=whole.device)

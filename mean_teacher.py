@@ -115,11 +115,11 @@ class Supervised:
     def pictured(self) -> dict[str, str]:
         return {"student/clip": POSTERIORS["clip"]} if self.cfg.has_ensemble else {}
 
-    def predict(self, images, sizes, readings, t=None, semantic=True):
+    def predict(self, images, sizes, readings, t=None, semantic=True, sums=False):
         """See `inference.predict`."""
         alphas = {"decoder": 1.0, "clip": 0.0, "ensemble": alpha_at(self.cfg.alpha, 1.0)}
         alphas = {reading: alphas[reading.split("/")[1]] for reading in readings}
-        return predict(self.models, alphas, images, sizes, self.things, self.cfg, semantic)
+        return predict(self.models, alphas, images, sizes, self.things, self.cfg, semantic, sums)
 
 
 class MeanTeacher(Supervised):
@@ -191,21 +191,26 @@ class MeanTeacher(Supervised):
         )
         return {**super().pictured, **pseudo}
 
-    def predict(self, images, sizes, readings, t=None, semantic=True):
+    def predict(self, images, sizes, readings, t=None, semantic=True, sums=False):
         """Also of PSEUDO: the labels that the student would get, without scores of their own."""
-        yield from super().predict(images, sizes, [r for r in readings if r != PSEUDO], t, semantic)
+        others = [r for r in readings if r != PSEUDO]
+        yield from super().predict(images, sizes, others, t, semantic, sums)
         if PSEUDO in readings:
-            yield from self._pseudo_predictions(images, sizes, t)
+            yield from self._pseudo_predictions(images, sizes, t, sums)
 
     @torch.no_grad()
-    def _pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None):
+    def _pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None, sums: bool):
         padded, maps = padded_size(*images.shape[-2:]), self.models["teacher"].backbone(images)
         for k, size in enumerate(sizes):
             features = [m[k : k + 1] for m in maps]
             (target,) = self.pseudo_labels(features, (padded, *size), t)
             labels = target.labels.cpu().numpy()
             segment_map = target.segment_map.cpu().numpy()
-            yield k, PSEUDO, Prediction(segment_map, labels, np.ones(len(labels), np.float32))
+            scores, added = np.ones(len(labels), np.float32), None
+            if sums:
+                classes = np.arange(len(self.taxonomy))[:, None, None]
+                added = (np.append(-1, labels)[segment_map] == classes).astype(np.float32)
+            yield k, PSEUDO, Prediction(segment_map, labels, scores, sums=added)
 
     def teacher_answer(self, features: list[Tensor], t: int | None) -> tuple[Tensor, Tensor]:
         """What pseudo-labels of step t are made of: class posterior (B, Q, K+1), Eq. (4)-(6), and

@@ -24,6 +24,7 @@ from ground.errors import UserError
 from ground.identity import differences, of_tensors
 from readers.checks import limits, require_files, require_truth
 from readers.ground_truth import DataSet, Taxonomy
+from readers.scale import object_width, scale_text
 
 # What a decoder has to have in common with the one whose weights it takes.
 DECODER = (
@@ -48,13 +49,28 @@ def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> Non
 
 
 def settle(cfg: Config, dataset: DataSet) -> Config:
-    """What the data set decides, as numbers: `--white 0` and `--alpha labeled`."""
-    cfg = replace(cfg, white=dataset.train.white)
+    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`."""
+    cfg = scaled(replace(cfg, white=dataset.train.white), dataset)
     if cfg.alpha != "labeled":
         return cfg
     require_truth(dataset, measure=False)  # no share without labelled images
     share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
     return replace(cfg, alpha=round(alpha_of_share(share), 3))
+
+
+def scaled(cfg: Config, dataset: DataSet | None) -> Config:
+    """With the width of the objects, if it counts and nobody has said it. dataset: None: images
+    alone. Raises: UserError if there is nothing to measure it on.
+    """
+    if not cfg.seen_width or cfg.object_width:
+        return cfg
+    width = object_width(dataset, cfg) if dataset else 0.0
+    if not width:
+        raise UserError(
+            f"--seen-width {cfg.seen_width:g}: no labelled image says how wide the objects are; "
+            "say it with --object-width PIXELS, or take whole images with --seen-width 0"
+        )
+    return replace(cfg, object_width=width)
 
 
 def identity(source: Source, stage: str, taxonomy: Taxonomy) -> dict:
@@ -112,7 +128,7 @@ def as_begun(course: Course, cfg: Config, before: Begun, steps: str) -> Config:
     steps: the field of its length.   A burn-in that is named as the share that it was is not a
     change; it does not move when the run is made longer.
     """
-    names = {steps, "ssl_steps", "burn_in", "burn_in_warm"} & before.config.keys()
+    names = {steps, "ssl_steps", "burn_in", "burn_in_warm", "object_width"} & before.config.keys()
     numbers = {n: before.config[n] for n in names if type(before.config[n]) in (int, float)}
     length = {"ssl_steps": numbers["ssl_steps"]} if "ssl_steps" in numbers else {}
     asked = replace(cfg, **length).settled()
@@ -197,6 +213,8 @@ def begin(
     """
     for line in limits(dataset, cfg) if dataset else ():
         print(f"warning: {line}")
+    if dataset and cfg.magnification and ranks.rank() == 0:
+        rehearsal.say("scale", scale_text(dataset, cfg))
     if course.dry_run:
         if dataset is not None:
             rehearsal.say_data(dataset, about["split"])

@@ -7,7 +7,8 @@ Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 -
 runs/try-alpha`: masks of the decoder, classes of CLIP alone.
 """
 
-from typing import Iterable
+from dataclasses import replace
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import Config
-from data import Sample, resize
+from data import Sample, resize_part
 from engine.method import Method
+from engine.windows import in_windows, predict_in_windows, shown_size
 from ground import ranks
 from inference import Prediction
 from readers.ground_truth import DataSet
@@ -41,10 +43,8 @@ def evaluate(
     with tqdm(total=len(mine), desc=title, unit="image", dynamic_ncols=True, disable=hidden) as bar:
         for group in _groups(images, mine, cfg):
             truths = [images.truth(i) for i in group]
-            shapes = [truth.segment_map.shape for truth in truths]
-            batch, sizes = views([images.image(i) for i in group], cfg, shapes)
-            batch = batch.to(method.device)
-            for k, reading, prediction in method.predict(batch, sizes, method.readings):
+            pictures = [images.image(i) for i in group]
+            for k, reading, prediction in _answers(method, pictures, method.readings):
                 for score in scores[reading]:
                     score.add(prediction, truths[k])
             bar.update(len(group))
@@ -73,16 +73,33 @@ def _together(scores: list) -> dict:
     return result
 
 
-def views(images: list[Image.Image], cfg: Config, shapes: list | None = None):
+def _answers(
+    method: Method,
+    images: list[Image.Image],
+    readings: Iterable[str],
+    t: int | None = None,
+    semantic: bool = True,
+) -> Iterator[tuple[int, str, Prediction]]:
+    """As `Method.predict`, of RGB images of one size: as they are, or in windows of them."""
+    if in_windows(images[0].size, method.cfg):
+        for k, image in enumerate(images):
+            for reading, answer in predict_in_windows(method, image, readings, t).items():
+                classes = answer.semantic.clip(1).astype(np.int64) - 1
+                yield k, reading, replace(answer, semantic=classes)
+    else:
+        batch, sizes = views(images, method.cfg)
+        yield from method.predict(batch.to(method.device), sizes, readings, t, semantic)
+
+
+def views(images: list[Image.Image], cfg: Config):
     """Images of one size as a batch at the size of evaluation: (B, 3, h, w) uint8, and the sizes
     that `predict` takes.
-
-    shapes: (H, W) of the answers; None: those of the images.
     """
-    resized = [resize(Sample(image, []), cfg.test_size, cfg.test_max).image for image in images]
+    width, height = shown_size(*images[0].size, cfg)
+    whole = (0, 0, width, height)
+    resized = [resize_part(Sample(x, []), (width, height), whole).image for x in images]
     batch = torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in resized])
-    shapes = shapes or [image.size[::-1] for image in images]
-    return batch, [(x.size[::-1], shape) for x, shape in zip(resized, shapes)]
+    return batch, [((height, width), image.size[::-1]) for image in images]
 
 
 @torch.no_grad()
@@ -94,8 +111,7 @@ def predict_image(
     semantic: bool = False,
 ) -> dict[str, Prediction]:
     """What readings say of one RGB image, at its size. t, semantic: as in `Method.predict`."""
-    batch, sizes = views([image], method.cfg)
-    answers = method.predict(batch.to(method.device), sizes, readings, t, semantic)
+    answers = _answers(method, [image], readings, t, semantic)
     return {reading: prediction for _, reading, prediction in answers}
 
 

@@ -214,9 +214,10 @@ DECODER: train_backbone classifier num_queries hidden heads encoder_layers encod
 NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_thresh
     points_per_batch
 SIZES: test_size test_max white
-INFERENCE: SIZES object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
+SCALE: seen_width object_width window
+INFERENCE: SIZES SCALE object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
 STUDENT: CLIP DECODER INFERENCE
-TRAINING: CLIP DECODER crop scale_min scale_max optimizer schedule backbone_lr_multiplier lr
+TRAINING: CLIP DECODER crop scale_min scale_max SCALE optimizer schedule backbone_lr_multiplier lr
     weight_decay clip_norm poly_power mask_weight dice_weight num_points oversample importance
     workers seed checkpoint_every log_every eval_batch
 MASKS: sam NETWORK white seed
@@ -226,7 +227,7 @@ SEMI: SUPERVISED jitter jitter_hue grayscale_prob blur_prob blur_radius ssl_step
     lambda_u ema_decay burn_in cutmix_prob
 prepare: workers
 import: seed
-validate: workers seed num_queries labels white
+validate: workers seed num_queries labels white test_size SCALE
 masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps

@@ -23,7 +23,7 @@ def make(
     """SAM's masks of all training images, labelled and unlabelled alike; what is there already
     stays.
     """
-    images = source.load_images(cfg)
+    images, _ = source.load_images(cfg)
     if dry_run:
         generator = foundation.load_sam(cfg, machine.precision)(machine.device)
 

@@ -89,6 +89,7 @@ class Method(Protocol):
         readings: Iterable[str],
         t: int | None = None,
         semantic: bool = True,
+        sums: bool = False,
     ) -> Iterator[tuple[int, str, Prediction]]:
         """As `inference.predict`. t: the step whose pseudo-labels PSEUDO means; None: those of the
         end.

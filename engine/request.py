@@ -75,17 +75,18 @@ class Source:
         return dataset
 
     def load_images(self, cfg: Config):
-        """What SAM segments and the decoder is warmed up on: the folder of images, or all training
-        images.
+        """What SAM segments and the decoder is warmed up on: the folder of images, and None; or all
+        training images, and the data set.
         """
         if self.images:
             images = ImageFolder(self.images)
             see(cfg.white, images)
-            return images
-        images = self.load(cfg).train
+            return images, None
+        dataset = self.load(cfg)
+        images = dataset.train
         require_images(images)
         require_files(images, range(len(images)), "training", maps=False)
-        return images
+        return images, dataset
 
 
 def classes_of(config: dict, origin) -> Taxonomy | None:

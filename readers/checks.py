@@ -1,9 +1,10 @@
 """What stops a run before it begins, or keeps full PQ out of reach: read from the index of a data
 set and from listed folders; no image is opened."""
 
+import contextlib
 import os
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from config import Config
 from ground.errors import UserError, refuse
 from readers.ground_truth import DataSet
 from readers.panoptic import PanopticFolder
+from readers.pictures import image_header
 
 
 def require_images(images) -> None:
@@ -53,9 +55,11 @@ def objects(images: PanopticFolder, indices) -> np.ndarray:
 
 def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
     """How many objects cannot be found because their image has more segments than the model has
-    queries: a line each set, or none."""
+    queries: a line each set, or none. Windows share them, as if they were evenly spread."""
     lines = []
-    for _, what, counts in _counted(dataset, cfg):
+    for images, indices, what, counts in _counted(dataset, cfg):
+        if cfg.window and cfg.magnification:
+            counts = _in_a_window(images, indices, counts, cfg)
         crowded = counts[counts > cfg.num_queries]
         if len(crowded):
             lines.append(
@@ -67,13 +71,24 @@ def out_of_reach(dataset: DataSet, cfg: Config) -> list[str]:
     return lines
 
 
+def _in_a_window(images: PanopticFolder, indices, counts: np.ndarray, cfg: Config) -> np.ndarray:
+    """Segments of images -> of a window of them; those of an image that is no problem as a whole
+    stay."""
+    side, counts = cfg.window / cfg.magnification, counts.copy()
+    for k in np.flatnonzero(counts > cfg.num_queries):
+        with contextlib.suppress(UserError):  # who reads the image will say so
+            width, height = image_header(images.path(indices[k]))[0]
+            counts[k] = round(counts[k] * min(1, side / width) * min(1, side / height))
+    return counts
+
+
 def limits(dataset: DataSet, cfg: Config) -> list[str]:
     """Why full PQ is out of reach, whatever is learned: `out_of_reach`, and several segments of one
     stuff class, of which a model gives one."""
     lines = out_of_reach(dataset, cfg)
-    for images, what, counts in _counted(dataset, cfg):
-        indices = set(dataset.labeled) if images is dataset.train else range(len(images))
-        repeated = [row for row in repeated_stuff(images) if row[0] in indices]
+    for images, indices, what, counts in _counted(dataset, cfg):
+        counted = set(indices)
+        repeated = [row for row in repeated_stuff(images) if row[0] in counted]
         if repeated:
             i, k, count = repeated[0]
             lines.append(
@@ -85,14 +100,14 @@ def limits(dataset: DataSet, cfg: Config) -> list[str]:
     return lines
 
 
-def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, str, np.ndarray]]:
-    """The sets whose index can be counted, and the segments of their images (semantic labels are
-    one segment a class, and never many)."""
+def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, Any, str, np.ndarray]]:
+    """The sets whose index can be counted, with the indices that count, a word, and the segments
+    of their images (semantic labels are one segment a class, and never many)."""
     parts = [(dataset.val, range(len(dataset.val)), "validation")]
     if cfg.labels == "panoptic":
         parts.insert(0, (dataset.train, dataset.labeled, "labelled"))
     return [
-        (images, what, objects(images, indices))
+        (images, indices, what, objects(images, indices))
         for images, indices, what in parts
         if isinstance(images, PanopticFolder)
     ]

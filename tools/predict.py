@@ -62,7 +62,8 @@ from tools.prepare import encode
 KINDS = ("panoptic", "semantic", "overlay")
 # Of Config, that a prediction depends on.
 NUMBERS = (
-    "alpha clip_scale object_mask_threshold overlap_threshold test_size test_max white"
+    "alpha clip_scale object_mask_threshold overlap_threshold test_size test_max seen_width "
+    "object_width window white"
 ).split()
 CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
 

@@ -7,7 +7,9 @@ kind. Nothing is changed.
 Axes: H W pixels, N segments, K classes.
 """
 
+import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Collection, Iterator
 
@@ -27,6 +29,7 @@ from readers.exposure import CUT_OFF, above_white, uses_little
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.panoptic import PanopticFolder
 from readers.pictures import pictures
+from readers.scale import object_width, scale_text
 
 SHOWN, SHOWN_CLASSES = 5, 25  # faults of a kind and classes in the printed report; the JSON has all
 # Kind of fault: what a report calls it, and what to do about it.
@@ -222,9 +225,19 @@ def check(
     return {
         "classes": classes,
         "counts": {name: part.counts() for name, part in parts.items()},
-        "notices": [*out_of_reach(dataset, cfg or Config()), *_notices(dataset, classes, odd)],
+        "notices": [*_scale(dataset, cfg), *_notices(dataset, classes, odd)],
         "problems": problems,
     }
+
+
+def _scale(dataset: DataSet, cfg: Config | None) -> list[str]:
+    """How the objects will be seen, and how many of them cannot be."""
+    cfg, lines = cfg or Config(), []
+    if cfg.seen_width and dataset.labeled:
+        with contextlib.suppress(UserError):  # of an image that cannot be read: listed already
+            cfg = replace(cfg, object_width=cfg.object_width or object_width(dataset, cfg))
+            lines.append(scale_text(dataset, cfg))
+    return lines + out_of_reach(dataset, cfg)
 
 
 class _Part:

@@ -1,0 +1,59 @@
+"""How wide the objects of a data set are, in pixels: what scale they are to be seen at."""
+
+import numpy as np
+
+from config import Config
+from readers.ground_truth import DataSet
+from readers.panoptic import PanopticFolder
+from readers.pictures import image_header
+
+
+def widths(images, indices) -> np.ndarray:
+    """(n,) pixels: the equivalent diameters (of discs of their areas) of all things of some images.
+    Crowd does not count; areas are those that the JSON states."""
+    things = np.array(images.taxonomy.things)
+    areas = [np.zeros(0)]
+    for i in indices:
+        _, labels, area, crowd = images.segments_of(i).T
+        areas.append(area[things[labels] & (crowd == 0) & (area > 0)])
+    return np.sqrt(4 / np.pi * np.concatenate(areas))
+
+
+def object_width(dataset: DataSet, cfg: Config) -> float:
+    """The `object_width` of a configuration, measured on the labelled images: the median of the
+    things, but no more than lets the median image fill a window.
+
+    Without things, where stuff wants to be seen in its surroundings, it is what shows the median
+    image with the short side `test_size`. 0 of a data set that is no folder.
+    """
+    train = dataset.train
+    if not isinstance(train, PanopticFolder) or not dataset.labeled:
+        return 0.0
+    sides = [image_header(train.path(i))[0] for i in dataset.labeled]
+    found = widths(train, dataset.labeled)
+    if not len(found):
+        short = float(np.median([min(size) for size in sides]))
+        return round(cfg.seen_width * short / cfg.test_size, 2)
+    most = cfg.seen_width * float(np.median([max(size) for size in sides])) / max(cfg.window, 1)
+    width = float(np.median(found))
+    return round(min(width, most) if cfg.window else width, 2)
+
+
+def scale_text(dataset: DataSet, cfg: Config) -> str:
+    """How wide the labelled objects are, and how they will be shown, in a line.
+
+    cfg: with its `object_width`.
+    """
+    found = widths(dataset.train, dataset.labeled)
+    shown = f"images are shown {cfg.magnification:.2g} times as large"
+    if cfg.window:
+        side = round(cfg.window / cfg.magnification)
+        shown += f", in windows of {side} pixels ({cfg.window} as shown)"
+    if not len(found):
+        return f"no labelled object is a thing; {shown}"
+    low, middle, high = np.percentile(found, (10, 50, 90))
+    return (
+        f"labelled objects are {middle:.0f} pixels wide (the median; a tenth below {low:.0f}, a "
+        f"tenth above {high:.0f}) and are seen {middle * cfg.magnification:.0f} wide: {shown}; "
+        f"--object-width and --seen-width change it"
+    )
