@@ -97,7 +97,7 @@ def test_an_object_that_no_window_shows_whole_is_joined_and_its_neighbours_are_n
 
 def test_the_surer_of_two_views_draws_the_object_and_it_is_counted_once():
     ids = np.full((64, 128), 1)
-    ids[20:40, 36:60] = 2  # whole in the windows at 0, 32 and 64? at 0 and 32
+    ids[20:40, 36:60] = 2  # whole in the windows at 0 and 32
     image, ids, labels = coded(ids, [0, SKY, DISC])
 
     def alter(prediction, window):
@@ -140,6 +140,26 @@ def test_a_view_that_a_border_cuts_yields_even_where_the_whole_one_saw_nothing()
     assert len(predict_in_windows(Oracle(), image, ["a/b"])["a/b"].labels) == 2
     answer = predict_in_windows(Oracle(alter=blind), image, ["a/b"])["a/b"]
     assert answer.labels.tolist() == [SKY]
+
+
+def test_a_whole_object_keeps_its_pixels_beside_surer_parts_of_a_larger_one():
+    ids, (ys, xs) = np.full((64, 260), 1), np.mgrid[:64, :260]
+    ids[20:40, 5:255] = 2  # a bar, wider than three windows
+    ids[(ys - 30) ** 2 + (xs - 100) ** 2 <= 6**2] = 3  # a disc on it
+    image, ids, labels = coded(ids, [0, SKY, BAR, DISC])
+
+    def alter(prediction, window):
+        """Windows of even numbers take the disc for a piece of the bar; all are sure of bars."""
+        bar = prediction.labels == BAR
+        segment_map = prediction.segment_map.copy()
+        for k in np.flatnonzero(prediction.labels == DISC) + 1:
+            if window % 2 == 0 and bar.any():
+                segment_map[segment_map == k] = np.flatnonzero(bar)[0] + 1
+        scores = np.where(bar, 0.95, prediction.scores)
+        return replace(prediction, segment_map=segment_map, scores=scores)
+
+    answer = predict_in_windows(Oracle(alter=alter), image, ["a/b"])["a/b"]
+    require_equal(answer, ids, labels)
 
 
 def test_stuff_is_the_class_with_the_largest_sum_over_windows():
