@@ -18,5 +18,6 @@ no GPU.
     test_mini            the miniature world
     test_pipelines       stages one after the other
     test_predict         a run on pictures
+    test_baselines       Otsu and a small U-Net, on drawn discs
     test_page            report.html
 """

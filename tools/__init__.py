@@ -1,6 +1,6 @@
 """Things beside the method: data in, runs out, tables and measurements. `dearli` wires them, and
-nothing below uses them; they use every other room. `bench` is a program of its own (`python -m
-tools.bench`).
+nothing below uses them; they use every other room. `bench` and `baselines` are programs of their
+own (`python -m tools.bench`).
 
     prepare         the paper's data sets
     importer        annotations of other tools as a data set
@@ -9,6 +9,7 @@ tools.bench`).
     export          a run as one file
     zeroshot        CLIP alone on given masks
     ladder          tables of the paper on the miniature world
+    baselines       Otsu and a small U-Net, where one kind of object lies on a background
     bench           time and memory, beside others' code
     bench_works     what it measures
 """
