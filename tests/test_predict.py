@@ -43,7 +43,7 @@ from tests.helpers import (
     wait_for,
     write_coco_folder,
 )
-from tools import predict, prepare
+from tools import exchange, importer, outlines, predict, prepare
 
 
 def test_colours_of_classes_are_far_apart_for_every_eye_and_do_not_depend_on_their_number():
@@ -490,7 +490,14 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     files.release(out)
     # a second call changes nothing, and is refused before there is a model
     monkeypatch.setattr(predict, "restore", lambda *a: pytest.fail("a model was built"))
-    for kept in ("panoptic.jsonl", "panoptic.json", "panoptic/a.jpg.png", "overlay/b.png.png"):
+    for kept in (
+        "panoptic.jsonl",
+        "panoptic.json",
+        *exchange.FILES,
+        "panoptic/a.jpg.png",
+        "labelme/a.jpg.json",
+        "overlay/b.png.png",
+    ):
         before = fingerprint(pictures)
         assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
         error = capsys.readouterr().err
@@ -503,6 +510,8 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
         for path in (
             [p for p in out.rglob("*.png") if p != out / "overlay/b.png.png"]
             if kept.startswith("panoptic/")
+            else [p for p in (out / "labelme").rglob("*.*")]
+            if kept.startswith("labelme/")
             else [out / kept]
         ):
             path.unlink()
@@ -640,6 +649,243 @@ def test_fault_43_a_picture_that_has_become_another_is_predicted_anew(small_run,
     assert (out / "panoptic" / "a.png.png").read_bytes() == (
         out / "panoptic" / "b.png.png"
     ).read_bytes()
+
+
+CELLS = ground_truth.Taxonomy(("cell, blood cell", "rod", "glass"), (True, True, False), (7, 3, 9))
+
+
+def drawn_map(*masks):
+    """Segments in this order, the later ones on top."""
+    segment_map = np.zeros(masks[0].shape, np.int32)
+    for k, mask in enumerate(masks, 1):
+        segment_map[mask] = k
+    return segment_map
+
+
+def write_exchange(root, maps, taxonomy=CELLS):
+    """What `--stage predict` writes for programs of others. maps: segment map and labels by name
+    of the picture. Returns the rows."""
+    rows = []
+    for name, (segment_map, labels) in sorted(maps.items()):
+        picture = root / "pictures" / name
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((*segment_map.shape, 3), np.uint8)).save(picture)
+        scores = np.linspace(0.5, 0.9, len(labels))
+        result = predict.Prediction(None, segment_map, np.array(labels), scores, None, taxonomy)
+        file = root / "out" / "labelme" / exchange.labelme_files(maps)[name]
+        segments = result.segments_info()
+        objects = exchange.write_picture(picture, file, segment_map, segments, taxonomy)
+        height, width = segment_map.shape
+        image = {"id": name, "file_name": name, "width": width, "height": height}
+        annotation = {"image_id": name, "file_name": f"{name}.png", "segments_info": segments}
+        rows.append({"image": image, "annotation": annotation, "objects": objects})
+    exchange.write_folder(root / "out", rows, taxonomy, {"weights": "none"})
+    return rows
+
+
+def least_iou(root, maps, taxonomy, kind, **flags):
+    """Import what was written. Returns the smallest IoU of an object that is drawn with a segment
+    of its class, and how many segments of such classes came back."""
+    source, target = root / "out" / ("labelme" if kind == "labelme" else ""), root / kind
+    importer.import_folder(kind, source, target, **flags)
+    found, count = {}, 0
+    for part in ("train", "val"):
+        content = json.loads((target / f"panoptic_{part}.json").read_text())
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        for a in content["annotations"]:
+            ids = panoptic.segment_ids(target / "panoptic" / a["file_name"])
+            classes = {s["id"]: names[s["category_id"]] for s in a["segments_info"]}
+            found[a["file_name"]] = ids, classes
+    least, drawn = 1.0, exchange.drawn(taxonomy)
+    for name, (segment_map, labels) in maps.items():
+        if not any(drawn[label] for label in labels):
+            continue
+        ids, classes = found[f"{name.replace('/', '_').rsplit('.', 1)[0]}.png"]
+        kinds = {taxonomy.names[k] for k in np.flatnonzero(drawn)}
+        count += sum(value in kinds for value in classes.values())
+        for k, label in enumerate(labels, 1):
+            if drawn[label]:
+                mask = segment_map == k
+                same = [i for i, value in classes.items() if value == taxonomy.names[label]]
+                least = min(
+                    least,
+                    max(((ids == i) & mask).sum() / ((ids == i) | mask).sum() for i in same),
+                )
+    return least, count
+
+
+def hard_maps():
+    """Segment maps with what is hard to draw as a polygon, and labels of CELLS."""
+    ys, xs = np.mgrid[:60, :80]
+
+    def disc(y, x, radius):
+        return (ys - y) ** 2 + (xs - x) ** 2 <= radius**2
+
+    def line(*places):
+        mask = np.zeros(ys.shape, bool)
+        mask[places] = True
+        return mask
+
+    ring = disc(20, 20, 15) & ~disc(20, 20, 11) & ~disc(20, 6, 1)
+    holes = disc(20, 60, 14) & ~disc(16, 55, 3) & ~disc(24, 62, 4) & ~line(20, 70)
+    inner = disc(20, 20, 5)
+    thread = line(50, np.arange(5, 60)) | line(np.arange(44, 50), 40)
+    slope = line(np.arange(36, 48), np.arange(10, 22))
+    dust = line(2, 2), line(0, 79), line(59, 0)
+    apart = disc(55, 70, 3) | disc(45, 74, 2) | line(40, 60)
+    edge = (ys >= 56) & (xs >= 20) & (xs < 30)
+    ten = line([40, 40, 40, 41, 41, 41, 42, 42, 42, 43], [50, 51, 52, 50, 51, 52, 50, 51, 52, 51])
+    shapes = (ring, holes, inner, thread, slope, *dust, apart, edge, ten)
+    touching = disc(15, 20, 9), disc(15, 37, 9) & (xs > 28), (ys > 24) & (ys < 30), disc(24, 50, 2)
+    return {
+        "hard.png": (drawn_map(*shapes), [0, 1] + 9 * [0]),
+        "day 1/touching.png": (drawn_map(xs >= 0, *touching), [2, 0, 0, 1, 1]),
+        "day 1/nothing.png": (np.zeros((40, 30), np.int32), []),
+        "glass.png": (drawn_map(xs >= 0), [2]),
+        "all.png": (drawn_map(xs >= 0), [1]),
+    }
+
+
+def test_borders_of_any_mask_fill_exactly_its_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mask = rng.random(rng.integers(1, 16, 2)) < rng.choice([0.1, 0.3, 0.5, 0.7, 0.9])
+        parts = outlines.parts(mask)
+        polygons = [outlines._joined(borders) for borders in parts]
+        assert np.array_equal(outlines.fill(polygons, mask.shape), mask)
+        for line in (line for borders in parts for line in borders):
+            # sides along the axes, corners at each point
+            steps = np.sign(np.roll(line, -1, axis=0) - line)
+            assert (np.abs(steps).sum(1) == 1).all()
+            assert (steps != np.roll(steps, 1, axis=0)).any(1).all()
+    ((square, hole),) = outlines.parts(np.pad(np.zeros((1, 1), bool), 1, constant_values=True))
+    assert sorted(square.tolist()) == [[0, 0], [0, 3], [3, 0], [3, 3]]
+    assert sorted(hole.tolist()) == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    assert len(outlines.parts(np.eye(9, dtype=bool))) == 1  # pixels that meet at corners are one
+
+
+@pytest.mark.parametrize("kind", ["labelme", "coco-instances"])
+def test_predictions_come_back_through_import(kind, tmp_path):
+    maps = hard_maps()
+    write_exchange(tmp_path, maps)
+    least, count = least_iou(tmp_path, maps, CELLS, kind, background="glass")
+    assert least >= 0.95 and count == 11 + 4 + 1
+
+
+@pytest.mark.parametrize("kind", ["labelme", "coco-instances"])
+def test_random_blobs_that_touch_come_back_through_import(kind, tmp_path):
+    rng, maps = np.random.default_rng(3), {}
+    for i in range(6):
+        # cells of the nearest seed, some left out, frayed by noise; stuff of two classes
+        seeds, shape = rng.integers(0, 70, (40, 2)), (64, 70)
+        grid = np.stack(np.mgrid[:64, :70], -1)[:, :, None] + rng.normal(0, 0.4, (*shape, 1, 2))
+        nearest = np.square(grid - seeds).sum(-1).argmin(-1)
+        kept = rng.permutation(40)[:30]
+        segment_map = np.zeros(shape, np.int32)
+        for k in (k for k in kept if (nearest == k).any()):
+            segment_map[nearest == k] = segment_map.max() + 1
+        labels = [*rng.integers(0, 2, segment_map.max() - 2), 2, 3]
+        maps[f"{i}.png"] = segment_map, labels
+    names, things = ("a", "b", "sky", "grass"), (True, True, False, False)
+    taxonomy = ground_truth.Taxonomy(names, things, (1, 2, 3, 4))
+    write_exchange(tmp_path, maps, taxonomy)
+    least, count = least_iou(tmp_path, maps, taxonomy, kind, stuff="sky,grass")
+    assert least >= 0.95 and count == sum(len(labels) for _, labels in maps.values())
+    points = [
+        len(part) // 2
+        for a in json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"]
+        for part in a["segmentation"]
+    ]
+    assert 3 <= min(points)
+
+
+def test_outlines_are_simple_where_that_costs_little():
+    ys, xs = np.mgrid[:80, :80]
+    box, disc = (ys > 9) & (ys < 40) & (xs > 9) & (xs < 70), (ys - 60) ** 2 + (xs - 40) ** 2 < 200
+    segment_map = drawn_map(box, disc)
+    (rectangle,), (circle,) = outlines.outlines(
+        segment_map, np.bincount(segment_map.ravel())[1:], np.array([True, True])
+    )
+    assert sorted(rectangle.tolist()) == [[10, 10], [10, 40], [70, 10], [70, 40]]
+    exact = outlines.parts(disc)[0][0]
+    assert len(circle) < 20 < len(exact)
+    filled = outlines.fill([circle], disc.shape)
+    assert (filled & disc).sum() / (filled | disc).sum() >= outlines.LEAST
+
+
+def test_coco_instances_of_predictions_are_what_pycocotools_reads(tmp_path):
+    coco = pytest.importorskip("pycocotools.coco")
+    maps = hard_maps()
+    rows = write_exchange(tmp_path, maps)
+    data = coco.COCO(str(tmp_path / "out" / "instances.json"))
+    assert [c["name"] for c in data.loadCats(data.getCatIds())] == ["rod", "cell, blood cell"][::-1]
+    assert [i["file_name"] for i in data.loadImgs(data.getImgIds())] == sorted(maps)
+    for number, row in enumerate(rows, 1):
+        segments = [s for s in row["annotation"]["segments_info"] if s["category_id"] != 9]
+        annotations = data.loadAnns(data.getAnnIds(imgIds=number))
+        assert len(annotations) == len(segments)
+        for a, segment in zip(annotations, segments):
+            same = "category_id area bbox iscrowd score".split()
+            assert [a[key] for key in same] == [segment[key] for key in same] and not a["iscrowd"]
+            mask = maps[row["image"]["file_name"]][0] == segment["id"]
+            filled = data.annToMask(a) > 0
+            assert (filled & mask).sum() / (filled | mask).sum() >= 0.95
+
+
+def test_objects_and_counts_are_tables_of_what_was_found(tmp_path):
+    disc = np.zeros((6, 8), bool)
+    disc[1:4, 2:6] = True
+    dot = np.zeros((6, 8), bool)
+    dot[5, 7] = True
+    maps = {
+        "a, b.png": (drawn_map(np.ones((6, 8), bool), disc, dot), [2, 0, 1]),
+        "none.png": (np.zeros((3, 5), np.int32), []),
+    }
+    write_exchange(tmp_path, maps)
+    assert (tmp_path / "out" / "objects.csv").read_text() == (
+        "picture,number,class,score,area,diameter,x,y,left,top,width,height\n"
+        '"a, b.png",2,cell,0.7,12,3.91,4.0,2.5,2,1,4,3\n'
+        '"a, b.png",3,rod,0.9,1,1.13,7.5,5.5,7,5,1,1\n'
+    )
+    assert (tmp_path / "out" / "counts.csv").read_text() == (
+        'picture,width,height,cell,rod,glass (pixels)\n"a, b.png",8,6,1,1,35\nnone.png,5,3,0,0,0\n'
+    )
+    # names that share their first word are told apart, and classes may be more than 255
+    many = tuple(f"crane, kind {k}" if k < 2 else f"c{k}" for k in range(300))
+    taxonomy = ground_truth.Taxonomy(many, (True,) * 300, tuple(range(1, 301)))
+    write_exchange(tmp_path / "many", {"a.png": (drawn_map(disc, dot), [1, 299])}, taxonomy)
+    header, row = (tmp_path / "many" / "out" / "counts.csv").read_text().splitlines()
+    assert header.startswith('picture,width,height,"crane, kind 0","crane, kind 1",c2,')
+    counts = [int(value) for value in row.split(",")[3:]]
+    assert [k for k, count in enumerate(counts) if count] == [1, 299] and sum(counts) == 2
+
+
+def test_labelme_finds_its_files_and_pictures_of_one_stem_do_not_meet(tmp_path):
+    assert exchange.labelme_files(["a.jpg", "b/a.png", "c.tif"]) == {
+        "a.jpg": "a.json",
+        "b/a.png": "b/a.json",
+        "c.tif": "c.json",
+    }
+    files = exchange.labelme_files(["a.jpg", "A.png", "a.png.png", "b.jpg"])
+    assert files == {
+        "a.jpg": "a.jpg.json",
+        "A.png": "A.png.json",
+        "a.png.png": "a.png.png.json",
+        "b.jpg": "b.json",
+    }
+    write_exchange(tmp_path, hard_maps())
+    folder = tmp_path / "out" / "labelme"
+    content = json.loads((folder / "day 1" / "touching.json").read_text())
+    assert content["imagePath"] == "touching.png" and content["imageData"] is None
+    assert (content["imageHeight"], content["imageWidth"]) == (60, 80)
+    assert (folder / "day 1" / "touching.png").samefile(
+        tmp_path / "pictures" / "day 1" / "touching.png"
+    )
+    assert {shape["label"] for shape in content["shapes"]} == {"cell, blood cell", "rod"}
+    assert content["shapes"][-1]["description"] == "score 0.90"  # the smallest, so it can be picked
+    assert json.loads((folder / "day 1" / "nothing.json").read_text())["shapes"] == []
+    groups = [s["group_id"] for s in json.loads((folder / "hard.json").read_text())["shapes"]]
+    assert sorted(group for group in groups if group) == [9, 9, 9] and groups.count(None) == 10
 
 
 def test_pictures_of_any_size_and_mode_are_predicted_as_they_are_shown(small_run, tmp_path):

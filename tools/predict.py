@@ -23,6 +23,8 @@ do not meet):
                               that has become another
     panoptic.jsonl            the same, a line a picture, written after the files of its picture:
                               a kill loses one picture at most
+    labelme/, instances.json, objects.csv, counts.csv
+                              to correct and to count, see `tools.exchange`
 
 Maps are as large as the picture as it is shown: turned as its EXIF block says. Every other file is
 written whole or not at all.
@@ -57,9 +59,11 @@ from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, op
 from readers.sixteen_bit import WHITE
 from report import drawing
 from report.finish import repainted
+from tools import exchange
 from tools.prepare import encode
 
 KINDS = ("panoptic", "semantic", "overlay")
+ROW = ("image", "annotation", "objects")  # of panoptic.jsonl; the last see `tools.exchange`
 # Of Config, that a prediction depends on.
 NUMBERS = (
     "alpha clip_scale object_mask_threshold overlap_threshold test_size test_max seen_width "
@@ -241,6 +245,7 @@ class Pictures:
         claim(self.output)
         resume = resume and self.log.exists()
         self.begun, rows = _read(self.log) if resume else ({}, {})
+        self.labelme = exchange.labelme_files([*self.names, *rows])
         self.rows = {name: row for name, row in rows.items() if self._is_done(name, row)}
         if not (resume or force):
             self._require_free()
@@ -248,7 +253,7 @@ class Pictures:
     def _list(self) -> None:
         if not self.source.is_dir():
             raise UserError(f"{self.source}: no such picture or folder of pictures")
-        own = {os.path.realpath(self.output / kind) for kind in KINDS}
+        own = {os.path.realpath(self.output / kind) for kind in (*KINDS, exchange.FOLDER)}
         images = [Path(name) for name in pictures(self.source, self.others.append, own)]
         self.others.sort()
         if not images:
@@ -259,7 +264,7 @@ class Pictures:
         self.names = []
         for path in images:
             # from it come the names of its predictions, and of the files that become them
-            longest = path.with_name(f".{path.name}.png.{os.getpid():07}.tmp").as_posix()
+            longest = path.with_name(f".{path.name}.json.{os.getpid():07}.tmp").as_posix()
             if name_fault(longest):
                 self.faults.append(
                     f"{self.source}: {brief(path.as_posix())} leaves no room for the names of its "
@@ -272,6 +277,7 @@ class Pictures:
         wanted = [
             self.log,
             self.json,
+            *(self.output / file for file in exchange.FILES),
             *(path for name in self.names for path in self.targets(name)),
         ]
         there = next((path for path in wanted if path.exists()), None)
@@ -295,7 +301,9 @@ class Pictures:
             return None
 
     def targets(self, name: str) -> list[Path]:
-        return [self.output / kind / f"{name}.png" for kind in KINDS]
+        """The images of KINDS, and in the folder of labelme the JSON and the picture."""
+        labelme = [self.output / exchange.FOLDER / file for file in (self.labelme[name], name)]
+        return [*(self.output / kind / f"{name}.png" for kind in KINDS), *labelme]
 
     def fill(self, model: Predictor) -> int:
         """Predict what is not done. Returns the number of pictures that were.
@@ -318,9 +326,12 @@ class Pictures:
                 "annotations": [row["annotation"] for row in rows],
                 "categories": model.taxonomy.categories(),
             }
+            exchange.write_folder(self.output, rows, model.taxonomy, info)
             write_atomic(self.json, json.dumps(content).encode())
         finally:
             release(self.output)
+        if rows:
+            print(exchange.next_step(self.output, rows, model.taxonomy))
         self._say(model.white)
         if self.faults:
             every = len(self.names) + self.unnamed
@@ -363,16 +374,21 @@ class Pictures:
         small = np.uint8 if len(result.taxonomy) < 256 else np.uint16
         classes = Image.fromarray((result.semantic + 1).astype(small))
         images = encode(result.segment_map), classes, result.overlay()
-        for path, image in zip(self.targets(name), images):
+        *paths, labelme, _ = self.targets(name)
+        for path, image in zip(paths, images):
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             write_atomic(path, buffer.getbuffer())
+        segments = result.segments_info()
+        arrays = result.segment_map, segments, result.taxonomy
+        objects = exchange.write_picture(self.source / name, labelme, *arrays)
         height, width = result.segment_map.shape
         about = {"id": name, "file_name": name, "width": width, "height": height}
         annotation = {"image_id": name, "file_name": f"{name}.png"}
         return {
             "image": {**about, "sha256": self._digest(name)},
-            "annotation": {**annotation, "segments_info": result.segments_info()},
+            "annotation": {**annotation, "segments_info": segments},
+            "objects": objects,
         }
 
     def _say(self, white: int) -> None:
@@ -407,5 +423,6 @@ def _read(log: Path) -> tuple[dict, dict]:
             if "info" in row:
                 info = dict(row["info"])
             else:
-                rows[row["image"]["id"]] = {"image": row["image"], "annotation": row["annotation"]}
+                # without "objects", as before labelme/ was written: predicted anew
+                rows[row["image"]["id"]] = {key: row[key] for key in ROW}
     return info, rows

@@ -272,7 +272,7 @@ def _folders(file: _File) -> list[str]:
         words = [f"{file.part}2017", *(word for word in PARTS if PARTS[word] == file.part)]
         names = [*words, *(f"images/{word}" for word in words), "images", "data"]
     else:
-        names = "images train2017 val2017 data JPEGImages images/default".split()
+        names = "images train2017 val2017 data JPEGImages images/default labelme".split()
         names += [*PARTS, *(f"images/{word}" for word in PARTS)]
     return [*dict.fromkeys([*homes, *names, "."])]
 
