@@ -24,6 +24,15 @@ def of_bytes(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
+def of_file(path) -> str:
+    """SHA-256 of a file, read by parts."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def of_text(*parts: str) -> str:
     """The same of texts, one a line. A file name that is no Unicode is one, too."""
     return of_bytes(*(f"{part}\n".encode("utf-8", "surrogateescape") for part in parts))

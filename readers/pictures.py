@@ -149,7 +149,7 @@ def endings(formats: tuple[str, ...] = FORMATS) -> list[str]:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file. Raises: UserError if it cannot be read."""
     try:
-        return identity.of_bytes(Path(path).read_bytes())
+        return identity.of_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "absent") from None
     except OSError as error:
@@ -208,8 +208,8 @@ def opened(path: Path):
         raise UserError(f"{path}: no such file", "absent") from None
     except Image.DecompressionBombError:
         raise UserError(
-            f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, which "
-            "no stage reads; cut it into tiles",
+            f"{path}: its header states more than {MAX_PIXELS // 1_000_000} million pixels, too "
+            "many to be read at once; cut it into tiles (--stage predict reads a TIFF by parts)",
             "large",
         ) from None
     except Exception as error:  # Pillow raises a dozen types for what is one thing to the user

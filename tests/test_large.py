@@ -1,13 +1,17 @@
 """Pictures of more pixels than fit in memory: read, predicted and written by parts."""
 
+import json
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from ground.errors import UserError
+from mini import microcosm
 from readers import large, pictures
 from readers.large import LargeImage
+from tests.helpers import run
 
 SHAPE = 133, 217
 WAYS = {
@@ -76,3 +80,52 @@ def test_what_cannot_be_read_by_parts_is_refused_in_one_line(tmp_path, monkeypat
     image.crop((0, 0, 64, 64))
     with pytest.raises(UserError, match="piece 1 of the image cannot be decoded"):
         image.crop((0, 0, 65, 1))
+
+
+def test_a_large_picture_is_predicted_by_parts_as_it_is_as_a_whole(
+    small_run, tmp_path, monkeypatch, capsys
+):
+    scene = np.tile(microcosm.scene("val", 0).image, (2, 3, 1))
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", scene, tile=(64, 64), photometric="rgb")
+    Image.fromarray(scene[:60, :60]).save(tmp_path / "in" / "b.png")
+    flags = ["--stage", "predict", "--weights", small_run / "run", "--input", tmp_path / "in"]
+    flags += ["--seen-width", 20, "--object-width", 20, "--window", 64, "--device", "cpu"]
+    assert run(*flags, "--out", tmp_path / "whole") == 0
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 5000)
+    assert run(*flags, "--out", tmp_path / "parts") == 0
+    results = [json.loads((tmp_path / k / "panoptic.json").read_text()) for k in ("whole", "parts")]
+    whole, parts = ({a["image_id"]: a for a in r["annotations"]} for r in results)
+    assert parts["b.png"] == whole["b.png"] and parts["a.tif"]["file_name"] == "a.tif.tif"
+    assert parts["a.tif"]["segments_info"] == whole["a.tif"]["segments_info"]
+    assert len(parts["a.tif"]["segments_info"]) > 1
+    assert results[0]["images"] == results[1]["images"]
+    coded = np.asarray(Image.open(tmp_path / "whole" / "panoptic" / "a.tif.png")).astype(int)
+    ids = tifffile.imread(tmp_path / "parts" / "panoptic" / "a.tif.tif")
+    assert np.array_equal(ids, coded @ (1, 256, 65536))
+    classes = tifffile.imread(tmp_path / "parts" / "semantic" / "a.tif.tif")
+    assert np.array_equal(classes, Image.open(tmp_path / "whole" / "semantic" / "a.tif.png"))
+    tables = [(tmp_path / k / "objects.csv").read_text() for k in ("whole", "parts")]
+    assert tables[0] == tables[1]
+    left = [p.name for p in (tmp_path / "parts").rglob(".*")]
+    assert left == [] and (tmp_path / "parts" / "overlay" / "a.tif.png").exists()
+    capsys.readouterr()
+    assert run(*flags, "--out", tmp_path / "parts", "--resume") == 0
+    assert "2 pictures, 0 of them made now" in capsys.readouterr().out
+    assert run(*flags, "--out", tmp_path / "parts") == 2  # nothing is overwritten
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_picture_too_large_to_be_seen_whole_is_refused_by_a_run_that_sees_images_whole(
+    small_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 5000)
+    (tmp_path / "in").mkdir()
+    for name in ("a.tif", "b.png"):
+        Image.fromarray(np.zeros((100, 100, 3), np.uint8)).save(tmp_path / "in" / name)
+    flags = ["--stage", "predict", "--weights", small_run / "run", "--device", "cpu"]
+    assert run(*flags, "--input", tmp_path / "in", "--out", tmp_path / "out") == 2
+    out, err = capsys.readouterr()
+    assert "a.tif: 100 x 100 pixels are too many to be seen at once" in out
+    assert "let it see windows with --window" in out and "2 of 2 pictures could not" in err
+    assert "b.png: its header states more than" in out and "cut it into tiles" in out

@@ -103,6 +103,16 @@ def write_picture(
     return json.dumps(objects, separators=(",", ":"))
 
 
+def centres(segment_map: np.ndarray, segments_info: list[dict], taxonomy: Taxonomy) -> str:
+    """As `write_picture` returns it, of a picture whose objects are not drawn: centres alone."""
+    things = {taxonomy.ids[k] for k, thing in enumerate(taxonomy.things) if thing}
+    objects = []
+    for k, segment in enumerate(segments_info, 1):
+        is_thing = segment["category_id"] in things
+        objects.append([_centre(segment_map, k, segment["bbox"]) if is_thing else None, []])
+    return json.dumps(objects, separators=(",", ":"))
+
+
 def _shape(points: list, label: str, group: int | None, description: str) -> dict:
     return {
         "label": label,

@@ -59,7 +59,7 @@ from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, op
 from readers.sixteen_bit import WHITE
 from report import drawing
 from report.finish import repainted
-from tools import exchange
+from tools import exchange, large
 from tools.prepare import encode
 
 KINDS = ("panoptic", "semantic", "overlay")
@@ -69,6 +69,7 @@ NUMBERS = (
     "alpha clip_scale object_mask_threshold overlap_threshold test_size test_max seen_width "
     "object_width window white"
 ).split()
+ROWS = 2**24  # pixels of a map that are counted at once
 CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
 
 
@@ -96,22 +97,33 @@ class Prediction:
 
     def segments_info(self) -> list[dict]:
         """As in COCO panoptic format, with a score."""
-        areas = np.bincount(self.segment_map.ravel(), minlength=len(self.labels) + 1)[1:]
-        boxes = [
-            (xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start)
-            for ys, xs in ndimage.find_objects(self.segment_map)
-        ]
-        return [
-            {
-                "id": k + 1,
-                "category_id": self.taxonomy.ids[label],
-                "area": int(areas[k]),
-                "bbox": [*boxes[k]],
-                "iscrowd": 0,
-                "score": round(float(self.scores[k]), 6),
-            }
-            for k, label in enumerate(self.labels)
-        ]
+        return segments_info(self, self.taxonomy)
+
+
+def segments_info(answer, taxonomy: Taxonomy) -> list[dict]:
+    """The segments of a prediction as in COCO panoptic format, with a score.
+
+    answer: what has segment_map, labels and scores; the map may be in a file.
+    """
+    areas = np.zeros(len(answer.labels) + 1, np.int64)
+    rows = max(1, ROWS // answer.segment_map.shape[1])
+    for top in range(0, len(answer.segment_map), rows):
+        areas += np.bincount(answer.segment_map[top : top + rows].ravel(), minlength=len(areas))
+    boxes = [
+        (xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start)
+        for ys, xs in ndimage.find_objects(answer.segment_map)
+    ]
+    return [
+        {
+            "id": k + 1,
+            "category_id": taxonomy.ids[label],
+            "area": int(areas[k + 1]),
+            "bbox": [*boxes[k]],
+            "iscrowd": 0,
+            "score": round(float(answer.scores[k]), 6),
+        }
+        for k, label in enumerate(answer.labels)
+    ]
 
 
 class Predictor:
@@ -278,7 +290,7 @@ class Pictures:
             self.log,
             self.json,
             *(self.output / file for file in exchange.FILES),
-            *(path for name in self.names for path in self.targets(name)),
+            *(p for name in self.names for p in self.targets(name) + self.large_targets(name)),
         ]
         there = next((path for path in wanted if path.exists()), None)
         if there:
@@ -290,7 +302,9 @@ class Pictures:
 
     def _is_done(self, name: str, row: dict) -> bool:
         """Its files are there, and of the picture that has this name now. Older rows do not say."""
-        if not all(path.exists() for path in self.targets(name)):
+        by_parts = row["annotation"]["file_name"] == f"{name}.tif"
+        targets = self.large_targets(name) if by_parts else self.targets(name)
+        if not all(path.exists() for path in targets):
             return False
         return name not in self.names or row["image"].get("sha256") in (None, self._digest(name))
 
@@ -304,6 +318,11 @@ class Pictures:
         """The images of KINDS, and in the folder of labelme the JSON and the picture."""
         labelme = [self.output / exchange.FOLDER / file for file in (self.labelme[name], name)]
         return [*(self.output / kind / f"{name}.png" for kind in KINDS), *labelme]
+
+    def large_targets(self, name: str) -> list[Path]:
+        """Those of a picture that is read by parts (`tools.large`)."""
+        endings_of = dict.fromkeys(KINDS, ".tif") | {"overlay": ".png"}
+        return [self.output / kind / f"{name}{ending}" for kind, ending in endings_of.items()]
 
     def fill(self, model: Predictor) -> int:
         """Predict what is not done. Returns the number of pictures that were.
@@ -358,16 +377,35 @@ class Pictures:
     def _predict(self, model: Predictor, name: str, log) -> None:
         path = self.source / name
         try:
-            image = open_image(path, white=model.white)
-            if above_white(path, model.white) > CUT_OFF:
-                self.cut_off.append(name)
+            try:
+                image = open_image(path, white=model.white)
+            except UserError as error:
+                if not large.is_large(error, path):
+                    raise
+                self.rows[name] = self._write_large(model, name)
+            else:
+                if above_white(path, model.white) > CUT_OFF:
+                    self.cut_off.append(name)
+                if uses_little(image):
+                    self.dark.append(name)
+                self.rows[name] = self._write(name, model(image))
         except UserError as error:
+            if not error.kind:  # it is no fault of the picture
+                raise
             self.faults.append(error)
-            return
-        if uses_little(image):
-            self.dark.append(name)
-        self.rows[name] = self._write(name, model(image))
-        append(log, self.rows[name])
+        else:
+            append(log, self.rows[name])
+
+    def _write_large(self, model: Predictor, name: str) -> dict:
+        """Write the files of a picture that is read by parts. Returns its part of the JSON."""
+        path, targets = self.source / name, self.large_targets(name)
+
+        def describe(answer) -> tuple[list[dict], str]:
+            segments = segments_info(answer, model.taxonomy)
+            return segments, exchange.centres(answer.segment_map, segments, model.taxonomy)
+
+        (segments, objects), size = large.predict_large(model, path, targets, describe)
+        return self._row(name, size, targets[0].name, segments, objects)
 
     def _write(self, name: str, result: Prediction) -> dict:
         """Write the files of one picture. Returns its part of the JSON."""
@@ -382,9 +420,12 @@ class Pictures:
         segments = result.segments_info()
         arrays = result.segment_map, segments, result.taxonomy
         objects = exchange.write_picture(self.source / name, labelme, *arrays)
-        height, width = result.segment_map.shape
-        about = {"id": name, "file_name": name, "width": width, "height": height}
-        annotation = {"image_id": name, "file_name": f"{name}.png"}
+        return self._row(name, result.segment_map.shape[::-1], paths[0].name, segments, objects)
+
+    def _row(self, name: str, size, file: str, segments: list[dict], objects: str) -> dict:
+        """Of panoptic.jsonl. size: (W, H);  file: the name of its panoptic map."""
+        about = {"id": name, "file_name": name, "width": size[0], "height": size[1]}
+        annotation = {"image_id": name, "file_name": Path(name).with_name(file).as_posix()}
         return {
             "image": {**about, "sha256": self._digest(name)},
             "annotation": {**annotation, "segments_info": segments},
