@@ -1,8 +1,9 @@
 """Annotations of other tools, read into records of instances that can be drawn (for
 `tools/importer.py`): a file a format, and what they share in `records.py` (images, names, files),
-`shapes.py` (points to pixels) and `maps.py` (whole numbers to pixels). A reader takes the folder
-and the `Classes` to fill; it raises UserError for whatever is not what its format says, when an
-image's turn comes at the latest.
+`shapes.py` (points to pixels), `maps.py` (whole numbers to pixels) and `others.py` (what other
+tools write, and which export of theirs to choose). A reader takes the folder and the `Classes` to
+fill; it raises UserError for whatever is not what its format says, when an image's turn comes at
+the latest.
 """
 
 from readers.annotations.cityscapes import CITYSCAPES, read_cityscapes
