@@ -143,11 +143,27 @@ def write_masks(root, value=7):
     return root
 
 
+def write_yolo(root):
+    """Roboflow's layout, without a division; d.png has no label file."""
+    lines = []
+    for number, corners in enumerate(CORNERS.values()):
+        shares = (np.array(corners) / (12, 10)).ravel()
+        lines.append(" ".join([str(number), *(f"{v:.6f}" for v in shares)]))
+    (root / "train" / "labels").mkdir(parents=True)
+    for k, name in enumerate("abcd"):
+        photo(root / "train" / "images" / f"{name}.png", seed=k)
+        if name != "d":
+            (root / "train" / "labels" / f"{name}.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text("train: ../train/images\nnc: 2\nnames: ['cat', 'dog']\n")
+    return root
+
+
 SCENES = {
     "labelme": write_labelme,
     "coco-instances": write_coco,
     "cityscapes": write_cityscapes,
     "masks": write_masks,
+    "yolo": write_yolo,
 }
 
 
@@ -159,6 +175,15 @@ def imported(kind, source, **flags):
     result = importer.import_folder(kind, source, output, **flags)
     assert not (output / "import.part").exists()
     return panoptic.load_folder(output, "all"), result
+
+
+def maps(dataset):
+    """Segment map of each annotated image, by name."""
+    return {
+        images.name(i): images.truth(i).segment_map
+        for images in (dataset.train, dataset.val)
+        for i in range(images.annotated)
+    }
 
 
 def import_refused(kind, source, words, **flags):
@@ -198,6 +223,7 @@ def test_one_scene_is_the_same_in_every_format(kind, tmp_path):
     assert {c["id"] for c in content["categories"]} == {
         "coco-instances": {3, 17},
         "cityscapes": set(annotations.CITYSCAPES),
+        "yolo": {0, 1},
     }.get(kind, {1, 2})
 
 

@@ -13,12 +13,14 @@ from readers.annotations.labelme import read_labelme
 from readers.annotations.masks import FORMS, read_masks
 from readers.annotations.records import REST, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import lay
+from readers.annotations.yolo import read_yolo
 
 READERS = {
     "labelme": read_labelme,
     "coco-instances": read_coco,
     "cityscapes": read_cityscapes,
     "masks": read_masks,
+    "yolo": read_yolo,
 }
 __all__ = ["READERS", "FORMS", "CITYSCAPES", "REST", "VOID"]
 __all__ += ["Classes", "Instance", "Record", "Source", "follow_links", "lay"]
