@@ -24,7 +24,7 @@ from config import (
 
 DATASETS = ("mini", "custom", *PAPERS_DATASETS)
 # The keys of `annotations.READERS`.
-SOURCES = ("labelme", "coco-instances", "cityscapes", "masks", "yolo")
+SOURCES = ("labelme", "coco-instances", "cityscapes", "masks", "yolo", "label-studio")
 ANNOTATIONS = "kind of annotations (--from)"
 # By group, in the order in which they are used: what a stage does, in a line of `--help`.
 STAGES = {

@@ -158,12 +158,39 @@ def write_yolo(root):
     return root
 
 
+def studio_region(label, points=None, kind="polygon", **value):
+    """An entry of a result of Label Studio; points: in pixels of 12 x 10."""
+    value |= {} if points is None else {"points": (np.array(points) / (0.12, 0.1)).tolist()}
+    return {
+        "id": f"{label}{kind}",
+        "type": f"{kind}labels",
+        "original_width": 12,
+        "original_height": 10,
+        "image_rotation": 0,
+        "value": {**value, f"{kind}labels": [label]},
+    }
+
+
+def write_label_studio(root, results=None):
+    """Uploaded images; nobody annotated d.png."""
+    tasks = []
+    drawn = [studio_region(label, points) for label, points in CORNERS.items()]
+    for k, name in enumerate("abcd"):
+        photo(root / "upload" / f"{name}.png", seed=k)
+        annotations = [{"id": 50 + k, "was_cancelled": False, "result": results or drawn}]
+        task = {"id": k, "data": {"image": f"/data/upload/1/0a1b2c3d-{name}.png"}}
+        tasks.append({**task, "annotations": [] if name == "d" else annotations})
+    (root / "project-1.json").write_text(json.dumps(tasks))
+    return root
+
+
 SCENES = {
     "labelme": write_labelme,
     "coco-instances": write_coco,
     "cityscapes": write_cityscapes,
     "masks": write_masks,
     "yolo": write_yolo,
+    "label-studio": write_label_studio,
 }
 
 

@@ -9,6 +9,7 @@ the latest.
 from readers.annotations.cityscapes import CITYSCAPES, read_cityscapes
 from readers.annotations.coco import read_coco
 from readers.annotations.files import follow_links
+from readers.annotations.label_studio import read_label_studio
 from readers.annotations.labelme import read_labelme
 from readers.annotations.masks import FORMS, read_masks
 from readers.annotations.records import REST, VOID, Classes, Instance, Record, Source
@@ -21,6 +22,7 @@ READERS = {
     "cityscapes": read_cityscapes,
     "masks": read_masks,
     "yolo": read_yolo,
+    "label-studio": read_label_studio,
 }
 __all__ = ["READERS", "FORMS", "CITYSCAPES", "REST", "VOID"]
 __all__ += ["Classes", "Instance", "Record", "Source", "follow_links", "lay"]
