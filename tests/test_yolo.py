@@ -278,6 +278,17 @@ def test_faults_of_yolo_get_one_clear_line(k, tmp_path):
     import_refused("yolo", root, words, background="rest")
 
 
+def test_a_folder_of_another_part_is_not_taken_for_one_that_is_missing(tmp_path):
+    root = tmp_path / "s"
+    for k, name in enumerate("ab"):
+        photo(root / "images" / f"{name}.png", seed=k)
+        (root / "labels").mkdir(exist_ok=True)
+        (root / "labels" / f"{name}.txt").write_text(CAT)
+    (root / "data.yaml").write_text("train: images\nval: ../val/images\nnames: [cat]\n")
+    _, result = imported("yolo", root)
+    assert any("val is '../val/images', which is not there" in note for note in result["notes"])
+
+
 def test_a_point_a_little_outside_is_cut_off_at_the_border(tmp_path):
     root = write_yolo(tmp_path / "s")
     for name in "abc":
