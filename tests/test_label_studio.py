@@ -257,6 +257,7 @@ STUDIO_FAULTS = [
     ),
     (region(type="brushlabels", value={"rle": [300], "brushlabels": ["a"]}), r"result\[1\]: rle"),
     (region(type="brushlabels", value={"rle": "x", "brushlabels": ["a"]}), r"result\[1\]: rle 'x'"),
+    (region(type="brushlabels", value={"rle": 10**30, "brushlabels": ["a"]}), r"rle 1000.*a list"),
     (
         region(type="bitmasklabels", value={"imageDataURL": "data:x,", "bitmasklabels": ["a"]}),
         r"imageDataURL 'data:x,' is no PNG",

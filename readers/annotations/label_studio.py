@@ -360,6 +360,8 @@ def _bitmask(held, size: Size, where: str) -> Patch:
 def _brush(held, size: Size, where: str) -> Patch:
     """The alpha of the run lengths of an RGBA image, row by row."""
     try:
+        if not isinstance(held, list):  # bytes of a number are as many zeros
+            raise TypeError("not a list of bytes")
         values = decode_runs(bytes(held), 4 * size[0] * size[1])
     except (TypeError, ValueError, IndexError) as error:
         raise UserError(
