@@ -23,13 +23,14 @@ from config import (
 )
 
 DATASETS = ("mini", "custom", *PAPERS_DATASETS)
-SOURCES = ("labelme", "coco-instances", "cityscapes", "masks")  # `annotations.READERS`
+# The keys of `annotations.READERS`.
+SOURCES = ("labelme", "coco-instances", "cityscapes", "masks", "yolo", "label-studio")
 ANNOTATIONS = "kind of annotations (--from)"
 # By group, in the order in which they are used: what a stage does, in a line of `--help`.
 STAGES = {
     "data": {
         "prepare": "the paper's data sets: check downloads, fetch partitions, make panoptic maps",
-        "import": f"annotations of other tools as a data set: {', '.join(SOURCES)}",
+        "import": f"a data set from {', '.join(SOURCES)}",
         "validate": "read a whole data set: what it holds, and all that is wrong with it",
     },
     "training": {

@@ -13,6 +13,9 @@ no GPU.
     test_fuzz            mutated files; `fuzz`
     test_readers         data sets, splits, pictures, masks
     test_importer        annotations of other tools
+    test_yolo            ... in YOLO's format
+    test_label_studio    ... of Label Studio
+    test_other_exports   what is said of those that are not read
     test_papers          the paper's data sets and tables
     test_pretrained      foundation models and official files
     test_mini            the miniature world

@@ -143,11 +143,54 @@ def write_masks(root, value=7):
     return root
 
 
+def write_yolo(root):
+    """Roboflow's layout, without a division; d.png has no label file."""
+    lines = []
+    for number, corners in enumerate(CORNERS.values()):
+        shares = (np.array(corners) / (12, 10)).ravel()
+        lines.append(" ".join([str(number), *(f"{v:.6f}" for v in shares)]))
+    (root / "train" / "labels").mkdir(parents=True)
+    for k, name in enumerate("abcd"):
+        photo(root / "train" / "images" / f"{name}.png", seed=k)
+        if name != "d":
+            (root / "train" / "labels" / f"{name}.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text("train: ../train/images\nnc: 2\nnames: ['cat', 'dog']\n")
+    return root
+
+
+def studio_region(label, points=None, kind="polygon", **value):
+    """An entry of a result of Label Studio; points: in pixels of 12 x 10."""
+    value |= {} if points is None else {"points": (np.array(points) / (0.12, 0.1)).tolist()}
+    return {
+        "id": f"{label}{kind}",
+        "type": f"{kind}labels",
+        "original_width": 12,
+        "original_height": 10,
+        "image_rotation": 0,
+        "value": {**value, f"{kind}labels": [label]},
+    }
+
+
+def write_label_studio(root, results=None):
+    """Uploaded images; nobody annotated d.png."""
+    tasks = []
+    drawn = [studio_region(label, points) for label, points in CORNERS.items()]
+    for k, name in enumerate("abcd"):
+        photo(root / "upload" / f"{name}.png", seed=k)
+        annotations = [{"id": 50 + k, "was_cancelled": False, "result": results or drawn}]
+        task = {"id": k, "data": {"image": f"/data/upload/1/0a1b2c3d-{name}.png"}}
+        tasks.append({**task, "annotations": [] if name == "d" else annotations})
+    (root / "project-1.json").write_text(json.dumps(tasks))
+    return root
+
+
 SCENES = {
     "labelme": write_labelme,
     "coco-instances": write_coco,
     "cityscapes": write_cityscapes,
     "masks": write_masks,
+    "yolo": write_yolo,
+    "label-studio": write_label_studio,
 }
 
 
@@ -159,6 +202,15 @@ def imported(kind, source, **flags):
     result = importer.import_folder(kind, source, output, **flags)
     assert not (output / "import.part").exists()
     return panoptic.load_folder(output, "all"), result
+
+
+def maps(dataset):
+    """Segment map of each annotated image, by name."""
+    return {
+        images.name(i): images.truth(i).segment_map
+        for images in (dataset.train, dataset.val)
+        for i in range(images.annotated)
+    }
 
 
 def import_refused(kind, source, words, **flags):
@@ -198,6 +250,7 @@ def test_one_scene_is_the_same_in_every_format(kind, tmp_path):
     assert {c["id"] for c in content["categories"]} == {
         "coco-instances": {3, 17},
         "cityscapes": set(annotations.CITYSCAPES),
+        "yolo": {0, 1},
     }.get(kind, {1, 2})
 
 

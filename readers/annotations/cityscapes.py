@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ground.errors import UserError
 from readers.annotations.maps import draw_values, read_map
+from readers.annotations.others import hint
 from readers.annotations.records import Classes, Instance, Record, Source
 from readers.annotations.shapes import Size
 
@@ -54,7 +55,7 @@ def read_cityscapes(folder: Path, classes: Classes) -> Source:
     if not records:
         raise UserError(
             f"{folder / 'leftImg8bit'}: no PART/CITY/*{IMAGE} with PART train or val; expected the "
-            "layout of the Cityscapes downloads"
+            f"layout of the Cityscapes downloads{hint(folder, 'cityscapes')}"
         )
     for key, (name, colour) in CITYSCAPES.items():
         classes.add(key, name, "Cityscapes", key >= FIRST_THING, colour)

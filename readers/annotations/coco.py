@@ -21,6 +21,7 @@ import numpy as np
 from ground.errors import UserError
 from readers.annotations import shapes
 from readers.annotations.files import PARTS, list_files
+from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Patch, Size
 from readers.mask_files import decode_rle
@@ -105,7 +106,7 @@ def _load(folder: Path, notes: list[str]) -> list[_File]:
         raise UserError(
             f"{folder}: {brief(listed)} in it and its `annotations`; expected "
             "instances_train*.json and instances_val*.json, or one JSON alone, or a pair in train/ "
-            "and valid/"
+            f"and valid/{hint(folder, 'coco-instances')}"
         )
     if set(parts) == {"train", "test"}:
         parts["val"] = parts.pop("test")
@@ -114,7 +115,15 @@ def _load(folder: Path, notes: list[str]) -> list[_File]:
             "a test set, and no other"
         )
     order = [part for part in ("", "train", "val", "test") if part in parts]
-    return [_File(folder, parts[part], part, read_json(parts[part])) for part in order]
+    return [_File(folder, parts[part], part, _content(folder, parts[part])) for part in order]
+
+
+def _content(folder: Path, path: Path) -> dict:
+    try:
+        return read_json(path)
+    except UserError as error:
+        name = path.relative_to(folder).as_posix()
+        raise UserError(f"{error}{hint(folder, 'coco-instances', [name])}") from None
 
 
 def _name_classes(files: list[_File], classes: Classes, notes: list[str]) -> None:

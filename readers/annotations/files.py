@@ -15,9 +15,9 @@ PARTS = {  # what folders and files are called -> what they are for
 }
 
 
-def list_files(folder: Path, ending: str = "") -> list[str]:
+def list_files(folder: Path, ending: str | tuple[str, ...] = "") -> list[str]:
     """Paths below the folder, sorted, with slashes, of the pictures, or of the files that end so
-    (with a dot, in small letters). A folder that is not there has none."""
+    (with a dot, in small letters; one of several). A folder that is not there has none."""
     images, others = _everything(folder)
     return [name for name in others if name.lower().endswith(ending)] if ending else images
 

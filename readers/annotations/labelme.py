@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from ground.errors import UserError
 from readers.annotations import shapes
 from readers.annotations.files import list_files
+from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Patch, Size
 from readers.pictures import FORMATS, brief, name_fault
@@ -38,7 +39,8 @@ def read_labelme(folder: Path, classes: Classes) -> Source:
     files, images = list_files(folder, ".json"), dict.fromkeys(list_files(folder))
     if not files:
         raise UserError(
-            f"{folder}: no *.json in this folder; expected labelme's, one for every annotated image"
+            f"{folder}: no *.json in this folder; expected labelme's, one for every annotated "
+            f"image{hint(folder, 'labelme')}"
         )
     source = Source(count=len(images))
     source.records = _records(folder, files, images, source, classes)
@@ -51,7 +53,7 @@ def _records(
     used = set()
     for file in files:
         path = folder / file
-        content = _load(path)
+        content = _load(folder, file)
         name, image = _image(folder, file, content, images)
         if name in used:
             raise UserError(
@@ -63,7 +65,8 @@ def _records(
     yield from (Record(name, folder / name) for name in images if name not in used)
 
 
-def _load(path: Path) -> dict:
+def _load(folder: Path, file: str) -> dict:
+    path = folder / file
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -72,7 +75,8 @@ def _load(path: Path) -> dict:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise UserError(
-            f"{path}: has no list `shapes`, so labelme did not write it; take it out of the folder"
+            f"{path}: has no list `shapes`, so labelme did not write it; take it out of the "
+            f"folder{hint(folder, 'labelme', [file])}"
         )
     return content
 

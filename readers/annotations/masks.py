@@ -18,6 +18,7 @@ from scipy import ndimage
 from ground.errors import UserError
 from readers.annotations.files import PARTS, list_files
 from readers.annotations.maps import draw_regions, draw_values, read_map
+from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Size
 from readers.panoptic_json import MAX_ID
@@ -113,7 +114,8 @@ def _images(folder: Path, source: Source) -> list[tuple[Record, list[_Mask]]]:
         return _pairs(images, masks, "", source)
     if not names or not {*tops} <= {*PARTS}:
         raise UserError(
-            f"{images}: no images in this folder; expected images/NAME.* and masks/CLASS/NAME.png"
+            f"{images}: no images in this folder; expected images/NAME.* and "
+            f"masks/CLASS/NAME.png{hint(images.parent, 'masks')}"
         )
     return [row for top in tops for row in _pairs(images / top, masks / top, PARTS[top], source)]
 
