@@ -5,10 +5,12 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import shutil
 import signal
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -651,6 +653,20 @@ def test_fault_43_a_picture_that_has_become_another_is_predicted_anew(small_run,
     ).read_bytes()
 
 
+def test_rows_of_before_there_were_labelme_files_are_predicted_anew(small_run, tmp_path, capsys):
+    pictures, out = small_run / "pictures", tmp_path / "out"
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+    before = fingerprint(out)
+    rows = [json.loads(line) for line in (out / "panoptic.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("objects", None)
+    (out / "panoptic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(out / "labelme")
+    capsys.readouterr()
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--resume") == 0
+    assert "3 of them made now" in capsys.readouterr().out and fingerprint(out) == before
+
+
 CELLS = ground_truth.Taxonomy(("cell, blood cell", "rod", "glass"), (True, True, False), (7, 3, 9))
 
 
@@ -683,35 +699,35 @@ def write_exchange(root, maps, taxonomy=CELLS):
     return rows
 
 
-def least_iou(root, maps, taxonomy, kind, **flags):
-    """Import what was written. Returns the smallest IoU of an object that is drawn with a segment
-    of its class, and how many segments of such classes came back."""
-    source, target = root / "out" / ("labelme" if kind == "labelme" else ""), root / kind
-    importer.import_folder(kind, source, target, **flags)
-    found, count = {}, 0
+def brought_back(target, maps, taxonomy):
+    """Of a folder that was imported: the smallest IoU of a drawn segment with one of its class, and
+    how many segments of drawn classes there are. maps: as in `write_exchange`."""
+    drawn, found, least, count = exchange.drawn(taxonomy), {}, 1.0, 0
+    kinds = {taxonomy.names[k] for k in np.flatnonzero(drawn)}
     for part in ("train", "val"):
         content = json.loads((target / f"panoptic_{part}.json").read_text())
         names = {c["id"]: c["name"] for c in content["categories"]}
         for a in content["annotations"]:
             ids = panoptic.segment_ids(target / "panoptic" / a["file_name"])
-            classes = {s["id"]: names[s["category_id"]] for s in a["segments_info"]}
-            found[a["file_name"]] = ids, classes
-    least, drawn = 1.0, exchange.drawn(taxonomy)
+            found[Path(a["file_name"]).stem] = (
+                ids,
+                [(names[s["category_id"]], s["id"]) for s in a["segments_info"]],
+            )
     for name, (segment_map, labels) in maps.items():
-        if not any(drawn[label] for label in labels):
-            continue
-        ids, classes = found[f"{name.replace('/', '_').rsplit('.', 1)[0]}.png"]
-        kinds = {taxonomy.names[k] for k in np.flatnonzero(drawn)}
-        count += sum(value in kinds for value in classes.values())
-        for k, label in enumerate(labels, 1):
-            if drawn[label]:
-                mask = segment_map == k
-                same = [i for i, value in classes.items() if value == taxonomy.names[label]]
-                least = min(
-                    least,
-                    max(((ids == i) & mask).sum() / ((ids == i) | mask).sum() for i in same),
-                )
+        ids, segments = found.get(name.replace("/", "_").rsplit(".", 1)[0], (None, []))
+        count += sum(kind in kinds for kind, _ in segments)
+        for k in (k for k, label in enumerate(labels, 1) if drawn[label]):
+            mask, own = segment_map == k, taxonomy.names[labels[k - 1]]
+            same = [ids == i for kind, i in segments if kind == own]
+            least = min(least, max(((m & mask).sum() / (m | mask).sum() for m in same), default=0))
     return least, count
+
+
+def import_exchange(kind, root, maps, taxonomy=CELLS, **flags):
+    """`brought_back` of what `write_exchange` wrote."""
+    source = root / "out" / ("labelme" if kind == "labelme" else "")
+    importer.import_folder(kind, source, root / kind, **flags)
+    return brought_back(root / kind, maps, taxonomy)
 
 
 def hard_maps():
@@ -746,6 +762,29 @@ def hard_maps():
     }
 
 
+def test_the_command_that_predict_prints_brings_its_files_back(small_run, tmp_path, capsys):
+    pictures, out = shutil.copytree(small_run / "pictures", tmp_path / "pictures"), tmp_path / "out"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(pictures / "b.png").resize((96, 64)).save(pictures / "turned.jpg", exif=exif)
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "to correct" in line]
+    labelme, command = line.removeprefix("to correct them: labelme ").split("; then: python ")
+    script, *flags = shlex.split(command)
+    assert labelme == str(out / "labelme") and script == "dearli.py"
+    assert dearli.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    flags = "--stage", "import", "--from", "coco-instances", "--input", out
+    assert run(*flags, "--out", tmp_path / "two") == 0
+    maps, taxonomy = {}, scenes.mini_taxonomy()
+    for a in json.loads((out / "panoptic.json").read_text())["annotations"]:
+        labels = [taxonomy.ids.index(s["category_id"]) for s in a["segments_info"]]
+        maps[a["image_id"]] = panoptic.segment_ids(out / "panoptic" / a["file_name"]), labels
+    assert maps["turned.jpg"][0].shape == (96, 64)
+    for folder in ("one", "two"):
+        least, count = brought_back(tmp_path / folder, maps, taxonomy)
+        assert least >= 0.95 and count == sum(len(labels) for _, labels in maps.values()) > 3
+
+
 def test_borders_of_any_mask_fill_exactly_its_pixels():
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -767,8 +806,9 @@ def test_borders_of_any_mask_fill_exactly_its_pixels():
 @pytest.mark.parametrize("kind", ["labelme", "coco-instances"])
 def test_predictions_come_back_through_import(kind, tmp_path):
     maps = hard_maps()
-    write_exchange(tmp_path, maps)
-    least, count = least_iou(tmp_path, maps, CELLS, kind, background="glass")
+    rows = write_exchange(tmp_path, maps)
+    assert exchange.next_step(tmp_path, rows, CELLS).endswith(" --background glass")
+    least, count = import_exchange(kind, tmp_path, maps, background="glass")
     assert least >= 0.95 and count == 11 + 4 + 1
 
 
@@ -788,15 +828,27 @@ def test_random_blobs_that_touch_come_back_through_import(kind, tmp_path):
         maps[f"{i}.png"] = segment_map, labels
     names, things = ("a", "b", "sky", "grass"), (True, True, False, False)
     taxonomy = ground_truth.Taxonomy(names, things, (1, 2, 3, 4))
-    write_exchange(tmp_path, maps, taxonomy)
-    least, count = least_iou(tmp_path, maps, taxonomy, kind, stuff="sky,grass")
+    rows = write_exchange(tmp_path, maps, taxonomy)
+    assert exchange.next_step(tmp_path, rows, taxonomy).endswith(" --stuff sky,grass")
+    assert "--stuff" not in exchange.next_step(tmp_path, [], taxonomy)  # import would refuse it
+    least, count = import_exchange(kind, tmp_path, maps, taxonomy, stuff="sky,grass")
     assert least >= 0.95 and count == sum(len(labels) for _, labels in maps.values())
-    points = [
-        len(part) // 2
-        for a in json.loads((tmp_path / "out" / "instances.json").read_text())["annotations"]
-        for part in a["segmentation"]
-    ]
-    assert 3 <= min(points)
+
+
+def test_simple_outlines_of_many_take_little_of_one_between_them(tmp_path):
+    # a web of walls between cells that are smaller than all of it, and so on top of it
+    seeds = np.random.default_rng(0).integers(0, 96, (30, 2))
+    grid = np.stack(np.mgrid[:96, :96], -1)[:, :, None]
+    distances = np.sqrt(np.square(grid - seeds).sum(-1))
+    first, second = np.partition(distances, 1, axis=-1)[..., :2].transpose(2, 0, 1)
+    cells = np.where(second - first > 1.0, distances.argmin(-1) + 2, 1)
+    segment_map = np.unique(cells, return_inverse=True)[1].reshape(cells.shape).astype(np.int32) + 1
+    areas = np.bincount(segment_map.ravel())[1:]
+    assert areas[0] > areas[1:].max()
+    maps = dict.fromkeys(("a.png", "b.png"), (segment_map, [1] + [0] * (len(areas) - 1)))
+    write_exchange(tmp_path, maps)
+    least, count = import_exchange("labelme", tmp_path, maps)
+    assert least >= 0.95 and count == 2 * len(areas)
 
 
 def test_outlines_are_simple_where_that_costs_little():

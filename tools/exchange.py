@@ -98,7 +98,7 @@ def write_picture(
         "imageHeight": segment_map.shape[0],
         "imageWidth": segment_map.shape[1],
     }
-    write_atomic(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    write_atomic(file, json.dumps(content, ensure_ascii=False).encode())
     place(picture, file.with_name(picture.name))
     return json.dumps(objects, separators=(",", ":"))
 
