@@ -18,5 +18,6 @@ no GPU.
     test_mini            the miniature world
     test_pipelines       stages one after the other
     test_predict         a run on pictures
+    test_onnx            a run as a graph for other programs
     test_page            report.html
 """
