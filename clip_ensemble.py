@@ -183,7 +183,7 @@ def mask_pool(features: Tensor, mask_logits: Tensor) -> Tensor:
             mask_logits, size=features.shape[-2:], mode="bilinear", align_corners=False
         )
     masks = (mask_logits > 0).to(features.dtype).flatten(2)  # (B, Q, hw)
-    return masks @ features.flatten(2).transpose(1, 2) / (masks.sum(-1, keepdim=True) + 1e-8)
+    return masks @ features.flatten(2).transpose(1, 2) / masks.sum(-1, keepdim=True).clamp(min=1)
 
 
 def zero_shot_logits(

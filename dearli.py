@@ -317,11 +317,13 @@ def stage_zeroshot(source, place, machine, cfg, masks):
     return folder
 
 
-def stage_export(stored, source, cfg, out, format):
-    """A run, or an official file, as one file: for the official code, or as safetensors."""
-    from tools.export import export
+def stage_export(stored, source, cfg, out, format, which, posterior):
+    """A run, or an official file, as one file: for the official code, as safetensors or ONNX."""
+    from tools import export, onnx_export
 
-    return export(stored, source, cfg, out, format)
+    if format == "onnx":
+        return onnx_export.export(stored, source, cfg, out, which, posterior)
+    return export.export(stored, source, cfg, out, format)
 
 
 def results_folder(stored, place):

@@ -92,7 +92,8 @@ def weighted_samples(value: Tensor, positions: Tensor, weights: Tensor, pyramid:
         weights (B, S, H, L, P).
     Returns: (B, S, H, d).
     """
-    if value.device.type == "cpu" and pyramid.table.fits:
+    traced = torch.compiler.is_compiling()  # a graph for others takes the definition
+    if value.device.type == "cpu" and not traced and pyramid.table.fits:
         return deformable_cpu.SparseSamples.apply(value, positions, weights, pyramid.table)
     return grid_samples(value, positions, weights, pyramid.shapes)
 

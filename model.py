@@ -240,7 +240,7 @@ class MaskedAttentionDecoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         src = [tokens(m) + e for m, e in zip(maps, self.level_embed.weight)]  # (B, S_i, C)
         keys = [s + tokens(sine_position(m)) for s, m in zip(src, maps)]
-        queries = self.query_feat.weight.expand(len(mask_features), -1, -1)
+        queries = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
         query_pos = self.query_embed.weight
         with torch.no_grad():
             coarse = [resize(mask_features, m.shape[-2:]) for m in maps]

@@ -143,10 +143,12 @@ mini | data_root | --dataset mini is drawn, not read; it counts with --dataset c
 bytes | white | images of --dataset mini have 8 bits
 images | data_root variant split | the images are those of --images; it counts without
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
+no graph | which posterior GRAPH | it counts with --format onnx
+graph | no_object_weight | there is no loss in it; it counts with --format official or safetensors
 no figures | report_images | pictures are of an evaluation; it counts without --no-eval
 """
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
-GROUPS = {"NETWORK": FIELDS["NETWORK"], "WARM_UP": tuple(MAKES["ssl"])}
+GROUPS = {"NETWORK": FIELDS["NETWORK"], "GRAPH": FIELDS["GRAPH"], "WARM_UP": tuple(MAKES["ssl"])}
 
 
 def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
@@ -176,6 +178,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "bytes": mini and stage not in STORED and not args.images,
         "images": args.images is not None,
         "no eval": unmeasured,
+        "no graph": stage == "export" and args.format != "onnx",
+        "graph": stage == "export" and args.format == "onnx",
         "no figures": unmeasured and not args.resume,
     }
     named = {"warm": " or ".join(WARM), "clip": " and ".join(WITH_CLIP)}
@@ -323,6 +327,10 @@ def require_there(args: argparse.Namespace) -> None:
     if args.log == "tensorboard" and "torch.utils.tensorboard" not in sys.modules:
         if importlib.util.find_spec("tensorboard") is None:
             raise ModuleNotFoundError(name="tensorboard")
+    if args.stage == "export" and args.format == "onnx":
+        for package in ("onnx", "onnxscript"):
+            if sys.modules.get(package, package) is None or not importlib.util.find_spec(package):
+                raise ModuleNotFoundError(name=package)
 
 
 def _require_data(args: argparse.Namespace) -> None:

@@ -149,9 +149,9 @@ FLAGS = (
     #    7:NAME,11:NAME
     Flag("val-share", ("import",), 0.2),
     #    share of the labelled images for validation, where the source has no division of its own
-    Flag("posterior", ("predict",), choices=("decoder", "ensemble")),
+    Flag("posterior", ("predict", "export"), choices=("decoder", "ensemble")),
     #    (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)
-    Flag("which", ("predict",), "student", choices=("student", "teacher"), what="model"),
+    Flag("which", ("predict", "export"), "student", choices=("student", "teacher"), what="model"),
     Flag("force", ("predict",), False),
     #    replace earlier predictions
     Flag("palette", ("predict", "report"), "dataset", choices=("dataset", "safe")),
@@ -163,7 +163,8 @@ FLAGS = (
     #    many (0: no pictures)
     Flag("assets", ("prepare",), type=Path),
     #    a copy of the official repository, instead of the network
-    Flag("format", ("export",), "official", choices=("official", "safetensors")),
+    Flag("format", ("export",), "official", choices=("official", "safetensors", "onnx")),
+    #    onnx: images in, class probabilities and masks out, at --test-size (`tools/onnx_export.py`)
     Flag("resume", (*TRAIN, "predict", *TABLES), False),
     #    go on where the run stopped
     Flag("no-eval", LABELED, True, dest="evaluate"),
@@ -215,8 +216,14 @@ DECODER: train_backbone classifier num_queries hidden heads encoder_layers encod
 NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_thresh
     points_per_batch
 SIZES: test_size test_max white
+<<<<<<< HEAD
 SCALE: seen_width object_width window
 INFERENCE: SIZES SCALE object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
+=======
+ANSWER: object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
+INFERENCE: SIZES ANSWER
+GRAPH: DECODER test_size white ANSWER
+>>>>>>> onnx
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop scale_min scale_max SCALE optimizer schedule backbone_lr_multiplier lr
     weight_decay clip_norm poly_power mask_weight dice_weight num_points oversample importance
@@ -237,7 +244,7 @@ eval: STUDENT labels eval_batch seed
 predict: STUDENT seed
 report: STUDENT labels seed
 zeroshot: CLIP SIZES MASKS clip_scale
-export: CLIP no_object_weight seed
+export: CLIP GRAPH no_object_weight seed
 demo: MASKS DEWA SEMI burn_in_warm
 ladder: MASKS DEWA SEMI burn_in_warm
 alpha: SEMI

@@ -13,6 +13,8 @@ PACKAGES = {
     "huggingface_hub": "huggingface_hub",
     "tensorboard": "tensorboard",
     "pycocotools": "pycocotools>=2.0.7",
+    "onnx": "onnx onnxscript onnxruntime",  # the last one runs and checks the file
+    "onnxscript": "onnx onnxscript onnxruntime",
 }
 
 
@@ -25,9 +27,10 @@ def missing(package: str, stage: str) -> str | None:
             ".venv/bin/python -m pip install -r requirements.txt"
         )
     if package in PACKAGES:
+        wanted = " ".join(f"'{name}'" for name in PACKAGES[package].split())
         return (
             f"{package} is not installed, and --stage {stage} needs it; python -m pip install "
-            f"'{PACKAGES[package]}'"
+            f"{wanted}"
         )
     return None
 

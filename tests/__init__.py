@@ -21,6 +21,9 @@ no GPU.
     test_mini            the miniature world
     test_pipelines       stages one after the other
     test_predict         a run on pictures
+    test_windows         small objects and large images, in windows
+    test_large           pictures of more pixels than fit in memory
     test_baselines       Otsu and a small U-Net, on drawn discs
+    test_onnx            a run as a graph for other programs
     test_page            report.html
 """

@@ -146,7 +146,7 @@ from tests.helpers import run, write_coco_folder
             "unknown model 'techer'; available: student, teacher (did you mean teacher?)",
         ),
         (["--stage", "predict", "--posterior", "clip"], "unknown posterior 'clip'"),
-        (["--stage", "export", "--format", "onnx"], "unknown format 'onnx'"),
+        (["--stage", "export", "--format", "onxx"], "unknown format 'onxx'"),
         (
             ["--stage", "import", "--input", ".", "--out", "x"],
             "--stage import needs --from, the kind of annotations: labelme",

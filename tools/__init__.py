@@ -7,6 +7,7 @@ own (`python -m tools.bench`).
     validate        all that is wrong with a data set
     predict         a run on pictures
     export          a run as one file
+    onnx_export     the same as a graph for other programs
     zeroshot        CLIP alone on given masks
     ladder          tables of the paper on the miniature world
     baselines       Otsu and a small U-Net, where one kind of object lies on a background

@@ -16,11 +16,16 @@ def export(stored: Stored, source: Source, cfg: Config, out: Path | None, form: 
     """
     weights = stored.state.get("weights") or whole_model(stored, source, cfg)
     ending = ".pth" if form == "official" else ".safetensors"
-    path = out or Path(stored.path).with_suffix(ending)
-    if path.exists():
-        raise UserError(f"{path}: exists already; name another file with --out")
+    path = free(out or Path(stored.path).with_suffix(ending))
     official.write(path, weights, form)
     print(f"{path}: {weights.summary()}")
+    return path
+
+
+def free(path: Path) -> Path:
+    """The path. Raises: UserError if there is something."""
+    if path.exists():
+        raise UserError(f"{path}: exists already; name another file with --out")
     return path
 
 
