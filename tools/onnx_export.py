@@ -6,12 +6,13 @@ The graph is backbone, head and class posterior at one image size, for any numbe
     class_probabilities   float32 (B, Q, K+1), of the reading; index K is no-object
     mask_logits           float32 (B, Q, S/4, S/4); a mask is where they are positive
 
-S is --test-size. An image of another shape is scaled until it fits and padded right and bottom with
-the mean colour. What remains is `inference.panoptic_inference`; docs/predict.md has it in numpy.
-What it needs is in the file, as JSON in the metadata `dearli`:
+S is --test-size, or --window of a run that sees windows. An image of another shape is scaled until
+it fits and padded right and bottom with the mean colour, or cut into windows (`engine.windows`).
+What remains is `inference.panoptic_inference`; docs/predict.md has it in numpy. What it needs is in the file, as JSON in the metadata `dearli`:
 
     layout                1, of these names and keys
     size                  S, pixels
+    magnification         pixels shown for a pixel of an image; 0: whole images are shown
     mean                  R, G, B, 0 to 255: the colour of the padding
     categories            of the K classes, in their order: id, name (synonyms separated by commas),
                           isthing, color, as in COCO panoptic format
@@ -72,7 +73,8 @@ def export(
     which, posterior: as in `tools.predict.predictor`.
     Raises: UserError for a DeWa run, a size that does not fit, or an answer that is not torch's.
     """
-    if cfg.test_size % STRIDE:
+    side = cfg.window or cfg.test_size
+    if side % STRIDE:
         raise UserError(
             f"--test-size {cfg.test_size}: --format onnx has square images, expected a multiple of "
             f"{STRIDE}"
@@ -82,22 +84,20 @@ def export(
     alpha = 1.0 if model.reading.endswith("decoder") else alpha_at(cfg.alpha, 1.0)
     graph = Graph(model.model, alpha).eval().requires_grad_(False)
     require_room(graph)
-    content = to_onnx(graph, cfg.test_size, about(model, alpha))
-    said = compare(graph, content, cfg.test_size)
+    content = to_onnx(graph, side, about(model, alpha, side))
+    said = compare(graph, content, side)
     write_atomic(path, content)
-    print(
-        f"{path}: {which}, {model.about['posterior']}, images of {cfg.test_size} x "
-        f"{cfg.test_size}; {said}"
-    )
+    print(f"{path}: {which}, {model.about['posterior']}, images of {side} x {side}; {said}")
     return path
 
 
-def about(model: Predictor, alpha: float) -> dict:
-    """The metadata of the file."""
+def about(model: Predictor, alpha: float, side: int) -> dict:
+    """The metadata of the file. side: S, pixels."""
     cfg = model.cfg
     return {
         "layout": LAYOUT,
-        "size": cfg.test_size,
+        "size": side,
+        "magnification": round(cfg.magnification, 4),
         "mean": [round(float(value), 3) for value in model.model.backbone.mean.flatten()],
         "categories": model.taxonomy.categories(),
         "object_mask_threshold": cfg.object_mask_threshold,
