@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from config import Config
-from data import Batches, Labeled, Sample, pad, pad_image, weak_view
+from data import Batches, Labeled, Sample, pad_image, weak_view
 from engine.optim import build_optimizer, descend, require_finite
 from ground import ranks
 from losses import learn, point_generators
@@ -112,9 +112,12 @@ class DewaBatches(Batches):
         source = self.dataset.images
         image, name = source.image(i), source.name(i)
         masks = read_masks(self.dataset.folder, name, image.size[::-1], source.digest(i))
-        image, (masks,) = weak_view(Sample(image, [masks]), self.cfg, rng, colour=True)
-        masks = pad(masks, self.cfg.crop, 0).transpose(2, 0, 1)
-        masks = torch.from_numpy(np.ascontiguousarray(masks))
+        layers = list(np.moveaxis(masks, 2, 0))  # one by one: each is in one piece
+        image, layers = weak_view(Sample(image, layers), self.cfg, rng, colour=True)
+        side = self.cfg.crop
+        masks = torch.zeros(len(layers), side, side, dtype=torch.bool)
+        for mask, layer in zip(masks, layers):
+            mask[: layer.shape[0], : layer.shape[1]] = torch.from_numpy(layer.copy())
         if not self.cfg.dewa_keep_empty:
             masks = masks[masks.flatten(1).any(1)]
         return image, masks

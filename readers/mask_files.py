@@ -212,14 +212,17 @@ def read_masks(
                 f"{AGAIN}",
                 "masks",
             )
-        masks = [decode_rle(a["segmentation"]) for a in content["annotations"]]
+        # Each mask in one piece, as its runs are stored: together they are a view of (N, W, H).
+        masks = np.zeros((len(content["annotations"]), *expected[::-1]), bool)
+        for mask, annotation in zip(masks, content["annotations"]):
+            mask[:] = decode_rle(annotation["segmentation"]).T
     except FileNotFoundError:
         raise UserError(
             f"{path}: no SAM masks for image {name}; make them with --stage masks", "masks"
         ) from None
     except BROKEN as error:
         raise _unreadable(path, error) from None
-    return np.stack(masks, -1) if masks else np.zeros((*expected, 0), bool)
+    return masks.transpose(2, 1, 0)
 
 
 def made_of(folder: Path, images, indices=None) -> dict:

@@ -8,7 +8,8 @@ The graph is backbone, head and class posterior at one image size, for any numbe
 
 S is --test-size, or --window of a run that sees windows. An image of another shape is scaled until
 it fits and padded right and bottom with the mean colour, or cut into windows (`engine.windows`).
-What remains is `inference.panoptic_inference`; docs/predict.md has it in numpy. What it needs is in the file, as JSON in the metadata `dearli`:
+What remains is `inference.panoptic_inference`; docs/predict.md has it in numpy. What it needs is in
+the file, as JSON in the metadata `dearli`:
 
     layout                1, of these names and keys
     size                  S, pixels
