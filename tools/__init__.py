@@ -6,6 +6,8 @@ own (`python -m tools.bench`).
     importer        annotations of other tools as a data set
     validate        all that is wrong with a data set
     predict         a run on pictures
+    exchange        its predictions for labelme, COCO tools and spreadsheets
+    outlines        masks as polygons
     export          a run as one file
     onnx_export     the same as a graph for other programs
     zeroshot        CLIP alone on given masks
