@@ -93,6 +93,9 @@ def test_a_large_picture_is_predicted_by_parts_as_it_is_as_a_whole(
     flags += ["--seen-width", 20, "--object-width", 20, "--window", 64, "--device", "cpu"]
     assert run(*flags, "--out", tmp_path / "whole") == 0
     monkeypatch.setattr(pictures, "MAX_PIXELS", 5000)
+    killed = tmp_path / "parts" / "panoptic" / ".a.tif.tif.123.tmp"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"what a call that was killed has left")
     assert run(*flags, "--out", tmp_path / "parts") == 0
     results = [json.loads((tmp_path / k / "panoptic.json").read_text()) for k in ("whole", "parts")]
     whole, parts = ({a["image_id"]: a for a in r["annotations"]} for r in results)

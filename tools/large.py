@@ -7,6 +7,7 @@ without compression stand beside the result until it is there.
 """
 
 import contextlib
+import glob
 import io
 import os
 from pathlib import Path
@@ -74,8 +75,11 @@ def _bar(path: Path):
 
 @contextlib.contextmanager
 def _scratch(target: Path, shape: tuple[int, int], kind) -> Iterator[np.memmap]:
-    """An array of zeros in a file beside the target, which goes at the end."""
+    """An array of zeros in a file beside the target, which goes at the end; so do those of calls
+    that were killed."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        left.unlink()
     path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield np.memmap(path, kind, "w+", shape=shape)
