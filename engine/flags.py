@@ -163,7 +163,7 @@ FLAGS = (
     Flag("assets", ("prepare",), type=Path),
     #    a copy of the official repository, instead of the network
     Flag("format", ("export",), "official", choices=("official", "safetensors", "onnx")),
-    #    onnx: images in, class probabilities and masks out, at --test-size (`tools/onnx_export.py`)
+    #    (onnx: images in, class probabilities and masks out, at --test-size)
     Flag("resume", (*TRAIN, "predict", *TABLES), False),
     #    go on where the run stopped
     Flag("no-eval", LABELED, True, dest="evaluate"),
