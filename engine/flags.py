@@ -164,7 +164,7 @@ FLAGS = (
     Flag("assets", ("prepare",), type=Path),
     #    a copy of the official repository, instead of the network
     Flag("format", ("export",), "official", choices=("official", "safetensors", "onnx")),
-    #    onnx: images in, class probabilities and masks out, at one size (`tools/onnx_export.py`)
+    #    (onnx: images in, class probabilities and masks out, at --test-size or --window)
     Flag("resume", (*TRAIN, "predict", *TABLES), False),
     #    go on where the run stopped
     Flag("no-eval", LABELED, True, dest="evaluate"),
@@ -219,7 +219,7 @@ SIZES: test_size test_max white
 SCALE: seen_width object_width window
 ANSWER: object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
 INFERENCE: SIZES SCALE ANSWER
-GRAPH: DECODER test_size window white ANSWER
+GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop scale_min scale_max SCALE optimizer schedule backbone_lr_multiplier lr
     weight_decay clip_norm poly_power mask_weight dice_weight num_points oversample importance
