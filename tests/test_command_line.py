@@ -24,7 +24,7 @@ from engine import checkpoint, request, training
 from engine.checkpoint import state_of
 from engine.checks import check
 from engine.evaluation import evaluate
-from engine.flags import ALL, DATASETS, FLAGS, READS, SOURCES, STORED, reads
+from engine.flags import ALL, DATASETS, FIELDS, FLAGS, READS, SOURCES, STORED, reads
 from engine.parser import HINTS, WIDTH, flag_texts, numbers, parser
 from engine.resolve import resolve
 from engine.run_log import read_log
@@ -462,8 +462,9 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "ssl",
         *STORED,
         "zeroshot",
-    ):  # of a folder; the miniature world has 8 bits
-        found[name] |= {"white"} & READS[name]
+    ):  # of a folder: the miniature world has 8 bits, and is seen as a whole
+        found[name] |= {"white", *FIELDS["SCALE"]} & READS[name]
+    found["validate"] |= {"test_size"}  # of a data set without things
     for name in found:  # no less; and no more than it makes up for
         assert READS[name] <= found[name] <= reads(name), (
             name,
