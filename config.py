@@ -223,8 +223,8 @@ MINI = Config(
 )
 
 # Any folder of one's own on a laptop: the mini backbone, trained along because it has never seen a
-# photograph, and a linear classifier because it has never read those class names. `--preset
-# official` is the real thing.
+# photograph, a linear classifier because it has never read those class names, and windows, because
+# objects may be small and images large. `--preset official` is the real thing.
 CUSTOM = replace(
     MINI,
     train_backbone=True,
@@ -232,8 +232,10 @@ CUSTOM = replace(
     classifier="linear",
     num_queries=40,
     num_points=2048,
-    seen_width=26.0,
+    seen_width=18.0,
     window=128,
+    scale_min=0.7,
+    scale_max=1.6,
     test_size=256,
     eval_batch=16,
     sam="regions",
