@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dearli
+from clip_ensemble import mask_pool
 from engine import stored
 from engine.request import Source
 from ground.errors import UserError
@@ -154,6 +155,22 @@ def test_a_traced_head_holds_for_any_number_of_images_and_samples_by_the_definit
         torch.testing.assert_close(theirs[-1], ours[-1], rtol=1e-3, atol=1e-4)
     called = Counter(str(node.target) for node in program.graph.nodes)
     assert called["aten.grid_sampler.default"] == 3 * TINY.encoder_layers
+
+
+class Pool(torch.nn.Module):
+    def forward(self, images):
+        pooled = mask_pool(images.float(), images.float())
+        return pooled, 2 * pooled
+
+
+def test_a_query_without_a_pixel_is_pooled_to_zero_in_the_graph_too():
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    session = runtime.InferenceSession(onnx_export.to_onnx(Pool(), 4, {}))
+    images = np.zeros((1, 3, 4, 4), np.uint8)
+    images[0, 0, :2] = 8
+    pooled, _ = session.run(None, {"images": images})
+    assert pooled[0].tolist() == [[8, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_what_cannot_be_exported_is_said_in_a_line(small_run, tmp_path, monkeypatch, capsys):
