@@ -1634,11 +1634,21 @@ def test_objects_out_of_reach_are_counted_from_the_index(tmp_path, capsys):
         and checks.out_of_reach(dataset, dataclasses.replace(cfg, num_queries=max(counts + val)))
         == []
     )
-    out, _, content = validated(root, "--split", "2", "--num-queries", "2", code=0, capsys=capsys)
+    whole = ["--split", "2", "--num-queries", "2", "--seen-width", "0", "--window", "0"]
+    out, _, content = validated(root, *whole, code=0, capsys=capsys)
     assert content["notices"][:2] == expected and all(f"note: {text}" in out for text in expected)
-    assert run_folder("sup", root, "--split", "2", "--num-queries", "2", "--dry-run") == 0
+    assert run_folder("sup", root, *whole, "--dry-run") == 0
     out = capsys.readouterr().out
     assert all(f"warning: {text}\n" in out for text in expected)
+    # windows share the queries: of an image of 64 x 48 pixels one shows a fourth, if it is half as
+    # wide and half as high
+    cfg = dataclasses.replace(cfg, num_queries=1, seen_width=40.0, object_width=30.0, window=32)
+    size = pictures.image_header(dataset.val.path(0))[0]
+    share = min(1, 24 / size[0]) * min(1, 24 / size[1])
+    in_view = [round(n * share) if n > 1 else n for n in val]
+    lines = checks.out_of_reach(dataset, cfg)
+    assert any("validation" in text for text in lines) == any(n > 1 for n in in_view)
+    assert share < 0.5 and max(in_view) < max(val)
 
 
 def test_an_error_in_a_loader_process_is_one_line(tmp_path):

@@ -17,6 +17,7 @@ help and a refusal are quick.
     checkpoint      what a checkpoint holds, and which stay
     run_log         log.jsonl and the progress bar
     masks           the masks that a warm-up learns from
+    windows         small objects and large images, seen in windows
     evaluation      every metric of every reading
     stored          a run, or an official file, as it is stored
 """

@@ -50,7 +50,8 @@ def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> Non
 
 def settle(cfg: Config, dataset: DataSet) -> Config:
     """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`."""
-    cfg = scaled(replace(cfg, white=dataset.train.white), dataset)
+    cfg = replace(cfg, white=dataset.train.white)
+    cfg = scaled(cfg, dataset) if dataset.labeled else cfg  # none: whoever needs some will say so
     if cfg.alpha != "labeled":
         return cfg
     require_truth(dataset, measure=False)  # no share without labelled images

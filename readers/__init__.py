@@ -4,8 +4,10 @@ it; it uses `config` and `ground`, and knows no network.
 
     ground_truth    classes, the ground truth of an image, a data set
     pictures        image files: which count, how they are opened, which names they may have
+    large           those of more pixels than fit in memory, by parts
     sixteen_bit     stored values of 16 bits a channel, and how they become 8
     exposure        the white point of a set of 16-bit images
+    scale           how wide the objects of a data set are
     panoptic        images and maps in COCO panoptic format
     panoptic_json   its JSON: classes, and the segments of each image
     mask_files      SAM's masks on disk, and what they were made of

@@ -8,15 +8,30 @@ from readers.panoptic import PanopticFolder
 from readers.pictures import image_header
 
 
-def widths(images, indices) -> np.ndarray:
-    """(n,) pixels: the equivalent diameters (of discs of their areas) of all things of some images.
-    Crowd does not count; areas are those that the JSON states."""
-    things = np.array(images.taxonomy.things)
-    areas = [np.zeros(0)]
-    for i in indices:
-        _, labels, area, crowd = images.segments_of(i).T
+def widths(dataset: DataSet) -> np.ndarray:
+    """(n,) pixels: the equivalent diameters (of discs of their areas) of all labelled things. Crowd
+    does not count; areas are those that the JSON states.
+    """
+    things, areas = np.array(dataset.taxonomy.things), [np.zeros(0)]
+    for i in dataset.labeled:
+        labels, area, crowd = _segments(dataset.train, i)
         areas.append(area[things[labels] & (crowd == 0) & (area > 0)])
     return np.sqrt(4 / np.pi * np.concatenate(areas))
+
+
+def _segments(images, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, areas and crowd of an image; of a folder without opening its map."""
+    if isinstance(images, PanopticFolder):
+        return tuple(images.segments_of(i).T[1:])
+    truth = images.truth(i)
+    return truth.labels, truth.areas, truth.crowd
+
+
+def _size(images, i: int) -> tuple[int, int]:
+    """(W, H)"""
+    if isinstance(images, PanopticFolder):
+        return image_header(images.path(i))[0]
+    return images.image(i).size
 
 
 def object_width(dataset: DataSet, cfg: Config) -> float:
@@ -24,13 +39,12 @@ def object_width(dataset: DataSet, cfg: Config) -> float:
     things, but no more than lets the median image fill a window.
 
     Without things, where stuff wants to be seen in its surroundings, it is what shows the median
-    image with the short side `test_size`. 0 of a data set that is no folder.
+    image with the short side `test_size`. 0 without labelled images.
     """
-    train = dataset.train
-    if not isinstance(train, PanopticFolder) or not dataset.labeled:
+    if not dataset.labeled:
         return 0.0
-    sides = [image_header(train.path(i))[0] for i in dataset.labeled]
-    found = widths(train, dataset.labeled)
+    sides = [_size(dataset.train, i) for i in dataset.labeled]
+    found = widths(dataset)
     if not len(found):
         short = float(np.median([min(size) for size in sides]))
         return round(cfg.seen_width * short / cfg.test_size, 2)
@@ -44,7 +58,7 @@ def scale_text(dataset: DataSet, cfg: Config) -> str:
 
     cfg: with its `object_width`.
     """
-    found = widths(dataset.train, dataset.labeled)
+    found = widths(dataset)
     shown = f"images are shown {cfg.magnification:.2g} times as large"
     if cfg.window:
         side = round(cfg.window / cfg.magnification)

@@ -15,7 +15,8 @@ from data import Sample, weak_view
 from engine.evaluation import predict_image
 from engine.windows import Grid, in_windows, predict_in_windows, shown_size
 from inference import Prediction
-from readers.ground_truth import Taxonomy
+from readers.ground_truth import DataSet, Taxonomy, Truth
+from readers.scale import object_width, scale_text, widths
 
 SIDE = 64  # of a window
 WINDOWS = replace(MINI, window=SIDE, seen_width=10.0, object_width=10.0, eval_batch=5)
@@ -237,3 +238,49 @@ def test_small_objects_are_shown_larger_in_training_and_in_windows():
     assert layer.shape == (cfg.crop, cfg.crop) and layer.sum() == 20 * 20
     grid = Grid.of((300, 200), cfg)
     assert grid.shown == (128, 128) and (grid.height, grid.width) == (64, 64)
+
+
+class Drawn:
+    """Labelled images of one size, each with its segments: (label, area, crowd)."""
+
+    def __init__(self, size, *images):
+        self.size, self.images = size, images
+
+    def image(self, i):
+        return Image.new("RGB", self.size)
+
+    def truth(self, i):
+        labels, areas, crowd = map(np.array, zip(*self.images[i]))
+        return Truth(np.zeros((1, 1), np.int32), labels, areas, crowd.astype(bool))
+
+
+def measured(cfg, size, *images):
+    dataset = DataSet("drawn", TAXONOMY, Drawn(size, *images), None, range(len(images)), [])
+    return object_width(dataset, cfg), dataset
+
+
+def test_objects_are_as_wide_as_discs_of_their_area_and_the_median_counts():
+    cfg = replace(CUSTOM, seen_width=20.0, object_width=0.0, window=128)
+    ten, twenty, forty = (np.pi * r * r for r in (5, 10, 20))
+    first = [(DISC, ten, 0), (DISC, forty, 0), (SKY, 9999, 0)]
+    second = [(BAR, twenty, 0), (DISC, 1e6, 1), (DISC, twenty, 0)]  # one of them is crowd
+    width, dataset = measured(cfg, (900, 700), first, second)
+    assert width == 20 and np.allclose(sorted(widths(dataset)), [10, 20, 20, 40])
+    cfg = replace(cfg, object_width=width)
+    assert cfg.magnification == 1 and "are 20 pixels wide" in scale_text(dataset, cfg)
+    assert "in windows of 128 pixels" in scale_text(dataset, cfg)
+
+
+def test_large_objects_are_shown_as_large_as_lets_the_image_fill_a_window():
+    cfg = replace(CUSTOM, seen_width=20.0, object_width=0.0, window=128)
+    width, _ = measured(cfg, (640, 480), [(DISC, np.pi * 150**2, 0)])
+    assert shown_size(640, 480, replace(cfg, object_width=width)) == (128, 96)
+    assert not in_windows((640, 480), replace(cfg, object_width=width))
+
+
+def test_stuff_alone_is_shown_by_the_short_side_of_evaluation():
+    cfg = replace(CUSTOM, seen_width=20.0, object_width=0.0, window=128, test_size=256)
+    width, dataset = measured(cfg, (640, 512), [(SKY, 100, 0), (GROUND, 100, 0)])
+    cfg = replace(cfg, object_width=width)
+    assert shown_size(640, 512, cfg) == (320, 256)
+    assert "no labelled object is a thing" in scale_text(dataset, cfg)

@@ -6,6 +6,7 @@ own (`python -m tools.bench`).
     importer        annotations of other tools as a data set
     validate        all that is wrong with a data set
     predict         a run on pictures
+    large           ... of more pixels than fit in memory
     exchange        its predictions for labelme, COCO tools and spreadsheets
     outlines        masks as polygons
     export          a run as one file
