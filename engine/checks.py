@@ -127,6 +127,9 @@ frozen | backbone_lr_multiplier | it counts with --train-backbone
 no clip | alpha clip_scale | CLIP has no say here; it counts with --classifier language, or with
     --method {clip}
 no choice | oversample | no point is chosen by uncertainty; it counts with --importance above 0
+no width | object_width | images are shown by their short side; it counts with --seen-width above 0
+by width | test_max | images are shown by the width of their objects; it counts with
+    --seen-width 0
 no blur | blur_radius | nothing is blurred; it counts with --blur-prob above 0
 no layers | decoder_ffn | the decoder has no layers; it counts with --decoder-layers above 0
 own crop | crop | the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that one, or set it to 0
@@ -164,6 +167,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "frozen": not cfg.train_backbone,
         "no clip": not cfg.has_ensemble and stage != "zeroshot",
         "no choice": not cfg.importance,
+        "no width": not cfg.seen_width,
+        "by width": cfg.seen_width > 0,
         "no blur": not cfg.blur_prob,
         "no layers": not cfg.decoder_layers,
         "own crop": stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags,

@@ -209,18 +209,21 @@ class Stitcher:
         written, groups = len(self.labels), []
         for one in sorted(self.waiting, key=_order):
             below = canvas[_part(one.box, origin)]
-            covered = np.bincount(below[one.mask], minlength=1)
-            rivals = np.flatnonzero(covered[written + 1 :]).tolist()
+            numbers, pixels = np.unique(below[one.mask], return_counts=True)
+            free = int(pixels[numbers == 0].sum())
+            rivals = (numbers[numbers > written] - written - 1).tolist()
             same = [
                 k for k in rivals if _one_object(one, groups[k], canvas, origin, written + k + 1)
             ]
-            if not same and covered[0] < KEPT * one.area:
+            if not same and free < KEPT * one.area:
                 continue
             groups.append([one, *(member for k in same for member in groups[k])])
             below[one.mask & (below == 0)] = written + len(groups)
             for k in same:  # it is the bridge between them
+                for member in groups[k]:
+                    place = canvas[_part(member.box, origin)]
+                    place[place == written + k + 1] = written + len(groups)
                 groups[k] = []
-                canvas[canvas == written + k + 1] = written + len(groups)
         return groups, canvas, origin
 
     def result(self) -> Prediction:

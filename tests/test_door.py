@@ -135,6 +135,15 @@ from tests.helpers import run, write_coco_folder
             ["--stage", "masks", "--images", "/no/such/folder"],
             "/no/such/folder: no such folder of images",
         ),
+        (
+            ["--stage", "sup", "--object-width", "20"],
+            "--object-width: images are shown by their short side; it counts with --seen-width",
+        ),
+        (
+            ["--stage", "sup", "--preset", "custom", "--test-max", "300"],
+            "--test-max: images are shown by the width of their objects",
+        ),
+        (["--stage", "sup", "--window", "100"], "--window 100: expected a multiple of 32"),
         (["--stage", "ssl", "--alpha", "1.2"], "--alpha 1.2: expected a number from 0 to 1"),
         (["--stage", "ssl", "--alpha", "often"], "--alpha often: expected"),
         (["--stage", "ssl", "--alpha", "0.4:2"], "--alpha 0.4:2: expected"),
