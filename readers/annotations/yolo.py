@@ -82,13 +82,8 @@ def _description(folder: Path) -> tuple[str, dict]:
     if found:
         return next(iter(found.items()))
     for name in _nearest(list_files(folder, "classes.txt")):
-        try:
-            lines = (folder / name).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder / name}: not a readable list of classes ({brief(str(error))})"
-            ) from None
-        return name, {"names": [line.strip() for line in lines if line.strip()]}
+        lines = _lines(folder / name, "list of classes")
+        return name, {"names": [line.strip() for _, line in lines]}
     raise UserError(
         f"{folder}: no data.yaml with `names` and no classes.txt in this folder; expected an "
         f"export in YOLO's format, with images/ and labels/{hint(folder, 'yolo')}"
@@ -200,22 +195,15 @@ def _found(stated, bases: list[str], known: Container[str], whole: bool = False)
 
 def _listed(folder: Path, file: str, bases: list[str], pictures: list[str]) -> dict[str, None]:
     """Pictures that the lines of a text file name."""
-    try:
-        lines = (folder / file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / file}: not a readable list of images ({brief(str(error))})"
-        ) from None
     known, names = {*pictures}, {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            name = _found(line.strip(), [posixpath.dirname(file), *bases], known)
-            if name is None:
-                raise UserError(
-                    f"{folder / file}: line {number}: {brief(line.strip())} is not there; put the "
-                    "images below this folder (CVAT: export with Save images), or take the line out"
-                )
-            names[name] = None
+    for number, line in _lines(folder / file, "list of images"):
+        name = _found(line.strip(), [posixpath.dirname(file), *bases], known)
+        if name is None:
+            raise UserError(
+                f"{folder / file}: line {number}: {brief(line.strip())} is not there; put the "
+                "images below this folder (CVAT: export with Save images), or take the line out"
+            )
+        names[name] = None
     return names
 
 
@@ -323,12 +311,12 @@ def _survey(folder: Path, file: str, labels: dict[str, str], images: int, source
         )
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Lines of a label file that are not blank, with their numbers."""
+def _lines(path: Path, what: str = "text file") -> list[tuple[int, str]]:
+    """Lines of a file that are not blank, with their numbers. what: it is, for the error."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable text file ({brief(str(error))})") from None
+        raise UserError(f"{path}: not a readable {what} ({brief(str(error))})") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
