@@ -34,6 +34,7 @@ from inference import PSEUDO, Prediction
 
 AGREE = 0.5  # least IoU of two parts of one object, in the pixels that both windows show
 CHUNK = 2**24  # pixels of an image that are looked at at once
+FAINT = 0.01  # of the largest sum in a window: a class that is nowhere above it is not there
 KEPT = 0.5  # least share of its pixels that an instance keeps beside surer ones
 
 
@@ -128,7 +129,8 @@ class Stitcher:
         self.waiting: list[Instance] = []  # of rows of windows that are not all there
         self.labels: list[int] = []
         self.scores: list[float] = []
-        # Sums of posteriors from row `first` on, of every class that any window shows.
+        # Sums of posteriors from row `first` on, of the classes that windows show: of all K they
+        # would fill the memory, and no softmax is ever 0.
         self.first, self.sums = 0, {}
         self.pixels, self.shares = np.zeros(len(things), np.int64), np.zeros(len(things))
 
@@ -151,10 +153,10 @@ class Stitcher:
             area = int(np.count_nonzero(mask))
             self.waiting.append(Instance(label, score, box, mask, window, cut, area))
         band = slice(y - self.first, y - self.first + grid.height), slice(x, x + grid.width)
-        for k in np.flatnonzero(prediction.sums.max((1, 2)) > 0):
+        most = prediction.sums.max((1, 2))
+        for k in np.flatnonzero((most > 0) & (most >= FAINT * most.max())):
             if k not in self.sums:
-                shape = grid.height, self.size[0]
-                self.sums[k] = np.zeros(shape, np.float32)
+                self.sums[k] = np.zeros((grid.height, self.size[0]), np.float32)
             self.sums[k][band] += prediction.sums[k]
 
     def finish_row(self, end: int) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from config import CUSTOM, MINI
 from data import Sample, weak_view
 from engine.evaluation import predict_image
-from engine.windows import Grid, in_windows, predict_in_windows, shown_size
+from engine.windows import Grid, Stitcher, in_windows, predict_in_windows, shown_size
 from inference import Prediction
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.scale import object_width, scale_text, widths
@@ -179,6 +179,25 @@ def test_stuff_is_the_class_with_the_largest_sum_over_windows():
     shares = {k: s for k, s in zip(answer.labels.tolist(), answer.scores.tolist())}
     assert shares[SKY] == pytest.approx(0.6)
     assert shares[GROUND] == pytest.approx((0.55 + 0.7) / 2)
+
+
+def test_classes_that_a_window_hardly_shows_take_no_memory():
+    image, ids, labels = coded(np.full((64, 96), 1), [0, SKY])
+
+    def alter(prediction, window):
+        sums = np.full_like(prediction.sums, 1e-4)  # as a softmax leaves them
+        sums[SKY], sums[GROUND, 0, 0] = 0.9, 0.2
+        return replace(prediction, sums=sums)
+
+    grid = Grid.of(image.size, WINDOWS)
+    maps = np.zeros((64, 96), np.int32), np.zeros((64, 96), np.uint16)
+    stitcher = Stitcher(grid, np.array(TAXONOMY.things), *maps)
+    oracle = Oracle(alter=alter)
+    view = torch.zeros(1, 3, 64, 64)
+    (_, _, answer), *_ = oracle.predict(view, [], ["a/b"])
+    stitcher.add(0, 0, answer)
+    assert sorted(stitcher.sums) == [SKY, GROUND]
+    assert (predict_in_windows(oracle, image, ["a/b"])["a/b"].semantic == SKY + 1).all()
 
 
 def test_windows_cover_the_image_overlap_by_half_and_are_shown_at_one_size():
