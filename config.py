@@ -114,6 +114,8 @@ class Config:
     #    a disc of its area; 0 = measured on the labelled images
     window: int = 0  # pixels as shown: images larger than that are predicted in windows that
     #    overlap by half, and stitched; 0 = whole images
+    turns: bool = False  # views are also turned by quarter turns: for images without an up, as
+    #    from a microscope or from above
     jitter: float = 0.8  # strong view: brightness, contrast, saturation times 1 +- jitter
     jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
     grayscale_prob: float = 0.2  # strong view
@@ -232,10 +234,12 @@ CUSTOM = replace(
     classifier="linear",
     num_queries=40,
     num_points=2048,
-    seen_width=18.0,
+    lr=1e-3,
+    seen_width=22.0,
     window=128,
-    scale_min=0.7,
-    scale_max=1.6,
+    scale_min=0.6,
+    scale_max=1.5,
+    turns=True,
     test_size=256,
     eval_batch=16,
     sam="regions",

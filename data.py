@@ -3,7 +3,8 @@
 Every random number is sampled from (seed, step, slot), so a batch does not depend on workers, on
 what came before it or on where a run was resumed.
 Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to
-2.0), and labelled images also get the SSD colour augmentation (official code only).
+2.0), and labelled images also get the SSD colour augmentation (official code only). Quarter turns
+are ours.
 Axes: H W pixels of an image, h w of a view, S of the crop, N segments, B images.
 Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
 Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`:
@@ -50,8 +51,8 @@ class Sample:
 def weak_view(
     sample: Sample, cfg: Config, rng: random.Random, colour: bool = False
 ) -> tuple[Tensor, list[np.ndarray]]:
-    """Random scale and crop, the SSD colour augmentation for labelled images, and a flip: (3, h, w)
-    uint8, not padded, and its layers."""
+    """Random scale and crop, the SSD colour augmentation for labelled images, a flip, and with
+    `turns` some quarter turns: (3, h, w) uint8, not padded, and its layers."""
     w, h = size = training_size(*sample.image.size, cfg, rng)
     cw, ch = min(w, cfg.crop), min(h, cfg.crop)
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
@@ -62,6 +63,10 @@ def weak_view(
         image = ssd_colour(image, rng)
     if rng.random() < 0.5:
         image, layers = image.flip(-1), [a[:, ::-1] for a in layers]
+    if cfg.turns:
+        quarters = rng.randrange(4)
+        image = image.rot90(quarters, (1, 2)).contiguous()
+        layers = [np.rot90(a, quarters) for a in layers]
     return image, layers
 
 

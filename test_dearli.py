@@ -913,6 +913,21 @@ def test_image_and_map_stay_aligned_at_every_scale():
             )
 
 
+def test_with_turns_image_and_map_lie_in_any_of_four_ways_and_together():
+    ramp = np.arange(48 * 64, dtype=np.int32).reshape(48, 64) // 16 % 200
+    image = Image.fromarray(np.repeat(ramp[..., None].astype(np.uint8), 3, -1))
+    cfg = dataclasses.replace(TINY, crop=32, scale_min=1.5, scale_max=1.5)
+    still, turned = set(), set()
+    for seed in range(40):
+        for ways, turns in ((still, False), (turned, True)):
+            one = dataclasses.replace(cfg, turns=turns)
+            view, (layer,) = data.weak_view(data.Sample(image, [ramp]), one, random.Random(seed))
+            assert np.array_equal(view[0].numpy(), layer)
+            down, right = layer[-1, 0] - layer[0, 0], layer[0, -1] - layer[0, 0]
+            ways.add((abs(down) > abs(right), down + right > 0))
+    assert len(still) == 1 and len(turned) == 4
+
+
 def test_a_part_is_resized_as_if_it_were_cropped_from_the_whole():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8))
     layer = np.arange(61 * 83).reshape(61, 83)

@@ -246,6 +246,7 @@ def test_an_image_no_larger_than_a_window_is_one_view_and_a_larger_one_is_many()
 
 def test_small_objects_are_shown_larger_in_training_and_in_windows():
     cfg = replace(CUSTOM, seen_width=24.0, object_width=12.0, scale_min=1.0, scale_max=1.0)
+    cfg = replace(cfg, turns=False)
     image = Image.new("RGB", (300, 200))
     assert shown_size(300, 200, cfg) == (600, 400)
     view = SimpleNamespace(
