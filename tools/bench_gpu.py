@@ -35,7 +35,7 @@ from tools.bench_works import Skipped
 
 START = 120  # seconds that a new process may take for its imports
 BASE, LARGE = "convnext_base_w_320", "convnext_large_d_320"
-PACKAGES = "torch torchvision timm open_clip_torch segment-anything triton detectron2".split()
+PACKAGES = "torchvision timm open_clip_torch segment-anything triton detectron2".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def rows() -> dict[str, Row]:
     """By name, group/part, in the order in which they are measured."""
     table: dict[str, Row] = {
         "paths/step-fp32": Row(
-            partial(paths.one_step, name="fp32"), 60, "a training step beside the CPU's, TF32 off"
+            partial(paths.one_step, name="fp32"), 90, "a training step beside the CPU's, TF32 off"
         ),
         "paths/step-bf16": Row(partial(paths.one_step, name="bf16"), 60, "the same in bf16"),
     }
@@ -188,6 +188,7 @@ def _hear(process, pipe, left: list[str], end: float, tell: Callable) -> list[st
 def machine(bench: works.Bench) -> dict:
     said = {"device": str(bench.device), "cpu": platform.processor() or platform.machine()}
     said |= {"cores": os.cpu_count(), "python": platform.python_version()}
+    said["torch"] = torch.__version__
     if bench.on_gpu:
         of_gpu = torch.cuda.get_device_properties(bench.device)
         said |= {"gpu": of_gpu.name, "gpus": torch.cuda.device_count()}

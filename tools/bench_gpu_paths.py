@@ -308,7 +308,7 @@ def _setting(bench: Bench) -> tuple:
         cfg = replace(MINI, pretrained="random", crop=64, num_points=64, **layers)
         classes, most = 7, 8
     else:
-        cfg, classes, most = replace(OFFICIAL, pretrained="random", crop=256), 133, 30
+        cfg, classes, most = replace(OFFICIAL, pretrained="random", crop=256), 20, 30
     model = build(cfg, taxonomy(classes), torch.device("cpu"))
     g = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (2, 3, cfg.crop, cfg.crop), generator=g, dtype=torch.uint8)

@@ -167,7 +167,8 @@ def made_answers(cfg: Config, images: int, classes: int, most: int) -> tuple[Ten
         owner = cells(cfg.crop // 4, n, g)
         masks[k, :n] = torch.where(owner == torch.arange(1, n + 1)[:, None, None], 6.0, -6.0)
         posterior[k, :n, -1] = 0.01
-        posterior[k, torch.arange(n), torch.randint(0, classes, (n,), generator=g)] = 0.98
+        chosen = torch.randint(0, classes, (n,), generator=g)
+        posterior[k, torch.arange(n), chosen] = 0.98 + 0.01 / classes
     return posterior, masks
 
 
