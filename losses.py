@@ -62,13 +62,13 @@ def set_loss(
                 matching_cost(c, logits(f, e, shape), t, p, cfg.weights) if len(t) else nothing
                 for c, e, f, t, p in zip(class_logits, embeddings, features, targets, shared)
             ]
-    assigned = iter(match(costs))
+    assigned = iter(_moved(match(costs), mask_features.device))
     total = {"class": 0.0, "mask": 0.0, "dice": 0.0}
     for layer, (class_logits, embeddings) in enumerate(layers):
         matches = list(itertools.islice(assigned, len(targets)))
         label = class_loss(class_logits, targets, matches, cfg.no_object_weight)
         chosen = [
-            logits(f, e[q.to(e.device)], shape).float().contiguous()
+            logits(f, e[q], shape).float().contiguous()
             for f, e, (q, _) in zip(features, embeddings.unbind(), matches)
         ]  # B of (M_b, h, w)
         where = (
@@ -82,6 +82,15 @@ def set_loss(
         total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
         total["dice"] = total["dice"] + cfg.weights.dice * dice / num_masks
     return total
+
+
+def _moved(matches: list[tuple[Tensor, Tensor]], device) -> list[tuple[Tensor, Tensor]]:
+    """Matches of all layers and images, to the device in one copy: each copy makes a GPU wait."""
+    flat = [indices for pair in matches for indices in pair]
+    if not flat:
+        return []
+    moved = torch.cat(flat).to(device).split([len(indices) for indices in flat])
+    return list(zip(moved[::2], moved[1::2]))
 
 
 def _normalisers(targets: list[Target], queries: int, cfg: LossConfig, device):
@@ -211,6 +220,4 @@ def uncertain_points(
 def sample_targets(targets: list[Target], matches, points: Tensor) -> Tensor:
     """(M, P) values of the matched segments of all images, in order, at points (M, P, 2)."""
     per_image = points.split([len(queries) for queries, _ in matches])
-    return torch.cat(
-        [t.sample(p, s.to(p.device)) for t, p, (_, s) in zip(targets, per_image, matches)]
-    )
+    return torch.cat([t.sample(p, s) for t, p, (_, s) in zip(targets, per_image, matches)])

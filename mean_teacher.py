@@ -54,7 +54,7 @@ class Supervised:
         self.cfg, self.taxonomy, self.device = cfg, taxonomy, device
         self.precision, self.warm = precision, warm
         self.models = {"student": self.network(clip)}
-        self.things = torch.tensor(taxonomy.things, device=device)
+        self.things = torch.tensor(taxonomy.things)  # asked one by one: a GPU would wait each time
 
     def network(self, clip: dict | None) -> Segmenter:
         return build(self.cfg, self.taxonomy, self.device, clip)

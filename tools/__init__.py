@@ -16,4 +16,8 @@ own (`python -m tools.bench`).
     baselines       Otsu and a small U-Net, where one kind of object lies on a background
     bench           time and memory, beside others' code
     bench_works     what it measures
+    bench_gpu       the same for one device, by one command: a GPU, or a CPU at the smallest sizes
+    bench_gpu_works     its steps at full size
+    bench_gpu_paths     its stages, beside the CPU's
+    bench_gpu_others    SAM, the official step, repeated runs, several processes
 """

@@ -4,6 +4,7 @@
     python -m tools.bench --only step,index --threads 1    some of it, on one core
     python -m tools.bench --official DIR                   beside the official code
     python -m tools.bench --json bench.json                the figures, with their machine
+    python -m tools.bench --device cuda                    instead: what `bench_gpu` measures
 
 The official code is a clone of github.com/helen1c/DEARLi; it needs detectron2. Each side has a
 process of its own, and they take turns, call by call; times are medians, `ratio` is the median over
@@ -244,6 +245,10 @@ def growth_tables(measure: Callable) -> dict:
 
 
 def main() -> int:
+    if any(word.split("=")[0] == "--device" for word in sys.argv[1:]):
+        from tools import bench_gpu  # its rows import all of the method
+
+        return bench_gpu.main(sys.argv[1:])
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -255,6 +260,7 @@ def main() -> int:
     p.add_argument(
         "--growth", action="store_true", help="instead: how time and memory grow, axis by axis"
     )
+    p.add_argument("--device", help="instead, with flags of its own: `--device cuda --help`")
     p.add_argument("--json", type=Path, help="write the figures to this file")
     args = p.parse_args()
     names = args.only.split(",")

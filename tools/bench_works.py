@@ -5,6 +5,7 @@ number of the call. Weights are noise and images are made, the same for both sid
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -57,6 +58,7 @@ class Place:
 
     official: Path | None
     folder: Path
+    device: torch.device = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------- models
@@ -71,28 +73,37 @@ class Made(MeanTeacher):
         classes = len(self.taxonomy)
         names = torch.randn(classes * NAMES_A_CLASS, clip.visual.head.proj.out_features)
         vocabulary = Vocabulary(F.normalize(names, dim=-1), [NAMES_A_CLASS] * classes)
-        return Segmenter(ClipBackbone(clip), vocabulary, self.cfg, classes)
+        model = Segmenter(ClipBackbone(clip), vocabulary, self.cfg, classes)
+        return model.to(self.device)
 
 
-def our_method(classes: int = CLASSES, cfg=OFFICIAL, precision=torch.float32) -> Made:
+def our_method(
+    classes: int = CLASSES,
+    cfg=OFFICIAL,
+    precision=torch.float32,
+    device: torch.device | None = None,
+) -> Made:
     things = tuple(k < classes * THINGS // CLASSES for k in range(classes))
     names = tuple(f"class {k}" for k in range(classes))
     taxonomy = Taxonomy(names, things, tuple(range(classes)))
-    return Made(cfg, taxonomy, torch.device("cpu"), precision)
+    return Made(cfg, taxonomy, device or torch.device("cpu"), precision)
 
 
 def official_models(place: Place):
     """Student and teacher of the official code, and its module of the training step.
 
-    Its CUDA extension is replaced by its own CPU fallback, CLIP's download by noise.
+    Its CUDA extension, on a CPU or where it was not built, is replaced by its own fallback in plain
+    torch, CLIP's download by noise.
     """
     if place.official is None:
         raise Skipped("no --official DIR")
     os.chdir(place.official)  # it reads its class names from where it stands
     sys.path.insert(0, os.getcwd())
-    extension = types.ModuleType("MultiScaleDeformableAttention")
-    extension.__getattr__ = lambda name: None  # its caller then takes the path in plain torch
-    sys.modules["MultiScaleDeformableAttention"] = extension
+    name = "MultiScaleDeformableAttention"
+    if place.device.type == "cpu" or importlib.util.find_spec(name) is None:
+        extension = types.ModuleType(name)
+        extension.__getattr__ = lambda name: None  # its caller then takes the path in plain torch
+        sys.modules[name] = extension
     try:
         import open_clip
 
@@ -119,12 +130,12 @@ def official_models(place: Place):
     for name in ("maskformer2", "semi_sup", "vl_maskformer2"):
         getattr(settings, f"add_{name}_config")(cfg)
     cfg.merge_from_file(OFFICIAL_CONFIG, allow_unsafe=True)
-    cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN = "cpu", ("made",)
+    cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN = str(place.device), ("made",)
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = CLASSES
     torch.manual_seed(0)
     student = build_model(cfg)
     text = torch.randn(CLASSES * NAMES_A_CLASS, OFFICIAL_DIM)
-    student.text_classifier = F.normalize(text, dim=-1)
+    student.text_classifier = F.normalize(text, dim=-1).to(place.device)
     student.semantic_on = False  # panoptic inference on both sides
     teacher = teachers.VisionLanguageMaskFormerTeacher(
         cfg, student, ema_decay=0.999, burn_in_iters=0
@@ -187,8 +198,9 @@ def our_step(
     place, side=256, images=2, classes=CLASSES, segments=10, queries=200, precision=torch.float32
 ) -> Callable:
     cfg = dataclasses.replace(OFFICIAL, crop=side, num_queries=queries)
-    method = our_method(classes, cfg, precision)
+    method = our_method(classes, cfg, precision, place.device)
     batches = [made_batch(side, images, segments, t, classes) for t in range(5)]
+    batches = [tuple(half.to(place.device) for half in batch) for batch in batches]
 
     def step(t: int) -> None:
         method.step(batches[t % len(batches)], t)
