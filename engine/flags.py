@@ -221,9 +221,9 @@ ANSWER: object_mask_threshold overlap_threshold alpha clip_scale teacher_posteri
 INFERENCE: SIZES SCALE ANSWER
 GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
-TRAINING: CLIP DECODER crop scale_min scale_max SCALE turns optimizer schedule backbone_lr_multiplier lr
-    weight_decay clip_norm poly_power mask_weight dice_weight num_points oversample importance
-    workers seed checkpoint_every log_every eval_batch
+TRAINING: CLIP DECODER crop scale_min scale_max SCALE turns optimizer schedule
+    backbone_lr_multiplier lr weight_decay clip_norm poly_power mask_weight dice_weight num_points
+    oversample importance workers seed checkpoint_every log_every eval_batch
 MASKS: sam NETWORK white seed
 DEWA: TRAINING SIZES dewa_steps dewa_batch dewa_crop dewa_keep_empty
 SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch
