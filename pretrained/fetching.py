@@ -41,6 +41,7 @@ def hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
     Its SHA-256 is the one that the hub states.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
     for local in (True, False):  # what is there already needs no network
         for name in names:
@@ -48,6 +49,8 @@ def hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
                 path = Path(hf_hub_download(repository, name, local_files_only=local))
             except Exception as error:  # the hub's client has a dozen types for "not here"
                 why = type(error).__name__
+                if not local and isinstance(error, LocalEntryNotFoundError):
+                    break  # the hub does not answer: another name would wait as long
                 continue
             # In the hub's cache a file is a link to a blob that has the name of its SHA-256 (and
             # may be a link into another store itself).
@@ -61,7 +64,8 @@ def hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
     raise UserError(
         f"{backbone}: weights cannot be had ({why}); download "
         f"https://huggingface.co/{repository}/resolve/main/{names[-1]} elsewhere and name it with "
-        f"--pretrained FILE, or take --pretrained random with --train-backbone"
+        f"--pretrained FILE, or take what needs no network: --backbone mini, or --pretrained random "
+        f"with --train-backbone"
     )
 
 
