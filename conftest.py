@@ -19,6 +19,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 def no_network(monkeypatch, tmp_path):
     """Downloads find empty caches and nobody at home."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(foundation, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(foundation, "SAM_ADDRESS", (tmp_path / "nowhere").as_uri())
     monkeypatch.setattr(prepare, "REPOSITORY", (tmp_path / "nowhere").as_uri())
