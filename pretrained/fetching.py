@@ -64,8 +64,8 @@ def hub_file(repository: str, names: tuple[str, ...], backbone: str) -> Path:
     raise UserError(
         f"{backbone}: weights cannot be had ({why}); download "
         f"https://huggingface.co/{repository}/resolve/main/{names[-1]} elsewhere and name it with "
-        f"--pretrained FILE, or take what needs no network: --backbone mini, or --pretrained random "
-        f"with --train-backbone"
+        f"--pretrained FILE, or take what needs no network: --backbone mini, or --pretrained "
+        f"random with --train-backbone"
     )
 
 
