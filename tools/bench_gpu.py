@@ -135,11 +135,8 @@ def _answers(bench: works.Bench) -> bool:
 
 def measured(bench: works.Bench, names: list[str], budget: float, tell: Callable) -> None:
     """Measure rows within so many seconds. tell(name, result, seconds) of each, in order."""
-    end, left, context = (
-        time.monotonic() + budget,
-        list(names),
-        multiprocessing.get_context("spawn"),
-    )
+    end, left = time.monotonic() + budget, list(names)
+    context = multiprocessing.get_context("spawn")
     while left:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(bench, left, theirs), daemon=False)

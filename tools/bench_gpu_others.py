@@ -120,9 +120,8 @@ def sam(bench: Bench, name: str) -> dict:
     if len(sides) == 1:
         said.append(f"{len(found['ours'])} masks")
         return {"said": "; ".join(said), "ok": len(found["ours"]) > 0, **result}
-    if (
-        name == "fp32"
-    ):  # rounding apart: TF32 is torch's choice for convolutions, which ours has not
+    # Rounding apart: torch's own choice for convolutions is TF32.
+    if name == "fp32":
         with mode("exact"):
             found = {side: generate() for side, generate in sides.items()}
     mean, worst = agreement(*found.values())

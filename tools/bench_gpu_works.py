@@ -264,9 +264,10 @@ def step_parts(bench: Bench, method, call: Callable[[], None]) -> dict[str, floa
             own = isinstance(owner, types.ModuleType)
             original = getattr(owner, name)
             setattr(owner, name, timed(part, original))
-            stack.callback(setattr, owner, name, original) if own else stack.callback(
-                delattr, owner, name
-            )
+            if own:
+                stack.callback(setattr, owner, name, original)
+            else:  # it shadows the one of the class
+                stack.callback(delattr, owner, name)
         call()
     return seconds
 
