@@ -525,6 +525,32 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     ] and Image.open(out / "overlay/b.png.png").size == (640, 640)
 
 
+def test_a_labelme_file_that_was_corrected_is_never_replaced(small_run, tmp_path, capsys):
+    pictures, out = small_run / "pictures", tmp_path / "out"
+    call = (small_run, "--input", pictures / "b.png", "--out", out)
+    assert predict_stage(*call) == 0
+    (file,) = (out / "labelme").glob("*.json")
+    content = json.loads(file.read_text())
+    again = [
+        {**s, "points": [[float(v) for v in p] for p in s["points"]]} for s in content["shapes"]
+    ]
+    # opened and saved by labelme, which writes floats, and its own version
+    file.write_text(json.dumps({**content, "version": "6.1.0", "shapes": again}, indent=2))
+    assert predict_stage(*call, "--force") == 0
+    mine = {"label": "sky", "points": [[0, 0], [9, 0], [9, 9]], "group_id": None}
+    for changed in ({**content, "shapes": [mine]}, {"shapes": content["shapes"]}, [], "no JSON"):
+        text = changed if isinstance(changed, str) else json.dumps(changed)
+        file.write_text(text)
+        capsys.readouterr()
+        assert predict_stage(*call, "--force") == 2
+        error = capsys.readouterr().err
+        assert f"labelme: {file.name}: not as predict wrote it" in error and error.count("\n") == 1
+        (out / "overlay" / "b.png.png").unlink(missing_ok=True)
+        assert predict_stage(*call, "--resume") == 2 and file.read_text() == text
+    file.unlink()
+    assert predict_stage(*call, "--resume") == 0 and file.exists()
+
+
 def test_a_run_sees_16_bit_pictures_by_its_own_white_point(small_run, tmp_path, capsys):
     eight = np.asarray(Image.open(small_run / "pictures" / "a.png").convert("L"))
     (tmp_path / "deep").mkdir()

@@ -31,6 +31,7 @@ from typing import Iterable
 
 import numpy as np
 
+from ground import identity
 from ground.files import write_atomic
 from readers.ground_truth import Taxonomy
 from tools.importer import place
@@ -89,10 +90,12 @@ def write_picture(
         group = k if len(points) > 1 else None
         about = taxonomy.names[label], group, f"score {segment['score']:.2f}"
         shapes[k - 1] = [_shape(part, *about) for part in points]
+    shapes = sum((shapes[k] for k in np.argsort(-areas, kind="stable")), [])  # small on top
     content = {
         "version": VERSION,
         "flags": {},
-        "shapes": sum((shapes[k] for k in np.argsort(-areas, kind="stable")), []),  # small on top
+        "shapes": shapes,
+        "predicted": _digest(shapes),
         "imagePath": picture.name,
         "imageData": None,
         "imageHeight": segment_map.shape[0],
@@ -101,6 +104,26 @@ def write_picture(
     write_atomic(file, json.dumps(content, ensure_ascii=False).encode())
     place(picture, file.with_name(picture.name))
     return json.dumps(objects, separators=(",", ":"))
+
+
+def is_corrected(file: Path) -> bool:
+    """Whether a labelme JSON is there that somebody changed, or that is not `write_picture`'s."""
+    try:
+        content = json.loads(file.read_text())
+        return content["predicted"] != _digest(content["shapes"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _digest(shapes: list[dict]) -> str:
+    """Of what people correct. labelme keeps keys that it does not know, and writes 3 as 3.0."""
+    drawn_here = [
+        [s["label"], s["group_id"], [[float(v) for v in point] for point in s["points"]]]
+        for s in shapes
+    ]
+    return identity.of_text(json.dumps(drawn_here))
 
 
 def centres(segment_map: np.ndarray, segments_info: list[dict], taxonomy: Taxonomy) -> str:

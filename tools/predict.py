@@ -259,7 +259,9 @@ class Pictures:
         self.begun, rows = _read(self.log) if resume else ({}, {})
         self.labelme = exchange.labelme_files([*self.names, *rows])
         self.rows = {name: row for name, row in rows.items() if self._is_done(name, row)}
-        if not (resume or force):
+        if resume or force:
+            self._require_uncorrected()
+        else:
             self._require_free()
 
     def _list(self) -> None:
@@ -298,6 +300,18 @@ class Pictures:
             raise UserError(
                 f"{there}: exists already; go on with --resume if it is of an interrupted call, "
                 "replace it with --force, or choose another --out"
+            )
+
+    def _require_uncorrected(self) -> None:
+        """What somebody corrected in labelme is hours of work."""
+        files = [self.labelme[name] for name in self.names if name not in self.rows]
+        folder = self.output / exchange.FOLDER
+        corrected = [file for file in files if exchange.is_corrected(folder / file)]
+        if corrected:
+            release(self.output)
+            raise UserError(
+                f"{folder}: {listed(sorted(corrected))}: not as predict wrote it, and would be "
+                "replaced; move what was corrected elsewhere, or choose another --out"
             )
 
     def _is_done(self, name: str, row: dict) -> bool:
