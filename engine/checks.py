@@ -128,6 +128,8 @@ no clip | alpha clip_scale | CLIP has no say here; it counts with --classifier l
     --method {clip}
 no choice | oversample | no point is chosen by uncertainty; it counts with --importance above 0
 no width | object_width | images are shown by their short side; it counts with --seen-width above 0
+magnified | test_size | images are shown by the width of their objects, --object-width
+    {cfg.object_width:g}; it counts with --seen-width 0
 by width | test_max | images are shown by the width of their objects; it counts with
     --seen-width 0
 no blur | blur_radius | nothing is blurred; it counts with --blur-prob above 0
@@ -168,6 +170,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "no clip": not cfg.has_ensemble and stage != "zeroshot",
         "no choice": not cfg.importance,
         "no width": not cfg.seen_width,
+        # known of a run, and of what is named; without things it is the short side that counts
+        "magnified": cfg.magnification > 0 and stage != "export",
         "by width": cfg.seen_width > 0,
         "no blur": not cfg.blur_prob,
         "no layers": not cfg.decoder_layers,

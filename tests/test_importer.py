@@ -1701,7 +1701,11 @@ IMPORT_FAULTS = [
         lambda root: (root / "masks" / "cat" / "a.png").write_bytes(b""),
         r"cat/a.png: not a readable image",
     ),
-    ("masks", lambda root: shutil.rmtree(root / "masks"), r"not one instance with a pixel"),
+    (
+        "masks",
+        lambda root: shutil.rmtree(root / "masks"),
+        r"masks: no mask there is called like an image; expected masks",
+    ),
     (
         "masks",
         lambda root: (root / "masks" / "cat").rename(root / "masks" / "rest"),

@@ -59,6 +59,11 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
     source = Source()
     files = _images(folder, source)
     masks = [mask for _, own in files for mask in own]
+    if not masks:
+        raise UserError(
+            f"{folder / 'masks'}: no mask there is called like an image; expected "
+            f"masks/CLASS/NAME.png or masks/NAME.png for images/NAME.*{hint(folder, 'masks')}"
+        )
     flat = any(not mask.label and not mask.single for mask in masks)
     if names and (not flat or form in ("instances", "binary")):
         raise UserError(
