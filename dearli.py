@@ -362,6 +362,8 @@ def stage_demo(source, place, machine, cfg, course, jobs):
         title = "supervised" if rung.kind == "sup" else rung.title
         methods.append((title, method, rung.reading))
     ladder.picture(methods, dataset, top / "demo.png")
+    page = ladder.SHOWN[-1].folder(place, source, cfg) / "report.html"
+    print(f"{page}: open it in a browser, for the figures, curves and pictures of DEARLi")
     return top / "demo.png"
 
 

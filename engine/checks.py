@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from config import ALIASES, METHODS, PAPERS_DATASETS, PAPERS_SPLITS, Config, dashed, require_ranges
@@ -103,9 +103,8 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
-    longer = cfg.ssl_steps - cfg.dewa_steps  # of DEARLi's rung; too few: `ladder.require_rungs`
-    if args.stage in ("demo", "ladder") and longer > 0:
-        require_semi_supervised(replace(cfg.settled(), ssl_steps=longer), warm=True)
+    if args.stage in ("demo", "ladder"):
+        require_semi_supervised(cfg, warm=True)
     if args.stage in ("predict", "import"):
         require_input(args)
 

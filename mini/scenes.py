@@ -13,6 +13,30 @@ from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.sixteen_bit import WHITE
 
 MINI_TRAIN, MINI_DEV, MINI_VAL = 288, 64, 200  # images
+# Of `microcosm.CLASSES`, as what they are: red tomatoes, blue water. --palette safe has those that
+# people with colour blindness can tell apart.
+COLOURS = (
+    (215, 40, 40),
+    (100, 165, 245),
+    (245, 205, 50),
+    (255, 140, 120),
+    (125, 85, 195),
+    (125, 215, 60),
+    (190, 120, 60),
+    (220, 60, 175),
+    (245, 130, 45),
+    (85, 60, 105),
+    (0, 160, 125),
+    (180, 145, 15),
+    (60, 130, 55),
+    (25, 85, 170),
+    (165, 75, 60),
+    (225, 205, 150),
+    (160, 210, 250),
+    (130, 90, 50),
+    (165, 170, 175),
+    (235, 240, 250),
+)
 
 
 class MiniImages:
@@ -83,4 +107,4 @@ def load_mini(split: str, evaluate_on: str = "val") -> DataSet:
 def mini_taxonomy() -> Taxonomy:
     count = len(microcosm.CLASSES)
     things = tuple(k < len(microcosm.THINGS) for k in range(count))
-    return Taxonomy(microcosm.CLASSES, things, tuple(range(1, count + 1)))
+    return Taxonomy(microcosm.CLASSES, things, tuple(range(1, count + 1)), COLOURS)

@@ -13,10 +13,13 @@ from ground.colours import shade
 from readers.ground_truth import Taxonomy
 
 SIDES = (640, 2560)  # pixels; the long side of an overlay lies between them
-PAINT = 0.55  # share of the colour of a segment, the rest is the image
+PAINT = 0.6  # share of the colour of a segment, the rest is the image
+# of the stripes of void: pixels of the long side for each pixel between them, and their share
+STRIPE, STRIPED, STRIPE_GREY = 40, 0.25, (105, 105, 105)
 ROOM = 0.6  # share of a name that must lie on its segment
 FONT_SIZES = (13, 48)  # pixels, least and largest
 PIXELS_A_FONT_SIZE = 38  # of the long side, for each pixel of the font
+NEAREST = Image.Resampling.NEAREST
 OUTLINE = {"stroke_width": 2, "stroke_fill": (25, 25, 25)}  # of names
 # Files of usual systems (Linux, macOS, Windows) for class names that Pillow's own font has no
 # letters for; the first that has them all is taken.
@@ -45,7 +48,8 @@ def overlay(
     Args: segment_map: (H, W) integers, 0 = void, k = k-th segment;  labels: (N,) classes;
         scores: (N,), written behind the names;  side: pixels of the long side, None: that of the
         image, or the nearest of SIDES (names could not be read on less, nobody needs more).
-    The n-th instance of a class has the same colour in every image. Void is grey and dark.
+    The n-th instance of a class has the same colour in every image. Void is grey, dark and
+    striped: no answer, or no ground truth.
     """
     if segment_map.shape != image.size[::-1]:
         sizes = f"{image.size[::-1]}, the size of the image, got {segment_map.shape}"
@@ -65,7 +69,9 @@ def overlay(
         instances[label] = instances.get(label, 0) + 1
     grey = ImageEnhance.Brightness(image.convert("L").convert("RGB")).enhance(0.4)
     canvas = Image.blend(image, Image.fromarray(colours[drawn]), PAINT)
-    canvas.paste(grey, mask=Image.fromarray(drawn == 0))
+    void = drawn == 0
+    canvas.paste(grey, mask=Image.fromarray(void))
+    canvas.paste(STRIPE_GREY, mask=Image.fromarray(void & _stripes(drawn.shape)))
     width = max(1, round(max(size) / 600))
     dark = ImageEnhance.Brightness(canvas).enhance(0.45)
     canvas.paste(dark, mask=_edges(drawn, 3 * width))
@@ -73,6 +79,13 @@ def overlay(
     if names:
         _write_names(canvas, drawn, labels, taxonomy, scores)
     return canvas
+
+
+def _stripes(shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool, diagonal."""
+    ys, xs = np.indices(shape, sparse=True)
+    apart = max(6, max(shape) // STRIPE)
+    return (ys + xs) % apart < max(1, STRIPED * apart)
 
 
 def _edges(drawn: np.ndarray, width: int) -> Image.Image:
@@ -94,7 +107,7 @@ def picture(
     """A PNG with one row an image: the image, then its panoptic maps (segment_map, labels), and a
     legend. titles: of all columns, the image's first;  side: pixels of a cell.
     """
-    gap, head, foot, entry = 8, 34, 30, (175, 22)
+    gap, head, foot, entry = 8, 34, 14 + 18 * len(caption.splitlines()), (175, 22)
     labels = sorted({int(label) for _, maps in rows for _, own in maps for label in own})
     width = len(titles) * (side + gap) + gap
     per_line = max(1, width // entry[0])
@@ -105,20 +118,37 @@ def picture(
     for c, title in enumerate(titles):
         middle = (gap + c * (side + gap) + side / 2, head / 2)
         draw.text(middle, title, "black", _font("", 18), anchor="mm")
+    drawn = []
     for r, (image, maps) in enumerate(rows):
         cells = [overlay(image, *answer, taxonomy, side=side) for answer in maps]
+        drawn += zip(cells, maps)
         for c, cell in enumerate([ImageOps.contain(image, (side, side)), *cells]):
             canvas.paste(cell, (gap + c * (side + gap), head + r * (side + gap)))
     names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
-    for k, label in enumerate(labels):
+    for k, (label, colour) in enumerate(zip(labels, _swatches(drawn, labels))):
         x, y = gap + k % per_line * entry[0], end + 6 + k // per_line * entry[1]
-        draw.rectangle((x, y, x + 16, y + 14), taxonomy.colours[label], "black")
+        draw.rectangle((x, y, x + 16, y + 14), colour, "black")
         text = f"{names[label]} ({'thing' if taxonomy.things[label] else 'stuff'})"
         draw.text((x + 22, y + 7), text, "black", _font(font_of(names[label]), 13), anchor="lm")
     if caption:
         draw.text((gap, height - foot / 2), caption, "black", _font("", 13), anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
+
+
+def _swatches(cells: list[tuple[Image.Image, tuple]], labels: list[int]) -> list[tuple]:
+    """The colour of each class as it is drawn: the median of its pixels.
+
+    cells: overlays with the maps (segment_map, labels) that they are of.
+    """
+    colours, classes = [], []
+    for cell, (segment_map, own) in cells:
+        small = Image.fromarray(segment_map.astype(np.int32)).resize(cell.size, NEAREST)
+        classes.append(np.append(-1, own).astype(int)[np.asarray(small)].ravel())
+        colours.append(np.asarray(cell).reshape(-1, 3))
+    classes, colours = np.concatenate(classes), np.concatenate(colours)
+    medians = (np.median(colours[classes == label], axis=0) for label in labels)
+    return [tuple(int(c) for c in median) for median in medians]
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,10 +43,10 @@ from tests.helpers import run, write_coco_folder
             ["--stage", "eval", "--dry-run"],
             "--dry-run: only --stage masks, dewa, sup and ssl know it, not --stage eval",
         ),
-        (["--steps", "5"], "--steps 5: DEARLi's warm-up alone takes 150 of them"),
+        (["--steps", "5", "--burn-in", "5"], "--burn-in 5: all 5 steps of the run"),
         (
-            ["--stage", "ladder", "--steps", "150"],
-            "--steps 150: DEARLi's warm-up alone takes 150 of them",
+            ["--stage", "ladder", "--steps", "150", "--burn-in-warm", "150"],
+            "--burn-in-warm 150: all 150 steps of the run",
         ),
         (["--stage", "sup", "--lr", "-1"], "--lr -1.0: expected a number of at least 0"),
         (

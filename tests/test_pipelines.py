@@ -319,18 +319,23 @@ def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, cap
         1,
     ]
     assert run(*sizes) == 0
-    assert "DEARLi" in capsys.readouterr().out and Image.open(tmp_path / "demo.png").size[0] > 500
+    out = capsys.readouterr().out
+    assert "DEARLi" in out and Image.open(tmp_path / "demo.png").size[0] > 500
+    page = tmp_path / "mini-dearli-4" / "report.html"
+    assert page.exists() and f"{page}: open it in a browser" in out.splitlines()[-1]
     assert run("--stage", "ladder", "--seeds", 2, *sizes) == 0
     content = json.loads((tmp_path / "ladder.json").read_text())
     assert content["seeds"] == [0, 1] and {k: len(v) for k, v in content["results"].items()} == {
         "sup": 2,
         "ssl": 2,
         "dear": 2,
+        "dear-control": 2,
         "dearli": 2,
     }
-    # equal optimiser steps: what DEARLi warms up is taken from its semi-supervised stage
-    assert len(log_of(tmp_path / "mini-sup-4")) == len(log_of(tmp_path / "mini-dear-4")) == 4
-    assert len(log_of(tmp_path / "mini-dewa")) + len(log_of(tmp_path / "mini-dearli-4")) == 4
+    # equal semi-supervised steps, the warm-up on top; the control has its steps instead
+    lengths = {run: len(log_of(tmp_path / f"mini-{run}-4")) for run in content["results"]}
+    assert lengths == {"sup": 4, "ssl": 4, "dear": 4, "dear-control": 6, "dearli": 4}
+    assert len(log_of(tmp_path / "mini-dewa")) == 2
 
 
 def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_path):

@@ -1,8 +1,9 @@
 """Tables of the paper on the miniature world: rungs that are trained over several seeds, several at
 a time.
 
-Every rung takes the same number of optimiser steps in all; one that is there already, of the same
-numbers and images, is not trained again.
+Every rung takes the same number of semi-supervised steps, and DEARLi's warm-up comes on top, as in
+the paper; a control takes the warm-up's steps as semi-supervised ones. A rung that is there
+already, of the same numbers and images, is not trained again.
 """
 
 import dataclasses
@@ -31,18 +32,16 @@ from engine.sameness import differing
 from engine.training import Stopped
 from ground.errors import UserError
 from ground.files import require_writable, write_atomic
+from inference import Prediction
+from panoptic_eval import PanopticScore
 from pretrained import foundation
-from readers.ground_truth import DataSet
+from readers.ground_truth import DataSet, Truth
 from report import drawing
 from report.tables import COLUMNS
 
-LONGEST = (
-    "dearli",
-    "dear",
-    "ssl",
-    "sup",
-)  # kinds, the longest first: DEARLi has masks and warm-up to make
+LONGEST = "dearli", "control", "dear", "ssl", "sup"  # DEARLi has masks and warm-up to make
 MAX_JOBS = 8
+SHOWN_IMAGES, LOOKED_AT = 4, 40  # of the demo's picture
 READINGS = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
 FIGURES = [column for column in COLUMNS if column[0] not in ("SQ", "RQ")]
 
@@ -51,32 +50,33 @@ FIGURES = [column for column in COLUMNS if column[0] not in ("SQ", "RQ")]
 class Rung:
     """A row of a table: what is trained, what is changed in the configuration, and the reading that
     the paper takes.
+
+    control: it takes as many semi-supervised steps more as DEARLi's warm-up has.
     """
 
     title: str
     kind: str  # sup, ssl, dear or dearli
     reading: str
     changes: tuple[tuple[str, object], ...] = ()
+    control: bool = False
 
     @property
     def run(self) -> str:
         """Name of what is trained; rows that differ in the reading alone share it."""
         changes = (f"{key}-{value}".replace(":", "-") for key, value in self.changes)
-        return "-".join([self.kind, *changes])
+        return "-".join([self.kind, *changes, *["control"] * self.control])
 
     def folder(self, place: Place, source: Source, cfg: Config) -> Path:
         return place.folder(source, f"{self.run}-{source.split}", cfg.seed)
 
     def config(self, cfg: Config) -> Config:
-        """Equal optimiser steps: what DEARLi spends on its warm-up is taken from its
-        semi-supervised stage. A burn-in is a share of all of them."""
+        """Equal semi-supervised steps, as in the paper; the control has more, and no longer a
+        burn-in."""
         cfg = dataclasses.replace(cfg, **dict(self.changes)).settled()
-        if self.kind == "sup":
-            steps = {"sup_steps": cfg.ssl_steps}
-        else:
-            steps = {"ssl_steps": cfg.ssl_steps - (cfg.dewa_steps if self.kind == "dearli" else 0)}
+        steps = cfg.ssl_steps + cfg.dewa_steps * self.control
         posterior = "decoder" if self.kind in ("sup", "ssl") else "ensemble"
-        return dataclasses.replace(cfg, teacher_posterior=posterior, **steps)
+        name = "sup_steps" if self.kind == "sup" else "ssl_steps"
+        return dataclasses.replace(cfg, teacher_posterior=posterior, **{name: steps})
 
 
 RUNGS = (
@@ -84,24 +84,20 @@ RUNGS = (
     Rung("  + P_ENS at evaluation", "sup", "student/ensemble"),  # Table 1
     Rung("M2F-Lang + SSL", "ssl", "student/decoder"),
     Rung("DEAR", "dear", "student/ensemble"),
+    Rung("  with DeWa's steps as well", "dear", "student/ensemble", control=True),
     Rung("DEARLi", "dearli", "student/ensemble"),
 )
 ALPHAS = tuple(
     Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),))
     for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled")
 )  # Table 8
-SHOWN = tuple(rung for rung in RUNGS if rung.kind != "ssl")  # of the demo
+SHOWN = tuple(rung for rung in RUNGS if rung.kind != "ssl" and not rung.control)  # of the demo
 
 
 def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
     """Raise UserError for a configuration that some rung cannot be trained with, before the first
     one is.
     """
-    if cfg.ssl_steps <= cfg.dewa_steps and any(rung.kind == "dearli" for rung in rungs):
-        raise UserError(
-            f"--steps {cfg.ssl_steps}: DEARLi's warm-up alone takes {cfg.dewa_steps} of them "
-            "(--dewa-steps); expected more"
-        )
     for rung in rungs:
         if rung.kind != "sup":
             require_semi_supervised(rung.config(cfg), rung.kind == "dearli")
@@ -133,7 +129,7 @@ class Trainer:
         # all flags were given
         given = frozenset(vars(cfg))
         course = dataclasses.replace(
-            self.course, resume=True, steps=cfg.ssl_steps, given=given, later=later
+            self.course, resume=True, steps=_length(rung, numbers), given=given, later=later
         )
         metrics = self.finished(rung, numbers, course, folder)
         if metrics is not None:
@@ -182,6 +178,15 @@ class Trainer:
         return {folder / "log.jsonl" for folder in folders}
 
 
+def _work(rung: Rung) -> str:
+    return "control" if rung.control else rung.kind
+
+
+def _length(rung: Rung, cfg: Config) -> int:
+    """Steps of its own stage, of the configuration of a rung."""
+    return cfg.sup_steps if rung.kind == "sup" else cfg.ssl_steps
+
+
 def run_rungs(train: Trainer, tasks: list[tuple[Rung, Config]], jobs: int) -> list[dict]:
     """Train rungs that do not depend on each other, several at a time, each in a process of its
     own; their metrics, in order.
@@ -193,13 +198,13 @@ def run_rungs(train: Trainer, tasks: list[tuple[Rung, Config]], jobs: int) -> li
     if jobs == 1:
         return [train(rung, cfg, False) for rung, cfg in tasks]
     spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
-    total, logs = sum(cfg.ssl_steps for _, cfg in tasks), train.logs(tasks)
+    total, logs = _total(tasks), train.logs(tasks)
     title = f"{len(tasks)} runs, {jobs} at a time"
     with (
         ProcessPoolExecutor(jobs, spawn, _in_silence, (threads,)) as pool,
         tqdm(total=total, desc=title, unit="step", dynamic_ncols=True) as bar,
     ):
-        order = sorted(range(len(tasks)), key=lambda k: LONGEST.index(tasks[k][0].kind))
+        order = sorted(range(len(tasks)), key=lambda k: LONGEST.index(_work(tasks[k][0])))
         running = {pool.submit(_rung, train, *tasks[k], True): k for k in order}
         metrics = {}
         try:
@@ -215,6 +220,12 @@ def run_rungs(train: Trainer, tasks: list[tuple[Rung, Config]], jobs: int) -> li
             pool.shutdown(cancel_futures=True)
             raise
     return [metrics[k] for k in range(len(tasks))]
+
+
+def _total(tasks: list[tuple[Rung, Config]]) -> int:
+    """Steps of all runs, and of the warm-ups before them: one a seed."""
+    warm_ups = {cfg.seed: cfg.dewa_steps for rung, cfg in tasks if rung.kind == "dearli"}
+    return sum(_length(rung, rung.config(cfg)) for rung, cfg in tasks) + sum(warm_ups.values())
 
 
 def _rung(train: Trainer, rung: Rung, cfg: Config, later: bool) -> dict | None:
@@ -321,28 +332,39 @@ def _slim(metrics: dict) -> dict:
     return slim
 
 
-def picture(
-    methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path, images=(0, 1, 2, 3)
-) -> None:
-    """A picture of the first validation images, their ground truth, and what each method says of
-    them.
+def picture(methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path) -> None:
+    """A picture of SHOWN_IMAGES validation images, their ground truth, and what each method says of
+    them: of the first LOOKED_AT those whose PQ, mean of the methods, lies in the middle.
 
     methods: (title, method, reading).
     """
-    rows = []
-    for i in images:
+    looked_at = []
+    for i in range(min(LOOKED_AT, len(dataset.val))):
         image, truth = dataset.val.image(i), dataset.val.truth(i)
-        maps = [(truth.segment_map, truth.labels)]
-        for _, method, reading in methods:
-            answer = predict_image(method, image, [reading])[reading]
-            maps.append((answer.segment_map, answer.labels))
-        rows.append((image, maps))
+        answers = [predict_image(m, image, [reading])[reading] for _, m, reading in methods]
+        looked_at.append((_mean_pq(answers, truth, dataset), i, image, truth, answers))
+    looked_at.sort(key=lambda row: row[:2])
+    first = max(0, (len(looked_at) - SHOWN_IMAGES) // 2)
+    rows = [
+        (image, [(one.segment_map, one.labels) for one in (truth, *answers)])
+        for _, _, image, truth, answers in looked_at[first : first + SHOWN_IMAGES]
+    ]
     titles = ["image", "ground truth", *(title for title, _, _ in methods)]
     caption = (
-        "Panoptic segmentation: every pixel belongs to one segment; things are counted one by one, "
-        "stuff is not; black: no answer. "
+        f"The {len(rows)} of {len(looked_at)} validation images whose PQ lies in the middle. "
+        "Things are counted one by one, stuff is not; striped: no answer.\n"
         f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled "
         "images."
     )
     drawing.picture(rows, titles, dataset.taxonomy, path, caption)
     print(f"\n{path}: images, ground truth and predictions side by side")
+
+
+def _mean_pq(answers: list[Prediction], truth: Truth, dataset: DataSet) -> float:
+    """Of one image, mean of the answers."""
+    total = 0.0
+    for answer in answers:
+        score = PanopticScore(dataset.taxonomy)
+        score.add(answer, truth)
+        total += score.result()["all"]["pq"]
+    return total / len(answers)
