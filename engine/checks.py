@@ -169,8 +169,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "no clip": not cfg.has_ensemble and stage != "zeroshot",
         "no choice": not cfg.importance,
         "no width": not cfg.seen_width,
-        # known of a run, and of what is named; without things it is the short side that counts
-        "magnified": cfg.magnification > 0 and stage != "export",
+        # of a run it is known; before one there may be no things, and the short side counts
+        "magnified": cfg.magnification > 0 and stage in STORED and stage != "export",
         "by width": cfg.seen_width > 0,
         "no blur": not cfg.blur_prob,
         "no layers": not cfg.decoder_layers,

@@ -25,13 +25,19 @@ def curve(name: str, log: list[dict], key: str, factor: float = 1.0) -> Curve:
 
 
 def chart(
-    title: str, unit: str, curves: list[Curve], skipped: list = (), log: bool = False
+    title: str,
+    unit: str,
+    curves: list[Curve],
+    skipped: list = (),
+    log: bool = False,
+    begins: list = (),
 ) -> dict | None:
     """One panel; None without a number.
 
-    skipped: (step, why) of steps to mark;  log: a logarithmic scale, if all is positive and spans
-    decades. Returns: `rows` and `columns` of the grid (place, label), `dots` (curve, x, y) of
-    curves of one step, `paths` (kind, curve, SVG path), `tips` (left side, text), `marks` (x, why).
+    skipped, begins: (step, text) of steps to mark, and of steps from where on something is
+    different;  log: a logarithmic scale, if all is positive and spans decades. Returns: `rows` and
+    `columns` of the grid (place, label), `dots` (curve, x, y) of curves of one step, `paths` (kind,
+    curve, SVG path), `tips` (left side, text), `marks` and `begins` (x, text).
     """
     values = [value for _, _, numbers in curves for value in numbers]
     if not values:
@@ -67,6 +73,7 @@ def chart(
         "paths": raw + smooth,
         "tips": [(scale.x(step, -shift), text) for step, text in texts],
         "marks": [(scale.x(step), why) for step, why in skipped[:MAX_SKIPPED]],
+        "begins": [(scale.x(s), text) for s, text in begins if scale.first < s < scale.last],
     }
 
 

@@ -7,6 +7,7 @@ small WebP with a panoptic map over it.
 
 import html
 import io
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def gallery(
     folder: Path | None = None,
     others: list[Other] = (),
 ) -> dict[str, list[Card]]:
-    """Cards of the `count` validation images with the lowest and the highest PQ among SAMPLE *
-    count, and of some unlabelled images.
+    """Cards of validation images, SAMPLE * count of which are looked at: some of them at random,
+    and the `count` with the lowest and the highest PQ; and of some
+    unlabelled images.
 
     reading: the one that PQ is of.   masks: of SAM;  folder: of the run, for its snapshots; if
     there are any.
@@ -73,9 +75,14 @@ def gallery(
         quality = _quality(method, dataset, i, answer)
         if quality is not None:
             scored.append((quality, i))
+    some = random.Random(0).sample(scored, min(-(-count // 3), len(scored)))
     scored.sort()
     shown = min(count, len(scored))
-    parts = {"worst": scored[: shown - shown // 2], "best": scored[::-1][: shown // 2]}
+    parts = {
+        "some": some,
+        "worst": scored[: shown - shown // 2],
+        "best": scored[::-1][: shown // 2],
+    }
     cards = {
         f"{name} of {len(scored)}": [
             _validation(method, dataset, reading, i, quality, others) for quality, i in part

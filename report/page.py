@@ -151,18 +151,30 @@ def curves(run: Stored) -> dict:
         if "skipped" in row and isinstance(row["step"], int):
             why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
             skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
-    charts = [chart("PQ", f"percent, on {watched.get('images', '?')} validation images", quality)]
+    begins = _begins(log)
+    watching = f"percent, on {watched.get('images', '?')} validation images"
+    charts = [chart("PQ", watching, quality, begins=begins)]
     for name, lines in panels.items():
         title, unit = CURVES.get(name, (name, ""))
-        charts.append(chart(title, unit, lines, skipped, log=name == "grad_norm"))
+        charts.append(chart(title, unit, lines, skipped, name == "grad_norm", begins))
     _, _, times = curve("time", log, "time")
     return {
         "charts": list(filter(None, charts)),
         "steps": len(log),
         "skipped": len(skipped),
+        "begins": begins,
         "time": duration(times[-1]) if times else "",
         "seconds_a_step": f"{np.median(np.diff([0.0, *times])):.2g}" if times else "",
     }
+
+
+def _begins(log: list[dict]) -> list[tuple[int, str]]:
+    """(step, text) from where on there are unlabelled images, after a burn-in without them."""
+    of = [any(key.startswith("unlabeled/") for key in row) for row in log]
+    if True not in of[1:] or of[0] or not isinstance(log[of.index(True)]["step"], int):
+        return []
+    first = log[of.index(True)]["step"]
+    return [(first, f"unlabelled images begin at step {first}")]
 
 
 def duration(seconds: float) -> str:

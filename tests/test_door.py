@@ -143,10 +143,6 @@ from tests.helpers import run, write_coco_folder
             ["--stage", "sup", "--preset", "custom", "--test-max", "300"],
             "--test-max: images are shown by the width of their objects",
         ),
-        (
-            ["--stage", "sup", "--preset", "custom", "--object-width", "20", "--test-size", "300"],
-            "--test-size: images are shown by the width of their objects, --object-width 20; it",
-        ),
         (["--stage", "sup", "--window", "100"], "--window 100: expected a multiple of 32"),
         (["--stage", "ssl", "--alpha", "1.2"], "--alpha 1.2: expected a number from 0 to 1"),
         (["--stage", "ssl", "--alpha", "often"], "--alpha often: expected"),

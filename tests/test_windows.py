@@ -12,7 +12,9 @@ from PIL import Image
 
 from config import CUSTOM, MINI
 from data import Sample, weak_view
+from engine.checks import idle
 from engine.evaluation import predict_image
+from engine.parser import parser
 from engine.windows import Grid, Stitcher, in_windows, predict_in_windows, shown_size
 from inference import Prediction
 from readers.ground_truth import DataSet, Taxonomy, Truth
@@ -304,3 +306,12 @@ def test_stuff_alone_is_shown_by_the_short_side_of_evaluation():
     cfg = replace(cfg, object_width=width)
     assert shown_size(640, 512, cfg) == (320, 256)
     assert "no labelled object is a thing" in scale_text(dataset, cfg)
+
+
+def test_a_run_shown_by_the_width_of_its_objects_refuses_a_short_side():
+    cfg = replace(CUSTOM, object_width=20.0)
+    for stage, refused in (("predict", True), ("eval", True), ("export", False), ("sup", False)):
+        onnx = ["--format", "onnx"] if stage == "export" else []
+        args = parser().parse_args(["--stage", stage, "--test-size", "300", *onnx])
+        assert ("test_size" in idle(args, cfg)) == refused
+        assert "test_size" not in idle(args, replace(cfg, seen_width=0.0))

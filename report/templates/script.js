@@ -1,4 +1,5 @@
-/* Tables sort: by a click on a heading, or by #sort=TABLE:COLUMN:asc after the address. */
+/* Tables sort: by a click on a heading, or by #sort=TABLE:COLUMN:asc after the address. Pictures
+   grow: by a click or Enter, until the next one or Esc. */
 const cellOf = (heading, row) => row?.cells[heading.cellIndex];
 const rowsOf = heading => [...heading.closest('table').tBodies[0].rows];
 function value(cell) {
@@ -20,13 +21,25 @@ function follow() {
   if (heading) sort(heading, way !== 'asc');
   return heading;
 }
+const grown = () => document.querySelector('img.grown');
+function grow(picture) {
+  const before = grown();
+  before?.classList.remove('grown');
+  if (picture && picture !== before) picture.classList.add('grown');
+}
 addEventListener('click', event => {
+  const picture = event.target.closest('.cells img');
+  if (picture || grown()) return grow(picture);
   const heading = event.target.closest('th[data-key]');
   if (!heading) return;
   const number = heading.cellIndex && cellOf(heading, rowsOf(heading)[0])?.dataset.v !== undefined;
   const sorted = heading.getAttribute('aria-sort');
   const down = sorted ? sorted !== 'descending' : number;
   location.hash = `sort=${heading.closest('table').id}:${heading.dataset.key}:${down ? 'desc' : 'asc'}`;
+});
+addEventListener('keydown', event => {
+  if (event.key === 'Escape') grow(null);
+  if (event.key === 'Enter' && event.target.matches('.cells img')) grow(event.target);
 });
 addEventListener('hashchange', follow);
 addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
