@@ -83,7 +83,8 @@ class Config:
     #    images (`clip_ensemble.alpha_of_share`)
     teacher_posterior: str = "ensemble"  # of pseudo-labels: `decoder` (P_MT), `clip` (P_CLIP) or
     #    `ensemble` (P_ENS), Table 7; usual is that of --method
-    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12)
+    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12);
+    #    `instances`: things alone, which may overlap
     clip_scale: float = 0.0  # inverse temperature of Eq. (5); 0 = CLIP's own
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
@@ -342,7 +343,7 @@ BOUNDS = {
 CHOICES = {
     "classifier": ("language", "linear"),
     "teacher_posterior": ("decoder", "clip", "ensemble"),
-    "labels": ("panoptic", "semantic"),
+    "labels": ("panoptic", "semantic", "instances"),
     "optimizer": ("adamw",),
     "schedule": ("poly",),
 }
