@@ -18,6 +18,7 @@ from instance_eval import MaskAP
 from mini import scenes
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.instances import things_only
+from readers.runs import from_runs, to_runs
 
 SIZE = 60, 200  # (H, W), pixels
 TAXONOMY = Taxonomy(("cell", "nucleus, core", "vessel"), (True,) * 3, (7, 3, 90))
@@ -107,6 +108,61 @@ def by_files(scenes, folder) -> tuple[np.ndarray, np.ndarray]:
         judge.accumulate()
         judge.summarize()
     return judge.stats[:6], judge.eval["precision"][..., 0, -1]
+
+
+# ------------------------------------------------------------------------------------ run lengths
+
+
+def test_run_lengths_come_back_as_the_mask_whichever_way_they_are_written():
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (5, 3), (64, 48), (300, 200)):
+        for density in (0.0, 0.02, 0.5, 1.0):
+            mask = rng.random(size) < density
+            rle = to_runs(mask)
+            assert rle["size"] == [*size] and isinstance(rle["counts"], str)
+            assert np.array_equal(from_runs(rle, size), mask)
+            flat = mask.T.ravel()
+            ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], True)) + 1
+            counts = [0] * bool(flat[0]) + np.diff(ends, prepend=0).tolist()
+            assert np.array_equal(from_runs({**rle, "counts": counts}, size), mask)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    # the last one would be two runs of 2 ** 31 and -(2 ** 31), together one
+    [
+        "",
+        "X",
+        "X1",
+        "5",
+        "~~~~",
+        "é",
+        "P" * 12 + "1",
+        [42.0],
+        [43, -1],
+        [41],
+        [],
+        None,
+        42,
+        "0PPPPPP2PPPPPPN",
+    ],
+)
+def test_damaged_run_lengths_never_get_to_pycocotools(counts, monkeypatch):
+    monkeypatch.setattr("readers.runs.coco", None)
+    with pytest.raises(ValueError):
+        from_runs({"size": [6, 7], "counts": counts}, (6, 7))
+
+
+def test_run_lengths_of_another_size_are_refused():
+    for rle in (
+        {"size": [7, 6], "counts": [42]},
+        {"counts": [42]},
+        [42],
+        {"size": 6, "counts": [42]},
+    ):
+        with pytest.raises(ValueError):
+            from_runs(rle, (6, 7))
+    assert not from_runs({"size": [6, 7], "counts": [42]}, (6, 7)).any()
 
 
 # ------------------------------------------------------------------------------------- inference
