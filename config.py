@@ -89,6 +89,9 @@ class Config:
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
+    # instance inference
+    least_score: float = 0.5  # of an instance that is drawn and counted; AP and results.json take
+    #    all
     # optimisation
     optimizer: str = "adamw"  # of all trained parameters: `adamw`
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power
@@ -334,7 +337,8 @@ BOUNDS = {
     "poly_power dewa_crop white workers",
     (0.1, INF): "blur_radius",
     (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
-    "object_mask_threshold overlap_threshold pred_iou_thresh stability_thresh mask_nms_thresh",
+    "object_mask_threshold overlap_threshold least_score pred_iou_thresh stability_thresh "
+    "mask_nms_thresh",
     (0, 0.5): "jitter_hue",
     (0, 2**32 - 1): "seed",
     (0, 10_000): "clip_scale",
@@ -381,7 +385,7 @@ RULES = {
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
-    **{"seen_width": 0.0, "object_width": 0.0, "window": 0},
+    **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
 }
 
 

@@ -145,6 +145,9 @@ not custom | variant | it counts with --dataset custom
 mini | data_root | --dataset mini is drawn, not read; it counts with --dataset custom or another
 bytes | white | images of --dataset mini have 8 bits
 images | data_root variant split | the images are those of --images; it counts without
+instances | groups object_mask_threshold overlap_threshold | instances do not compete for
+    pixels; it counts with --labels panoptic
+no instances | least_score | segments have no such score; it counts with --labels instances
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
 graph | no_object_weight | there is no loss in it; it counts with --format official or safetensors
@@ -182,6 +185,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "mini": mini,
         "bytes": mini and stage not in STORED and not args.images,
         "images": args.images is not None,
+        "instances": cfg.labels == "instances",
+        "no instances": cfg.labels != "instances",
         "no eval": unmeasured,
         "no graph": stage == "export" and args.format != "onnx",
         "graph": stage == "export" and args.format == "onnx",
@@ -199,6 +204,13 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
 
 def require_method(args: argparse.Namespace) -> None:
     """Raise UserError for a number that makes another method of --method."""
+    if args.labels == "instances":
+        fitting = [key for key, other in METHODS.items() if args.labels in other.values("labels")]
+        if args.method not in fitting:
+            raise UserError(
+                f"--labels instances: --method {args.method} makes pseudo-labels that do not "
+                f"overlap; expected --stage sup{''.join(f' or --method {m}' for m in fitting)}"
+            )
     for name, value in METHODS[args.method].numbers.items():
         asked = getattr(args, name)
         fitting = [key for key, other in METHODS.items() if asked in other.values(name)]
@@ -251,6 +263,11 @@ def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
                 f"{dashed(name)} {value}: {args.weights} fits another configuration, it was "
                 f"trained with {stored[name]}; leave the flag out"
             )
+    if "least_score" in args.flags and stored.get("labels") != "instances":
+        raise UserError(
+            f"--least-score: {args.weights} predicts no instances; it counts for a run of --labels "
+            "instances"
+        )
     if "labels" in args.flags and not stored:
         raise UserError(f"--labels: {args.weights} has no teacher, whose pseudo-labels it is about")
     if "preset" in args.flags and "num_queries" in stored:
@@ -341,7 +358,10 @@ def require_there(args: argparse.Namespace) -> None:
 def _require_data(args: argparse.Namespace) -> None:
     """The data set that is named: a folder, and of the paper's what belongs to them."""
     if args.dataset == "custom" and not args.data_root:
-        raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
+        raise UserError(
+            "--dataset custom needs --data-root DIR: a folder in COCO panoptic format, or with "
+            "COCO instances"
+        )
     if args.dataset == "custom" and not Path(args.data_root).is_dir():
         raise UserError(
             f"{args.data_root}: no such folder; --data-root names a folder in COCO panoptic format"

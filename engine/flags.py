@@ -218,7 +218,7 @@ NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_t
 SIZES: test_size test_max white
 SCALE: seen_width object_width window
 ANSWER: object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
-INFERENCE: SIZES SCALE ANSWER
+INFERENCE: SIZES SCALE ANSWER least_score
 GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop scale_min scale_max SCALE turns optimizer schedule

@@ -137,7 +137,7 @@ def require_files(images, indices, what: str, maps: bool = True, classes: bool =
         return path.name in listed[path.parent]
 
     kinds = {"image": [images.folder / images.name(i) for i in indices]}
-    if maps:
+    if maps and images.maps is not None:
         kinds["panoptic map"] = [images.maps / str(images.files[i]) for i in indices]
     if classes and images.semantic is not None:
         kinds["class map"] = [images.class_file(i) for i in indices]
