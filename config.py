@@ -14,10 +14,13 @@ TAGS = {
     "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
     "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
 }
-PAPERS_DATASETS = ("ade20k", "coco", "coco-objects")
+INSTANCE_DATASETS = ("coco-instances", "cityscapes-instances")
+PAPERS_DATASETS = ("ade20k", "coco", "coco-objects", *INSTANCE_DATASETS)
 PAPERS_SPLITS = {  # the official partitions, smallest first
     "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"),
     **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
+    "coco-instances": ("1", "2", "5", "10", "100"),  # percent; 100 with unlabeled2017
+    "cityscapes-instances": ("5", "10", "20", "30"),
 }
 ALIASES = {
     **dict.fromkeys(("ade", "ade20k-panoptic", "ade20k_panoptic"), "ade20k"),
@@ -264,6 +267,8 @@ PRESETS = {
     "ade20k": OFFICIAL,
     "coco": COCO,
     "coco-objects": COCO,
+    "coco-instances": replace(COCO, labels="instances"),
+    "cityscapes-instances": replace(OFFICIAL, labels="instances", test_size=1024, test_max=2048),
 }
 
 

@@ -96,7 +96,7 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
     require_ranges(cfg)
     require_use(args, cfg)
     if args.stage == "ssl":
-        require_method(args)
+        require_method(args, cfg)
     for stage in TRAIN if args.stage in TABLES else {args.stage} & {*TRAIN}:
         require_learning(cfg, stage)
     if args.stage == "ssl" and not args.resume:  # one that goes on may have had more steps
@@ -145,9 +145,9 @@ not custom | variant | it counts with --dataset custom
 mini | data_root | --dataset mini is drawn, not read; it counts with --dataset custom or another
 bytes | white | images of --dataset mini have 8 bits
 images | data_root variant split | the images are those of --images; it counts without
-instances | groups object_mask_threshold overlap_threshold | instances do not compete for
+overlapping | groups object_mask_threshold overlap_threshold | instances do not compete for
     pixels; it counts with --labels panoptic
-no instances | least_score | segments have no such score; it counts with --labels instances
+partition | least_score | segments have no such score; it counts with --labels instances
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
 graph | no_object_weight | there is no loss in it; it counts with --format official or safetensors
@@ -185,8 +185,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "mini": mini,
         "bytes": mini and stage not in STORED and not args.images,
         "images": args.images is not None,
-        "instances": cfg.labels == "instances",
-        "no instances": cfg.labels != "instances",
+        "overlapping": cfg.labels == "instances",
+        "partition": cfg.labels != "instances",
         "no eval": unmeasured,
         "no graph": stage == "export" and args.format != "onnx",
         "graph": stage == "export" and args.format == "onnx",
@@ -202,10 +202,10 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     }
 
 
-def require_method(args: argparse.Namespace) -> None:
+def require_method(args: argparse.Namespace, cfg: Config) -> None:
     """Raise UserError for a number that makes another method of --method."""
-    if args.labels == "instances":
-        fitting = [key for key, other in METHODS.items() if args.labels in other.values("labels")]
+    if cfg.labels == "instances":
+        fitting = [key for key, other in METHODS.items() if cfg.labels in other.values("labels")]
         if args.method not in fitting:
             raise UserError(
                 f"--labels instances: --method {args.method} makes pseudo-labels that do not "

@@ -79,6 +79,20 @@ class InstanceFolder(PanopticFolder):
         self.ends = np.cumsum([0, *map(len, texts)])
         self.forms = np.frombuffer(b"".join(texts), np.uint8)
 
+    def rooted(self, folder: Path) -> None:
+        """Name the images from another folder, above their own."""
+        below = self.folder.relative_to(folder).as_posix()
+        self.names = np.array([f"{below}/{name}" for name in self.names.tolist()], str)
+        self.folder = Path(folder)
+        self.homes += (f"{Path(folder).resolve()}/",)
+
+    def add_unlabeled(self, names: list[str]) -> None:
+        """Further images without annotation."""
+        self.names = np.array([*self.names.tolist(), *names], str)
+        self.ids = [*self.ids, *names]
+        self.sizes = np.concatenate([self.sizes, np.zeros((len(names), 2), np.int64)])
+        self.starts = np.append(self.starts, np.repeat(self.starts[-1], len(names)))
+
     def _form(self, row: int) -> bytes:
         return self.forms[self.ends[row] : self.ends[row + 1]].tobytes()
 

@@ -266,12 +266,40 @@ def test_what_is_not_for_instances_is_refused(flags, words, capsys):
     assert dearli.main(line) == 2 and words in capsys.readouterr().err
 
 
-def test_a_run_on_instances_trains_and_has_ap(tmp_path, capsys):
-    root = write_instances(tmp_path / "set")
-    line = ["--stage", "sup", "--dataset", "custom", "--data-root", root, "--labels", "instances"]
-    assert run(*line, "--split", "all", "--steps", 2, "--out", tmp_path / "run") == 0
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+def test_a_run_on_instances_trains_is_evaluated_and_predicts(tmp_path, capsys):
+    from pycocotools.coco import COCO
+
+    root, folder = write_instances(tmp_path / "set"), tmp_path / "run"
+    data = ["--dataset", "custom", "--data-root", root]
+    line = ["--stage", "sup", *data, "--labels", "instances", "--split", "all", "--steps", 2]
+    assert run(*line, "--out", folder) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
     (result,) = [value for key, value in metrics.items() if key == "student/decoder"]
     assert result["instances"] == 4 and 0 <= result["ap"] <= 1
     assert result["per_class"].keys() == {"cell", "core"}
     assert "AP50" in capsys.readouterr().out
+    page = (folder / "report.html").read_text()
+    assert ">AP50<" in page and ">PQ<" not in page
+    assert json.loads((folder / "pq.jsonl").read_text().splitlines()[-1])["student/decoder"] >= 0
+    assert run("--stage", "eval", "--weights", folder, *data, "--split", "all") == 0
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+
+    found, pictures = tmp_path / "found", root / "images" / "val"
+    line = ["--stage", "predict", "--weights", folder, "--input", pictures, "--out", found]
+    assert run(*line, "--least-score", 0) == 0
+    theirs = COCO(str(root / "instances_val.json")).loadRes(str(found / "results.json"))
+    assert {a["image_id"] for a in theirs.anns.values()} <= {3, 5, 7} and theirs.anns
+    assert {a["category_id"] for a in theirs.anns.values()} <= {4, 9}
+    assert all(len(theirs.getAnnIds(imgIds=i)) <= 100 for i in (3, 5, 7))
+    results = (found / "results.json").read_bytes()
+    (found / "results.json").unlink()
+    assert run(*line, "--least-score", 0, "--resume") == 0
+    assert (found / "results.json").read_bytes() == results
+    assert run(*line, "--least-score", 1, "--force") == 0
+    assert (found / "results.json").read_bytes() == results
+    assert (found / "objects.csv").read_text().count("\n") == 1  # none is that sure
+
+
+def test_a_least_score_is_for_instances_alone(tmp_path, capsys):
+    line = ["--stage", "sup", "--dataset", "mini", "--split", "4", "--least-score", "0.2"]
+    assert dearli.main(line) == 2 and "counts with --labels instances" in capsys.readouterr().err

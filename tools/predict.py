@@ -302,7 +302,7 @@ class Pictures:
         wanted = [
             self.log,
             self.json,
-            *(self.output / file for file in exchange.FILES),
+            *(self.output / file for file in (*exchange.FILES, exchange.RESULTS)),
             *(p for name in self.names for p in self.targets(name) + self.large_targets(name)),
         ]
         there = next((path for path in wanted if path.exists()), None)
@@ -481,8 +481,6 @@ def _read(log: Path) -> tuple[dict, dict]:
                 info = dict(row["info"])
             else:
                 # without "objects", as before labelme/ was written: predicted anew
-                own = {key: row[key] for key in ROW}
-                rows[row["image"]["id"]] = own | (
-                    {"results": row["results"]} if "results" in row else {}
-                )
+                known = (*ROW, *({"results"} & row.keys()))
+                rows[row["image"]["id"]] = {key: row[key] for key in known}
     return info, rows
