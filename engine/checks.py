@@ -103,6 +103,11 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
+        if args.labels == "instances":
+            raise UserError(
+                f"--labels instances: the rungs of --stage {args.stage} are of every pixel; "
+                "expected --stage sup"
+            )
     longer = cfg.ssl_steps - cfg.dewa_steps  # of DEARLi's rung; too few: `ladder.require_rungs`
     if args.stage in ("demo", "ladder") and longer > 0:
         require_semi_supervised(replace(cfg.settled(), ssl_steps=longer), warm=True)
@@ -263,11 +268,6 @@ def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
                 f"{dashed(name)} {value}: {args.weights} fits another configuration, it was "
                 f"trained with {stored[name]}; leave the flag out"
             )
-    if "least_score" in args.flags and stored.get("labels") != "instances":
-        raise UserError(
-            f"--least-score: {args.weights} predicts no instances; it counts for a run of --labels "
-            "instances"
-        )
     if "labels" in args.flags and not stored:
         raise UserError(f"--labels: {args.weights} has no teacher, whose pseudo-labels it is about")
     if "preset" in args.flags and "num_queries" in stored:

@@ -257,6 +257,7 @@ def test_things_of_a_panoptic_folder_are_instances_and_its_stuff_is_void(tmp_pat
             ("ssl", "--method", "dear"),
             "makes pseudo-labels that do not overlap; expected --stage s",
         ),
+        (("ladder",), "the rungs of --stage ladder are of every pixel"),
         (("sup", "--groups", "2"), "--groups: instances do not compete for pixels"),
         (("sup", "--overlap-threshold", "0.5"), "--overlap-threshold: instances do not compete"),
     ],
