@@ -254,6 +254,7 @@ def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int
     return first, number
 
 
+@torch.no_grad()
 def mask_quality(mask_logits: Tensor) -> Tensor:
     """How sure a mask is of its pixels: the mean of the sigmoid where that is above 0.5; 0 where it
     nowhere is. (..., H, W) -> (...).

@@ -116,6 +116,8 @@ def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, Any, s
 def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
     """(image, class, number of segments) where one image has several of a stuff class, which COCO
     panoptic format does not know. Crowd does not count."""
+    if all(images.taxonomy.things):
+        return []
     owner = np.repeat(np.arange(images.annotated), np.diff(images.starts))
     classes, crowd = images.segments[:, 1], images.segments[:, 3]
     stuff = ~np.array(images.taxonomy.things)[classes] & (crowd == 0)

@@ -120,7 +120,7 @@ class InstanceFolder(PanopticFolder):
                 self._draw(mask, row)
                 kept.append(row - rows.start)
             except UserError as error:
-                complain(error)
+                complain(UserError(str(error), "malformed"))
         if len(kept) < len(rows):
             masks = masks[kept]
         own = rows.start + np.array(kept, np.int64)
@@ -142,8 +142,7 @@ class InstanceFolder(PanopticFolder):
             except ValueError as error:
                 raise UserError(
                     f"{where}: run lengths {brief(form)}, expected those of {list(size)}, the "
-                    f"height and width of its image ({error})",
-                    "mask",
+                    f"height and width of its image ({error})"
                 ) from None
             return
         for part in form:

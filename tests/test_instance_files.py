@@ -191,6 +191,41 @@ def test_a_faulty_annotation_is_refused_in_a_line_with_file_and_id(tmp_path, fau
     assert "\n" not in str(caught.value)
 
 
+def test_validate_lists_every_fault_and_not_the_first_alone(tmp_path, capsys):
+    def edit(content):
+        content["annotations"][0].update(segmentation={"size": [40, 50], "counts": [5, 7]})
+        content["annotations"][1].update(segmentation=polygon(2, 3, 20, 3000))
+        content["annotations"][2].update(category_id=5)
+        content["images"][2].update(height=50, width=40)
+
+    root = edited(tmp_path, edit)
+    line = [
+        "--stage",
+        "validate",
+        "--dataset",
+        "custom",
+        "--data-root",
+        str(root),
+        "--workers",
+        "0",
+    ]
+    assert dearli.main([*line, "--labels", "instances"]) == 2
+    out, err = capsys.readouterr()
+    assert "4 problems of 2 kinds" in err
+    for words in (
+        "annotation 70: run lengths",
+        "annotation 71: points",
+        "annotation 72 has category",
+    ):
+        assert words in out
+    assert "states (50, 40) for image 5.png" in out
+    assert dearli.main(line) == 2 and "say --labels instances" in capsys.readouterr().err
+    root = write_instances(tmp_path / "sound")
+    line[5] = str(root)
+    assert dearli.main([*line, "--labels", "instances"]) == 0
+    assert "no problem found" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "edit, words",
     [

@@ -42,7 +42,7 @@ large: images are too large
     cut them into tiles, or take them from the JSON
 name: file names or links lead out of the data root or name no file
     put the files below it, and their relative paths into the JSON
-malformed: entries of the JSON are not in COCO panoptic format
+malformed: entries of the JSON are not in COCO's format
     mend what wrote the JSON
 image twice: images are listed twice
     keep one entry an image
