@@ -50,17 +50,14 @@ class MaskAP:
     def add(self, prediction, truth) -> None:
         """Match the instances of one image, at its original size.
 
-        prediction: has instances() -> (N, H, W) bool, labels, scores;  truth: instances(), labels,
-            areas, crowd. A crowd swallows what lies in it; areas of the truth are as stated.
+        prediction: has mask(k) -> (H, W) bool, segment_map, labels, scores;  truth: mask(k),
+            segment_map, labels, areas (as stated, not counted), crowd (swallows what lies in it).
         Raises: ValueError if the two are of different sizes.
         """
-        found, true = prediction.instances(), truth.instances()
-        if found.shape[1:] != true.shape[1:]:
-            raise ValueError(
-                f"prediction and truth: expected one size, got {found.shape[1:]} and "
-                f"{true.shape[1:]}"
-            )
-        masks, runs = run_lengths(found), run_lengths(true)
+        found, true = prediction.segment_map.shape, truth.segment_map.shape
+        if found != true:
+            raise ValueError(f"prediction and truth: expected one size, got {found} and {true}")
+        masks, runs = run_lengths(prediction), run_lengths(truth)
         judge = _judge(1)
         judge._dts, judge._gts = defaultdict(list), defaultdict(list)
         for k, label in enumerate(prediction.labels.tolist()):
@@ -138,8 +135,11 @@ class MaskAP:
         return judge.eval["precision"][..., -1]
 
 
-def run_lengths(masks: np.ndarray) -> list[dict]:
-    """(N, H, W) bool -> N times {"size": [H, W], "counts": bytes}, as pycocotools has them."""
+def run_lengths(answer) -> list[dict]:
+    """N times {"size": [H, W], "counts": bytes}, as pycocotools has them, a mask at a time: those
+    of a large image would fill the memory.
+    """
+    masks = map(answer.mask, range(len(answer.labels)))
     return [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
 
 

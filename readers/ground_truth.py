@@ -132,11 +132,9 @@ class Truth:
     classes: Callable[[], np.ndarray] | None = None
     masks: np.ndarray | None = None
 
-    def instances(self) -> np.ndarray:
-        """(N, H, W) bool: the masks, whichever way they are kept."""
-        if self.masks is not None:
-            return self.masks
-        return self.segment_map == np.arange(1, len(self.labels) + 1)[:, None, None]
+    def mask(self, k: int) -> np.ndarray:
+        """(H, W) bool, of instance k from 0, whichever way they are kept."""
+        return self.segment_map == k + 1 if self.masks is None else self.masks[k]
 
     def only(self, places: np.ndarray) -> "Truth":
         """Without the segments of some classes, whose pixels become void. places: (K,) the new

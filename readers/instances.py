@@ -65,6 +65,8 @@ class InstanceFolder(PanopticFolder):
             of_image[key].append(row)
         learnable = {key for key, *_, crowd, _ in sound if not crowd}
         keys = sorted(images, key=lambda key: not (validation or key in learnable))  # stable
+        if validation and all(type(key) is int for key in keys):
+            keys.sort()  # as COCOeval does: where scores are equal, the order counts
         self.ids = keys
         self.annotated = len(keys) if validation else len(learnable)
         self.names = np.array([images[key][0] for key in keys], str)

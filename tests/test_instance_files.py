@@ -101,8 +101,8 @@ def test_an_image_without_annotation_is_unlabelled_and_in_validation_has_nothing
     names = [dataset.train.name(i) for i in range(3)]
     assert names == ["7.png", "5.png", "3.png"] and dataset.train.ids == [7, 5, 3]
     assert (dataset.labeled, dataset.unlabeled) == ([0, 1], [2])
-    assert [dataset.val.name(i) for i in range(3)] == ["7.png", "3.png", "5.png"]
-    assert len(dataset.val.truth(1).masks) == 0 and dataset.val.truth(1).segment_map.max() == 0
+    assert [dataset.val.name(i) for i in range(3)] == ["3.png", "5.png", "7.png"]
+    assert len(dataset.val.truth(0).masks) == 0 and dataset.val.truth(0).segment_map.max() == 0
     assert dataset.val.annotated == 3
 
 
@@ -130,7 +130,7 @@ def test_classes_of_validation_are_joined_by_name(tmp_path):
             a["category_id"] = {9: 4, 4: 9}[a["category_id"]]
 
     dataset = load_instances(edited(tmp_path, swap, "val"), "all")
-    assert dataset.val.truth(0).labels.tolist() == dataset.train.truth(0).labels.tolist()
+    assert dataset.val.truth(2).labels.tolist() == dataset.train.truth(0).labels.tolist()
 
 
 def test_a_run_follows_the_names_of_another_and_what_it_learned_from_is_known(tmp_path):

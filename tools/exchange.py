@@ -161,15 +161,15 @@ def write_folder(output: Path, rows: list[dict], taxonomy: Taxonomy, info: dict)
 def coco_results(answer, taxonomy: Taxonomy) -> str:
     """JSON of the instances of a picture as COCO results, without its image_id.
 
-    answer: has instances() -> (N, H, W) bool, labels and scores.
+    answer: has mask(k) -> (H, W) bool, labels and scores.
     """
     found = [
         {
             "category_id": taxonomy.ids[label],
-            "segmentation": to_runs(mask),
-            "score": round(float(score), 6),
+            "segmentation": to_runs(answer.mask(k)),
+            "score": float(f"{answer.scores[k]:.9g}"),  # all that 32 bits have
         }
-        for mask, label, score in zip(answer.instances(), answer.labels.tolist(), answer.scores)
+        for k, label in enumerate(answer.labels.tolist())
     ]
     return json.dumps(found, separators=(",", ":"))
 
