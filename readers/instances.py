@@ -88,8 +88,9 @@ class InstanceFolder(PanopticFolder):
         self.folder = Path(folder)
         self.homes += (f"{Path(folder).resolve()}/",)
 
-    def add_unlabeled(self, names: list[str]) -> None:
-        """Further images without annotation."""
+    def add_unlabeled(self, names: list[str], folder: Path) -> None:
+        """Further images without annotation. folder: where they are, which may be a link."""
+        self.homes += (f"{Path(folder).resolve()}/",)
         self.names = np.array([*self.names.tolist(), *names], str)
         self.ids = [*self.ids, *names]
         self.sizes = np.concatenate([self.sizes, np.zeros((len(names), 2), np.int64)])

@@ -83,7 +83,8 @@ def _instances(name: str, base: Path, split: str, seed: int, complain: Callable)
                     f"{folder}: missing; --split 100 takes its images as unlabelled ones; download "
                     f"{COCO_ZIPS}/unlabeled2017.zip, or choose another split"
                 )
-            train.add_unlabeled([f"{folder.name}/{picture}" for picture in pictures(folder)])
+            names = [f"{folder.name}/{picture}" for picture in pictures(folder)]
+            train.add_unlabeled(names, folder)
     labeled, unlabeled = read_split(base, split or "all", train, seed, complain, official)
     return DataSet(name, taxonomy, train, val, labeled, unlabeled)
 

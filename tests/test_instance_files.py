@@ -248,6 +248,15 @@ def test_a_faulty_file_is_refused_in_a_line(tmp_path, edit, words):
         load_instances(edited(tmp_path, edit), "all").train.truth(0)
 
 
+@pytest.mark.parametrize("part, words", [("train", "learned"), ("val", "measured")])
+def test_a_file_without_any_instance_is_refused_before_a_run_begins(tmp_path, capsys, part, words):
+    root = edited(tmp_path, lambda content: content["annotations"].clear(), part)
+    line = ["--stage", "sup", "--dataset", "custom", "--data-root", str(root), "--split", "all"]
+    assert dearli.main([*line, "--labels", "instances", "--seen-width", "0"]) == 2
+    error = capsys.readouterr().err
+    assert f"instances_{part}.json: no" in error and f"so nothing can be {words}" in error
+
+
 def test_validation_without_a_file_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(UserError, match="none of validation images; looked for instances_val.json"):
         load_instances(write_instances(tmp_path, val=False), "all")

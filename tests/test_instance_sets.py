@@ -106,7 +106,8 @@ def test_all_of_coco_stand_beside_what_is_not_labelled_at_all(tmp_path, monkeypa
     with pytest.raises(UserError, match="unlabeled2017: missing.*unlabeled2017.zip"):
         papers.load("coco-instances", tmp_path, "100")
     for k in (8, 9):
-        photo(base / "unlabeled2017" / f"{k:012d}.jpg", SIZE[::-1], k)
+        photo(tmp_path / "elsewhere" / f"{k:012d}.jpg", SIZE[::-1], k)
+    (base / "unlabeled2017").symlink_to(tmp_path / "elsewhere")
     dataset = papers.load("coco-instances", tmp_path, "100")
     assert len(dataset.labeled) == 4 and len(dataset.unlabeled) == 4
     names = [dataset.train.name(i) for i in dataset.unlabeled]
