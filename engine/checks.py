@@ -95,6 +95,11 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
     """Raise UserError for numbers that no run can use, and for flags that contradict each other."""
     require_ranges(cfg)
     require_use(args, cfg)
+    if args.stage in TABLES and args.labels == "instances":
+        raise UserError(
+            f"--labels instances: the rungs of --stage {args.stage} are of every pixel; expected "
+            "--stage sup"
+        )
     if args.stage == "ssl":
         require_method(args, cfg)
     for stage in TRAIN if args.stage in TABLES else {args.stage} & {*TRAIN}:
@@ -103,11 +108,6 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
-        if args.labels == "instances":
-            raise UserError(
-                f"--labels instances: the rungs of --stage {args.stage} are of every pixel; "
-                "expected --stage sup"
-            )
     longer = cfg.ssl_steps - cfg.dewa_steps  # of DEARLi's rung; too few: `ladder.require_rungs`
     if args.stage in ("demo", "ladder") and longer > 0:
         require_semi_supervised(replace(cfg.settled(), ssl_steps=longer), warm=True)
