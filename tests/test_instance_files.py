@@ -11,9 +11,11 @@ import dearli
 from config import MINI
 from engine.request import Source
 from ground.errors import UserError
+from mini import scenes
 from readers.instances import InstanceFolder, load_instances
 from readers.runs import to_runs
 from tests.helpers import photo, run, write_coco_folder
+from tests.test_ranks import ranks_run
 
 SIZE = 40, 50  # (H, W), pixels
 CATEGORIES = [{"id": 9, "name": "cell"}, {"id": 4, "name": "core, kernel", "supercategory": "x"}]
@@ -348,3 +350,18 @@ def test_a_run_on_instances_trains_is_evaluated_and_predicts(tmp_path, capsys):
 def test_a_least_score_is_for_instances_alone(tmp_path, capsys):
     line = ["--stage", "sup", "--dataset", "mini", "--split", "4", "--least-score", "0.2"]
     assert dearli.main(line) == 2 and "counts with --labels instances" in capsys.readouterr().err
+
+
+def test_several_processes_measure_instances_as_one(small_mini, tmp_path):
+    folder, figures = tmp_path / "run", []
+    line = ["--stage", "sup", "--labels", "instances", "--steps", 2, "--no-eval", "--out", folder]
+    assert run(*line) == 0
+    for number in (1, 3):  # 3 do not divide the images
+        out = tmp_path / f"eval{number}"
+        line = ["--stage", "eval", "--weights", folder, "--out", out]
+        assert ranks_run(number, tmp_path / "said", *line) == [0] * number
+        figures.append(json.loads((out / "metrics.json").read_text())["student/decoder"])
+    one, three = figures
+    assert len(scenes.load_mini("4").val) % 3 and one["instances"] == three["instances"] > 0
+    for name in ("ap", "ap50", "ap75"):
+        assert one[name] == pytest.approx(three[name], abs=1e-6)
