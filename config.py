@@ -14,10 +14,13 @@ TAGS = {
     "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
     "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
 }
-PAPERS_DATASETS = ("ade20k", "coco", "coco-objects")
+INSTANCE_DATASETS = ("coco-instances", "cityscapes-instances")
+PAPERS_DATASETS = ("ade20k", "coco", "coco-objects", *INSTANCE_DATASETS)
 PAPERS_SPLITS = {  # the official partitions, smallest first
     "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"),
     **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
+    "coco-instances": ("1", "2", "5", "10", "100"),  # percent; 100 with unlabeled2017
+    "cityscapes-instances": ("5", "10", "20", "30"),
 }
 ALIASES = {
     **dict.fromkeys(("ade", "ade20k-panoptic", "ade20k_panoptic"), "ade20k"),
@@ -83,11 +86,15 @@ class Config:
     #    images (`clip_ensemble.alpha_of_share`)
     teacher_posterior: str = "ensemble"  # of pseudo-labels: `decoder` (P_MT), `clip` (P_CLIP) or
     #    `ensemble` (P_ENS), Table 7; usual is that of --method
-    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12)
+    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12);
+    #    `instances`: things alone, which may overlap
     clip_scale: float = 0.0  # inverse temperature of Eq. (5); 0 = CLIP's own
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
+    # instance inference
+    least_score: float = 0.5  # of an instance that is drawn and counted; AP and results.json take
+    #    all
     # optimisation
     optimizer: str = "adamw"  # of all trained parameters: `adamw`
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power
@@ -260,6 +267,8 @@ PRESETS = {
     "ade20k": OFFICIAL,
     "coco": COCO,
     "coco-objects": COCO,
+    "coco-instances": replace(COCO, labels="instances"),
+    "cityscapes-instances": replace(OFFICIAL, labels="instances", test_size=1024, test_max=2048),
 }
 
 
@@ -333,7 +342,8 @@ BOUNDS = {
     "poly_power dewa_crop white workers",
     (0.1, INF): "blur_radius",
     (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
-    "object_mask_threshold overlap_threshold pred_iou_thresh stability_thresh mask_nms_thresh",
+    "object_mask_threshold overlap_threshold least_score pred_iou_thresh stability_thresh "
+    "mask_nms_thresh",
     (0, 0.5): "jitter_hue",
     (0, 2**32 - 1): "seed",
     (0, 10_000): "clip_scale",
@@ -342,7 +352,7 @@ BOUNDS = {
 CHOICES = {
     "classifier": ("language", "linear"),
     "teacher_posterior": ("decoder", "clip", "ensemble"),
-    "labels": ("panoptic", "semantic"),
+    "labels": ("panoptic", "semantic", "instances"),
     "optimizer": ("adamw",),
     "schedule": ("poly",),
 }
@@ -380,7 +390,7 @@ RULES = {
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
-    **{"seen_width": 0.0, "object_width": 0.0, "window": 0},
+    **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
 }
 
 

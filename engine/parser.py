@@ -139,7 +139,8 @@ DEARLi: semi-supervised panoptic segmentation with few labelled images
 
 {stages}
 
-  --dataset NAME      {datasets} (mini: nothing to download)
+  --dataset NAME      {datasets}
+                      (mini: nothing to download)
   --data-root DIR     the folder of any other data set (datasets/NAME)
   --split N           labelled images: a number, a partition's name, all, or a file of image names
   --out DIR           where the result goes (RUNS/DATASET-STAGE-SPLIT)

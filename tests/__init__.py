@@ -17,6 +17,9 @@ no GPU.
     test_label_studio    ... of Label Studio
     test_other_exports   what is said of those that are not read
     test_papers          the paper's data sets and tables
+    test_instances       instances: inference, ground truth, run lengths, mask AP
+    test_instance_files  ... in COCO's format, as a data set and as predictions
+    test_instance_sets   ... of COCO and Cityscapes, prepared
     test_pretrained      foundation models and official files
     test_mini            the miniature world
     test_pipelines       stages one after the other

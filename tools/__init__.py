@@ -3,6 +3,7 @@ nothing below uses them; they use every other room. `bench` and `baselines` are 
 own (`python -m tools.bench`).
 
     prepare         the paper's data sets
+    prepare_instances   partitions of instances, and Cityscapes' maps as COCO's format
     importer        annotations of other tools as a data set
     validate        all that is wrong with a data set
     predict         a run on pictures
