@@ -11,6 +11,7 @@ Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out
 training images of one size only.
 """
 
+import math
 import random
 import signal
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ CUTMIX_ASPECT = (0.3, 1 / 0.3)  # height / width, uniform
 CUTMIX_TRIES = 1000  # before the boxes that fit are listed; in an ordinary view a few will do
 GRACE = 10  # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4  # long side of a training view, in crops (2560 of 640)
+# CutOut of a strong view, pattern after pattern: chance, share of the area, height / width
+_AREAS = ((0.7, (0.05, 0.2)), (0.5, (0.02, 0.2)), (0.3, (0.02, 0.2)))
+CUTOUT = {
+    "none": (),
+    "paper": tuple(zip(_AREAS, ((0.3, 3.3), (0.1, 0.6), (0.05, 0.8)))),
+    "code": tuple(zip(_AREAS, ((0.3, 3.3), (0.1, 6.0), (0.05, 8.0)))),
+}
+CUTOUT_TRIES = 10  # then the pattern is left out
 
 
 # ------------------------------------------------------------------------------ views of an image
@@ -71,12 +80,16 @@ def weak_view(
 
 
 def training_size(w: int, h: int, cfg: Config, rng: random.Random) -> tuple[int, int]:
-    """(w, h) of an image of that size in a training view, before the crop: short side = crop * k,
-    or with `seen_width` the median object k times as wide as that."""
+    """(w, h) of an image of that size in a training view, before the crop: short side (or long
+    side, `scaled_side`) = crop * k, or with `seen_width` the median object k times as wide as
+    that."""
     k = rng.choice(range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1))
     if cfg.magnification:
         return magnified(w, h, 0.1 * k * cfg.magnification)
-    return output_size(w, h, int(0.1 * k * cfg.crop), MAX_LONG_SIDE * cfg.crop)
+    side = int(0.1 * k * cfg.crop)
+    if cfg.scaled_side == "long":
+        return output_size(w, h, side, side)
+    return output_size(w, h, side, MAX_LONG_SIDE * cfg.crop)
 
 
 def magnified(w: int, h: int, times: float) -> tuple[int, int]:
@@ -132,7 +145,7 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
-    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur.
+    """Colour jitter (in random order), sometimes grayscale, sometimes Gaussian blur, and CutOut.
     (3, h, w) uint8."""
     # Takes two seconds to import: only who needs it waits.
     from torchvision.transforms.v2 import functional as TF
@@ -146,13 +159,37 @@ def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     ]
     rng.shuffle(steps)
     x = image.float() / 255
-    for adjust, interval in steps:
-        x = adjust(x, rng.uniform(*interval))
+    # at 1 nobody asks: views of a seed are what they were before there was a chance
+    if cfg.jitter_prob == 1 or rng.random() < cfg.jitter_prob:
+        for adjust, interval in steps:
+            x = adjust(x, rng.uniform(*interval))
     if rng.random() < cfg.grayscale_prob:
         x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if rng.random() < cfg.blur_prob:
         x = gaussian_blur(x, rng.uniform(0.1, cfg.blur_radius))
-    return to_bytes(x)
+    return cut_out(to_bytes(x), CUTOUT[cfg.cutout], rng)
+
+
+def cut_out(image: Tensor, patterns, rng: random.Random) -> Tensor:
+    """Rectangles of noise, one of each pattern (a value of CUTOUT) with its chance. (3, h, w)
+    uint8; the image itself stays as it is.
+
+    Source: CutOut (arXiv:1708.04552), with the patterns of Unbiased Teacher (arXiv:2102.09480).
+    """
+    height, width = image.shape[1:]
+    for (chance, area), (least, most) in patterns:
+        if rng.random() >= chance:
+            continue
+        for _ in range(CUTOUT_TRIES):
+            pixels = rng.uniform(*area) * height * width
+            w, h = _sides(pixels, math.exp(rng.uniform(math.log(least), math.log(most))))
+            if 0 < w < width and 0 < h < height:
+                y, x = rng.randint(0, height - h), rng.randint(0, width - w)
+                noise = np.random.default_rng(rng.getrandbits(64)).integers(0, 256, (3, h, w))
+                image = image.clone()
+                image[:, y : y + h, x : x + w] = torch.from_numpy(noise.astype(np.uint8))
+                break
+    return image
 
 
 def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
@@ -339,6 +376,8 @@ class Batches(torch.utils.data.Dataset):
 class LabeledBatches(Batches):
     """Labelled images with ground truth, for stages sup and ssl."""
 
+    colour = True  # the SSD augmentation
+
     def __init__(self, dataset: DataSet, cfg: Config, steps: int):
         super().__init__(cfg, steps)
         self.dataset = dataset
@@ -351,7 +390,7 @@ class LabeledBatches(Batches):
             truth = train.truth(i)
             truth = truth.by_class() if cfg.labels == "semantic" else truth
             sample = Sample(train.image(i), [truth.segment_map])
-            image, (segment_map,) = weak_view(sample, cfg, self.rng(step, slot), colour=True)
+            image, (segment_map,) = weak_view(sample, cfg, self.rng(step, slot), self.colour)
             images.append(pad_image(image, cfg.crop))
             targets.append(to_target(pad(segment_map, cfg.crop, 0), truth.labels, truth.crowd))
             names.append(train.name(i))

@@ -169,7 +169,7 @@ class MeanTeacher(Supervised):
         update_teacher(teacher, student, ema_decay(t, cfg, self.warm))  # Eq. (2)
         row = {"loss": sum(terms.values()), **terms}
         if unlabeled is not None:
-            row["pseudo_segments"] = _segments_an_image(pseudo, self.device)
+            row["pseudo_segments"] = segments_an_image(pseudo, self.device)
         return {**row, "grad_norm": norm}
 
     def features(self, labeled: Tensor, strong: Tensor, weak: Tensor):
@@ -246,7 +246,7 @@ class MeanTeacher(Supervised):
         return targets
 
 
-def _segments_an_image(targets: list[Target], device) -> float:
+def segments_an_image(targets: list[Target], device) -> float:
     """Of all ranks."""
     counts = torch.tensor([sum(map(len, targets)), len(targets)], dtype=torch.float32)
     segments, images = ranks.total(counts.to(device)).tolist()

@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 
 # Rooms by floor: imports go down, or stay in the room. Single files are rooms of their own.
 FLOORS = (
-    ("ground",),
+    ("ground", "pldc_numbers"),
     ("config",),
     ("panoptic_eval", "readers"),
     ("matcher", "clip_ensemble", "deformable_cpu"),
