@@ -84,7 +84,8 @@ class Config:
     #    images (`clip_ensemble.alpha_of_share`)
     teacher_posterior: str = "ensemble"  # of pseudo-labels: `decoder` (P_MT), `clip` (P_CLIP) or
     #    `ensemble` (P_ENS), Table 7; usual is that of --method
-    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12)
+    labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12);
+    #    `instances`: things alone, which may overlap
     clip_scale: float = 0.0  # inverse temperature of Eq. (5); 0 = CLIP's own
     # pseudo-labels of --method pldc and guided
     class_threshold: float = 0.85  # least probability of the class (c_t)

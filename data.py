@@ -26,7 +26,7 @@ from config import Config
 from ground import ranks
 from ground.errors import UserError
 from matcher import Target
-from readers.ground_truth import DataSet
+from readers.ground_truth import DataSet, Truth
 from readers.pictures import open_image  # noqa: F401  for scripts: `from data import open_image`
 
 PAD_VALUE = 128  # grey levels; images are padded right and bottom to the crop
@@ -293,6 +293,30 @@ def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) ->
     return Target(labels, torch.from_numpy(lut[segment_map]))
 
 
+def instance_target(masks: list[np.ndarray], labels: np.ndarray, crowd, side: int) -> Target:
+    """The same of masks that may overlap, (h, w) each, at most (side, side)."""
+    kept = [k for k, mask in enumerate(masks) if not crowd[k] and mask.any()]
+    padded = torch.zeros(len(kept), side, side, dtype=torch.bool)
+    for row, k in zip(padded, kept):
+        height, width = masks[k].shape
+        row[:height, :width] = torch.from_numpy(masks[k].copy())  # layers may be turned views
+    return Target(torch.as_tensor(labels[kept], dtype=torch.int64), masks=padded)
+
+
+def labeled_view(
+    image: Image.Image, truth: Truth, cfg: Config, rng, colour: bool = True
+) -> tuple[Tensor, Target]:
+    """The weak view of a labelled image, (3, S, S), and its target, as cfg.labels wants it."""
+    truth = truth.by_class() if cfg.labels == "semantic" else truth
+    layers = [truth.segment_map] if truth.masks is None else list(truth.masks)
+    view, layers = weak_view(Sample(image, layers), cfg, rng, colour)
+    if truth.masks is None:
+        target = to_target(pad(layers[0], cfg.crop, 0), truth.labels, truth.crowd)
+    else:
+        target = instance_target(layers, truth.labels, truth.crowd, cfg.crop)
+    return pad_image(view, cfg.crop), target
+
+
 # ------------------------------------------------------------------------------------------ batches
 
 
@@ -387,12 +411,10 @@ class LabeledBatches(Batches):
         images, targets, names = [], [], []
         for slot in self.slots(cfg.labeled_batch):
             i = self.pick(indices, step, slot, cfg.labeled_batch)
-            truth = train.truth(i)
-            truth = truth.by_class() if cfg.labels == "semantic" else truth
-            sample = Sample(train.image(i), [truth.segment_map])
-            image, (segment_map,) = weak_view(sample, cfg, self.rng(step, slot), self.colour)
-            images.append(pad_image(image, cfg.crop))
-            targets.append(to_target(pad(segment_map, cfg.crop, 0), truth.labels, truth.crowd))
+            rng, truth = self.rng(step, slot), train.truth(i)
+            image, target = labeled_view(train.image(i), truth, cfg, rng, self.colour)
+            images.append(image)
+            targets.append(target)
             names.append(train.name(i))
         return Labeled(torch.stack(images), targets, names)
 

@@ -1,4 +1,5 @@
-"""From queries to an answer: panoptic and semantic inference, and the readings of a model.
+"""From queries to an answer: panoptic, semantic and instance inference, and the readings of a
+model.
 
 A query is a class posterior and a mask. Panoptic inference lets queries compete for pixels
 (arXiv:2107.06278, section 3.4); semantic inference adds their masks up, class by class. A reading
@@ -27,6 +28,7 @@ CPU_CHUNK, GPU_CHUNK = 2**21, 2**27
 # Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a
 # larger image are made anew by every reading, a part at a time: they would fill the memory.
 SHARED_MASKS = 2**27
+TOP_INSTANCES = 100  # of an image, as COCO counts them
 # The posteriors that readings take, in words.
 POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip": "CLIP alone"}
 PSEUDO = "teacher/pseudo"  # the reading that is the pseudo-labels, of a method that makes any
@@ -39,6 +41,9 @@ class Prediction:
     segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores:
     (N,) posterior of the class, 0 to 1;  semantic: (H, W) int64, a class for every pixel;  sums:
     (K, H, W) float32, what that is the largest of (`class_sums`); None where nobody asked.
+    masks: (N, H, W) bool, of instances, which may overlap: in falling order of their scores (class
+    times mask quality), and the segment map shows them with the highest score on top; None: the
+    segments are the map's.
     """
 
     segment_map: np.ndarray
@@ -46,6 +51,13 @@ class Prediction:
     scores: np.ndarray
     semantic: np.ndarray | None = None
     sums: np.ndarray | None = None
+    masks: np.ndarray | None = None
+
+    def instances(self) -> np.ndarray:
+        """(N, H, W) bool: the masks, whichever way they are kept."""
+        if self.masks is not None:
+            return self.masks
+        return self.segment_map == np.arange(1, len(self.labels) + 1)[:, None, None]
 
 
 @torch.no_grad()
@@ -90,15 +102,24 @@ def predict(
             masks = shared_masks(logits, all_sizes)
             for reading in _of(name, alphas):
                 p = posteriors[reading][k]
-                thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
-                segments = panoptic_inference(p, logits, things, all_sizes, *thresholds, masks)
+                *segments, instances = _segments(p, logits, things, all_sizes, cfg, masks)
                 classes = semantic_inference(p, logits, all_sizes, masks) if semantic else None
                 added = class_sums(p, logits, all_sizes, masks) if sums else None
-                arrays = (
-                    None if x is None else x.cpu().numpy() for x in (*segments, classes, added)
-                )
+                arrays = (*segments, classes, added, instances)
+                arrays = (None if x is None else x.cpu().numpy() for x in arrays)
                 yield k, reading, Prediction(*arrays)
             del masks  # before those of the next model are made
+
+
+def _segments(posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, cfg: Config, masks):
+    """segment_map, labels, scores and masks of a `Prediction`, as cfg.labels wants them; semantic
+    ones are panoptic here. masks: as in `panoptic_inference`.
+    """
+    if cfg.labels == "instances":
+        instances, labels, scores = instance_inference(posterior, mask_logits, sizes, masks=masks)
+        return paint(instances), labels, scores, instances
+    thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
+    return *panoptic_inference(posterior, mask_logits, things, sizes, *thresholds, masks), None
 
 
 def papers_reading(teacher_posterior: str) -> str:
@@ -219,6 +240,65 @@ def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int
             if not things[label]:
                 stuff[label] = len(first)
     return first, number
+
+
+@torch.no_grad()
+def mask_quality(mask_logits: Tensor) -> Tensor:
+    """How sure a mask is of its pixels: the mean of the sigmoid where that is above 0.5; 0 where it
+    nowhere is. (..., H, W) -> (...).
+    """
+    return _quality(mask_logits.float().sigmoid())
+
+
+def _quality(masks: Tensor) -> Tensor:
+    """`mask_quality` of probabilities."""
+    inside = masks > 0.5
+    area = inside.sum((-2, -1))
+    return (masks * inside).sum((-2, -1)) / area.clamp(min=1)
+
+
+@torch.no_grad()
+def instance_inference(
+    posterior: Tensor,
+    mask_logits: Tensor,
+    sizes,
+    top: int = TOP_INSTANCES,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The surest pairs of a query and a class are instances: a query may be several, of different
+    classes, and masks may overlap.
+
+    Args:
+        posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).
+        sizes: (padded, image, output) as in `resize_masks`.
+        top: of the Q x K pairs those with the largest probabilities.
+        masks: (Q, H, W) probabilities at the output size, if they are at hand already.
+    Returns: masks (N, H, W) bool; labels (N,) int64; scores (N,), probability of the class times
+        `mask_quality` at the output size, falling. A mask without a pixel is none.
+    Source: Mask2Former (arXiv:2112.01527).
+    """
+    classes = posterior.shape[-1] - 1
+    chances, pairs = posterior[:, :-1].flatten().sort(descending=True, stable=True)
+    chances, pairs = chances[:top], pairs[:top]
+    queries, rows = (pairs // max(classes, 1)).unique(return_inverse=True)
+    candidates = mask_logits[queries] if masks is None else masks[queries]
+    inside, quality = [], [chances.new_zeros(0)]
+    for _, part in full_masks(candidates, sizes, masks is not None):
+        inside.append(part > 0.5)
+        quality.append(_quality(part))
+    inside = torch.cat(inside) if inside else chances.new_zeros(0, *sizes[2], dtype=torch.bool)
+    scores = chances * torch.cat(quality)[rows]
+    scores, order = scores.sort(descending=True, stable=True)
+    order = order[inside.flatten(1).any(1)[rows][order]]
+    return inside[rows[order]], pairs[order] % max(classes, 1), scores[: len(order)]
+
+
+def paint(masks: Tensor) -> Tensor:
+    """(N, H, W) bool, the uppermost first -> (H, W) int32, 0 = none, k = the k-th mask."""
+    painted = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    for k in range(len(masks), 0, -1):
+        painted[masks[k - 1]] = k
+    return painted
 
 
 @torch.no_grad()

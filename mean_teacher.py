@@ -35,6 +35,7 @@ from inference import (
     predict,
     semantic_inference,
 )
+from instance_eval import MaskAP
 from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter
@@ -48,7 +49,6 @@ class Supervised:
     """
 
     title = "supervised"
-    metrics = (PanopticScore, SemanticScore)
 
     def __init__(self, cfg, taxonomy, device, precision=torch.float32, clip=None, warm=False):
         self.cfg, self.taxonomy, self.device = cfg, taxonomy, device
@@ -66,7 +66,7 @@ class Supervised:
     @cached_property
     def counted(self) -> Tensor:
         """(K,) bool, the things of what is learned: semantic labels have one segment a class."""
-        return torch.tensor(self.taxonomy.things) & (self.cfg.labels == "panoptic")
+        return torch.tensor(self.taxonomy.things) & (self.cfg.labels != "semantic")
 
     def batches(self, dataset) -> LabeledBatches:
         return LabeledBatches(dataset, self.cfg, self.cfg.sup_steps)
@@ -97,6 +97,11 @@ class Supervised:
         """For the model's matrix products; losses, matching and the ensemble are always fp32."""
         enabled = self.precision != torch.float32
         return torch.autocast(self.device.type, self.precision, enabled=enabled)
+
+    @property
+    def metrics(self) -> tuple:
+        instances = self.cfg.labels == "instances"
+        return (MaskAP,) if instances else (PanopticScore, SemanticScore)
 
     @property
     def readings(self) -> dict[str, str]:
@@ -196,10 +201,10 @@ class MeanTeacher(Supervised):
         others = [r for r in readings if r != PSEUDO]
         yield from super().predict(images, sizes, others, t, semantic, sums)
         if PSEUDO in readings:
-            yield from self._pseudo_predictions(images, sizes, t, sums)
+            yield from self.pseudo_predictions(images, sizes, t, sums)
 
     @torch.no_grad()
-    def _pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None, sums: bool):
+    def pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None, sums: bool):
         padded, maps = padded_size(*images.shape[-2:]), self.models["teacher"].backbone(images)
         for k, size in enumerate(sizes):
             features = [m[k : k + 1] for m in maps]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_ensemble import MAX_SCALE, ClipBackbone, Vocabulary, zero_shot_logits
+from clip_ensemble import MAX_SCALE, ClipBackbone, Vocabulary, padded_size, zero_shot_logits
 from config import Config
 from data import (
     PAD_VALUE,
@@ -42,25 +42,13 @@ from engine.checkpoint import state_of
 from engine.optim import descend, require_finite
 from ground import ranks
 from ground.errors import UserError
-from inference import resize_masks
+from inference import PSEUDO, Prediction, mask_quality, paint, resize_masks  # Eq. (4)
 from matcher import Target
 from mean_teacher import MeanTeacher, segments_an_image, update_teacher
 from model import resize
 from pretrained import segmenter
 
 LEAST_AREA = 5  # pixels; Guided Distillation counts them on the mask grid, by their probabilities
-
-
-@torch.no_grad()
-def mask_quality(mask_logits: Tensor) -> Tensor:
-    """m of Eq. (4): the mean probability of the pixels that are inside of a mask. (..., H, W) ->
-    (...), 0.5 to 1.
-
-    Inside is a probability above 0.5, not at it; 0 for a mask without a pixel.
-    """
-    p = mask_logits.float().sigmoid()
-    inside = p > 0.5
-    return (p * inside).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
 
 
 @torch.no_grad()
@@ -334,6 +322,19 @@ class Pldc(MeanTeacher):
         return Target(label, masks=masks > 0, certainty=trust)
 
     keep = staticmethod(keep_instances)
+
+    @torch.no_grad()
+    def pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None, sums: bool):
+        padded, maps = padded_size(*images.shape[-2:]), self.models["teacher"].backbone(images)
+        for k, (size, output) in enumerate(sizes):
+            features = [m[k : k + 1] for m in maps]
+            view = images[k : k + 1, :, : size[0], : size[1]]
+            (target,) = self.pseudo_labels(features, (padded, size, size), t, view)
+            masks = resize(target.masks[None].float(), output)[0] > 0.5
+            scores = torch.ones(len(target))
+            arrays = paint(masks), target.labels, scores, None, None, masks
+            arrays = (None if x is None else x.cpu().numpy() for x in arrays)
+            yield k, PSEUDO, Prediction(*arrays)
 
     def draw(self, mask_logits: Tensor, sizes) -> Tensor:
         """Logits of masks on the grid that pseudo-labels have."""

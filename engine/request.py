@@ -17,6 +17,7 @@ from readers import papers
 from readers.checks import require_files, require_images
 from readers.exposure import see
 from readers.ground_truth import DataSet, Taxonomy
+from readers.instances import things_only
 from readers.panoptic import load_folder
 from readers.pictures import ImageFolder
 
@@ -54,6 +55,8 @@ class Source:
         UserError if it has other classes.
         """
         dataset = self._read(cfg, complain)
+        if cfg.labels == "instances":
+            dataset = things_only(dataset)
         classes = classes_of(config or {}, origin)
         if classes is not None:
             dataset.follow(classes, origin)

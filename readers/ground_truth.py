@@ -121,7 +121,8 @@ class Truth:
     """Ground truth of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment.
 
     labels, areas (pixels), crowd: (N,).   classes: reads the (H, W) semantic ground truth, where
-    the data set has one of its own.
+    the data set has one of its own.   masks: (N, H, W) bool, of instances that overlap; None: those
+    of the segment map, which is a partition.
     """
 
     segment_map: np.ndarray
@@ -129,6 +130,24 @@ class Truth:
     areas: np.ndarray
     crowd: np.ndarray
     classes: Callable[[], np.ndarray] | None = None
+    masks: np.ndarray | None = None
+
+    def instances(self) -> np.ndarray:
+        """(N, H, W) bool: the masks, whichever way they are kept."""
+        if self.masks is not None:
+            return self.masks
+        return self.segment_map == np.arange(1, len(self.labels) + 1)[:, None, None]
+
+    def only(self, places: np.ndarray) -> "Truth":
+        """Without the segments of some classes, whose pixels become void. places: (K,) the new
+        place of each class, -1 = it goes.
+        """
+        labels = places[self.labels]
+        keep = labels >= 0
+        lut = np.append(0, np.cumsum(keep) * keep).astype(np.int32)
+        columns = labels[keep], self.areas[keep], self.crowd[keep]
+        masks = None if self.masks is None else self.masks[keep]
+        return Truth(lut[self.segment_map], *columns, masks=masks)
 
     def semantic(self) -> np.ndarray:
         """(H, W) class index, IGNORE where void."""

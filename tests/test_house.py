@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 FLOORS = (
     ("ground", "pldc_numbers"),
     ("config",),
-    ("panoptic_eval", "readers"),
+    ("panoptic_eval", "instance_eval", "readers"),
     ("matcher", "clip_ensemble", "deformable_cpu"),
     ("deformable", "losses"),
     ("model",),

@@ -1,0 +1,300 @@
+"""Instances: inference, ground truth that overlaps, and mask AP."""
+
+import contextlib
+import io
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from config import MINI
+from ground.errors import UserError
+from inference import Prediction, instance_inference, mask_quality, paint, resize_masks
+from instance_eval import MaskAP
+from mini import scenes
+from readers.ground_truth import DataSet, Taxonomy, Truth
+from readers.instances import things_only
+
+SIZE = 60, 200  # (H, W), pixels
+TAXONOMY = Taxonomy(("cell", "nucleus, core", "vessel"), (True,) * 3, (7, 3, 90))
+
+
+def disc(y: float, x: float, radius: float, size=SIZE) -> np.ndarray:
+    ys, xs = np.mgrid[: size[0], : size[1]]
+    return (ys - y) ** 2 + (xs - x) ** 2 <= radius**2
+
+
+def truth_of(masks, labels, crowd=None, areas=None) -> Truth:
+    masks = np.array(masks, bool).reshape(-1, *SIZE)
+    areas = masks.sum((1, 2)) if areas is None else np.array(areas)
+    crowd = np.zeros(len(masks), bool) if crowd is None else np.array(crowd, bool)
+    painted = paint(torch.from_numpy(masks)).numpy()
+    return Truth(painted, np.array(labels, np.int64), areas, crowd, masks=masks)
+
+
+def found_of(masks, labels, scores) -> Prediction:
+    masks = np.array(masks, bool).reshape(-1, *SIZE)
+    painted = paint(torch.from_numpy(masks)).numpy()
+    labels, scores = np.array(labels, np.int64), np.array(scores, np.float32)
+    return Prediction(painted, labels, scores, masks=masks)
+
+
+def scene(rng) -> tuple[Prediction, Truth]:
+    """Discs of all COCO sizes that overlap, some of crowd, and what somebody has found of them."""
+    true, labels, found, classes, scores = [], [], [], [], []
+    for _ in range(rng.integers(0, 7)):
+        y, x, radius = rng.uniform(0, 60), rng.uniform(0, 200), rng.choice([4, 12, 25, 70])
+        true.append(disc(y, x, radius))
+        labels.append(rng.integers(2))  # nobody sees a vessel
+        for _ in range(rng.integers(0, 3)):
+            dy, dx, times = rng.normal(0, radius / 8, 2).tolist() + [rng.uniform(0.8, 1.2)]
+            found.append(disc(y + dy, x + dx, radius * times))
+            classes.append(labels[-1] if rng.random() < 0.8 else rng.integers(3))
+            scores.append(round(rng.random(), 1))  # with ties
+    areas = [int(mask.sum() * rng.uniform(0.8, 1.2)) for mask in true]  # as polygons have them
+    order = np.argsort(-np.array(scores), kind="stable")
+    pick = lambda values: [values[k] for k in order]  # noqa: E731
+    truth = truth_of(true, labels, rng.random(len(true)) < 0.2, areas)
+    return found_of(pick(found), pick(classes), pick(scores)), truth
+
+
+def by_files(scenes, folder) -> tuple[np.ndarray, np.ndarray]:
+    """What pycocotools' own COCOeval says: its six APs, and its precision, of JSON files."""
+    from pycocotools import mask as coco
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def runs(mask):
+        rle = coco.encode(np.asfortranarray(mask, np.uint8))
+        return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+    annotations, results = [], []
+    for i, (prediction, truth) in enumerate(scenes):
+        for k, label in enumerate(truth.labels):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i + 1,
+                    "category_id": TAXONOMY.ids[label],
+                    "segmentation": runs(truth.masks[k]),
+                    "area": int(truth.areas[k]),
+                    "iscrowd": int(truth.crowd[k]),
+                    "bbox": [0, 0, 1, 1],
+                }
+            )
+        for k, label in enumerate(prediction.labels):
+            results.append(
+                {
+                    "image_id": i + 1,
+                    "category_id": TAXONOMY.ids[label],
+                    "segmentation": runs(prediction.masks[k]),
+                    "score": float(prediction.scores[k]),
+                }
+            )
+    images = [{"id": i + 1, "height": SIZE[0], "width": SIZE[1]} for i in range(len(scenes))]
+    categories = [{"id": i, "name": n} for i, n in zip(TAXONOMY.ids, TAXONOMY.names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "true.json").write_text(json.dumps(content))
+    (folder / "found.json").write_text(json.dumps(results))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / "true.json"))
+        judge = COCOeval(truth, truth.loadRes(str(folder / "found.json")), "segm")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats[:6], judge.eval["precision"][..., 0, -1]
+
+
+# ------------------------------------------------------------------------------------- inference
+
+
+def test_mask_quality_is_the_mean_of_what_is_above_a_half():
+    p = torch.tensor([[[0.9, 0.7], [0.2, 0.5]], [[0.5, 0.5], [0.5, 0.5]], [[0.1, 0.6], [0.0, 0.3]]])
+    assert mask_quality(p.logit()).tolist() == pytest.approx([0.8, 0.0, 0.6])
+    assert mask_quality(p.logit()[0]).shape == () and mask_quality(p.logit()[None]).shape == (1, 3)
+
+
+def test_instances_are_the_surest_pairs_of_query_and_class_as_in_mask2former():
+    generator = torch.Generator().manual_seed(0)
+    posterior = torch.randn(6, 4, generator=generator).mul(2).softmax(-1)
+    logits = torch.randn(6, 5, 7, generator=generator) * 4
+    sizes = (20, 28), (18, 27), (36, 54)
+    masks, labels, scores = instance_inference(posterior, logits, sizes, top=10)
+    # Mask2Former's own steps, one at a time.
+    flat = posterior[:, :3].flatten()
+    best = flat.argsort(descending=True)[:10]
+    full = resize_masks(logits, *sizes)
+    rows = []
+    for pair in best.tolist():
+        mask = full[pair // 3] > 0
+        quality = (full[pair // 3].sigmoid() * mask).sum() / mask.sum()
+        rows.append((float(flat[pair] * quality), pair % 3, mask))
+    rows.sort(key=lambda row: -row[0])
+    assert scores.tolist() == pytest.approx([row[0] for row in rows], abs=1e-6)
+    assert labels.tolist() == [row[1] for row in rows] and len(set(best.tolist())) == 10
+    assert torch.equal(masks, torch.stack([row[2] for row in rows]))
+    shared = resize_masks(logits, *sizes).sigmoid()
+    again = instance_inference(posterior, logits, sizes, 10, shared)
+    assert all(torch.equal(a, b) for a, b in zip(again, (masks, labels, scores)))
+
+
+def test_a_mask_without_a_pixel_is_no_instance_and_no_query_gives_none():
+    posterior = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    logits = torch.stack([torch.full((4, 4), -3.0), torch.full((4, 4), 3.0)])
+    sizes = ((16, 16),) * 3
+    masks, labels, scores = instance_inference(posterior, logits, sizes)
+    assert labels.tolist() == [0] and masks.all()
+    assert scores.tolist() == pytest.approx([0.5 * torch.tensor(3.0).sigmoid().item()])
+    masks, labels, scores = instance_inference(posterior[:0], logits[:0], sizes)
+    assert masks.shape == (0, 16, 16) and len(labels) == len(scores) == 0
+
+
+def test_the_surest_instance_lies_on_top():
+    masks = torch.tensor([[[1, 1, 0, 0]], [[0, 1, 1, 0]]], dtype=torch.bool)
+    assert paint(masks).tolist() == [[1, 1, 2, 0]]
+
+
+# ------------------------------------------------------------------------------------ ground truth
+
+
+def test_stuff_becomes_void_and_things_keep_their_names():
+    whole = scenes.load_mini("4")
+    dataset = things_only(whole)
+    things = [n for n, t in zip(whole.taxonomy.short_names, whole.taxonomy.things) if t]
+    assert dataset.taxonomy.short_names == things and all(dataset.taxonomy.things)
+    for i in range(3):
+        before, after = whole.train.truth(i), dataset.train.truth(i)
+        names = np.append("", [whole.taxonomy.short_names[k] for k in before.labels])
+        mine = np.append("", [dataset.taxonomy.short_names[k] for k in after.labels])
+        kept = np.where(np.isin(names, things), names, "")
+        assert np.array_equal(kept[before.segment_map], mine[after.segment_map])
+        assert after.segment_map.max() == len(after.labels) == len(after.areas)
+    order = list(range(len(things)))[::-1]
+    dataset.follow(dataset.taxonomy.select(np.array(order)), "a run")
+    assert dataset.taxonomy.short_names == things[::-1]
+    back = dataset.train.truth(0)
+    first = things_only(whole).train.truth(0)
+    assert (back.labels == len(things) - 1 - first.labels).all()
+
+
+def test_a_data_set_without_things_has_no_instances():
+    stuff = Taxonomy(("sky", "sea"), (False, False), (1, 2))
+    with pytest.raises(UserError, match="has no class that is a thing"):
+        things_only(DataSet("coast", stuff, None, None, [], []))
+
+
+def test_masks_that_overlap_move_along_with_their_image():
+    size = 50, 70
+    masks = np.stack([disc(20, 30, 14, size), disc(25, 40, 14, size), disc(48, 2, 3, size)])
+    shown = (masks * np.array([90, 160, 255])[:, None, None]).max(0).astype(np.uint8)
+    picture = data.Image.fromarray(np.stack([shown] * 3, -1))
+    truth = Truth(shown, np.array([2, 0, 1]), masks.sum((1, 2)), np.zeros(3, bool), masks=masks)
+    cfg = replace(MINI, labels="instances", crop=64, turns=True)
+    for seed in range(4):
+        image, target = data.labeled_view(picture, truth, cfg, random.Random(seed))
+        plain, (x, y, z) = data.weak_view(
+            data.Sample(picture, list(masks)), cfg, random.Random(seed), colour=True
+        )
+        assert torch.equal(image, data.pad_image(plain, 64))
+        kept = [k for k, layer in zip((2, 0, 1), (x, y, z)) if layer.any()]
+        assert target.labels.tolist() == kept and target.masks.shape == (len(kept), 64, 64)
+        assert np.array_equal(target.masks[0, : x.shape[0], : x.shape[1]].numpy(), x)
+        assert (target.masks[0] & target.masks[1]).any()
+
+
+def test_crowd_is_no_target():
+    masks = np.ones((2, 40, 40), bool)
+    truth = Truth(masks[0] * 1, np.array([1, 0]), np.ones(2), np.array([True, False]), masks=masks)
+    picture = data.Image.new("RGB", (40, 40))
+    _, target = data.labeled_view(picture, truth, MINI, random.Random(0))
+    assert target.labels.tolist() == [0] and len(target.masks) == 1
+
+
+# --------------------------------------------------------------------------------------- mask AP
+
+
+def test_ap_is_that_of_pycocotools_on_the_same_files(tmp_path):
+    rng = np.random.default_rng(1)
+    found = [scene(rng) for _ in range(30)]
+    score = MaskAP(TAXONOMY)
+    for pair in found:
+        score.add(*pair)
+    result = score.result()
+    stats, precision = by_files(found, tmp_path)
+    mine = [result[name] for name in ("ap", "ap50", "ap75", "aps", "apm", "apl")]
+    assert mine == pytest.approx(stats.tolist(), abs=1e-6) and 0.05 < mine[0] < 0.95
+    # its categories are sorted by id: nucleus, cell, vessel
+    cell, nucleus = result["per_class"]["cell"], result["per_class"]["nucleus"]
+    assert cell["ap"] == pytest.approx(precision[:, :, 1].mean(), abs=1e-6)
+    assert nucleus["ap75"] == pytest.approx(precision[5, :, 0].mean(), abs=1e-6)
+    assert result["per_class"]["vessel"]["ap"] is None  # there is none
+
+
+def test_ap_by_hand():
+    # Two true discs. The surer answer is one of them, the next one is wrong, the last one is the
+    # other disc: precision is 1 up to a recall of 1/2 (51 of the 101 recalls), then 2/3.
+    one, two, wrong = disc(30, 30, 20), disc(30, 150, 20), disc(30, 90, 20)
+    score = MaskAP(TAXONOMY)
+    score.add(found_of([one, wrong, two], [0, 0, 0], [0.9, 0.5, 0.1]), truth_of([one, two], [0, 0]))
+    result = score.result()
+    hand = pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert result["ap"] == hand and result["ap50"] == hand
+    assert result["apm"] == pytest.approx(result["ap"]) and result["apl"] is None
+    assert result["instances"] == 2 and result["per_class"]["cell"]["instances"] == 2
+
+
+def test_a_crowd_swallows_what_lies_in_it_and_is_not_to_be_found():
+    crowd, one = np.zeros(SIZE, bool), disc(30, 30, 20)
+    crowd[:, 100:] = True
+    inside = [disc(30, x, 10) for x in (120, 150, 180)]
+    found = found_of([*inside, one], [0] * 4, [0.9, 0.8, 0.7, 0.6])
+    score = MaskAP(TAXONOMY)
+    score.add(found, truth_of([crowd, one], [0, 0], [True, False]))
+    assert score.result()["ap"] == pytest.approx(1) and score.result()["instances"] == 1
+
+
+def test_nothing_to_find_is_no_figure():
+    assert {MaskAP(TAXONOMY).result()[name] for name in ("ap", "ap50", "aps")} == {None}
+    score = MaskAP(TAXONOMY)
+    score.add(found_of([disc(30, 30, 9)], [0], [0.9]), truth_of([], []))
+    assert score.result()["ap"] is None and score.result()["per_class"]["cell"]["ap"] is None
+    score.add(found_of([], [], []), truth_of([disc(30, 30, 20)], [1]))
+    assert score.result()["ap"] == 0 and score.result()["per_class"]["cell"]["ap"] is None
+
+
+def test_processes_that_take_images_in_turn_have_the_ap_of_one():
+    rng = np.random.default_rng(2)
+    found = [scene(rng) for _ in range(9)]
+    whole, parts = MaskAP(TAXONOMY), [MaskAP(TAXONOMY), MaskAP(TAXONOMY)]
+    for rank, part in enumerate(parts):
+        part.rank = rank
+    for i, pair in enumerate(found):
+        whole.add(*pair)
+        parts[i % 2].add(*pair)
+    for part, other in (parts, parts[::-1]):
+        both = MaskAP(TAXONOMY)
+        both.merge(part)
+        both.merge(other)
+        assert both.result() == whole.result()
+
+
+def test_segments_that_do_not_overlap_are_masks_too():
+    one, two = disc(30, 30, 20), disc(30, 100, 12)
+    masks, flat = truth_of([one, two], [0, 1]), truth_of([one, two], [0, 1])
+    flat.masks = None
+    found = found_of([one, two], [0, 1], [0.9, 0.8])
+    for truth in (masks, flat):
+        for prediction in (found, replace(found, masks=None)):
+            score = MaskAP(TAXONOMY)
+            score.add(prediction, truth)
+            assert score.result()["ap"] == pytest.approx(1)
+
+
+def test_a_prediction_of_another_size_is_refused():
+    other = Prediction(np.zeros((3, 4), np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    with pytest.raises(ValueError, match=r"expected one size, got \(3, 4\) and \(60, 200\)"):
+        MaskAP(TAXONOMY).add(other, truth_of([], []))
