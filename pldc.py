@@ -25,7 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_ensemble import MAX_SCALE, ClipBackbone, Vocabulary, padded_size, zero_shot_logits
+from clip_ensemble import (
+    MAX_SCALE,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    ClipBackbone,
+    Vocabulary,
+    padded_size,
+    zero_shot_logits,
+)
 from config import Config
 from data import (
     PAD_VALUE,
@@ -123,9 +131,10 @@ class Namer(nn.Module):
         self.visual = ClipBackbone(clip) if view == "pool" else clip.visual
         self.side = int(np.max(clip.visual.image_size))  # pixels
         self.scale = float(clip.logit_scale.detach().exp().clamp(max=MAX_SCALE))
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(clip.visual, f"image_{name}")).view(3, 1, 1)
-            self.register_buffer(name, 255 * values, persistent=False)
+        for name, usual in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
+            own = getattr(clip.visual, f"image_{name}", None)  # 0 to 1, where a CLIP says it
+            values = torch.tensor(usual) if own is None else 255 * torch.tensor(own)
+            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -233,6 +242,7 @@ class Pldc(MeanTeacher):
         return self.cfg.burn_in_steps(self.warm)
 
     def batches(self, dataset) -> "InstanceBatches":
+        _ = self.clip  # its weights are asked for before the first step, not after the burn-in
         return InstanceBatches(dataset, self.cfg, self.cfg.ssl_steps, self.warm, self.views)
 
     def step(self, batch: tuple[Labeled, Unlabeled | None], t: int) -> dict[str, float]:
@@ -331,8 +341,12 @@ class Pldc(MeanTeacher):
             view = images[k : k + 1, :, : size[0], : size[1]]
             (target,) = self.pseudo_labels(features, (padded, size, size), t, view)
             masks = resize(target.masks[None].float(), output)[0] > 0.5
-            scores = torch.ones(len(target))
-            arrays = paint(masks), target.labels, scores, None, None, masks
+            scores, added = torch.ones(len(target)), None
+            if sums:
+                added = torch.zeros(len(self.taxonomy), *output)
+                for label, mask in zip(target.labels.tolist(), masks):
+                    added[label][mask] = 1
+            arrays = paint(masks), target.labels, scores, None, added, masks
             arrays = (None if x is None else x.cpu().numpy() for x in arrays)
             yield k, PSEUDO, Prediction(*arrays)
 

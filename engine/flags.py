@@ -59,6 +59,9 @@ TRAIN = ("dewa", "sup", "ssl")
 LABELED = ("sup", "ssl")  # training on labelled images, which ends with an evaluation
 TABLES = ("demo", "ladder", "alpha")
 WARM = tuple(name for name, method in METHODS.items() if method.warm)
+OF_INSTANCES = tuple(
+    name for name, method in METHODS.items() if method.numbers.get("labels") == "instances"
+)
 WITH_CLIP = tuple(name for name, method in METHODS.items() if method.has_clip)
 STORED = ("eval", "predict", "export", "report")  # read a run
 RUNNING = ("masks", *TRAIN, *STORED, "zeroshot", *TABLES)  # with a model, and a folder of runs
@@ -295,7 +298,9 @@ def steps_of(stage: str) -> str:
 
 def usual_method(args: argparse.Namespace) -> str:
     """The --method of a command line without it. On a folder of one's own, a classifier without
-    words is trained without CLIP, too."""
+    words is trained without CLIP, too; instances are PL-DC's."""
+    if (args.labels or PRESETS[args.preset or args.dataset].labels) == "instances":
+        return "pldc"
     linear = (args.classifier or PRESETS[args.preset or args.dataset].classifier) == "linear"
     alone = args.teacher_posterior in (None, "decoder")
     return "ssl" if args.dataset == "custom" and linear and alone else "dearli"
