@@ -90,9 +90,7 @@ class Config:
     # pseudo-labels of --method pldc and guided
     class_threshold: float = 0.85  # least probability of the class (c_t)
     mask_threshold: float = 0.9  # least mask quality (m_t), Eq. (4) of PL-DC
-    coupled: float = (
-        0.0  # instead of both, if above 0: least product of the two, 0.765 without DDTF
-    )
+    coupled: float = 0.0  # above 0: instead of both, least product of the two (without DDTF: 0.765)
     clip_view: str = "crop"  # what CLIP is asked about (DICC): `crop`, the box of an instance;
     #    `masked`, the same with grey around the mask; `pool`, the features under the mask (of a
     #    ConvNeXt); `none`: it is not asked

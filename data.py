@@ -11,7 +11,6 @@ Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out
 training images of one size only.
 """
 
-import math
 import random
 import signal
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import Config
+from cutout import PATTERNS, cut_out
 from ground import ranks
 from ground.errors import UserError
 from matcher import Target
@@ -35,14 +35,6 @@ CUTMIX_ASPECT = (0.3, 1 / 0.3)  # height / width, uniform
 CUTMIX_TRIES = 1000  # before the boxes that fit are listed; in an ordinary view a few will do
 GRACE = 10  # seconds that a loader process outlives a SIGTERM
 MAX_LONG_SIDE = 4  # long side of a training view, in crops (2560 of 640)
-# CutOut of a strong view, pattern after pattern: chance, share of the area, height / width
-_AREAS = ((0.7, (0.05, 0.2)), (0.5, (0.02, 0.2)), (0.3, (0.02, 0.2)))
-CUTOUT = {
-    "none": (),
-    "paper": tuple(zip(_AREAS, ((0.3, 3.3), (0.1, 0.6), (0.05, 0.8)))),
-    "code": tuple(zip(_AREAS, ((0.3, 3.3), (0.1, 6.0), (0.05, 8.0)))),
-}
-CUTOUT_TRIES = 10  # then the pattern is left out
 
 
 # ------------------------------------------------------------------------------ views of an image
@@ -167,29 +159,7 @@ def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
         x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if rng.random() < cfg.blur_prob:
         x = gaussian_blur(x, rng.uniform(0.1, cfg.blur_radius))
-    return cut_out(to_bytes(x), CUTOUT[cfg.cutout], rng)
-
-
-def cut_out(image: Tensor, patterns, rng: random.Random) -> Tensor:
-    """Rectangles of noise, one of each pattern (a value of CUTOUT) with its chance. (3, h, w)
-    uint8; the image itself stays as it is.
-
-    Source: CutOut (arXiv:1708.04552), with the patterns of Unbiased Teacher (arXiv:2102.09480).
-    """
-    height, width = image.shape[1:]
-    for (chance, area), (least, most) in patterns:
-        if rng.random() >= chance:
-            continue
-        for _ in range(CUTOUT_TRIES):
-            pixels = rng.uniform(*area) * height * width
-            w, h = _sides(pixels, math.exp(rng.uniform(math.log(least), math.log(most))))
-            if 0 < w < width and 0 < h < height:
-                y, x = rng.randint(0, height - h), rng.randint(0, width - w)
-                noise = np.random.default_rng(rng.getrandbits(64)).integers(0, 256, (3, h, w))
-                image = image.clone()
-                image[:, y : y + h, x : x + w] = torch.from_numpy(noise.astype(np.uint8))
-                break
-    return image
+    return cut_out(to_bytes(x), PATTERNS[cfg.cutout], rng)
 
 
 def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:

@@ -77,9 +77,8 @@ def set_loss(
             else torch.cat([uncertain_points(c, cfg, g) for c, g in zip(chosen, generators)])
         )
         chosen = torch.cat(chosen)  # (M, h, w)
-        wanted = sample_targets(targets, matches, where)
         certainty = sample_certainty(targets, matches, where)
-        mask, dice = mask_losses(chosen, wanted, where, certainty)
+        mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where, certainty)
         total["class"] = total["class"] + cfg.weights.label * label / class_weight
         total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
         total["dice"] = total["dice"] + cfg.weights.dice * dice / num_masks

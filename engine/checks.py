@@ -136,8 +136,8 @@ no instances | INSTANCES | no instance is a pseudo-label here; it counts with --
 instances | cutmix_prob | --method {args.method} mixes no images; it counts with --method {mixing}
 coupled | class_threshold mask_threshold | it counts with --coupled 0
 not guided | guided_steps | it counts with --method guided
-not asked | clip_margin clip_model clip_pretrained | CLIP is not asked about pseudo-labels; it counts
-    with --clip-view crop, masked or pool
+not asked | clip_margin clip_model clip_pretrained | CLIP is not asked about pseudo-labels; it
+    counts with --clip-view crop, masked or pool
 pooled | clip_margin | there is no box; it counts with --clip-view crop or masked
 poly | milestones | it counts with --schedule multistep
 multistep | poly_power | it counts with --schedule poly

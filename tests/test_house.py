@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 
 # Rooms by floor: imports go down, or stay in the room. Single files are rooms of their own.
 FLOORS = (
-    ("ground", "pldc_numbers"),
+    ("ground", "pldc_numbers", "cutout"),
     ("config",),
     ("panoptic_eval", "instance_eval", "readers"),
     ("matcher", "clip_ensemble", "deformable_cpu"),
