@@ -15,10 +15,13 @@ TAGS = {
     "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
     "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
 }
-PAPERS_DATASETS = ("ade20k", "coco", "coco-objects")
+INSTANCE_DATASETS = ("coco-instances", "cityscapes-instances")
+PAPERS_DATASETS = ("ade20k", "coco", "coco-objects", *INSTANCE_DATASETS)
 PAPERS_SPLITS = {  # the official partitions, smallest first
     "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"),
     **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
+    "coco-instances": ("1", "2", "5", "10", "100"),  # percent; 100 with unlabeled2017
+    "cityscapes-instances": ("5", "10", "20", "30"),
 }
 ALIASES = {
     **dict.fromkeys(("ade", "ade20k-panoptic", "ade20k_panoptic"), "ade20k"),
@@ -104,6 +107,9 @@ class Config:
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
+    # instance inference
+    least_score: float = 0.5  # of an instance that is drawn and counted; AP and results.json take
+    #    all
     # optimisation
     optimizer: str = "adamw"  # of all trained parameters: `adamw`
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power, or
@@ -377,7 +383,8 @@ BOUNDS = {
     (0.1, INF): "blur_radius",
     (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter jitter_prob "
     "class_threshold mask_threshold coupled "
-    "object_mask_threshold overlap_threshold pred_iou_thresh stability_thresh mask_nms_thresh",
+    "object_mask_threshold overlap_threshold least_score pred_iou_thresh stability_thresh "
+    "mask_nms_thresh",
     (0, 0.5): "jitter_hue",
     (0, 2**32 - 1): "seed",
     (0, 10_000): "clip_scale",
@@ -433,7 +440,7 @@ RULES = {
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
-    **{"seen_width": 0.0, "object_width": 0.0, "window": 0},
+    **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
     **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},
     **{"class_threshold": 0.85, "mask_threshold": 0.9, "coupled": 0.0, "guided_steps": 0},
     **{"clip_view": "crop", "clip_margin": 0.0, "clip_model": "", "clip_pretrained": ""},

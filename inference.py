@@ -11,7 +11,7 @@ Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 -
 --out runs/try-overlap`: queries that others cover stay segments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterable, Iterator
 
 import numpy as np
@@ -58,6 +58,18 @@ class Prediction:
         if self.masks is not None:
             return self.masks
         return self.segment_map == np.arange(1, len(self.labels) + 1)[:, None, None]
+
+    def sure(self, least: float) -> "Prediction":
+        """Without instances of a lower score, and without those of whose pixels surer ones hide
+        more than half: what is drawn and counted.
+        """
+        pixels = np.bincount(self.segment_map.ravel(), minlength=len(self.labels) + 1)[1:]
+        own = pixels if self.masks is None else self.masks.sum((1, 2))
+        keep = (self.scores >= least) & (pixels > 0) & (2 * pixels >= own)
+        lut = np.append(0, np.cumsum(keep) * keep).astype(self.segment_map.dtype)
+        masks = None if self.masks is None else self.masks[keep]
+        kept = {"labels": self.labels[keep], "scores": self.scores[keep], "masks": masks}
+        return replace(self, segment_map=lut[self.segment_map], **kept)
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ from panoptic_eval import MeanIoU, PanopticQuality
 from pretrained import foundation
 from pretrained.sam import MaskGenerator
 from readers import checks, exposure, ground_truth, mask_files, panoptic, pictures, sixteen_bit
+from readers.runs import to_runs
 from report import watch
 from tests.helpers import (
     CPU,
@@ -2239,37 +2240,6 @@ def test_miou_refuses_a_void_value_that_is_a_class_and_labels_beyond_the_classes
 # ------------------------------------------------------------------------------------------ dewa.py
 
 
-def test_run_lengths_of_coco_by_hand():
-    # columns first: 40 zeros = 0b01_01000 -> low group 8 with "more" (32): chr(48 + 40) = "X",
-    # then 1: "1"; 2 ones: "2"
-    mask = np.zeros((6, 7), bool)
-    mask[4:, 6] = True
-    assert mask_files.encode_rle(mask) == {"size": [6, 7], "counts": "X12"}
-    assert (
-        mask_files.encode_rle(np.ones((2, 2), bool))["counts"] == "04"
-    )  # a mask that starts with ones
-    # runs 0 5 1 3 1: the fourth is stored as 3 - 5 = -2 -> 0b11110 = 30 -> chr(78) = "N", the
-    # fifth as 1 - 1 = 0
-    assert (
-        mask_files.encode_rle(np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 0], bool)[:, None])["counts"]
-        == "051N0"
-    )
-
-
-def test_run_lengths_come_back_as_the_mask_they_were_made_from():
-    rng = np.random.default_rng(0)
-    for shape in ((1, 1), (5, 3), (64, 48), (300, 200)):
-        for density in (0.0, 0.02, 0.5, 1.0):
-            mask = rng.random(shape) < density
-            assert np.array_equal(mask_files.decode_rle(mask_files.encode_rle(mask)), mask)
-
-
-@pytest.mark.parametrize("counts", ["", "X", "X1", "5", "~~~~"])
-def test_damaged_run_lengths_are_refused(counts):
-    with pytest.raises(ValueError):
-        mask_files.decode_rle({"size": [6, 7], "counts": counts})
-
-
 def test_masks_on_disk_have_the_official_keys_and_an_interrupted_call_goes_on(small_mini, tmp_path):
     images, sam = scenes.load_mini("4").train, FakeSam()
     assert mask_files.generate_masks(images, sam, tmp_path) == 12 and sam.calls == 12
@@ -2480,7 +2450,7 @@ def test_the_decoder_is_warmed_up_on_a_folder_with_masks_beside_the_images_as_in
         mask[10:40, 20:60] = True
         annotation = {
             "id": 400 + i,
-            "segmentation": mask_files.encode_rle(mask),
+            "segmentation": to_runs(mask),
             "bbox": [20, 10, 40, 30],
             "area": 1200,
             "predicted_iou": 0.9,

@@ -104,6 +104,11 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
+        if args.labels == "instances":
+            raise UserError(
+                f"--labels instances: the rungs of --stage {args.stage} are of every pixel; "
+                "expected --stage sup"
+            )
     longer = cfg.ssl_steps - cfg.dewa_steps  # of DEARLi's rung; too few: `ladder.require_rungs`
     if args.stage in ("demo", "ladder") and longer > 0:
         require_semi_supervised(replace(cfg.settled(), ssl_steps=longer), warm=True)
@@ -156,6 +161,9 @@ not custom | variant | it counts with --dataset custom
 mini | data_root | --dataset mini is drawn, not read; it counts with --dataset custom or another
 bytes | white | images of --dataset mini have 8 bits
 images | data_root variant split | the images are those of --images; it counts without
+overlapping | groups object_mask_threshold overlap_threshold | instances do not compete for
+    pixels; it counts with --labels panoptic
+partition | least_score | segments have no such score; it counts with --labels instances
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
 graph | no_object_weight | there is no loss in it; it counts with --format official or safetensors
@@ -204,6 +212,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "mini": mini,
         "bytes": mini and stage not in STORED and not args.images,
         "images": args.images is not None,
+        "overlapping": cfg.labels == "instances",
+        "partition": cfg.labels != "instances",
         "no eval": unmeasured,
         "no graph": stage == "export" and args.format != "onnx",
         "graph": stage == "export" and args.format == "onnx",
@@ -223,11 +233,13 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
 
 def require_method(args: argparse.Namespace, cfg: Config) -> None:
     """Raise UserError for a number that makes another method of --method."""
-    if cfg.labels == "instances" and args.method not in OF_INSTANCES:
-        raise UserError(
-            f"--method {args.method}: makes no pseudo-labels of instances (--labels instances); "
-            f"expected --method {' or '.join(OF_INSTANCES)}"
-        )
+    if cfg.labels == "instances":
+        fitting = [key for key, other in METHODS.items() if cfg.labels in other.values("labels")]
+        if args.method not in fitting:
+            raise UserError(
+                f"--labels instances: --method {args.method} makes pseudo-labels that do not "
+                f"overlap; expected --stage sup{''.join(f' or --method {m}' for m in fitting)}"
+            )
     for name, value in METHODS[args.method].numbers.items():
         asked = getattr(args, name)
         fitting = [
@@ -374,7 +386,10 @@ def require_there(args: argparse.Namespace) -> None:
 def _require_data(args: argparse.Namespace) -> None:
     """The data set that is named: a folder, and of the paper's what belongs to them."""
     if args.dataset == "custom" and not args.data_root:
-        raise UserError("--dataset custom needs --data-root DIR: a folder in COCO panoptic format")
+        raise UserError(
+            "--dataset custom needs --data-root DIR: a folder in COCO panoptic format, or with "
+            "COCO instances"
+        )
     if args.dataset == "custom" and not Path(args.data_root).is_dir():
         raise UserError(
             f"{args.data_root}: no such folder; --data-root names a folder in COCO panoptic format"

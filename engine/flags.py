@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from config import (
+    INSTANCE_DATASETS,
     METHODS,
     PAPERS_DATASETS,
     PAPERS_SPLITS,
@@ -104,7 +105,7 @@ class Flag:
 
 FLAGS = (
     Flag("dataset", DATA, "mini"),
-    #    mini, custom, ade20k, coco, coco-objects
+    #    mini, custom, ade20k, coco, coco-objects, coco-instances, cityscapes-instances
     Flag("data-root", DATA, ""),
     #    folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in
     #    COCO panoptic format)
@@ -221,7 +222,7 @@ NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_t
 SIZES: test_size test_max white
 SCALE: seen_width object_width window
 ANSWER: object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
-INFERENCE: SIZES SCALE ANSWER
+INFERENCE: SIZES SCALE ANSWER least_score
 GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop scale_min scale_max SCALE turns optimizer schedule
@@ -277,7 +278,7 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
         values["pretrained"] = TAGS.get(values["backbone"], "")
     splits = PAPERS_SPLITS.get(args.dataset, ())
-    if args.split in splits:
+    if args.split in splits and args.dataset not in INSTANCE_DATASETS:
         cfg = replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (splits.index(args.split) + 1))
     return replace(cfg, **values)
 

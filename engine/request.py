@@ -17,8 +17,13 @@ from readers import papers
 from readers.checks import require_files, require_images
 from readers.exposure import see
 from readers.ground_truth import DataSet, Taxonomy
-from readers.instances import things_only
-from readers.panoptic import load_folder
+from readers.instances import (
+    instance_json,
+    load_instances,
+    require_every_pixel,
+    things_only,
+)
+from readers.panoptic import has_maps, load_folder
 from readers.pictures import ImageFolder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,6 +62,8 @@ class Source:
         dataset = self._read(cfg, complain)
         if cfg.labels == "instances":
             dataset = things_only(dataset)
+        else:
+            require_every_pixel(dataset)
         classes = classes_of(config or {}, origin)
         if classes is not None:
             dataset.follow(classes, origin)
@@ -73,9 +80,15 @@ class Source:
         if self.dataset in PAPERS_DATASETS:
             dataset = papers.load(self.dataset, root, self.split, cfg.seed, complain)
         else:
-            dataset = load_folder(root, self.split, cfg.seed, self.variant, complain)
+            load = load_instances if self._as_instances(root, cfg) else load_folder
+            dataset = load(root, self.split, cfg.seed, self.variant, complain)
         see(cfg.white, dataset.train, dataset.val)
         return dataset
+
+    def _as_instances(self, root: Path, cfg: Config) -> bool:
+        """A folder may hold instances, panoptic maps or both: then it is as the labels want it."""
+        there = instance_json(root, "train", self.variant) is not None
+        return there and (cfg.labels == "instances" or not has_maps(root, self.variant))
 
     def load_images(self, cfg: Config):
         """What SAM segments and the decoder is warmed up on: the folder of images, and None; or all
@@ -85,7 +98,7 @@ class Source:
             images = ImageFolder(self.images)
             see(cfg.white, images)
             return images, None
-        dataset = self.load(cfg)
+        dataset = self._read(cfg, refuse)  # whatever its labels are of
         images = dataset.train
         require_images(images)
         require_files(images, range(len(images)), "training", maps=False)

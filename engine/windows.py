@@ -120,9 +120,11 @@ class Stitcher:
     """What all windows of one image say, by one reading.
 
     segment_map, semantic: (H, W) arrays that are filled, in memory or in files; zeros at first.
+    least: score of an instance.
     """
 
-    def __init__(self, grid: Grid, things: np.ndarray, segment_map, semantic):
+    def __init__(self, grid: Grid, things: np.ndarray, segment_map, semantic, least: float = 0.0):
+        self.least = least
         self.grid, self.things = grid, things
         self.segment_map, self.semantic = segment_map, semantic
         self.size = segment_map.shape[::-1]
@@ -136,11 +138,13 @@ class Stitcher:
 
     def add(self, y: int, x: int, prediction: Prediction) -> None:
         """What the window at (y, x) says: its things, and sums of its classes."""
-        grid, boxes = self.grid, ndimage.find_objects(prediction.segment_map)
+        grid, boxes = self.grid, _boxes(prediction)
         inner = grid.border(y, x, self.size)
         window = y, x, y + grid.height, x + grid.width
         for k, place in enumerate(boxes):
             if place is None or not self.things[prediction.labels[k]]:
+                continue
+            if prediction.scores[k] < self.least:
                 continue
             rows, columns = place
             edges = rows.start, grid.height - rows.stop, columns.start, grid.width - columns.stop
@@ -148,7 +152,8 @@ class Stitcher:
             box = y + rows.start, x + columns.start, y + rows.stop, x + columns.stop
             if cut and grid.shows_whole(box, self.size):
                 continue
-            mask = prediction.segment_map[place] == k + 1
+            whole = prediction.masks
+            mask = prediction.segment_map[place] == k + 1 if whole is None else whole[k][place]
             label, score = int(prediction.labels[k]), float(prediction.scores[k])
             area = int(np.count_nonzero(mask))
             self.waiting.append(Instance(label, score, box, mask, window, cut, area))
@@ -248,6 +253,13 @@ class Stitcher:
         return Prediction(self.segment_map, labels, scores, self.semantic)
 
 
+def _boxes(prediction: Prediction) -> list[tuple[slice, slice] | None]:
+    """Where each segment is, rows and columns; None if it has no pixel."""
+    if prediction.masks is None:
+        return ndimage.find_objects(prediction.segment_map)
+    return [(ndimage.find_objects(mask.view(np.uint8)) or [None])[0] for mask in prediction.masks]
+
+
 def _order(one: Instance):
     """Whole ones before parts, surer ones first; the rest makes it one order."""
     return one.part, -one.score, -one.area, one.box
@@ -285,6 +297,7 @@ def predict_in_windows(
     readings: Iterable[str],
     t: int | None = None,
     arrays: Callable[[str], tuple] | None = None,
+    least: float = 0.0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Prediction]:
     """What readings say of an image, from windows of it.
@@ -293,7 +306,7 @@ def predict_in_windows(
         picture: RGB.   t: as in `Method.predict`.
         arrays: of a reading (segment_map int32, semantic uint16), both (H, W) and zeros, that are
             to be filled; None: in memory.
-        progress: wraps the rows of windows.
+        least: score of an instance that is stitched.   progress: wraps the rows of windows.
     Returns: by reading; `semantic` as `Stitcher.result` has it.
     """
     grid, readings = Grid.of(picture.size, method.cfg), list(readings)
@@ -303,7 +316,7 @@ def predict_in_windows(
         maps = (
             arrays(reading) if arrays else (np.zeros(shape, np.int32), np.zeros(shape, np.uint16))
         )
-        stitchers[reading] = Stitcher(grid, _things(method, reading), *maps)
+        stitchers[reading] = Stitcher(grid, _things(method, reading), *maps, least)
     for row in progress(range(len(grid.tops))):
         top = grid.tops[row]
         for lefts in _batches(grid.lefts, method.cfg.eval_batch):

@@ -4,7 +4,7 @@ import importlib.metadata
 import sys
 
 # Of every stage.
-REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors")
+REQUIRED = ("torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", "safetensors", "pycocotools")
 # Of some stages, by the name that they are imported by: as pip installs them.
 PACKAGES = {
     "open_clip": "open_clip_torch>=2.30",
@@ -12,7 +12,6 @@ PACKAGES = {
     "segment_anything": "segment-anything>=1.0",
     "huggingface_hub": "huggingface_hub",
     "tensorboard": "tensorboard",
-    "pycocotools": "pycocotools>=2.0.7",
     "onnx": "onnx onnxscript onnxruntime",  # the last one runs and checks the file
     "onnxscript": "onnx onnxscript onnxruntime",
 }

@@ -10,7 +10,9 @@ it; it uses `config` and `ground`, and knows no network.
     scale           how wide the objects of a data set are
     panoptic        images and maps in COCO panoptic format
     panoptic_json   its JSON: classes, and the segments of each image
+    runs            masks as run lengths
     mask_files      SAM's masks on disk, and what they were made of
+    instances       instances that overlap, and the things of other data sets
     splits          which images are labelled
     papers          the paper's data sets, once they are prepared
     downloads       where they come from and where they lie

@@ -116,6 +116,8 @@ def _counted(dataset: DataSet, cfg: Config) -> list[tuple[PanopticFolder, Any, s
 def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
     """(image, class, number of segments) where one image has several of a stuff class, which COCO
     panoptic format does not know. Crowd does not count."""
+    if all(images.taxonomy.things):
+        return []
     owner = np.repeat(np.arange(images.annotated), np.diff(images.starts))
     classes, crowd = images.segments[:, 1], images.segments[:, 3]
     stuff = ~np.array(images.taxonomy.things)[classes] & (crowd == 0)
@@ -137,7 +139,7 @@ def require_files(images, indices, what: str, maps: bool = True, classes: bool =
         return path.name in listed[path.parent]
 
     kinds = {"image": [images.folder / images.name(i) for i in indices]}
-    if maps:
+    if maps and images.maps is not None:
         kinds["panoptic map"] = [images.maps / str(images.files[i]) for i in indices]
     if classes and images.semantic is not None:
         kinds["class map"] = [images.class_file(i) for i in indices]

@@ -8,18 +8,28 @@ A data set is in --data-root, by default in datasets/NAME, or $DEARLI_DATASETS/N
 import os
 from pathlib import Path
 
+from config import INSTANCE_DATASETS, PAPERS_SPLITS
 from ground.errors import UserError
 
-DOWNLOAD = {"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"}  # what each is made from
+DOWNLOAD = {  # what each is made from
+    "ade20k": "ade20k",
+    "coco": "coco",
+    "coco-objects": "coco",
+    "coco-instances": "coco-instances",
+    "cityscapes-instances": "cityscapes-instances",
+}
 PROMPTS = {
     "ade20k": "ade20k_150_prompts.txt",
     "coco": "coco_panoptic_prompts.txt",
     "coco-objects": "coco_objects_prompts.txt",
+    "coco-instances": "coco_panoptic_prompts.txt",  # Cityscapes' names have no synonyms
 }
 ADE_ZIP = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE_INSTANCES = "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
 COCO_ZIPS = "http://images.cocodataset.org/zips"
 COCO_PANOPTIC = "http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip"
+COCO_INSTANCES = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
+CITYSCAPES = "https://www.cityscapes-dataset.com/downloads"
 # What has to be downloaded: path below the folder of the data set, and where it comes from.
 ORIGINALS = {
     "ade20k": {
@@ -35,15 +45,32 @@ ORIGINALS = {
         "panoptic_train2017": f"{COCO_PANOPTIC}, the zip in it",
         "panoptic_val2017": f"{COCO_PANOPTIC}, the zip in it",
     },
+    "coco-instances": {
+        "train2017": f"{COCO_ZIPS}/train2017.zip",
+        "val2017": f"{COCO_ZIPS}/val2017.zip",
+        "annotations/instances_train2017.json": COCO_INSTANCES,
+        "annotations/instances_val2017.json": COCO_INSTANCES,
+    },
+    "cityscapes-instances": {
+        f"{folder}/{part}": f"{CITYSCAPES}, {folder}_trainvaltest.zip"
+        for folder in ("leftImg8bit", "gtFine")
+        for part in ("train", "val")
+    },
 }
 # The usual name of the folder; DATA_ROOT may be it, or hold it.
-FOLDERS = {"ade20k": "ADEChallengeData2016", "coco": "coco"}
+FOLDERS = {
+    "ade20k": "ADEChallengeData2016",
+    "coco": "coco",
+    "coco-instances": "coco",
+    "cityscapes-instances": "cityscapes",
+}
 
 
 def default_root(name: str) -> Path:
-    """--data-root where nobody names one. COCO-Objects lies in the folder of COCO, of which it is
-    made."""
-    return Path(os.environ.get("DEARLI_DATASETS") or "datasets") / DOWNLOAD[name]
+    """--data-root where nobody names one. COCO-Objects and COCO's instances lie in the folder of
+    COCO."""
+    folder = "ade20k" if name == "ade20k" else FOLDERS[DOWNLOAD[name]]
+    return Path(os.environ.get("DEARLI_DATASETS") or "datasets") / folder
 
 
 def locate(name: str, root: Path) -> Path:
@@ -81,6 +108,27 @@ def parts(name: str, base: Path) -> dict[str, tuple[Path, Path, Path, Path | Non
     return places
 
 
+def instance_parts(name: str, base: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The same of a data set of instances: the JSON and the image folder, by part. What COCO has as
+    a download, Cityscapes gets from `--stage prepare`."""
+    parts_of = ("train", "val")
+    if name == "coco-instances":
+        paths = {part: base / f"annotations/instances_{part}2017.json" for part in parts_of}
+        return paths, {part: base / f"{part}2017" for part in parts_of}
+    paths = {part: base / f"dearli/{name}/instances_{part}.json" for part in parts_of}
+    return paths, {part: base / "leftImg8bit" / part for part in parts_of}
+
+
+def _read_by_stages(name: str, base: Path) -> list[Path]:
+    """The files and folders that the stages read."""
+    own = [base / "dearli" / PROMPTS[name]] if name in PROMPTS else []
+    if name not in INSTANCE_DATASETS:
+        return own + [path for part in parts(name, base).values() for path in part[:3]]
+    lists = [base / "dearli" / name / split / "labeled.txt" for split in PAPERS_SPLITS[name]]
+    paths, folders = instance_parts(name, base)
+    return [*own, *paths.values(), *folders.values(), *lists]
+
+
 def require(name: str, root: Path, prepared: bool = True) -> Path:
     """The folder of a data set that holds what the stages read, or (prepared=False) what
     `--stage prepare` reads.
@@ -88,9 +136,7 @@ def require(name: str, root: Path, prepared: bool = True) -> Path:
     Raises: UserError naming what is missing, and its address or the command that makes it.
     """
     base, kind = locate(name, root), DOWNLOAD[name]
-    read = [base / "dearli" / PROMPTS[name]]
-    read += [path for part in parts(name, base).values() for path in part[:3]]
-    unmade = [path for path in read if not path.exists()]
+    unmade = [path for path in _read_by_stages(name, base) if not path.exists()]
     if prepared and not unmade:
         return base
     originals = ORIGINALS[kind]

@@ -1,8 +1,6 @@
 """SAM's masks on disk: one JSON an image, in the format of SA-1B, with what they were made of.
 
-Masks are run lengths, as in COCO: down the columns, zeros first. pycocotools writes them; they are
-read here, because its decoder trusts the string: what does not fill the mask is left as memory
-that nobody wrote.
+Masks are run lengths (`readers.runs`).
 """
 
 import json
@@ -17,10 +15,8 @@ from ground.errors import UserError
 from ground.files import claim, release, write_atomic
 from ground.identity import differences
 from readers.pictures import brief
+from readers.runs import from_runs, to_runs
 
-# Groups of 5 bits a run length after the first: more than any image has pixels, far less than 64
-# bits hold.
-MAX_DIGITS = 7
 # What reading a file that is not one of masks raises.
 BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError)
 AGAIN = "delete it and run --stage masks again"
@@ -119,7 +115,7 @@ def segment(images, i: int, generator, folder: Path) -> None:
         "annotations": [
             {
                 "id": k,
-                "segmentation": encode_rle(m["segmentation"]),
+                "segmentation": to_runs(m["segmentation"]),
                 "area": int(m["area"]),
                 "predicted_iou": float(m["predicted_iou"]),
                 "stability_score": float(m["stability_score"]),
@@ -215,7 +211,7 @@ def read_masks(
         # Each mask in one piece, as its runs are stored: together they are a view of (N, W, H).
         masks = np.zeros((len(content["annotations"]), *expected[::-1]), bool)
         for mask, annotation in zip(masks, content["annotations"]):
-            mask[:] = decode_rle(annotation["segmentation"]).T
+            mask[:] = from_runs(annotation["segmentation"], expected).T
     except FileNotFoundError:
         raise UserError(
             f"{path}: no SAM masks for image {name}; make them with --stage masks", "masks"
@@ -292,41 +288,3 @@ def _of_another_image(path: Path, name: str) -> UserError:
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {brief(str(error))}"
     return UserError(f"{path}: not a file of SAM masks ({reason}); {AGAIN}", "masks")
-
-
-# ------------------------------------------------------------------------------------- run lengths
-
-
-def encode_rle(mask: np.ndarray) -> dict:
-    """(H, W) bool -> {"size": [H, W], "counts": text}, COCO's compressed run lengths."""
-    from pycocotools import mask as coco  # only who writes masks needs it
-
-    rle = coco.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
-
-
-def decode_rle(rle: dict) -> np.ndarray:
-    """The inverse of `encode_rle`: (H, W) bool. Raises ValueError if the runs do not fill the mask.
-
-    Runs go down the columns and start with zeros; each is stored as its difference from the last
-    but one, in groups of 5 bits, lowest first, with a bit that says whether more follow, shifted
-    into printable characters.
-    """
-    height, width = rle["size"]
-    codes = np.frombuffer(rle["counts"].encode("ascii"), np.uint8).astype(np.int64) - 48
-    last = (codes & 32) == 0
-    if not len(codes) or not last[-1]:
-        raise ValueError("run lengths end in the middle of a number")
-    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    place = np.arange(len(codes)) - np.repeat(starts, np.diff(np.append(starts, len(codes))))
-    if place.max() > MAX_DIGITS:
-        raise ValueError("run lengths hold a number that no image needs")
-    values = np.add.reduceat((codes & 31) << (5 * place), starts)
-    ends = np.flatnonzero(last)
-    values = values - np.where(codes[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
-    counts = values.copy()
-    counts[1::2] = np.cumsum(values[1::2])  # undo the differences, odd runs
-    counts[2::2] = np.cumsum(values[2::2])  # even runs; run 0 stands alone
-    if (counts < 0).any() or counts.sum() != height * width:
-        raise ValueError(f"run lengths cover {counts.sum()} pixels, expected {height * width}")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T

@@ -194,11 +194,14 @@ def load_folder(
     return DataSet(root.name, taxonomy, train, val, labeled, unlabeled)
 
 
+def image_folder(root: Path, part: str) -> Path:
+    return _first(root, [f"images/{part}", f"{part}2017", part, "images"], "the image folder")
+
+
 def _part(
     root: Path, part: str, annotations: Path, variant: str, taxonomy: Taxonomy, complain: Complain
 ) -> PanopticFolder:
-    images = [f"images/{part}", f"{part}2017", part, "images"]
-    folder = _first(root, images, "the image folder")
+    folder = image_folder(root, part)
     beside = annotations.with_name(annotations.stem.removesuffix(variant)).relative_to(root)
     candidates = [beside.as_posix(), f"panoptic/{part}", f"panoptic_{part}", "panoptic"]
     try:
@@ -212,6 +215,12 @@ def _part(
     if missing and images.annotated:  # images without annotation need no maps
         raise missing
     return images
+
+
+def has_maps(root: Path, variant: str = "") -> bool:
+    """Whether a folder has a panoptic JSON of its training images."""
+    paths = (Path(root) / f"{place.format('train', variant)}.json" for place in PLACES)
+    return any(path.is_file() for path in paths)
 
 
 def _first(root: Path, candidates: list[str], what: str) -> Path:

@@ -42,11 +42,16 @@ def read_json(path: Path) -> dict:
 
 
 def read_taxonomy(annotations: Path) -> Taxonomy:
-    """Classes of a COCO panoptic JSON, in its order, and their colours if each has a `color`.
+    """Classes of a COCO panoptic JSON (`classes_in`)."""
+    return classes_in(read_json(annotations)["categories"], annotations)
+
+
+def classes_in(categories: list, annotations: Path) -> Taxonomy:
+    """The classes of a JSON, in its order, and their colours if each has a `color`.
 
     Raises: UserError if ids or first names are not distinct, or something is missing.
     """
-    rows, used, categories = [], set(), read_json(annotations)["categories"]
+    rows, used = [], set()
 
     def fault(text: str) -> UserError:
         return UserError(f"{annotations}: {text}")
@@ -80,7 +85,14 @@ def read_taxonomy(annotations: Path) -> Taxonomy:
 def by_name(taxonomy: Taxonomy, train: Path, val: Path, complain: Complain) -> Taxonomy:
     """The training JSON's classes with the ids that the validation JSON gives to these names; a
     class that it lacks has an id that nothing has."""
-    other, names = read_taxonomy(val), taxonomy.short_names
+    return joined(taxonomy, read_taxonomy(val), train, val, complain)
+
+
+def joined(
+    taxonomy: Taxonomy, other: Taxonomy, train: Path, val: Path, complain: Complain
+) -> Taxonomy:
+    """The same of classes that are read already. other: of the validation JSON."""
+    names = taxonomy.short_names
     theirs = dict(zip(other.short_names, zip(other.ids, other.things)))
     known = dict(zip(taxonomy.ids, names))
     ids = [theirs[name][0] if name in theirs else -1 - k for k, name in enumerate(names)]

@@ -4,15 +4,18 @@ The official partitions (.../dearli/NAME/SPLIT) and class names (.../dearli/*_pr
 of the official repository; `tools.prepare` fetches them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from config import PAPERS_SPLITS
+from config import INSTANCE_DATASETS, PAPERS_SPLITS
 from ground.errors import UserError, refuse
-from readers.downloads import DOWNLOAD, PROMPTS, parts, require
+from readers.downloads import COCO_ZIPS, DOWNLOAD, PROMPTS, instance_parts, parts, require
 from readers.ground_truth import DataSet, Taxonomy
+from readers.instances import read_pair
 from readers.panoptic import PanopticFolder
 from readers.panoptic_json import read_taxonomy
+from readers.pictures import pictures
 from readers.splits import read_split, split_list
 
 
@@ -25,6 +28,8 @@ def load(
     Raises: UserError naming what is missing and the command that makes it.
     """
     base = require(name, root)
+    if name in INSTANCE_DATASETS:
+        return _instances(name, base, split, seed, complain)
     official, prompts = base / "dearli" / DOWNLOAD[name], base / "dearli" / PROMPTS[name]
     if split not in PAPERS_SPLITS[name]:  # official lists may still have to be fetched
         split_list(base, split or "all", official)
@@ -56,6 +61,31 @@ def load(
     return DataSet(
         name, taxonomy, train, val, *read_split(base, split, train, seed, complain, official)
     )
+
+
+def _instances(name: str, base: Path, split: str, seed: int, complain: Callable) -> DataSet:
+    """A prepared data set of instances. COCO's images are train2017/NAME, so that at 100 % those of
+    unlabeled2017 can stand beside them.
+    """
+    official, prompts = base / "dearli" / name, base / "dearli" / PROMPTS.get(name, "")
+    taxonomy, train, val = read_pair(*instance_parts(name, base), complain)
+    if name in PROMPTS:
+        names = read_names(prompts)
+        unnamed = [category for category in taxonomy.ids if category not in names]
+        if unnamed:
+            raise UserError(f"{prompts}: no names for category {unnamed[0]}")
+        taxonomy = replace(taxonomy, names=tuple(names[category] for category in taxonomy.ids))
+        train.rooted(base)
+        if split == "100":
+            folder = base / "unlabeled2017"
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder}: missing; --split 100 takes its images as unlabelled ones; download "
+                    f"{COCO_ZIPS}/unlabeled2017.zip, or choose another split"
+                )
+            train.add_unlabeled([f"{folder.name}/{picture}" for picture in pictures(folder)])
+    labeled, unlabeled = read_split(base, split or "all", train, seed, complain, official)
+    return DataSet(name, taxonomy, train, val, labeled, unlabeled)
 
 
 def default_split(name: str) -> str:

@@ -112,7 +112,7 @@ def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, 
         own_quality = _quality(method, dataset, i, answer)
         number = "–" if own_quality is None else f"{100 * own_quality:.1f}"
         caption = f"{html.escape(title)} <b>{number}</b>"
-        cells.append((caption, webp(image, answer, dataset.taxonomy)))
+        cells.append((caption, webp(image, shown(answer, method.cfg), dataset.taxonomy)))
     heading, _ = method.metrics[0].columns[0]
     return Card(dataset.val.name(i), f"{heading} {100 * quality:.1f}", cells)
 
@@ -170,6 +170,11 @@ def _filmstrips(dataset: DataSet, folder: Path) -> list[Card]:
 
 def _film(folder: Path) -> Path:
     return Path(folder) / "pseudo"
+
+
+def shown(answer: Prediction, cfg) -> Prediction:
+    """What of an answer is drawn: of instances, the surer ones."""
+    return answer.sure(cfg.least_score) if cfg.labels == "instances" else answer
 
 
 def spread(indices, count: int) -> list[int]:

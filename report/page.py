@@ -25,7 +25,7 @@ from report.charts import chart, curve
 from report.gallery import spread
 from report.groups import class_pixels
 from report.run_folder import FIELDS, Stored, commands, nearest_preset
-from report.tables import COLUMNS
+from report.tables import columns_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larger
@@ -51,6 +51,9 @@ def write(
     than MAX_BYTES.  missing: why there are none. Raises: UserError if it cannot be written.
     """
     run, page = runs[0], _template()
+    columns = columns_of(result for one in runs for result in one.readings.values())
+    headings = [(title.lower().replace(" ", "_"), title) for title, _ in columns]
+    shown = {"columns": columns, "figure_columns": headings}
     sections = {  # one that is None is left out
         "figures": run,
         "compare": comparison(runs) if len(runs) > 1 else None,
@@ -64,7 +67,7 @@ def write(
         album = {name: group[:most] for name, group in cards.items() if group[:most]}
         values = {"missing": missing, "reading": run.reading or "", "cards": album}
         sections["images"] = values if missing or album else None
-        return page.render(run=run, sections=sections).encode("utf-8", "replace")
+        return page.render(run=run, sections=sections, **shown).encode("utf-8", "replace")
 
     most = max(map(len, cards.values()), default=0)
     while len(written := content(most)) > MAX_BYTES and most:
@@ -86,7 +89,6 @@ def _template() -> jinja2.Template:
         "style": Markup(style),
         "script": Markup(script),
         "script_hash": base_64(hashlib.sha256(script.encode()).digest()),
-        "figure_columns": [(title.lower().replace(" ", "_"), title) for title, _ in COLUMNS],
     }
     return environment.get_template("page.html.j2")
 
@@ -151,7 +153,10 @@ def curves(run: Stored) -> dict:
         if "skipped" in row and isinstance(row["step"], int):
             why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
             skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
-    charts = [chart("PQ", f"percent, on {watched.get('images', '?')} validation images", quality)]
+    (heading, _), *_ = columns_of(run.readings.values())
+    charts = [
+        chart(heading, f"percent, on {watched.get('images', '?')} validation images", quality)
+    ]
     for name, lines in panels.items():
         title, unit = CURVES.get(name, (name, ""))
         charts.append(chart(title, unit, lines, skipped, log=name == "grad_norm"))
@@ -183,17 +188,21 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
         shares = (pixels / max(pixels.sum(), 1)).tolist()
         taxonomy = dataset.taxonomy
         look = dict(zip(taxonomy.short_names, zip(shares, taxonomy.colours, taxonomy.things)))
+    instances = "ap" in result
+    keys = ("ap", "ap50", "ap75") if instances else ("pq", "sq", "rq", "semantic_iou")
+    number = ("instances",) if instances else ("tp", "fp", "fn")
     rows, confusion = [], result.get("confusion", ())
     for (name, row), pixels in itertools.zip_longest(result["per_class"].items(), confusion):
-        figures = [row.get(key) for key in ("pq", "sq", "rq", "semantic_iou")]
-        counts = [row.get(key) for key in ("tp", "fp", "fn")]
+        figures = [row.get(key) for key in keys]
+        counts = [row.get(key) for key in number]
         if not any(counts):  # over nothing, as is the IoU of a class without a true pixel
             figures = [None] * len(figures)
         elif pixels and not figures[-1] and not any(map(int, pixels.split())):
             figures[-1] = None
         rows.append((name, *look.get(name, (None, None, None)), figures, counts))
     rows.sort(key=lambda row: -(row[1] or 0))
-    return {"rows": rows, "counted": len(images), "labeled": labeled}
+    counted = {"counted": len(images), "labeled": labeled}
+    return {"rows": rows, "instances": instances, **counted}
 
 
 def confusions(run: Stored) -> dict | None:

@@ -15,7 +15,7 @@ from engine.run_log import read_log
 from ground.errors import UserError
 from inference import papers_reading
 from report import watch
-from report.tables import COLUMNS, figure
+from report.tables import columns_of, figure
 
 STAGES = ("dewa", "sup", *METHODS)  # in config.json: what trains
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -50,9 +50,10 @@ class Stored:
         """The paper's, or what there is."""
         return self.papers if self.papers in self.readings else next(iter(self.readings), None)
 
-    def figures(self, reading: str | None) -> list[float | None]:
-        """The figures of a reading, in the order of `tables.COLUMNS`."""
-        return [figure(self.readings.get(reading), keys) for _, keys in COLUMNS]
+    def figures(self, reading: str | None, columns=None) -> list[float | None]:
+        """The figures of a reading, in the order of columns; None: those of the run."""
+        columns = columns_of(self.readings.values()) if columns is None else columns
+        return [figure(self.readings.get(reading), keys) for _, keys in columns]
 
 
 def read(folder: Path, config: dict | None = None) -> Stored:

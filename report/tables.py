@@ -1,8 +1,21 @@
 """The figures of a reading that people compare, in one order for text and for pages."""
 
+from typing import Iterable
+
+from instance_eval import MaskAP
 from panoptic_eval import PanopticScore, SemanticScore
 
 COLUMNS = (*PanopticScore.columns, *SemanticScore.columns)
+
+
+def columns_of(results: Iterable[dict]) -> tuple:
+    """The columns that have the figures of these results, which may be of several metrics.
+
+    results: of one reading each, as `evaluation.evaluate` returns.
+    """
+    instances = ["ap" in result for result in results]
+    others = COLUMNS if not all(instances) or not instances else ()
+    return (*(MaskAP.columns if any(instances) else ()), *others)
 
 
 def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:

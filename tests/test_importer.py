@@ -14,10 +14,11 @@ from PIL import Image
 import dearli
 from ground import files
 from ground.errors import UserError
-from readers import annotations, mask_files, panoptic
+from readers import annotations, panoptic
 from readers.annotations.coco import _runs
 from readers.annotations.labelme import _circle
 from readers.annotations.shapes import polygon
+from readers.runs import to_runs
 from tests.helpers import TINY_FLAGS, fingerprint, fitting, log_of, photo, rewrite, save, validated
 from tools import importer
 
@@ -257,7 +258,7 @@ def test_one_scene_is_the_same_in_every_format(kind, tmp_path):
 def test_run_lengths_are_read_like_polygons(tmp_path):
     for name, segmentation in (
         ("long", long_runs),
-        ("short", lambda label: mask_files.encode_rle(scene_mask(label))),
+        ("short", lambda label: to_runs(scene_mask(label))),
     ):
         dataset, _ = imported("coco-instances", write_coco(tmp_path / name, segmentation))
         assert np.array_equal(
@@ -332,14 +333,7 @@ def test_polygons_are_as_large_as_pycocotools_says(tmp_path):
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
         assert np.array_equal(
             whole,
-            mask_files.decode_rle(
-                {
-                    "size": [50, 60],
-                    "counts": coco_mask.frPyObjects([points.ravel().tolist()], 50, 60)[0][
-                        "counts"
-                    ].decode(),
-                }
-            ),
+            coco_mask.decode(coco_mask.frPyObjects([points.ravel().tolist()], 50, 60)[0]),
         )
         if k % 5 and points.min() >= 0 and (points.max(0) <= (60, 50)).all():
             x, y = points.T
@@ -371,7 +365,7 @@ def test_run_lengths_are_those_of_pycocotools(tmp_path):
 
     for name, form in (
         ("long", long_runs),
-        ("short", lambda label: mask_files.encode_rle(scene_mask(label))),
+        ("short", lambda label: to_runs(scene_mask(label))),
     ):
         rle = form("dog")
         theirs = (

@@ -12,12 +12,14 @@ import torch
 
 import data
 from config import MINI
+from engine.windows import Grid, Stitcher
 from ground.errors import UserError
 from inference import Prediction, instance_inference, mask_quality, paint, resize_masks
 from instance_eval import MaskAP
 from mini import scenes
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.instances import things_only
+from readers.runs import from_runs, to_runs
 
 SIZE = 60, 200  # (H, W), pixels
 TAXONOMY = Taxonomy(("cell", "nucleus, core", "vessel"), (True,) * 3, (7, 3, 90))
@@ -109,6 +111,61 @@ def by_files(scenes, folder) -> tuple[np.ndarray, np.ndarray]:
     return judge.stats[:6], judge.eval["precision"][..., 0, -1]
 
 
+# ------------------------------------------------------------------------------------ run lengths
+
+
+def test_run_lengths_come_back_as_the_mask_whichever_way_they_are_written():
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (5, 3), (64, 48), (300, 200)):
+        for density in (0.0, 0.02, 0.5, 1.0):
+            mask = rng.random(size) < density
+            rle = to_runs(mask)
+            assert rle["size"] == [*size] and isinstance(rle["counts"], str)
+            assert np.array_equal(from_runs(rle, size), mask)
+            flat = mask.T.ravel()
+            ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], True)) + 1
+            counts = [0] * bool(flat[0]) + np.diff(ends, prepend=0).tolist()
+            assert np.array_equal(from_runs({**rle, "counts": counts}, size), mask)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    # the last one would be two runs of 2 ** 31 and -(2 ** 31), together one
+    [
+        "",
+        "X",
+        "X1",
+        "5",
+        "~~~~",
+        "é",
+        "P" * 12 + "1",
+        [42.0],
+        [43, -1],
+        [41],
+        [],
+        None,
+        42,
+        "0PPPPPP2PPPPPPN",
+    ],
+)
+def test_damaged_run_lengths_never_get_to_pycocotools(counts, monkeypatch):
+    monkeypatch.setattr("readers.runs.coco", None)
+    with pytest.raises(ValueError):
+        from_runs({"size": [6, 7], "counts": counts}, (6, 7))
+
+
+def test_run_lengths_of_another_size_are_refused():
+    for rle in (
+        {"size": [7, 6], "counts": [42]},
+        {"counts": [42]},
+        [42],
+        {"size": 6, "counts": [42]},
+    ):
+        with pytest.raises(ValueError):
+            from_runs(rle, (6, 7))
+    assert not from_runs({"size": [6, 7], "counts": [42]}, (6, 7)).any()
+
+
 # ------------------------------------------------------------------------------------- inference
 
 
@@ -156,6 +213,37 @@ def test_a_mask_without_a_pixel_is_no_instance_and_no_query_gives_none():
 def test_the_surest_instance_lies_on_top():
     masks = torch.tensor([[[1, 1, 0, 0]], [[0, 1, 1, 0]]], dtype=torch.bool)
     assert paint(masks).tolist() == [[1, 1, 2, 0]]
+
+
+def test_what_is_drawn_is_sure_and_not_hidden():
+    one, inside, beside, faint = (
+        disc(30, x, r) for x, r in ((50, 20), (52, 19), (90, 25), (150, 9))
+    )
+    found = found_of([one, inside, beside, faint], [0, 1, 2, 0], [0.9, 0.8, 0.7, 0.3])
+    sure = found.sure(0.5)
+    assert sure.labels.tolist() == [0, 2] and sure.scores.tolist() == pytest.approx([0.9, 0.7])
+    assert np.array_equal(sure.segment_map == 1, one)
+    assert np.array_equal(sure.segment_map == 2, beside & ~one & ~inside)
+    assert np.array_equal(sure.masks[1], beside)
+    assert len(replace(found, masks=None).sure(0.95).labels) == 0
+
+
+def test_windows_stitch_instances_by_their_masks():
+    # two that overlap, in one window: by what is seen of it, the lower one would lose its middle
+    grid = Grid((0,), (0,), *SIZE, SIZE)
+    one, two = disc(30, 80, 20), disc(30, 110, 20)
+    found = replace(found_of([one, two], [0, 1], [0.9, 0.4]), sums=np.ones((3, *SIZE), np.float32))
+    for least, labels in ((0.0, [0, 1]), (0.5, [0])):
+        maps = np.zeros(SIZE, np.int32), np.zeros(SIZE, np.uint16)
+        stitcher = Stitcher(grid, np.ones(3, bool), *maps, least)
+        stitcher.add(0, 0, found)
+        assert [instance.label for instance in stitcher.waiting] == labels
+        assert [instance.area for instance in stitcher.waiting] == [one.sum(), two.sum()][
+            : len(labels)
+        ]
+        stitcher.finish_row(SIZE[0])
+        answer = stitcher.result()
+        assert np.array_equal(answer.segment_map == 1, one) and answer.labels.tolist() == labels
 
 
 # ------------------------------------------------------------------------------------ ground truth

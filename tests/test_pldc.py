@@ -577,7 +577,7 @@ def test_a_run_is_evaluated_shown_and_goes_on_only_with_the_clip_that_it_asked(
         ("--method dear --class-threshold 0.5", "it counts with --method guided or pldc"),
         ("--method pldc --cutmix-prob 0.5", "mixes no images; it counts with --method ssl, dear"),
         ("--method pldc --labels panoptic", "--method pldc has instances; expected --method ssl"),
-        ("--method dear --labels instances", "no pseudo-labels of instances"),
+        ("--method dear --labels instances", "pseudo-labels that do not overlap; expected --stage sup or --method"),
         ("--method pldc --coupled 0.7 --mask-threshold 0.5", "it counts with --coupled 0"),
         ("--method pldc --guided-steps 5", "it counts with --method guided"),
         ("--method guided --clip-model RN50", "it counts with --clip-view crop, masked or pool"),

@@ -18,6 +18,7 @@ import dearli
 from ground.errors import UserError
 from mini import microcosm
 from readers import checks, mask_files, panoptic, papers, pictures
+from readers.runs import to_runs
 from tests.helpers import (
     TINY,
     fingerprint,
@@ -496,7 +497,7 @@ def test_fault_21_a_decompression_bomb_is_refused_with_its_path_before_it_is_unp
 
 def test_fault_21_masks_do_not_take_more_memory_than_their_image(tmp_path):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    counts = mask_files.encode_rle(np.zeros((1, 1), bool))["counts"]
+    counts = to_runs(np.zeros((1, 1), bool))["counts"]
     for size, counts in (
         ([100_000, 100_000], "0"),
         ([1 << 40, 1 << 40], "0"),

@@ -10,6 +10,10 @@ Written by `tools.predict` beside its own files, for a picture PATH/a.jpg:
     objects.csv           a row for each thing: its picture; the number of its segment; class and
                           score; area in pixels; the diameter of a circle of this area; centre x, y;
                           box. In pixels from the upper left corner of the picture
+    results.json          of instances: COCO results, a list of {image_id, category_id,
+                          segmentation: run lengths, score}. Where all pictures are called by whole
+                          numbers, as COCO's are, these are the image_id; else it is that of
+                          instances.json. Without pictures that are read by parts
     counts.csv            a row for each picture: how many things of each class, and how many pixels
                           of each class of stuff
 
@@ -33,11 +37,13 @@ import numpy as np
 
 from ground.files import write_atomic
 from readers.ground_truth import Taxonomy
+from readers.runs import to_runs
 from tools.importer import place
 from tools.outlines import outlines
 
 FOLDER = "labelme"
 FILES = ("instances.json", "objects.csv", "counts.csv")
+RESULTS = "results.json"
 VERSION = "5.5.0"  # of labelme, whose files these are like
 COLUMNS = "picture number class score area diameter x y left top width height".split()
 
@@ -148,6 +154,37 @@ def write_folder(output: Path, rows: list[dict], taxonomy: Taxonomy, info: dict)
     write_atomic(output / "objects.csv", _csv(COLUMNS, _objects(rows, taxonomy)).encode())
     header, counts = _counts(rows, taxonomy)
     write_atomic(output / "counts.csv", _csv(header, counts).encode())
+    if any("results" in row for row in rows):
+        write_atomic(output / RESULTS, _results(rows).encode())
+
+
+def coco_results(answer, taxonomy: Taxonomy) -> str:
+    """JSON of the instances of a picture as COCO results, without its image_id.
+
+    answer: has instances() -> (N, H, W) bool, labels and scores.
+    """
+    found = [
+        {
+            "category_id": taxonomy.ids[label],
+            "segmentation": to_runs(mask),
+            "score": round(float(score), 6),
+        }
+        for mask, label, score in zip(answer.instances(), answer.labels.tolist(), answer.scores)
+    ]
+    return json.dumps(found, separators=(",", ":"))
+
+
+def _results(rows: list[dict]) -> str:
+    """COCO results of all pictures, as text."""
+    stems = [Path(row["image"]["file_name"]).stem for row in rows]
+    numbers = {int(stem) for stem in stems if stem.isdecimal()}
+    named = len(numbers) == len(rows)
+    found = []
+    for number, (row, stem) in enumerate(zip(rows, stems), 1):
+        image = {"image_id": int(stem) if named else number}
+        for one in json.loads(row.get("results", "[]")):
+            found.append(json.dumps({**image, **one}, separators=(",", ":")))
+    return f"[{', '.join(found)}]"
 
 
 def _instances(rows: list[dict], taxonomy: Taxonomy, info: dict) -> str:

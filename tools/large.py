@@ -59,8 +59,14 @@ def predict_large(
             stack.enter_context(_scratch(target, (height, width), kind))
             for target, kind in zip(targets, kinds)
         ]
+        instances = model.cfg.labels == "instances"
         answers = predict_in_windows(
-            model.method, picture, [model.reading], arrays=lambda _: maps, progress=_bar(path)
+            model.method,
+            picture,
+            [model.reading],
+            arrays=lambda _: maps,
+            least=model.cfg.least_score if instances else 0.0,
+            progress=_bar(path),
         )
         answer = answers[model.reading]
         for target, values in zip(targets, maps):

@@ -25,6 +25,9 @@ do not meet):
                               a kill loses one picture at most
     labelme/, instances.json, objects.csv, counts.csv
                               to correct and to count, see `tools.exchange`
+    results.json              of a run of --labels instances: all of them, of any score, as COCO
+                              results; the other files have those of at least --least-score, each
+                              where no surer one hides it, and semantic/ is 0 where there is none
 
 Maps are as large as the picture as it is shown: turned as its EXIF block says. Every other file is
 written whole or not at all.
@@ -44,6 +47,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
+import inference
 from config import BEFORE, Config
 from engine.evaluation import predict_image
 from engine.method import Method
@@ -66,8 +70,8 @@ KINDS = ("panoptic", "semantic", "overlay")
 ROW = ("image", "annotation", "objects")  # of panoptic.jsonl; the last see `tools.exchange`
 # Of Config, that a prediction depends on.
 NUMBERS = (
-    "alpha clip_scale object_mask_threshold overlap_threshold test_size test_max seen_width "
-    "object_width window white"
+    "alpha clip_scale object_mask_threshold overlap_threshold least_score test_size test_max "
+    "seen_width object_width window white"
 ).split()
 ROWS = 2**24  # pixels of a map that are counted at once
 CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
@@ -77,7 +81,10 @@ CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here o
 class Prediction:
     """What a model says of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment;
     labels: (N,) classes;  scores: (N,), 0 to 1, the class posterior;  semantic: (H, W) int64, a
-    class for every pixel."""
+    class for every pixel.   answer: of a run that predicts instances: all of them, of any score,
+    with their masks; the others are those of at least `least_score`, and semantic is -1 where there
+    is none.
+    """
 
     image: Image.Image
     segment_map: np.ndarray
@@ -85,6 +92,7 @@ class Prediction:
     scores: np.ndarray
     semantic: np.ndarray
     taxonomy: Taxonomy
+    answer: inference.Prediction | None = None
 
     @property
     def names(self) -> list[str]:
@@ -145,6 +153,11 @@ class Predictor:
             image = open_image(Path(image), white=self.white)
         image = as_rgb(image if isinstance(image, Image.Image) else from_array(image), self.white)
         answer = predict_image(self.method, image, [self.reading], semantic=True)[self.reading]
+        if self.cfg.labels == "instances":
+            sure = answer.sure(self.cfg.least_score)
+            classes = np.append(-1, sure.labels)[sure.segment_map]
+            arrays = sure.segment_map, sure.labels, sure.scores, classes
+            return Prediction(image, *arrays, self.taxonomy, answer)
         arrays = answer.segment_map, answer.labels, answer.scores, answer.semantic
         return Prediction(image, *arrays, self.taxonomy)
 
@@ -289,7 +302,7 @@ class Pictures:
         wanted = [
             self.log,
             self.json,
-            *(self.output / file for file in exchange.FILES),
+            *(self.output / file for file in (*exchange.FILES, exchange.RESULTS)),
             *(p for name in self.names for p in self.targets(name) + self.large_targets(name)),
         ]
         there = next((path for path in wanted if path.exists()), None)
@@ -420,7 +433,10 @@ class Pictures:
         segments = result.segments_info()
         arrays = result.segment_map, segments, result.taxonomy
         objects = exchange.write_picture(self.source / name, labelme, *arrays)
-        return self._row(name, result.segment_map.shape[::-1], paths[0].name, segments, objects)
+        row = self._row(name, result.segment_map.shape[::-1], paths[0].name, segments, objects)
+        if result.answer is not None:
+            row["results"] = exchange.coco_results(result.answer, result.taxonomy)
+        return row
 
     def _row(self, name: str, size, file: str, segments: list[dict], objects: str) -> dict:
         """Of panoptic.jsonl. size: (W, H);  file: the name of its panoptic map."""
@@ -465,5 +481,6 @@ def _read(log: Path) -> tuple[dict, dict]:
                 info = dict(row["info"])
             else:
                 # without "objects", as before labelme/ was written: predicted anew
-                rows[row["image"]["id"]] = {key: row[key] for key in ROW}
+                known = (*ROW, *({"results"} & row.keys()))
+                rows[row["image"]["id"]] = {key: row[key] for key in known}
     return info, rows

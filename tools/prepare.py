@@ -19,7 +19,7 @@ from typing import Callable
 import numpy as np
 from tqdm import tqdm
 
-from config import PAPERS_SPLITS
+from config import INSTANCE_DATASETS, PAPERS_SPLITS
 from ground.errors import UserError
 from ground.files import write_atomic
 from readers.downloads import DOWNLOAD, PROMPTS, require
@@ -27,6 +27,7 @@ from readers.panoptic import PanopticFolder, encode, segment_ids
 from readers.panoptic_json import read_json, read_taxonomy
 from readers.papers import read_names
 from readers.pictures import image_header, open_image
+from tools import prepare_instances
 
 REPOSITORY = (
     "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
@@ -148,6 +149,8 @@ def prepare(name: str, root: Path, assets: Path | None = None, workers: int = 4)
         _prepare_ade(base, workers)
     elif name == "coco-objects":
         _prepare_objects(base, workers)
+    elif name in INSTANCE_DATASETS:
+        prepare_instances.prepare(name, base, workers)
     return base
 
 
@@ -206,7 +209,7 @@ def fetch_lists(name: str, base: Path, assets: Path | None) -> None:
         if target.exists() and _sha256(target.read_bytes()) == digest:
             continue
         if assets is None:
-            source = f"{REPOSITORY}/{remote}"
+            source = remote if "://" in remote else f"{REPOSITORY}/{remote}"
             content = _fetched(source)
         else:
             copies = [Path(assets) / path for path in (given, remote)]
@@ -238,17 +241,17 @@ def _fetched(address: str) -> bytes:
 
 def lists(name: str) -> dict[str, tuple[str, str, str]]:
     """Files below base/dearli: (path in --assets, path in the official repository, SHA-256)."""
-    kind, prompts = DOWNLOAD[name], PROMPTS[name]
-    ade = kind == "ade20k"
-    files = {
-        prompts: (f"prompts/{prompts}", f"mask2former/data/vlm_datasets/eng_prompts/{prompts}")
-    }
-    for split in PAPERS_SPLITS[name]:
+    kind, files = DOWNLOAD[name], {}
+    ade, own = kind == "ade20k", prepare_instances.lists(name)
+    if prompts := PROMPTS.get(name):
+        remote = f"mask2former/data/vlm_datasets/eng_prompts/{prompts}"
+        files[prompts] = f"prompts/{prompts}", remote
+    for split in PAPERS_SPLITS[name] if not own else ():
         for part in ("labeled", "unlabeled") if ade else ("labeled",):  # COCO: all others
             path = f"{split}/{part}.txt"
             remote = f"datasets/{'ade' if ade else 'coco'}_splits/{path}"
             files[f"{kind}/{path}"] = (f"splits/{kind}/{path}", remote)
-    return {local: (*paths, SHA256[paths[0]]) for local, paths in files.items()}
+    return {local: (*paths, SHA256[paths[0]]) for local, paths in files.items()} | own
 
 
 def convert(

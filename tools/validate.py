@@ -42,7 +42,7 @@ large: images are too large
     cut them into tiles, or take them from the JSON
 name: file names or links lead out of the data root or name no file
     put the files below it, and their relative paths into the JSON
-malformed: entries of the JSON are not in COCO panoptic format
+malformed: entries of the JSON are not in COCO's format
     mend what wrote the JSON
 image twice: images are listed twice
     keep one entry an image
@@ -165,6 +165,8 @@ def _odd_brightness(images, i: int, image: Image.Image, attempt: Callable) -> li
 def _segments(images, i: int, truth: Truth, errors: list[UserError]) -> np.ndarray:
     """(N, 2) int64 labels and pixels of the segments of image i; stated areas that are not the
     pixels are added to the errors."""
+    if truth.masks is not None:  # areas of polygons are not those of pixels
+        return np.stack([truth.labels, truth.masks.sum((1, 2))], -1).astype(np.int64)
     pixels = np.bincount(truth.segment_map.ravel(), minlength=len(truth.labels) + 1)[1:]
     wrong = (truth.areas != pixels) & (pixels > 0)
     if getattr(images, "hidden", False):  # ADE20K's areas count what lies below others, too

@@ -24,9 +24,9 @@ from readers.annotations.files import PARTS, list_files
 from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Patch, Size
-from readers.mask_files import decode_rle
 from readers.panoptic_json import MAX_ID, read_json
 from readers.pictures import brief, name_fault
+from readers.runs import from_runs
 
 # Folders among images that hold other pictures.
 NO_PHOTOS = {
@@ -415,17 +415,8 @@ def _around(bbox, polygons: list[np.ndarray], size: Size, where: str) -> Patch:
 def _runs(form: dict, size: Size, where: str) -> Patch:
     """COCO's run lengths, as a list or as compressed text: down the columns, zeros first."""
     try:
-        counts = form["counts"]
-        if list(form["size"]) != list(size):
-            raise ValueError(f"size {brief(form['size'])}")
-        if isinstance(counts, str):
-            return 0, 0, decode_rle(form)
-        sound = all(type(count) is int and count >= 0 for count in counts)
-        if not sound or sum(counts) != size[0] * size[1]:
-            raise ValueError("the run lengths do not fill it")
-        mask = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        return 0, 0, mask.reshape(size[::-1]).T
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return 0, 0, from_runs(form, size)
+    except ValueError as error:
         raise UserError(
             f"{where}: run lengths {brief(form)}, expected those of {list(size)}, the height and "
             f"width of its image ({brief(str(error))})"

@@ -9,9 +9,9 @@ import math
 from typing import Callable
 
 import numpy as np
+from pycocotools import mask as coco
 
 from ground.errors import UserError
-from readers.mask_files import decode_rle
 from readers.pictures import brief
 
 Size = tuple[int, int]  # height, width
@@ -76,14 +76,12 @@ def polygon(points: np.ndarray, size: Size) -> Patch:
     top, left, *extent = box(points, size)
     if len(points) < 3 or 0 in extent:
         return nothing()
-    from pycocotools import mask as coco_mask  # nothing else needs it
-
     shift = np.array([left, top])
     # It rounds to fifths of a pixel. Done before the shift, so that the shift moves no vertex to
     # another fifth.
     moved = np.where(shift > 0, np.trunc(5 * points + 0.5) / 5 - shift, points)
-    (runs,) = coco_mask.frPyObjects([moved.ravel().tolist()], *extent)
-    return top, left, decode_rle({**runs, "counts": runs["counts"].decode()})
+    (runs,) = coco.frPyObjects([moved.ravel().tolist()], *extent)
+    return top, left, coco.decode(runs).view(bool)
 
 
 def join(draws: list[Draw], size: Size) -> Patch:
