@@ -298,22 +298,25 @@ def test_clip_says_of_a_crop_what_it_says_of_the_picture_and_of_a_mask_what_eq_5
 def test_another_clip_than_the_backbones_is_asked_and_one_without_a_map_cannot_pool(small_openclip):
     other = namer("masked", clip_model=small_openclip, clip_pretrained="random")
     assert other.side == 64 and other(torch.zeros(3, 8, 8), torch.ones(2, 8, 8)).shape == (2, 12)
+    clip = nn.Module()
+    clip.visual = nn.Identity()  # as a ResNet's or a ViT's: no trunk
     with pytest.raises(UserError, match="--clip-view pool: pools the last map of a ConvNeXt"):
-        namer("pool", clip_model="RN50", clip_pretrained="random")
+        pldc.Namer(clip, other.vocabulary, "pool", 0.0)
 
 
 def test_openais_weights_get_openais_gelu(monkeypatch):
-    asked = {}
+    asked = []
 
     def create(name, pretrained, force_quick_gelu):
-        asked[name, pretrained] = force_quick_gelu
-        return torch.nn.Identity()
+        asked.append(force_quick_gelu)
+        return nn.Identity()
 
     monkeypatch.setattr("open_clip.create_model", create)
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda name: None)
     monkeypatch.setattr(foundation, "hub_file", lambda *args: "file")
     for tag in ("openai", "yfcc15m", "random"):
         foundation._open_clip("RN50", tag)
-    assert [*asked.values()] == [True, False] or asked[("RN50", "file")] is not None
+    assert asked == [True, True, False]  # YFCC's were trained with it, too
 
 
 def test_one_class_needs_no_clip_and_classes_that_are_the_same_words_are_refused():
@@ -453,11 +456,18 @@ def weights(model):
 
 
 def taken(method, steps):
-    """The method after each of so many steps: (student, teacher)."""
-    batches, after = method.batches(things()), []
+    """The method after each of so many steps: (student, teacher as it labels, teacher after). A
+    step of the student adds its number to every weight.
+    """
+    after = []
     for t in range(steps):
-        method.step(batches[t], t)
-        after.append([weights(method.models[name]) for name in ("student", "teacher")])
+        method.prepare(t)
+        labels = weights(method.models["teacher"])
+        for value in state_of(method.models["student"]).values():
+            value.add_(t + 1)
+        if not method.cfg.ema_first:
+            method.average(t)
+        after.append((weights(method.models["student"]), labels, weights(method.models["teacher"])))
     return after
 
 
@@ -471,26 +481,27 @@ def close(a, b):
 
 def test_the_teacher_is_the_student_at_the_end_of_the_burn_in_and_its_average_after_it(small_mini):
     before, after = (taken(made(ema_decay=0.9, ema_first=first), 5) for first in (True, False))
-    assert all(same(a[0], b[0]) for a, b in zip(before, after))  # the same pseudo-labels
-    students = [student for student, _ in before]
-    assert same(before[2][1], students[1])  # in step 2, the first with pseudo-labels
-    assert close(before[3][1], averaged(students[1], students[2], 0.9))
-    assert close(before[4][1], averaged(before[3][1], students[3], 0.9))
-    # after the student's step instead: the same averages, a step earlier
-    assert close(after[2][1], before[3][1]) and close(after[3][1], before[4][1])
+    students, labels, _ = zip(*before)
+    assert close(labels[2], students[1])  # in step 2, the first with pseudo-labels
+    assert close(labels[3], averaged(students[1], students[2], 0.9))
+    assert close(labels[4], averaged(labels[3], students[3], 0.9))
+    # whichever order: the same pseudo-labels; only what is left at the end is a step apart
+    assert all(close(a[1], b[1]) for a, b in zip(before, after))
+    assert close(before[4][2], labels[4])
+    assert close(after[4][2], averaged(labels[4], students[4], 0.9))
 
 
 def test_guided_distillation_has_a_new_student_under_a_teacher_that_stays(small_mini):
     method = made(pldc.Guided, guided_steps=2, ema_decay=0.9, ema_first=True)
     new = weights(method.models["student"])
-    steps = taken(method, 6)
-    students, teachers = zip(*steps)
-    assert same(teachers[2], students[1]) and same(teachers[3], students[1])  # labels alone
-    # AdamW moves a weight by the rate at most: step 2 began anew, step 1 was elsewhere
-    far = max((students[2][n] - new[n]).abs().max() for n in new)
-    assert 0 < far < 2.1 * method.cfg.lr
-    assert same(teachers[4], students[3])  # then it is the student
-    assert close(teachers[5], averaged(students[3], students[4], 0.9))
+    some = next(iter(method.models["student"].head.parameters()))
+    method.optimizer.state[some] = {"step": torch.tensor(3.0)}
+    students, labels, _ = zip(*taken(method, 6))
+    assert close(labels[2], students[1]) and close(labels[3], students[1])  # of labels alone
+    assert close(students[2], {name: value + 3 for name, value in new.items()})
+    assert not method.optimizer.state
+    assert close(labels[4], students[3])  # then it is the student
+    assert close(labels[5], averaged(students[3], students[4], 0.9))
 
 
 def test_a_guided_run_that_starts_from_another_has_it_as_teacher_at_once(small_mini):
@@ -507,7 +518,7 @@ def test_a_guided_run_that_starts_from_another_has_it_as_teacher_at_once(small_m
 
 # --------------------------------------------------------------------------------------------- runs
 
-RUN = ["--no-eval", "--burn-in", 2, "--steps", 5, "--checkpoint-every", 1]
+RUN = ["--no-eval", "--burn-in", 1, "--steps", 4, "--checkpoint-every", 1]
 RUN += ["--class-threshold", 0.05, "--mask-threshold", 0]
 GUIDED = [
     "--stage",
@@ -523,38 +534,36 @@ GUIDED = [
 
 
 @pytest.mark.parametrize("flags", [["--stage", "ssl", "--method", "pldc", *RUN], GUIDED])
-def test_a_run_that_is_stopped_at_every_step_equals_one_that_is_not(flags, small_mini, tmp_path):
+def test_a_run_that_is_stopped_equals_one_that_is_not_bit_for_bit(flags, small_mini, tmp_path):
     folder = tmp_path / "run"
     assert run(*flags, "--out", folder) == 0
     whole, rows = checkpoint.newest(folder), log_of(folder)
-    assert [row["step"] for row in rows] == [*range(5)]
+    assert [row["step"] for row in rows] == [*range(4)]
     assert any(row.get("pseudo_segments") for row in rows)
     assert not any(name.startswith("clip") for name in whole["student"].keys() | whole.keys())
-    for step in (3, 4):
-        back_to(folder, step)
-        assert run(*flags, "--out", folder, "--resume") == 0
-        assert same(checkpoint.newest(folder), whole) and log_of(folder) == rows
+    back_to(folder, 3)
+    assert run(*flags, "--out", folder, "--resume") == 0
+    assert same(checkpoint.newest(folder), whole) and log_of(folder) == rows
     assert run(*flags, "--out", folder, "--resume", "--class-threshold", 0.06) == 2
 
 
 def test_two_processes_take_the_steps_of_one(small_mini, tmp_path):
-    for name, flags in (("pldc", ["--stage", "ssl", "--method", "pldc", *RUN]), ("guided", GUIDED)):
-        one, two = tmp_path / name, tmp_path / f"{name}-2"
-        assert run(*flags, "--out", one) == 0
-        assert ranks_run(2, tmp_path / "said", *flags, "--out", two) == [0, 0], (
-            tmp_path / "said1.txt"
-        ).read_text()
-        for a, b in zip(log_of(one), log_of(two), strict=True):
-            assert a.keys() == b.keys() and a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-            assert a.get("pseudo_segments") == b.get("pseudo_segments")
+    flags = ["--stage", "ssl", "--method", "pldc", *RUN, "--burn-in", 1, "--steps", 3]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*flags, "--out", one) == 0
+    said = tmp_path / "said1.txt"
+    assert ranks_run(2, tmp_path / "said", *flags, "--out", two) == [0, 0], said.read_text()
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert a.keys() == b.keys() and a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a.get("pseudo_segments") == b.get("pseudo_segments")
+    assert log_of(one)[-1]["pseudo_segments"] > 0
 
 
 def test_a_run_is_evaluated_shown_and_goes_on_only_with_the_clip_that_it_asked(
-    small_mini, small_openclip, tmp_path, capsys
+    small_mini, tmp_path, capsys
 ):
     flags = ["--stage", "ssl", "--method", "pldc", "--burn-in", 1, "--steps", 2]
     flags += ["--class-threshold", 0.05, "--mask-threshold", 0, "--out", tmp_path / "run"]
-    flags += ["--clip-model", small_openclip, "--clip-pretrained", "random"]
     assert run(*flags) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     figures = metrics["student/decoder"]
@@ -577,7 +586,10 @@ def test_a_run_is_evaluated_shown_and_goes_on_only_with_the_clip_that_it_asked(
         ("--method dear --class-threshold 0.5", "it counts with --method guided or pldc"),
         ("--method pldc --cutmix-prob 0.5", "mixes no images; it counts with --method ssl, dear"),
         ("--method pldc --labels panoptic", "--method pldc has instances; expected --method ssl"),
-        ("--method dear --labels instances", "pseudo-labels that do not overlap; expected --stage sup or --method"),
+        (
+            "--method dear --labels instances",
+            "pseudo-labels that do not overlap; expected --stage sup or --method",
+        ),
         ("--method pldc --coupled 0.7 --mask-threshold 0.5", "it counts with --coupled 0"),
         ("--method pldc --guided-steps 5", "it counts with --method guided"),
         ("--method guided --clip-model RN50", "it counts with --clip-view crop, masked or pool"),
