@@ -42,9 +42,10 @@ STRIDE = 32  # pixels, of the coarsest map
 
 
 class Backbone(nn.Module):
-    """A timm ConvNeXt as a source of feature maps, and nothing more (plain Mask2Former).
+    """A timm ConvNeXt or ResNet as a source of feature maps, and nothing more (plain Mask2Former).
 
-    Args: trunk: the ConvNeXt.   mean, std: of its images, 0 to 255, RGB.
+    Args: trunk: the ConvNeXt, or what has its stem, stages and head.   mean, std: of its images, 0
+        to 255, RGB.
         frozen: no gradients and eval mode, for ever: drop path would make its features another
             network's.
     Student and teacher share one frozen backbone: it is no part of the average, the optimiser or a

@@ -6,6 +6,7 @@ says otherwise, the comment names both. `mini` differs from the paper's sizes in
 
 from dataclasses import dataclass, field, fields, replace
 
+import pldc_numbers
 from ground.errors import UserError, choose
 
 # Weights taken with an OpenCLIP model unless --pretrained names others: the paper's, and two larger
@@ -89,6 +90,20 @@ class Config:
     labels: str = "panoptic"  # `semantic`: one segment a class, pseudo-labels too (Table 12);
     #    `instances`: things alone, which may overlap
     clip_scale: float = 0.0  # inverse temperature of Eq. (5); 0 = CLIP's own
+    # pseudo-labels of --method pldc and guided
+    class_threshold: float = 0.85  # least probability of the class (c_t)
+    mask_threshold: float = 0.9  # least mask quality (m_t), Eq. (4) of PL-DC
+    coupled: float = 0.0  # above 0: instead of both, least product of the two (without DDTF: 0.765)
+    clip_view: str = "crop"  # what CLIP is asked about (DICC): `crop`, the box of an instance;
+    #    `masked`, the same with grey around the mask; `pool`, the features under the mask (of a
+    #    ConvNeXt); `none`: it is not asked
+    clip_margin: float = 0.0  # around that box, a share of its sides
+    clip_model: str = ""  # CLIP of DICC: an OpenCLIP model, or `mini`; empty: that of --backbone
+    clip_pretrained: str = ""  # its weights: OpenCLIP tag or a file; `random`
+    pixel_certainty: bool = True  # pixels count in the BCE as the teacher is sure of them (PMUA)
+    ema_first: bool = True  # the teacher's average comes before the student's step (public code)
+    guided_steps: int = 0  # --method guided: steps after the burn-in in which a new student learns
+    #    from a teacher that stays as it is
     # panoptic inference
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
@@ -97,7 +112,9 @@ class Config:
     #    all
     # optimisation
     optimizer: str = "adamw"  # of all trained parameters: `adamw`
-    schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power
+    schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power, or
+    #    `multistep`, a tenth after each milestone
+    milestones: str = "0.9231"  # of `multistep`: shares of the steps, with colons between them
     lr: float = 1e-4  # at the first step
     weight_decay: float = 0.05  # not on norms and embeddings
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
@@ -123,11 +140,15 @@ class Config:
     #    overlap by half, and stitched; 0 = whole images
     turns: bool = False  # views are also turned by quarter turns: for images without an up, as
     #    from a microscope or from above
+    scaled_side: str = "short"  # the side that is crop * k: `short`, or `long` (large-scale jitter)
+    jitter_prob: float = 1.0  # strong view: chance of the colour jitter
     jitter: float = 0.8  # strong view: brightness, contrast, saturation times 1 +- jitter
     jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
     grayscale_prob: float = 0.2  # strong view
     blur_prob: float = 0.5  # strong view
     blur_radius: float = 2.0  # strong view: largest radius of the Gaussian blur, pixels (least 0.1)
+    cutout: str = "none"  # strong view: rectangles of noise; aspects as the paper of PL-DC prints
+    #    them, `paper`, or as its public code has them, `code`
     white: int = 0  # 16-bit grey value that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8
     #    ... 16) that no 16-bit training image exceeds
     test_size: int = 640  # pixels, short side at evaluation
@@ -260,6 +281,9 @@ CUSTOM = replace(
     checkpoint_every=600,  # at each, a few validation images are seen in windows, for half a minute
 )
 
+INSTANCES = replace(OFFICIAL, **pldc_numbers.COCO)
+CITYSCAPES = replace(INSTANCES, **pldc_numbers.CITYSCAPES)
+
 PRESETS = {
     "mini": MINI,
     "custom": CUSTOM,
@@ -267,8 +291,8 @@ PRESETS = {
     "ade20k": OFFICIAL,
     "coco": COCO,
     "coco-objects": COCO,
-    "coco-instances": replace(COCO, labels="instances"),
-    "cityscapes-instances": replace(OFFICIAL, labels="instances", test_size=1024, test_max=2048),
+    "coco-instances": INSTANCES,
+    "cityscapes-instances": CITYSCAPES,
 }
 
 
@@ -281,11 +305,17 @@ class MethodEntry:
     numbers: dict = field(default_factory=dict)  # fields of Config that it sets
     variants: dict = field(default_factory=dict)  # other values of these that are still the method
     warm: bool = False  # starts from the DeWa run of the data set, unless --init names another
+    usual: dict = field(default_factory=dict)  # by preset, "" for all: fields that it sets, and
+    #    that flags may change
 
     @property
     def has_clip(self) -> bool:
         """CLIP has a say in its pseudo-labels."""
         return self.numbers.get("teacher_posterior") != "decoder"
+
+    def on(self, preset: str) -> dict:
+        """All fields of Config that it sets on a preset."""
+        return {**self.usual.get("", {}), **self.usual.get(preset, {}), **self.numbers}
 
     def values(self, name: str) -> tuple:
         """Of a field of Config that it sets: its own first."""
@@ -298,10 +328,15 @@ MEAN_TEACHER = "mean_teacher.MeanTeacher"
 SSL_HELP = "Mean Teacher, pseudo-labels from the decoder alone"
 DEAR_HELP = "pseudo-labels from the ensemble with CLIP"
 DEARLI_HELP = "dear, starting from the DeWa weights"
+GUIDED_HELP = "instances: Guided Distillation, a new student under a teacher of labels alone"
+PLDC_HELP = "instances: PL-DC, pseudo-labels filtered (DDTF), renamed (DICC), weighted (PMUA)"
+OF_INSTANCES = {**DECODER, "labels": "instances", "cutmix_prob": 0.0}
 METHODS = {
     "ssl": MethodEntry(MEAN_TEACHER, SSL_HELP, DECODER),
     "dear": MethodEntry(MEAN_TEACHER, DEAR_HELP, ENSEMBLE, CLIP),
     "dearli": MethodEntry(MEAN_TEACHER, DEARLI_HELP, ENSEMBLE, CLIP, warm=True),
+    "guided": MethodEntry("pldc.Guided", GUIDED_HELP, OF_INSTANCES, usual=pldc_numbers.GUIDED),
+    "pldc": MethodEntry("pldc.Pldc", PLDC_HELP, OF_INSTANCES, usual=pldc_numbers.PLDC),
 }
 
 
@@ -314,6 +349,11 @@ def alpha_at(alpha: float | str, progress: float) -> float:
     first, colon, last = str(alpha).partition(":")
     end = last if colon else first
     return float(first) + progress * (float(end) - float(first))
+
+
+def shares_of(milestones: str) -> tuple[float, ...]:
+    """The shares of the steps that `0.889:0.963` names."""
+    return tuple(map(float, milestones.split(":")))
 
 
 def changes(numbers: dict, preset: Config) -> dict:
@@ -339,9 +379,10 @@ BOUNDS = {
     "test_size test_max eval_batch points_per_side points_per_batch checkpoint_every log_every",
     (0, INF): "seen_width object_width window backbone_lr_multiplier decoder_layers class_weight "
     "mask_weight dice_weight no_object_weight lambda_u burn_in burn_in_warm lr weight_decay "
-    "poly_power dewa_crop white workers",
+    "poly_power dewa_crop white workers clip_margin guided_steps",
     (0.1, INF): "blur_radius",
-    (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
+    (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter jitter_prob "
+    "class_threshold mask_threshold coupled "
     "object_mask_threshold overlap_threshold least_score pred_iou_thresh stability_thresh "
     "mask_nms_thresh",
     (0, 0.5): "jitter_hue",
@@ -354,7 +395,10 @@ CHOICES = {
     "teacher_posterior": ("decoder", "clip", "ensemble"),
     "labels": ("panoptic", "semantic", "instances"),
     "optimizer": ("adamw",),
-    "schedule": ("poly",),
+    "schedule": ("poly", "multistep"),
+    "scaled_side": ("short", "long"),
+    "cutout": ("none", "paper", "code"),
+    "clip_view": ("crop", "masked", "pool", "none"),
 }
 # What else holds of a value x in a configuration c, and the words for it.
 RULES = {
@@ -362,6 +406,12 @@ RULES = {
         lambda x, c: _is_alpha(x),
         "a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last "
         "step), or `labeled`",
+    ),
+    "milestones": (
+        lambda x, c: (
+            all(map(_is_share, x.split(":"))) and list(shares_of(x)) == sorted(shares_of(x))
+        ),
+        "rising shares of the steps, with colons between them, such as 0.889:0.963",
     ),
     "scale_min": (lambda x, c: x <= c.scale_max, "no more than --scale-max {0.scale_max}"),
     "scale_min scale_max": (lambda x, c: abs(10 * x - round(10 * x)) < 1e-6, "a multiple of 0.1"),
@@ -391,6 +441,10 @@ RULES = {
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
     **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
+    **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},
+    **{"class_threshold": 0.85, "mask_threshold": 0.9, "coupled": 0.0, "guided_steps": 0},
+    **{"clip_view": "crop", "clip_margin": 0.0, "clip_model": "", "clip_pretrained": ""},
+    **{"pixel_certainty": True, "ema_first": True},
 }
 
 
@@ -426,6 +480,13 @@ def _bounds(least: float, most: float) -> str:
     if most == INF:
         return f"a number of at least {least}"
     return "a share, 0 to 1" if (least, most) == (0, 1) else f"a number from {least} to {most}"
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _is_alpha(value: float | str) -> bool:

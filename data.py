@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import Config
+from cutout import PATTERNS, cut_out
 from ground import ranks
 from ground.errors import UserError
 from matcher import Target
@@ -71,12 +72,16 @@ def weak_view(
 
 
 def training_size(w: int, h: int, cfg: Config, rng: random.Random) -> tuple[int, int]:
-    """(w, h) of an image of that size in a training view, before the crop: short side = crop * k,
-    or with `seen_width` the median object k times as wide as that."""
+    """(w, h) of an image of that size in a training view, before the crop: short side (or long
+    side, `scaled_side`) = crop * k, or with `seen_width` the median object k times as wide as
+    that."""
     k = rng.choice(range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1))
     if cfg.magnification:
         return magnified(w, h, 0.1 * k * cfg.magnification)
-    return output_size(w, h, int(0.1 * k * cfg.crop), MAX_LONG_SIDE * cfg.crop)
+    side = int(0.1 * k * cfg.crop)
+    if cfg.scaled_side == "long":
+        return output_size(w, h, side, side)
+    return output_size(w, h, side, MAX_LONG_SIDE * cfg.crop)
 
 
 def magnified(w: int, h: int, times: float) -> tuple[int, int]:
@@ -132,7 +137,7 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
-    """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur.
+    """Colour jitter (in random order), sometimes grayscale, sometimes Gaussian blur, and CutOut.
     (3, h, w) uint8."""
     # Takes two seconds to import: only who needs it waits.
     from torchvision.transforms.v2 import functional as TF
@@ -146,13 +151,15 @@ def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     ]
     rng.shuffle(steps)
     x = image.float() / 255
-    for adjust, interval in steps:
-        x = adjust(x, rng.uniform(*interval))
+    # at 1 nobody asks: views of a seed are what they were before there was a chance
+    if cfg.jitter_prob == 1 or rng.random() < cfg.jitter_prob:
+        for adjust, interval in steps:
+            x = adjust(x, rng.uniform(*interval))
     if rng.random() < cfg.grayscale_prob:
         x = TF.rgb_to_grayscale(x, num_output_channels=3)
     if rng.random() < cfg.blur_prob:
         x = gaussian_blur(x, rng.uniform(0.1, cfg.blur_radius))
-    return to_bytes(x)
+    return cut_out(to_bytes(x), PATTERNS[cfg.cutout], rng)
 
 
 def shift_hsv(x: Tensor, turn: float, saturation: float = 1.0) -> Tensor:
@@ -266,11 +273,13 @@ def instance_target(masks: list[np.ndarray], labels: np.ndarray, crowd, side: in
     return Target(torch.as_tensor(labels[kept], dtype=torch.int64), masks=padded)
 
 
-def labeled_view(image: Image.Image, truth: Truth, cfg: Config, rng) -> tuple[Tensor, Target]:
+def labeled_view(
+    image: Image.Image, truth: Truth, cfg: Config, rng, colour: bool = True
+) -> tuple[Tensor, Target]:
     """The weak view of a labelled image, (3, S, S), and its target, as cfg.labels wants it."""
     truth = truth.by_class() if cfg.labels == "semantic" else truth
     layers = [truth.segment_map] if truth.masks is None else list(truth.masks)
-    view, layers = weak_view(Sample(image, layers), cfg, rng, colour=True)
+    view, layers = weak_view(Sample(image, layers), cfg, rng, colour)
     if truth.masks is None:
         target = to_target(pad(layers[0], cfg.crop, 0), truth.labels, truth.crowd)
     else:
@@ -361,6 +370,8 @@ class Batches(torch.utils.data.Dataset):
 class LabeledBatches(Batches):
     """Labelled images with ground truth, for stages sup and ssl."""
 
+    colour = True  # the SSD augmentation
+
     def __init__(self, dataset: DataSet, cfg: Config, steps: int):
         super().__init__(cfg, steps)
         self.dataset = dataset
@@ -370,7 +381,8 @@ class LabeledBatches(Batches):
         images, targets, names = [], [], []
         for slot in self.slots(cfg.labeled_batch):
             i = self.pick(indices, step, slot, cfg.labeled_batch)
-            image, target = labeled_view(train.image(i), train.truth(i), cfg, self.rng(step, slot))
+            rng, truth = self.rng(step, slot), train.truth(i)
+            image, target = labeled_view(train.image(i), truth, cfg, rng, self.colour)
             images.append(image)
             targets.append(target)
             names.append(train.name(i))

@@ -200,7 +200,7 @@ def train(
     """
     from engine.begin import begin, identity, say_ablations, start_from
     from engine.method import find
-    from engine.stored import require_foundation
+    from engine.stored import require_clip, require_foundation
     from report.finish import Pictures, finish
     from report.watch import watcher
 
@@ -212,6 +212,8 @@ def train(
     method.title = "supervised" if name == "sup" else name
     student = method.models["student"]
     run.config["foundation"] = require_foundation(before.config, student, folder)
+    if getattr(method, "clip", None) is not None:
+        run.config["clip_weights"] = require_clip(before.config, method.clip, folder)
     start_from(start, about["init"], method, dataset)
     run.watch = watcher(folder, method, dataset, course.watch if course.evaluate else 0)
     run.train(method, method.batches(dataset))
@@ -423,9 +425,10 @@ def main(argv: list[str] | None = None) -> int:
         if not args.print_config:
             require_there(args)
         if args.stage == "ssl" and said is None and args.method != "dearli" and rank() == "":
+            kind = "a linear classifier" if args.method == "ssl" else "--labels instances"
             print(
-                f"--method {args.method}: the default for --dataset {args.dataset} with a linear "
-                "classifier; others are named with --method"
+                f"--method {args.method}: the default for --dataset {args.dataset} with {kind}; "
+                "others are named with --method"
             )
         return run(args)
     except UserError as error:

@@ -77,7 +77,8 @@ def set_loss(
             else torch.cat([uncertain_points(c, cfg, g) for c, g in zip(chosen, generators)])
         )
         chosen = torch.cat(chosen)  # (M, h, w)
-        mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where)
+        certainty = sample_certainty(targets, matches, where)
+        mask, dice = mask_losses(chosen, sample_targets(targets, matches, where), where, certainty)
         total["class"] = total["class"] + cfg.weights.label * label / class_weight
         total["mask"] = total["mask"] + cfg.weights.mask * mask / num_masks
         total["dice"] = total["dice"] + cfg.weights.dice * dice / num_masks
@@ -169,13 +170,16 @@ def class_loss(
     return F.cross_entropy(class_logits.float().transpose(1, 2), wanted, weight, reduction="sum")
 
 
-def mask_losses(mask_logits: Tensor, wanted: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def mask_losses(
+    mask_logits: Tensor, wanted: Tensor, points: Tensor, certainty: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """BCE and dice of matched masks on their points, summed over masks. Two scalars.
 
-    Args: mask_logits (M, h, w);  wanted (M, P) in [0, 1];  points (M, P, 2) xy in [0, 1].
+    Args: mask_logits (M, h, w);  wanted (M, P) in [0, 1];  points (M, P, 2) xy in [0, 1];
+        certainty (M, P): weights of the points in the BCE.
     """
     x = point_sample(mask_logits, points)  # (M, P)
-    bce = F.binary_cross_entropy_with_logits(x, wanted, reduction="none").mean(1).sum()
+    bce = F.binary_cross_entropy_with_logits(x, wanted, certainty, reduction="none").mean(1).sum()
     p = x.sigmoid()
     dice = (1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)).sum()
     return bce, dice
@@ -221,3 +225,16 @@ def sample_targets(targets: list[Target], matches, points: Tensor) -> Tensor:
     """(M, P) values of the matched segments of all images, in order, at points (M, P, 2)."""
     per_image = points.split([len(queries) for queries, _ in matches])
     return torch.cat([t.sample(p, s) for t, p, (_, s) in zip(targets, per_image, matches)])
+
+
+@torch.no_grad()
+def sample_certainty(targets: list[Target], matches, points: Tensor) -> Tensor | None:
+    """(M, P) what these points count in the BCE, as `sample_targets`; None if no target says."""
+    maps = [t.certainty for t in targets]
+    if all(certainty is None for certainty in maps):
+        return None
+    per_image = points.split([len(queries) for queries, _ in matches])
+    parts = [
+        point_sample(certainty[s], p) for certainty, p, (_, s) in zip(maps, per_image, matches)
+    ]
+    return torch.cat(parts)

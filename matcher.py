@@ -38,12 +38,14 @@ class Target:
     labels: (N,) int64 in [0, K).
     segment_map: (H, W) integers; 0 = void, k = k-th segment: a partition (ground truth, hard
         pseudo-labels).
-    masks: (N, H, W) bool, may overlap (masks drawn by SAM).
+    masks: (N, H, W) bool, may overlap (masks drawn by SAM, instances).
+    certainty: (N, H, W) float32, 0 to 1: what a pixel counts in the BCE of masks; None: all alike.
     """
 
     labels: Tensor
     segment_map: Tensor | None = None
     masks: Tensor | None = None
+    certainty: Tensor | None = None
 
     def __post_init__(self):
         if (self.segment_map is None) == (self.masks is None):
@@ -58,7 +60,7 @@ class Target:
         return len(self.labels)
 
     def to(self, device) -> "Target":
-        parts = (self.labels, self.segment_map, self.masks)
+        parts = (self.labels, self.segment_map, self.masks, self.certainty)
         return Target(*(t if t is None else t.to(device, non_blocking=True) for t in parts))
 
     def sample(self, points: Tensor, segments: Tensor) -> Tensor:

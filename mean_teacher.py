@@ -174,7 +174,7 @@ class MeanTeacher(Supervised):
         update_teacher(teacher, student, ema_decay(t, cfg, self.warm))  # Eq. (2)
         row = {"loss": sum(terms.values()), **terms}
         if unlabeled is not None:
-            row["pseudo_segments"] = _segments_an_image(pseudo, self.device)
+            row["pseudo_segments"] = segments_an_image(pseudo, self.device)
         return {**row, "grad_norm": norm}
 
     def features(self, labeled: Tensor, strong: Tensor, weak: Tensor):
@@ -201,10 +201,10 @@ class MeanTeacher(Supervised):
         others = [r for r in readings if r != PSEUDO]
         yield from super().predict(images, sizes, others, t, semantic, sums)
         if PSEUDO in readings:
-            yield from self._pseudo_predictions(images, sizes, t, sums)
+            yield from self.pseudo_predictions(images, sizes, t, sums)
 
     @torch.no_grad()
-    def _pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None, sums: bool):
+    def pseudo_predictions(self, images: Tensor, sizes: list[tuple], t: int | None, sums: bool):
         padded, maps = padded_size(*images.shape[-2:]), self.models["teacher"].backbone(images)
         for k, size in enumerate(sizes):
             features = [m[k : k + 1] for m in maps]
@@ -251,7 +251,7 @@ class MeanTeacher(Supervised):
         return targets
 
 
-def _segments_an_image(targets: list[Target], device) -> float:
+def segments_an_image(targets: list[Target], device) -> float:
     """Of all ranks."""
     counts = torch.tensor([sum(map(len, targets)), len(targets)], dtype=torch.float32)
     segments, images = ranks.total(counts.to(device)).tolist()

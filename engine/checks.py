@@ -19,6 +19,7 @@ from engine.flags import (
     FLAGS,
     LABELED,
     MAKES,
+    OF_INSTANCES,
     SOURCES,
     STORED,
     TABLES,
@@ -134,9 +135,19 @@ no choice | oversample | no point is chosen by uncertainty; it counts with --imp
 no width | object_width | images are shown by their short side; it counts with --seen-width above 0
 magnified | test_size | images are shown by the width of their objects, --object-width
     {cfg.object_width:g}; it counts with --seen-width 0
-by width | test_max | images are shown by the width of their objects; it counts with
+by width | test_max scaled_side | images are shown by the width of their objects; it counts with
     --seen-width 0
 no blur | blur_radius | nothing is blurred; it counts with --blur-prob above 0
+no instances | INSTANCES | no instance is a pseudo-label here; it counts with --method {instances}
+instances | cutmix_prob | --method {args.method} mixes no images; it counts with --method {mixing}
+coupled | class_threshold mask_threshold | it counts with --coupled 0
+not guided | guided_steps | it counts with --method guided
+not asked | clip_margin clip_model clip_pretrained | CLIP is not asked about pseudo-labels; it
+    counts with --clip-view crop, masked or pool
+pooled | clip_margin | there is no box; it counts with --clip-view crop or masked
+poly | milestones | it counts with --schedule multistep
+multistep | poly_power | it counts with --schedule poly
+no jitter | jitter jitter_hue | no colour is jittered; it counts with --jitter-prob above 0
 no layers | decoder_ffn | the decoder has no layers; it counts with --decoder-layers above 0
 own crop | crop | the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that one, or set it to 0
 no network | NETWORK | stable regions (--sam regions) have no network; it counts with --sam mini or
@@ -160,7 +171,8 @@ graph | no_object_weight | there is no loss in it; it counts with --format offic
 no figures | report_images | pictures are of an evaluation; it counts without --no-eval
 """
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
-GROUPS = {"NETWORK": FIELDS["NETWORK"], "GRAPH": FIELDS["GRAPH"], "WARM_UP": tuple(MAKES["ssl"])}
+GROUPS = {name: FIELDS[name] for name in ("NETWORK", "GRAPH", "INSTANCES")}
+GROUPS["WARM_UP"] = tuple(MAKES["ssl"])
 
 
 def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
@@ -170,6 +182,7 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     stage, mini = args.stage, args.dataset == "mini"
     begins = stage == "ssl" and not args.resume  # one that goes on knows what it started from
     unmeasured = stage in LABELED and not args.evaluate
+    of_instances = stage == "ssl" and args.method in OF_INSTANCES
     holds = {
         "warm": begins and is_warm(args),
         "cold": begins and not is_warm(args),
@@ -181,6 +194,15 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "magnified": cfg.magnification > 0 and stage in STORED and stage != "export",
         "by width": cfg.seen_width > 0,
         "no blur": not cfg.blur_prob,
+        "no instances": stage == "ssl" and not of_instances,
+        "instances": of_instances,
+        "coupled": cfg.coupled > 0,
+        "not guided": stage == "ssl" and args.method != "guided",
+        "not asked": cfg.clip_view == "none",
+        "pooled": cfg.clip_view == "pool",
+        "poly": cfg.schedule == "poly",
+        "multistep": cfg.schedule == "multistep",
+        "no jitter": not cfg.jitter_prob,
         "no layers": not cfg.decoder_layers,
         "own crop": stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags,
         "no network": cfg.sam == "regions",
@@ -201,6 +223,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "no figures": unmeasured and not args.resume,
     }
     named = {"warm": " or ".join(WARM), "clip": " and ".join(WITH_CLIP)}
+    named["instances"] = " or ".join(OF_INSTANCES)
+    named["mixing"] = ", ".join(name for name in METHODS if name not in OF_INSTANCES)
     return {
         dest: counts.format(args=args, cfg=cfg, **named)
         for condition, names, counts in IDLE
@@ -221,7 +245,11 @@ def require_method(args: argparse.Namespace, cfg: Config) -> None:
             )
     for name, value in METHODS[args.method].numbers.items():
         asked = getattr(args, name)
-        fitting = [key for key, other in METHODS.items() if asked in other.values(name)]
+        fitting = [
+            key
+            for key, other in METHODS.items()
+            if name not in other.numbers or asked in other.values(name)
+        ]
         if asked is not None and args.method not in fitting:
             raise UserError(
                 f"{dashed(name)} {asked}: --method {args.method} has {value}; expected --method "

@@ -60,6 +60,9 @@ TRAIN = ("dewa", "sup", "ssl")
 LABELED = ("sup", "ssl")  # training on labelled images, which ends with an evaluation
 TABLES = ("demo", "ladder", "alpha")
 WARM = tuple(name for name, method in METHODS.items() if method.warm)
+OF_INSTANCES = tuple(
+    name for name, method in METHODS.items() if method.numbers.get("labels") == "instances"
+)
 WITH_CLIP = tuple(name for name, method in METHODS.items() if method.has_clip)
 STORED = ("eval", "predict", "export", "report")  # read a run
 RUNNING = ("masks", *TRAIN, *STORED, "zeroshot", *TABLES)  # with a model, and a folder of runs
@@ -224,19 +227,21 @@ GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop scale_min scale_max SCALE turns optimizer schedule
     backbone_lr_multiplier lr weight_decay clip_norm poly_power mask_weight dice_weight num_points
-    oversample importance workers seed checkpoint_every log_every eval_batch
+    oversample importance workers seed checkpoint_every log_every eval_batch milestones scaled_side
 MASKS: sam NETWORK white seed
 DEWA: TRAINING SIZES dewa_steps dewa_batch dewa_crop dewa_keep_empty
 SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch
+INSTANCES: class_threshold mask_threshold coupled clip_view clip_margin clip_model clip_pretrained
+    pixel_certainty ema_first guided_steps
 SEMI: SUPERVISED jitter jitter_hue grayscale_prob blur_prob blur_radius ssl_steps unlabeled_batch
-    lambda_u ema_decay burn_in cutmix_prob
+    lambda_u ema_decay burn_in cutmix_prob jitter_prob cutout
 prepare: workers
 import: seed
 validate: workers seed num_queries labels white test_size SCALE
 masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps
-ssl: SEMI burn_in_warm
+ssl: SEMI INSTANCES burn_in_warm
 eval: STUDENT labels eval_batch seed
 predict: STUDENT seed
 report: STUDENT labels seed
@@ -269,7 +274,7 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     elif args.stage == "sup":
         cfg = replace(cfg, teacher_posterior="decoder")
     elif args.stage == "ssl":
-        cfg = replace(cfg, **METHODS[args.method].numbers)
+        cfg = replace(cfg, **METHODS[args.method].on(args.preset or args.dataset))
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
         values["pretrained"] = TAGS.get(values["backbone"], "")
     splits = PAPERS_SPLITS.get(args.dataset, ())
@@ -294,7 +299,9 @@ def steps_of(stage: str) -> str:
 
 def usual_method(args: argparse.Namespace) -> str:
     """The --method of a command line without it. On a folder of one's own, a classifier without
-    words is trained without CLIP, too."""
+    words is trained without CLIP, too; instances are PL-DC's."""
+    if (args.labels or PRESETS[args.preset or args.dataset].labels) == "instances":
+        return "pldc"
     linear = (args.classifier or PRESETS[args.preset or args.dataset].classifier) == "linear"
     alone = args.teacher_posterior in (None, "decoder")
     return "ssl" if args.dataset == "custom" and linear and alone else "dearli"

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, shares_of
 from ground import ranks
 
 
@@ -46,9 +46,15 @@ def poly(step: int, steps: int, cfg: Config) -> float:
     return (1 - step / steps) ** cfg.poly_power
 
 
+def multistep(step: int, steps: int, cfg: Config) -> float:
+    """Share of cfg.lr at a step, from 0: a tenth of it after each of `milestones`."""
+    passed = [share for share in shares_of(cfg.milestones) if step >= round(share * steps)]
+    return 0.1 ** len(passed)
+
+
 # By the names that `config.CHOICES` lists.
 OPTIMIZERS = {"adamw": adamw}
-SCHEDULES = {"poly": poly}
+SCHEDULES = {"poly": poly, "multistep": multistep}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config) -> float:

@@ -180,6 +180,18 @@ def require_foundation(config: dict, model: torch.nn.Module, source) -> str:
     return digest
 
 
+def require_clip(config: dict, clip: torch.nn.Module, source) -> str:
+    """The same of a second CLIP, which pseudo-labels ask."""
+    digest = of_tensors(clip.state_dict())
+    if config.get("clip_weights") not in (None, digest):
+        raise UserError(
+            f"{source}: asked a CLIP of other weights (SHA-256 {str(config['clip_weights'])[:12]}"
+            f"... there, {digest[:12]}... now): name the file that it had with --clip-pretrained, "
+            "or choose another folder with --out"
+        )
+    return digest
+
+
 def require_classes(stored: Stored, expected: int) -> None:
     """Raise if an official file says that it was trained on another number of classes (a language
     head would not notice).

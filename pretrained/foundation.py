@@ -1,4 +1,5 @@
-"""The foundation models, OpenCLIP and timm ConvNeXts and SAM, and where their weights come from.
+"""The foundation models: OpenCLIP, timm ConvNeXts and ResNets, SAM; and where their weights come
+from.
 
 A file that the user names comes first, then the cache, then a download whose SHA-256 is checked:
 SAM's against the sums below, those of the Hugging Face hub against the sums that the hub states.
@@ -47,7 +48,8 @@ def miniature(name: str):
 
 
 def is_timm(backbone: str) -> bool:
-    """True for a timm ConvNeXt (`convnext_base.fb_in1k`), False for `mini` and OpenCLIP's.
+    """True for a timm ConvNeXt or ResNet (`convnext_base.fb_in1k`, `resnet50.tv_in1k`), False for
+    `mini` and OpenCLIP's.
 
     Raises: UserError for anything else.
     """
@@ -56,7 +58,7 @@ def is_timm(backbone: str) -> bool:
     import open_clip
     import timm
 
-    if backbone.startswith("convnext"):
+    if backbone.startswith(("convnext", "resnet")):
         if backbone in open_clip.list_models():
             return False
         try:
@@ -66,8 +68,8 @@ def is_timm(backbone: str) -> bool:
             pass
     raise UserError(
         f"unknown backbone '{backbone}'; available: mini, an OpenCLIP ConvNeXt "
-        f"({', '.join(TAGS)}), or a timm ConvNeXt such as convnext_base.fb_in1k (ImageNet-1k) and "
-        f"convnext_base.fb_in22k (ImageNet-21k)"
+        f"({', '.join(TAGS)}), or a timm ConvNeXt or ResNet such as convnext_base.fb_in1k, "
+        f"resnet50.tv_in1k (ImageNet-1k) and convnext_base.fb_in22k (ImageNet-21k)"
     )
 
 
@@ -107,9 +109,14 @@ def _open_clip(backbone: str, pretrained: str) -> tuple[torch.nn.Module, Callabl
         file = Path(pretrained)
         if not file.is_file():
             file = _clip_file(backbone, pretrained)
-    clip = _filled(
-        lambda: open_clip.create_model(backbone, pretrained=file and str(file)), backbone, file
-    )
+    # OpenAI's own weights are of another GELU, which a file does not say
+    quick = bool(open_clip.get_pretrained_cfg(backbone, pretrained).get("quick_gelu"))
+
+    def make():
+        weights = file and str(file)
+        return open_clip.create_model(backbone, pretrained=weights, force_quick_gelu=quick)
+
+    clip = _filled(make, backbone, file)
     return clip, open_clip.get_tokenizer(backbone)
 
 
@@ -127,8 +134,35 @@ def _clip_file(backbone: str, tag: str) -> Path:
     return hub_file(source.strip("/"), CLIP_FILES, backbone)
 
 
+class ResNetTrunk(torch.nn.Module):
+    """A timm ResNet with the parts of a ConvNeXt: stem, four stages (strides 4, 8, 16, 32), head.
+
+    Its batch norms are fixed scales and shifts, for ever (as in Mask2Former, trained or not).
+    """
+
+    def __init__(self, resnet: torch.nn.Module):
+        super().__init__()
+        from timm.layers import freeze_batch_norm_2d
+
+        resnet = freeze_batch_norm_2d(resnet)
+        self.stem = torch.nn.Sequential(resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool)
+        layers = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+        self.stages = torch.nn.ModuleList(layers)
+        self.head = torch.nn.Identity()
+        self.feature_info = resnet.feature_info[1:]
+
+
 def load_timm(cfg: Config) -> torch.nn.Module:
-    """The timm ConvNeXt of the configuration without its classifier, in eval mode, on the CPU."""
+    """The timm ConvNeXt or ResNet of the configuration without its classifier, in eval mode, on the
+    CPU.
+    """
+    is_resnet = cfg.backbone.startswith("resnet")
+    model = _timm(cfg, "fc." if is_resnet else "head.fc.")
+    return ResNetTrunk(model) if is_resnet else model
+
+
+def _timm(cfg: Config, classifier: str) -> torch.nn.Module:
+    """classifier: beginning of the names that are left out."""
     import timm
     from timm.models.convnext import checkpoint_filter_fn
 
@@ -149,8 +183,9 @@ def load_timm(cfg: Config) -> torch.nn.Module:
     weights = weights.get("model", weights.get("state_dict", weights))
 
     def fill():
-        filtered = checkpoint_filter_fn(weights, model)
-        model.load_state_dict({n: w for n, w in filtered.items() if not n.startswith("head.fc.")})
+        # of a ConvNeXt there are files with other names
+        named = checkpoint_filter_fn(weights, model) if classifier == "head.fc." else weights
+        model.load_state_dict({n: w for n, w in named.items() if not n.startswith(classifier)})
         return model
 
     return _filled(fill, cfg.backbone, file)

@@ -33,12 +33,19 @@ def build(
         backbone = Backbone(foundation.load_timm(cfg), frozen=not cfg.train_backbone)
         vocabulary = None
     else:
-        clip, tokenize = foundation.load_clip(cfg, clip_weights)
-        lasting = clip_weights is None and cfg.pretrained != "random" and cfg.backbone != "mini"
-        vocabulary = _vocabulary(clip, tokenize, cfg.backbone, taxonomy, device, lasting)
+        clip, vocabulary = load_clip(cfg, taxonomy, device, clip_weights)
         backbone = ClipBackbone(clip, frozen=not cfg.train_backbone)
     torch.manual_seed(cfg.seed)
     return Segmenter(backbone, vocabulary, cfg, len(taxonomy)).to(device)
+
+
+def load_clip(
+    cfg: Config, taxonomy: Taxonomy, device: torch.device, weights: dict | None = None
+) -> tuple[torch.nn.Module, Vocabulary]:
+    """The CLIP of the configuration, and what it reads of the classes. weights: as in `build`."""
+    clip, tokenize = foundation.load_clip(cfg, weights)
+    lasting = weights is None and cfg.pretrained != "random" and cfg.backbone != "mini"
+    return clip, _vocabulary(clip, tokenize, cfg.backbone, taxonomy, device, lasting)
 
 
 def _vocabulary(clip, tokenize, name: str, taxonomy, device, lasting: bool) -> Vocabulary:

@@ -8,6 +8,7 @@ no GPU.
     test_door            mistakes at the door, each answered in one line
     test_method          a method of one's own, from its first step to its report
     test_run             files of runs and of the official code: foreign, damaged, written back
+    test_pldc            PL-DC and Guided Distillation
     test_ranks           several processes
     test_survival        runs that are stopped; `soak`
     test_fuzz            mutated files; `fuzz`

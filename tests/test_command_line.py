@@ -420,6 +420,9 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "--out",
         tmp_path / "warm",
     )
+    instances = ["--method", "guided", "--guided-steps", 1, "--burn-in", 1, "--steps", 3]
+    instances += ["--class-threshold", 0, "--clip-view", "masked", "--schedule", "multistep"]
+    stage("ssl", *instances, "--no-eval", "--out", tmp_path / "guided")
     stage("eval", "--weights", folder, "--report-images", 1)
     stage("eval", "--weights", tmp_path / "linear", *alone)
     stage(
@@ -455,6 +458,8 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
     # where a decoder was built
     found["dewa"] -= {"class_weight", "no_object_weight"}
     found["zeroshot"] -= model
+    for name in ("dewa", "sup"):
+        found[name] |= {"milestones"}  # of the other schedule, as in ssl
     found["dewa"] |= {"test_size", "test_max", "eval_batch"}  # stored with the run for its sisters
     found["import"] |= {"seed"}  # by `import_folder`, which is not called here
     for name in (
@@ -483,7 +488,8 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         "mini-clip",
         "mini-sam",
     }
-    assert READS["demo"] == READS["masks"] | READS["dewa"] | READS["ssl"]
+    panoptic = READS["ssl"] - {*FIELDS["INSTANCES"]}
+    assert READS["demo"] == READS["masks"] | READS["dewa"] | panoptic
 
 
 @pytest.mark.parametrize(

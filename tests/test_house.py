@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 
 # Rooms by floor: imports go down, or stay in the room. Single files are rooms of their own.
 FLOORS = (
-    ("ground",),
+    ("ground", "pldc_numbers", "cutout"),
     ("config",),
     ("panoptic_eval", "instance_eval", "readers"),
     ("matcher", "clip_ensemble", "deformable_cpu"),
@@ -21,12 +21,13 @@ FLOORS = (
     ("data",),
     ("engine",),
     ("mean_teacher", "dewa"),
+    ("pldc",),
     ("report",),
     ("tools",),
     ("dearli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-METHODS = ("mean_teacher", "dewa")
+METHODS = ("mean_teacher", "dewa", "pldc")
 WINGS = ("ground", "readers", "pretrained", "mini", "engine", "report", "tools")
 FILES = [
     path.relative_to(ROOT)
