@@ -21,12 +21,13 @@ FLOORS = (
     ("data",),
     ("engine",),
     ("mean_teacher", "dewa"),
+    ("esl",),
     ("report",),
     ("tools",),
     ("dearli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-METHODS = ("mean_teacher", "dewa")
+METHODS = ("mean_teacher", "dewa", "esl")
 WINGS = ("ground", "readers", "pretrained", "mini", "engine", "report", "tools")
 FILES = [
     path.relative_to(ROOT)
