@@ -62,6 +62,31 @@ class Config:
     encoder_points: int = 4  # sampling points a head and level
     decoder_layers: int = 9  # masked attention layers; with the initial queries 10 outputs
     decoder_ffn: int = 2048  # hidden units, masked-attention decoder
+    # DeepLabv3+
+    network: str = "mask2former"  # what is trained: `mask2former`, or `deeplab` (ESL's DeepLabv3+,
+    #    whose heads have `hidden` channels)
+    output_stride: int = 8  # of its coarsest map, 8 or 16; U2PL's: ESL states none
+    atrous: int = 12  # ASPP looks with dilations of 1, 2 and 3 times that (U2PL's: 12 24 36)
+    aux_weight: float = 0.0  # of a second head on the third stage; 0: none (U2PL, Cityscapes: 0.4)
+    ohem: float = 0.0  # labelled pixels count whose true class has less; 0: all (Cityscapes: 0.7)
+    ohem_kept: int = 100_000  # but at least the hardest so many, a step and process (U2PL's)
+    # ESL
+    eta: float = 0.95  # a soft label has the fewest classes that reach it together; 0: the arg-max
+    contrast_weight: float = 0.1  # lambda_2, of the pixel-to-part contrast; 0: no parts at all
+    contrast_start: int = 0  # step of its first gradient (ESL states no warm-up)
+    parts: int = 5  # K, of a class
+    part_momentum: float = 0.99  # theta, of the prototypes, a step
+    kmeans_pixels: int = 2048  # a class, at most, that the prototypes begin with; not stated
+    queue: int = 64  # entries of a part; not stated. Few: those of a teacher that is still alike
+    anchor_share: float = 0.1  # of a class's pixels in an image
+    anchor_confidence: float = 0.95  # zeta: the teacher's, above which an unlabelled pixel counts
+    anchors_max: int = 256  # a class and image; not stated. It bounds the memory
+    negatives: int = 255  # N_s, an anchor
+    contrast_temperature: float = 0.5  # sigma
+    projection: int = 512  # L, channels that pixels are compared by
+    projector: str = "block"  # its last layer: `block`, Conv-BN-ReLU as stated; `conv`, as U2PL's
+    teacher_norm: str = "average"  # statistics of its batch norm, not stated: `average` of the
+    #    student's, as of weights; `student`: a copy; `batch`: of the images at hand
     # set loss, Eq. (3)
     class_weight: float = 2.0  # in loss and matching; DeWa sets it to 0
     mask_weight: float = 5.0  # binary cross-entropy
@@ -77,6 +102,8 @@ class Config:
     #    teacher is a copy of the student
     burn_in_warm: float = 0.0  # the same for a run that starts from DeWa weights
     cutmix_prob: float = 0.5  # chance of a CutMix box, an unlabelled image
+    cutmix_min: float = 0.02  # share of the view that the box has, uniform from here
+    cutmix_max: float = 0.4  # to here (U2PL: half of the view)
     # recognition, Eq. (4)-(6)
     alpha: float | str = 0.6  # the mask transformer's share in the ensemble, 0 to 1, Eq. (6);
     #    `0.4:0.8` grows while there are pseudo-labels, `labeled` follows the labelled share of the
@@ -89,12 +116,14 @@ class Config:
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
     # optimisation
-    optimizer: str = "adamw"  # of all trained parameters: `adamw`
+    optimizer: str = "adamw"  # of all trained parameters: `adamw`, or `sgd` with momentum
+    momentum: float = 0.9  # of sgd
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power
     lr: float = 1e-4  # at the first step
     weight_decay: float = 0.05  # not on norms and embeddings
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
     poly_power: float = 0.9  # of the schedule
+    epochs: float = 0.0  # passes over the unlabelled images instead of --steps; 0: --steps counts
     ssl_steps: int = 80_000  # optimiser steps, stage ssl
     sup_steps: int = 10_000  # stage sup; ADE20K, COCO: 10 000 more a larger split (supplement D)
     dewa_steps: int = 160_000  # stage dewa; the paper says 80 000 on ADE20K
@@ -116,6 +145,7 @@ class Config:
     #    overlap by half, and stitched; 0 = whole images
     turns: bool = False  # views are also turned by quarter turns: for images without an up, as
     #    from a microscope or from above
+    colour: bool = True  # labelled views also get SSD's colours (ESL: flip, scale and crop alone)
     jitter: float = 0.8  # strong view: brightness, contrast, saturation times 1 +- jitter
     jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
     grayscale_prob: float = 0.2  # strong view
@@ -271,6 +301,7 @@ class MethodEntry:
     help: str  # in a line
     numbers: dict = field(default_factory=dict)  # fields of Config that it sets
     variants: dict = field(default_factory=dict)  # other values of these that are still the method
+    usual: dict = field(default_factory=dict)  # further ones, which flags may change
     warm: bool = False  # starts from the DeWa run of the data set, unless --init names another
 
     @property
@@ -285,14 +316,20 @@ class MethodEntry:
 
 DECODER = {"teacher_posterior": "decoder"}
 ENSEMBLE, CLIP = {"teacher_posterior": "ensemble"}, {"teacher_posterior": ("clip",)}
+DEEPLAB_ALONE = {**DECODER, "network": "deeplab"}
 MEAN_TEACHER = "mean_teacher.MeanTeacher"
 SSL_HELP = "Mean Teacher, pseudo-labels from the decoder alone"
 DEAR_HELP = "pseudo-labels from the ensemble with CLIP"
 DEARLI_HELP = "dear, starting from the DeWa weights"
+HARD = {"eta": 0.0, "contrast_weight": 0.0}
+ESL_HELP = "classes alone: DeepLabv3+, soft pseudo-labels, contrast of object parts"
+HARD_HELP = "as esl, with hard pseudo-labels and without the contrast: its baseline"
 METHODS = {
     "ssl": MethodEntry(MEAN_TEACHER, SSL_HELP, DECODER),
     "dear": MethodEntry(MEAN_TEACHER, DEAR_HELP, ENSEMBLE, CLIP),
     "dearli": MethodEntry(MEAN_TEACHER, DEARLI_HELP, ENSEMBLE, CLIP, warm=True),
+    "esl": MethodEntry("esl.ESL", ESL_HELP, DEEPLAB_ALONE),
+    "hard": MethodEntry("esl.ESL", HARD_HELP, DEEPLAB_ALONE, usual=HARD),
 }
 
 
@@ -326,13 +363,15 @@ INF = float("inf")
 # slots, and torch takes 64 bits; larger scales of CLIP overflow the softmax.
 BOUNDS = {
     (1, INF): "num_queries hidden heads encoder_layers encoder_ffn encoder_points decoder_ffn crop "
+    "atrous parts kmeans_pixels queue anchors_max negatives projection ohem_kept "
     "num_points oversample ssl_steps sup_steps dewa_steps labeled_batch unlabeled_batch dewa_batch "
     "test_size test_max eval_batch points_per_side points_per_batch checkpoint_every log_every",
     (0, INF): "seen_width object_width window backbone_lr_multiplier decoder_layers class_weight "
     "mask_weight dice_weight no_object_weight lambda_u burn_in burn_in_warm lr weight_decay "
-    "poly_power dewa_crop white workers",
+    "epochs aux_weight contrast_weight contrast_start poly_power dewa_crop white workers",
     (0.1, INF): "blur_radius",
-    (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
+    (0, 1): "cutmix_min cutmix_max eta part_momentum anchor_share momentum "
+    "anchor_confidence ohem importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
     "object_mask_threshold overlap_threshold pred_iou_thresh stability_thresh mask_nms_thresh",
     (0, 0.5): "jitter_hue",
     (0, 2**32 - 1): "seed",
@@ -343,7 +382,11 @@ CHOICES = {
     "classifier": ("language", "linear"),
     "teacher_posterior": ("decoder", "clip", "ensemble"),
     "labels": ("panoptic", "semantic"),
-    "optimizer": ("adamw",),
+    "network": ("mask2former", "deeplab"),
+    "output_stride": (8, 16),
+    "projector": ("block", "conv"),
+    "teacher_norm": ("average", "student", "batch"),
+    "optimizer": ("adamw", "sgd"),
     "schedule": ("poly",),
 }
 # What else holds of a value x in a configuration c, and the words for it.
@@ -359,7 +402,16 @@ RULES = {
         lambda x, c: x <= 1 or x % 1 == 0,
         "a share of the steps, below 1, or a whole number of steps",
     ),
-    "crop dewa_crop window": (lambda x, c: x % 32 == 0, "a multiple of 32, the coarsest stride"),
+    "crop dewa_crop window": (
+        lambda x, c: x % 32 == 0 or c.network == "deeplab" and c.backbone != "mini",
+        "a multiple of 32, the coarsest stride",
+    ),
+    "labels": (
+        lambda x, c: x == "semantic" or c.network != "deeplab",
+        "semantic: --network deeplab knows classes, and no things",
+    ),
+    "contrast_temperature": (lambda x, c: x > 0, "a number above 0"),
+    "cutmix_min": (lambda x, c: 0 < x <= c.cutmix_max, "above 0, to --cutmix-max {0.cutmix_max}"),
     "white": (
         lambda x, c: x == 0 or 255 <= x <= 65535,
         "0 (measured), or a grey value of 16 bits, 255 to 65535",
@@ -377,10 +429,17 @@ RULES = {
 }
 
 
+DEEPLAB_FIELDS = set(
+    "network output_stride atrous aux_weight ohem ohem_kept eta contrast_weight contrast_start "
+    "parts part_momentum kmeans_pixels queue anchor_share anchor_confidence anchors_max negatives "
+    "contrast_temperature projection projector teacher_norm cutmix_min cutmix_max momentum epochs "
+    "colour".split()
+)
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
     **{"seen_width": 0.0, "object_width": 0.0, "window": 0},
+    **{f.name: f.default for f in fields(Config) if f.name in DEEPLAB_FIELDS},
 }
 
 

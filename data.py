@@ -29,7 +29,6 @@ from readers.ground_truth import DataSet
 from readers.pictures import open_image  # noqa: F401  for scripts: `from data import open_image`
 
 PAD_VALUE = 128  # grey levels; images are padded right and bottom to the crop
-CUTMIX_AREA = (0.02, 0.4)  # share of the crop, uniform
 CUTMIX_ASPECT = (0.3, 1 / 0.3)  # height / width, uniform
 CUTMIX_TRIES = 1000  # before the boxes that fit are listed; in an ordinary view a few will do
 GRACE = 10  # seconds that a loader process outlives a SIGTERM
@@ -134,6 +133,8 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     """Colour jitter (always, in random order), sometimes grayscale, sometimes Gaussian blur.
     (3, h, w) uint8."""
+    if not (cfg.jitter or cfg.jitter_hue or cfg.grayscale_prob or cfg.blur_prob):
+        return image
     # Takes two seconds to import: only who needs it waits.
     from torchvision.transforms.v2 import functional as TF
 
@@ -202,14 +203,17 @@ def to_bytes(x: Tensor) -> Tensor:
     return torch.from_numpy((x * 255).round_().numpy().astype(np.uint8))
 
 
-def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+def cutmix_box(
+    height: int, width: int, rng: random.Random, share: tuple[float, float] = (0.02, 0.4)
+) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from.
 
+    share: of the view's area that it has, uniform from the first to the second.
     Of the area that is sampled, aspect and corner are sampled until the box fits. Where it hardly
     ever does, in a long and thin view, the box is one of those that fit, each with its chance;
     where none fits, it is the largest that does.
     """
-    area = rng.uniform(*CUTMIX_AREA) * height * width
+    area = rng.uniform(*share) * height * width
     for _ in range(CUTMIX_TRIES):
         w, h = _sides(area, rng.uniform(*CUTMIX_ASPECT))
         x, y = rng.randrange(width), rng.randrange(height)
@@ -351,7 +355,7 @@ class LabeledBatches(Batches):
             truth = train.truth(i)
             truth = truth.by_class() if cfg.labels == "semantic" else truth
             sample = Sample(train.image(i), [truth.segment_map])
-            image, (segment_map,) = weak_view(sample, cfg, self.rng(step, slot), colour=True)
+            image, (segment_map,) = weak_view(sample, cfg, self.rng(step, slot), cfg.colour)
             images.append(pad_image(image, cfg.crop))
             targets.append(to_target(pad(segment_map, cfg.crop, 0), truth.labels, truth.crowd))
             names.append(train.name(i))
@@ -387,7 +391,8 @@ class SemiSupervisedBatches(Batches):
             if rng.random() < self.cfg.cutmix_prob:
                 _, *partner = self._two_views(rng)
                 partners.append(partner)
-                box = cutmix_box(*partner[0].shape[1:], rng)
+                share = self.cfg.cutmix_min, self.cfg.cutmix_max
+                box = cutmix_box(*partner[0].shape[1:], rng, share)
             boxes.append(box)
         weak, strong = self._stacked(views)
         return self.labeled[step], Unlabeled(weak, strong, boxes, *self._stacked(partners), names)

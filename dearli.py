@@ -140,7 +140,8 @@ def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
     """The supervised baseline: labelled images only."""
     from engine.begin import as_begun, beginning, begun, require_training_files, settle
 
-    folder = place.out or place.folder(source, f"sup-{source.split}", cfg.seed)
+    kind = "sup" if cfg.network == "mask2former" else f"sup-{cfg.network}"
+    folder = place.out or place.folder(source, f"{kind}-{source.split}", cfg.seed)
     before = begun(course, folder)
     dataset = source.load(cfg, config=before.config, origin=folder)
     cfg = as_begun(course, settle(cfg, dataset), before, "sup_steps")
@@ -208,7 +209,9 @@ def train(
     run = begin(course, folder, cfg, about, source.dataset, before, dataset)
     say_ablations(cfg, "sup" if name == "sup" else "ssl", warm)
     clip = start.state.get("clip") if start else None
-    method = find(name)(cfg, dataset.taxonomy, machine.device, machine.precision, clip, warm)
+    method = find(name, cfg.network)(
+        cfg, dataset.taxonomy, machine.device, machine.precision, clip, warm
+    )
     method.title = "supervised" if name == "sup" else name
     student = method.models["student"]
     run.config["foundation"] = require_foundation(before.config, student, folder)

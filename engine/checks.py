@@ -39,7 +39,11 @@ from readers.downloads import default_root, require
 
 TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")  # that one can train on
 # Of a run that is stored: what its weights are part of, and what they were trained on
-OF_THE_RUN = ("backbone", *FIELDS["DECODER"], "labels", "no_object_weight", "seed")
+OF_THE_RUN = (
+    *("backbone", *FIELDS["DECODER"], "network", *FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"]),
+    "contrast_weight",
+    *("labels", "no_object_weight", "seed"),
+)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -138,6 +142,14 @@ no network | NETWORK | stable regions (--sam regions) have no network; it counts
 no sam | sam NETWORK | it counts with --masks sam
 no warm-up | WARM_UP make | no masks and no warm-up are made here; it counts with --method {warm}
     and without --init
+deeplab | QUERIES | DeepLabv3+ has no queries; it counts with --network mask2former
+mask2former | DEEPLAB SOFT CONTRAST | it is of DeepLabv3+; it counts with --network
+    deeplab (--stage sup), or with --method esl or hard
+no contrast | CONTRAST | no parts are told apart; it counts with
+    --contrast-weight above 0
+no mining | ohem_kept | it counts with --ohem above 0
+adamw | momentum | it counts with --optimizer sgd
+stepped | epochs | --steps says how long the run is; expected one of them
 rungs | teacher_posterior | the rungs of --stage {args.stage} set it themselves; use --stage ssl
 alphas | alpha | the rungs of --stage alpha set it themselves; use --stage ssl
 not mini | eval_on | only --dataset mini has images to tune on
@@ -151,7 +163,11 @@ graph | no_object_weight | there is no loss in it; it counts with --format offic
 no figures | report_images | pictures are of an evaluation; it counts without --no-eval
 """
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
-GROUPS = {"NETWORK": FIELDS["NETWORK"], "GRAPH": FIELDS["GRAPH"], "WARM_UP": tuple(MAKES["ssl"])}
+GROUPS = {
+    **{name: FIELDS[name] for name in ("NETWORK", "GRAPH", "QUERIES", "SOFT", "CONTRAST")},
+    "DEEPLAB": tuple({*FIELDS["DEEPLAB_TRAINING"], *FIELDS["PROJECTOR"]} - {"network", "momentum"}),
+    "WARM_UP": tuple(MAKES["ssl"]),
+}
 
 
 def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
@@ -175,6 +191,12 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "no network": cfg.sam == "regions",
         "no sam": stage == "zeroshot" and str(args.masks) != "sam",
         "no warm-up": stage == "ssl" and not (args.method in WARM and args.init is None),
+        "deeplab": cfg.network == "deeplab",
+        "mask2former": cfg.network != "deeplab",
+        "no contrast": stage == "ssl" and not cfg.contrast_weight,
+        "no mining": not cfg.ohem,
+        "adamw": cfg.optimizer != "sgd",
+        "stepped": steps_of(stage) in given(args),
         "rungs": stage in TABLES,
         "alphas": stage == "alpha",
         "not mini": not mini,
@@ -204,8 +226,8 @@ def require_method(args: argparse.Namespace) -> None:
         fitting = [key for key, other in METHODS.items() if asked in other.values(name)]
         if asked is not None and args.method not in fitting:
             raise UserError(
-                f"{dashed(name)} {asked}: --method {args.method} has {value}; expected --method "
-                f"{' or '.join(fitting)}"
+                f"{dashed(name)} {asked}: --method {args.method} has {value}; expected "
+                + (f"--method {' or '.join(fitting)}" if fitting else "no other")
                 + (", with --init FOLDER from a warm-up" if args.method in WARM else "")
             )
 

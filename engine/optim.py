@@ -41,13 +41,17 @@ def adamw(groups: list[dict], cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
 
+def sgd(groups: list[dict], cfg: Config) -> torch.optim.SGD:
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+
+
 def poly(step: int, steps: int, cfg: Config) -> float:
     """Share of cfg.lr at a step, from 0: (1 - t / steps) ** power."""
     return (1 - step / steps) ** cfg.poly_power
 
 
 # By the names that `config.CHOICES` lists.
-OPTIMIZERS = {"adamw": adamw}
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 SCHEDULES = {"poly": poly}
 
 
