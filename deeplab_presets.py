@@ -75,7 +75,9 @@ _SMALL = {
     "burn_in": 0.3,
     "burn_in_warm": 0.1,
 }
-SMALL = replace(MINI, **_DEEPLAB, **_SMALL)
+SMALL = replace(
+    MINI, **_DEEPLAB, **_SMALL, crop=96, scale_min=1.0, scale_max=1.9, ssl_steps=300, sup_steps=300
+)
 OWN = replace(CUSTOM, **_DEEPLAB, **_SMALL, seen_width=0.0, window=0)
 PRESETS: dict[str, Config] = {
     "mini": SMALL,
