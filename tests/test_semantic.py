@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dearli
 import deeplab
 import esl
 import semantic
@@ -265,8 +267,8 @@ def test_batch_norm_over_ranks_is_that_of_all_pixels(monkeypatch):
 
 def test_a_run_is_resumed_bit_for_bit_with_bank_and_statistics(small_mini, tmp_path):
     steps = ["--steps", 4, "--checkpoint-every", 2, "--burn-in", 1]
-    for name in ("one", "two"):
-        assert run(*ESL, *steps, "--out", tmp_path / name) == 0
+    assert run(*ESL, *steps, "--out", tmp_path / "one") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
     back_to(tmp_path / "two", 2)
     assert run(*ESL, *steps, "--out", tmp_path / "two", "--resume") == 0
     one, two = (checkpoint.newest(tmp_path / name) for name in ("one", "two"))
@@ -297,14 +299,18 @@ def test_the_frame_measures_shows_and_predicts(small_mini, tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 <= metrics["teacher/decoder"]["miou"] <= 1 and "all" not in metrics["teacher/decoder"]
     assert "mIoU" in (out / "report.html").read_text()
-    assert run("--stage", "eval", "--weights", out, "--window", 64, "--out", tmp_path / "ev") == 0
-    assert run("--stage", "report", "--weights", out, "--out", tmp_path / "again") == 0
+
+    def stored(stage, *words):
+        return dearli.main(["--stage", stage, "--weights", str(out), *map(str, words)])
+
+    assert stored("eval", "--window", 32, "--out", tmp_path / "ev") == 0
+    assert stored("report", "--report-images", 2, "--out", tmp_path / "again") == 0
     load_mini("4").val.image(0).save(tmp_path / "picture.png")
-    words = ["--input", tmp_path / "picture.png", "--which", "teacher", "--out", tmp_path / "said"]
-    assert run("--stage", "predict", "--weights", out, *words) == 0
+    words = ["--input", tmp_path / "picture.png", "--which", "teacher"]
+    assert stored("predict", *words, "--out", tmp_path / "said") == 0
     assert any((tmp_path / "said").rglob("*.json"))
-    assert run("--stage", "export", "--weights", out, "--out", tmp_path / "file.pth") == 2
-    assert "DeepLabv3+" in capsys.readouterr().out
+    assert stored("export", "--out", tmp_path / "file.pth") == 2
+    assert "DeepLabv3+" in "".join(capsys.readouterr())
     assert run("--stage", "sup", "--network", "deeplab", "--steps", 2, "--out", tmp_path / "s") == 0
     assert run("--stage", "ssl", "--method", "hard", "--steps", 1, "--dry-run") == 0
 
