@@ -13,7 +13,7 @@ from config import PAPERS_DATASETS, Config
 from ground import ranks
 from ground.errors import UserError, refuse
 from mini.scenes import load_mini
-from readers import papers
+from readers import class_maps, papers
 from readers.checks import require_files, require_images
 from readers.exposure import see
 from readers.ground_truth import DataSet, Taxonomy
@@ -69,6 +69,8 @@ class Source:
         root = Path(self.data_root)
         if self.dataset in PAPERS_DATASETS:
             dataset = papers.load(self.dataset, root, self.split, cfg.seed, complain)
+        elif class_maps.is_one(root):
+            dataset = class_maps.load(root, self.split, cfg.seed, complain)
         else:
             dataset = load_folder(root, self.split, cfg.seed, self.variant, complain)
         see(cfg.white, dataset.train, dataset.val)

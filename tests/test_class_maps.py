@@ -1,0 +1,113 @@
+"""Folders of class maps: of one's own, PASCAL VOC and Cityscapes, made here."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dearli
+from ground.errors import UserError
+from readers import class_maps
+from readers.ground_truth import IGNORE
+from tests.helpers import photo, run_folder
+
+RAINBOW = [value for k in range(256) for value in (k, 255 - k, 7 * k % 256)]
+
+
+def write_map(path, values, palette=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(values, np.uint8))
+    if palette:
+        image = Image.fromarray(np.asarray(values, np.uint8), "P")
+        image.putpalette(RAINBOW)
+    image.save(path)
+
+
+def own_folder(root, flat=False, classes="sky\nball, sphere\ngrass\n"):
+    """Four training images, the last one without a map, and two for validation."""
+    generator = np.random.default_rng(0)
+    for k in range(6):
+        part = "" if flat else ("val" if k > 3 else "train")
+        (root / "images" / part).mkdir(parents=True, exist_ok=True)
+        photo(root / "images" / part / f"p{k}.jpg", (48, 40), k)
+        if k != 3:
+            values = generator.choice([0, 1, 2, 255], (40, 48))
+            write_map(root / "labels" / part / f"p{k}.png", values, palette=k % 2 > 0)
+    if flat:
+        (root / "val.txt").write_text("p4\np5.jpg\n")
+    (root / "classes.txt").write_text(classes)
+    return root
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_folder_of_ones_own_is_read_with_unlabelled_images(tmp_path, flat):
+    dataset = class_maps.load(own_folder(tmp_path, flat), "all")
+    assert dataset.taxonomy.short_names == ["sky", "ball", "grass"]
+    assert [dataset.train.name(i) for i in dataset.unlabeled] == ["p3.jpg"]
+    assert len(dataset.labeled) == 3 and len(dataset.val) == 2
+    i = dataset.labeled[1]
+    stored = np.asarray(Image.open(dataset.train.map_file(i)))
+    truth = dataset.train.truth(i)
+    assert np.array_equal(truth.semantic(), np.where(stored == 255, IGNORE, stored.astype(int)))
+    assert truth.labels.tolist() == [0, 1, 2] and truth.areas.sum() == (stored < 255).sum()
+
+
+def test_values_may_be_named_and_classes_follow_a_run(tmp_path):
+    root = own_folder(tmp_path, classes="2:grass\n0:sky\n1:ball\n")
+    dataset = class_maps.load(root, "2")
+    assert dataset.taxonomy.short_names == ["grass", "sky", "ball"]
+    assert len(dataset.labeled) == 2 and len(dataset.unlabeled) == 2
+    before = dataset.train.truth(0).semantic()
+    (root / "classes.txt").write_text("sky\nball\ngrass\n")
+    other = class_maps.load(root, "2")
+    other.follow(dataset.taxonomy, "run")
+    assert np.array_equal(other.train.truth(0).semantic(), before)
+    (root / "classes.txt").unlink()
+    for content in (["sky", "ball", "grass"], {"0": "sky", "1": "ball", "2": "grass"}):
+        (root / "classes.json").write_text(json.dumps(content))
+        assert class_maps.load(root, "2").taxonomy.short_names == ["sky", "ball", "grass"]
+
+
+def fault(root) -> str:
+    with pytest.raises(UserError) as error:
+        dataset = class_maps.load(root, "all")
+        for i in dataset.labeled:
+            dataset.train.truth(i)
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_said_in_a_line(tmp_path):
+    root = own_folder(tmp_path)
+    write_map(root / "labels" / "train" / "p0.png", np.full((40, 48), 7))
+    assert "value 7 is no class; expected one of 3 classes" in fault(root)
+    write_map(root / "labels" / "train" / "p0.png", np.zeros((4, 8)))
+    assert "expected one size" in fault(root)
+    Image.new("RGB", (48, 40)).save(root / "labels" / "train" / "p0.png")
+    assert "expected one channel of class numbers" in fault(root)
+    write_map(root / "labels" / "train" / "p0.png", np.zeros((40, 48)))
+    write_map(root / "labels" / "train" / "q.png", np.zeros((40, 48)))
+    assert "no image in" in fault(root) and "'q'" in fault(root)
+    (root / "labels" / "train" / "q.png").unlink()
+    photo(root / "images" / "train" / "p0.png", (48, 40))
+    assert "would have one map" in fault(root)
+    (root / "images" / "train" / "p0.png").unlink()
+    for text, words in (
+        ("a\na\n", "distinct"),
+        ("255:a\n", "without 255"),
+        ("0:a\n0:b\n", "twice"),
+    ):
+        (root / "classes.txt").write_text(text)
+        assert words in fault(root)
+
+
+def test_stages_run_on_it(tmp_path, capsys):
+    root = own_folder(tmp_path / "own")
+    small = ["--steps", 2, "--split", "all", "--watch", 0]
+    kmeans = ["--burn-in", 0, "--kmeans-pixels", 32]
+    assert run_folder("ssl --method esl", root, *small, *kmeans) == 0
+    metrics = json.loads((tmp_path / "own-esl-all" / "metrics.json").read_text())
+    assert metrics["teacher/decoder"]["miou_classes"] == 3
+    assert run_folder("sup --network deeplab", root, *small) == 0
+    words = ["--dataset", "custom", "--data-root", str(tmp_path / "no")]
+    assert dearli.main(["--stage", "ssl", "--method", "esl", *words]) == 2
