@@ -14,10 +14,12 @@ TAGS = {
     "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
     "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
 }
-PAPERS_DATASETS = ("ade20k", "coco", "coco-objects")
+PAPERS_DATASETS = ("ade20k", "coco", "coco-objects", "voc", "cityscapes")
 PAPERS_SPLITS = {  # the official partitions, smallest first
     "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"),
     **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
+    "voc": tuple("92 183 366 732 1464 662 1323 2646 5291".split()),  # classic; blender
+    "cityscapes": ("186", "372", "744", "1488"),
 }
 ALIASES = {
     **dict.fromkeys(("ade", "ade20k-panoptic", "ade20k_panoptic"), "ade20k"),
@@ -290,6 +292,7 @@ PRESETS = {
     "ade20k": OFFICIAL,
     "coco": COCO,
     "coco-objects": COCO,
+    **dict.fromkeys(("voc", "cityscapes"), replace(COCO, labels="semantic")),
 }
 
 

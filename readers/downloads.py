@@ -10,7 +10,11 @@ from pathlib import Path
 
 from ground.errors import UserError
 
-DOWNLOAD = {"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"}  # what each is made from
+DOWNLOAD = {  # what each is made from
+    **{"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"},
+    **{"voc": "voc", "cityscapes": "cityscapes"},
+}
+CLASS_MAPS = ("voc", "cityscapes")  # data sets without segments
 PROMPTS = {
     "ade20k": "ade20k_150_prompts.txt",
     "coco": "coco_panoptic_prompts.txt",
@@ -20,6 +24,9 @@ ADE_ZIP = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zi
 ADE_INSTANCES = "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
 COCO_ZIPS = "http://images.cocodataset.org/zips"
 COCO_PANOPTIC = "http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip"
+VOC_TAR = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+VOC_AUG = "https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip"
+CITYSCAPES = "https://www.cityscapes-dataset.com/downloads"
 # What has to be downloaded: path below the folder of the data set, and where it comes from.
 ORIGINALS = {
     "ade20k": {
@@ -36,8 +43,19 @@ ORIGINALS = {
         "panoptic_val2017": f"{COCO_PANOPTIC}, the zip in it",
     },
 }
+ORIGINALS |= {
+    "voc": {"JPEGImages": VOC_TAR, "SegmentationClassAug": VOC_AUG},
+    "cityscapes": {
+        f"{folder}/{part}": CITYSCAPES
+        for folder in ("leftImg8bit", "gtFine")
+        for part in ("train", "val")
+    },
+}
 # The usual name of the folder; DATA_ROOT may be it, or hold it.
-FOLDERS = {"ade20k": "ADEChallengeData2016", "coco": "coco"}
+FOLDERS = {
+    **{"ade20k": "ADEChallengeData2016", "coco": "coco"},
+    **{"voc": "VOCdevkit/VOC2012", "cityscapes": "cityscapes"},
+}
 
 
 def default_root(name: str) -> Path:
@@ -88,13 +106,19 @@ def require(name: str, root: Path, prepared: bool = True) -> Path:
     Raises: UserError naming what is missing, and its address or the command that makes it.
     """
     base, kind = locate(name, root), DOWNLOAD[name]
-    read = [base / "dearli" / PROMPTS[name]]
-    read += [path for part in parts(name, base).values() for path in part[:3]]
+    if name in CLASS_MAPS:
+        read = [base / path for path in ORIGINALS[kind] if path != "SegmentationClassAug"]
+        read += [base / "dearli" / kind / "val.txt", *([voc_maps(base)] if name == "voc" else [])]
+    else:
+        read = [base / "dearli" / PROMPTS[name]]
+        read += [path for part in parts(name, base).values() for path in part[:3]]
     unmade = [path for path in read if not path.exists()]
     if prepared and not unmade:
         return base
     originals = ORIGINALS[kind]
     missing = {path: source for path, source in originals.items() if not (base / path).exists()}
+    if name == "voc" and voc_maps(base).is_dir():
+        missing.pop("SegmentationClassAug", None)
     if missing:
         after = f"; then `{_prepare(name, root)}`" if prepared else ""
         raise UserError(
@@ -104,6 +128,12 @@ def require(name: str, root: Path, prepared: bool = True) -> Path:
     if prepared:
         raise UserError(f"{unmade[0]}: missing; make it with `{_prepare(name, root)}`")
     return base
+
+
+def voc_maps(base: Path) -> Path:
+    """The class maps of all training images, or where these are not of VOC's own 1464."""
+    own, every = base / "SegmentationClass", base / "SegmentationClassAug"
+    return own if own.is_dir() and not every.is_dir() else every
 
 
 def _listed(originals: dict[str, str]) -> str:

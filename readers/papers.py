@@ -9,7 +9,8 @@ from typing import Callable
 
 from config import PAPERS_SPLITS
 from ground.errors import UserError, refuse
-from readers.downloads import DOWNLOAD, PROMPTS, parts, require
+from readers import semantic_sets
+from readers.downloads import CLASS_MAPS, DOWNLOAD, PROMPTS, parts, require
 from readers.ground_truth import DataSet, Taxonomy
 from readers.panoptic import PanopticFolder
 from readers.panoptic_json import read_taxonomy
@@ -24,6 +25,8 @@ def load(
     split: as in `readers.splits.read_split`.   complain: as in `readers.panoptic.load_folder`.
     Raises: UserError naming what is missing and the command that makes it.
     """
+    if name in CLASS_MAPS:
+        return semantic_sets.load(name, root, split, seed, complain)
     base = require(name, root)
     official, prompts = base / "dearli" / DOWNLOAD[name], base / "dearli" / PROMPTS[name]
     if split not in PAPERS_SPLITS[name]:  # official lists may still have to be fetched

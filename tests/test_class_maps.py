@@ -1,5 +1,6 @@
 """Folders of class maps: of one's own, PASCAL VOC and Cityscapes, made here."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 from PIL import Image
 
 import dearli
+from config import PAPERS_SPLITS
 from ground.errors import UserError
-from readers import class_maps
+from readers import class_maps, papers
+from readers.checks import require_files
 from readers.ground_truth import IGNORE
-from tests.helpers import photo, run_folder
+from tests.helpers import REAL_DATA, photo, run_folder
+from tools import prepare
 
 RAINBOW = [value for k in range(256) for value in (k, 255 - k, 7 * k % 256)]
 
@@ -111,3 +115,85 @@ def test_stages_run_on_it(tmp_path, capsys):
     assert run_folder("sup --network deeplab", root, *small) == 0
     words = ["--dataset", "custom", "--data-root", str(tmp_path / "no")]
     assert dearli.main(["--stage", "ssl", "--method", "esl", *words]) == 2
+
+
+# ------------------------------------------------------------------------- VOC and Cityscapes
+
+
+def assets(folder, name, lists, monkeypatch):
+    """A copy of U2PL's lists, shortened, and their sums."""
+    there = {"voc": "pascal"}.get(name, name)
+    for split in (*PAPERS_SPLITS[name], "."):
+        for file, names in lists.items() if split != "." else [("val.txt", lists["val.txt"])]:
+            path = folder / "data" / "splits" / there / split / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(names) + "\n")
+    for key in [key for key in prepare.SHA256 if key.startswith(name)]:
+        content = (folder / "data" / "splits" / there / key.split("/", 1)[1]).read_bytes()
+        monkeypatch.setitem(prepare.SHA256, key, hashlib.sha256(content).hexdigest())
+    return folder
+
+
+def prepared(name, root, folder) -> int:
+    words = ["--dataset", name, "--data-root", str(root), "--assets", str(folder)]
+    return dearli.main(["--stage", "prepare", *words])
+
+
+def test_voc_is_read_with_its_palette_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    lists = {"labeled.txt": ["a", "b"], "unlabeled.txt": ["c", "d"], "val.txt": ["e"]}
+    folder = assets(tmp_path / "lists", "voc", lists, monkeypatch)
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    root.mkdir(parents=True)
+    assert prepared("voc", tmp_path, folder) == 2
+    said = "".join(capsys.readouterr())
+    assert "2 of 2 parts of voc are missing" in said and "VOCtrainval_11-May-2012" in said
+    (root / "JPEGImages").mkdir()
+    values = np.arange(48 * 40).reshape(40, 48) % 22
+    values[values == 21] = 255
+    for name in "abcde":
+        photo(root / "JPEGImages" / f"{name}.jpg", (48, 40))
+        if name in "abe":
+            write_map(root / "SegmentationClass" / f"{name}.png", values, palette=True)
+    assert prepared("voc", tmp_path, folder) == 0
+    dataset = papers.load("voc", tmp_path, "92")
+    assert [dataset.train.name(i) for i in dataset.labeled] == ["a.jpg", "b.jpg"]
+    assert [dataset.train.name(i) for i in dataset.unlabeled] == ["c.jpg", "d.jpg"]
+    semantic = dataset.val.truth(0).semantic()
+    assert np.array_equal(semantic, np.where(values == 255, IGNORE, values))
+    assert dataset.taxonomy.short_names[15] == "person" and len(dataset.taxonomy) == 21
+    (root / "JPEGImages" / "c.jpg").unlink()
+    train = papers.load("voc", tmp_path, "92").train
+    with pytest.raises(UserError, match="c.jpg: no such file; 1 of 2 unlabelled images"):
+        require_files(train, [2, 3], "unlabelled", maps=False)
+
+
+def test_cityscapes_has_the_19_classes_of_its_label_ids(tmp_path, monkeypatch):
+    names = [f"leftImg8bit/train/ulm/ulm_{k}_leftImg8bit.png" for k in range(3)]
+    lists = {"labeled.txt": names[:1], "unlabeled.txt": names[1:]}
+    lists["val.txt"] = ["leftImg8bit/val/bonn/bonn_0_leftImg8bit.png"]
+    folder = assets(tmp_path / "lists", "cityscapes", lists, monkeypatch)
+    values = np.arange(40 * 48).reshape(40, 48) % 34
+    for name in [*names, *lists["val.txt"]]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(tmp_path / name, (48, 40))
+        labels = name.replace("leftImg8bit/", "gtFine/", 1)
+        write_map(tmp_path / labels.replace("leftImg8bit", "gtFine_labelIds"), values)
+    assert prepared("cityscapes", tmp_path, folder) == 0
+    dataset = papers.load("cityscapes", tmp_path, "186")
+    assert len(dataset.labeled) == 1 and len(dataset.unlabeled) == 2
+    semantic = dataset.train.truth(dataset.labeled[0]).semantic()
+    classes = dict(zip(values.ravel().tolist(), semantic.ravel().tolist()))
+    assert [classes[k] for k in (7, 8, 11, 24, 26, 33)] == [0, 1, 2, 11, 13, 18]
+    assert [classes[k] for k in (0, 6, 9, 14, 18, 29, 30)] == [IGNORE] * 7
+    assert sorted({k for k in classes.values() if k >= 0}) == list(range(19))
+    assert dataset.taxonomy.short_names[6] == "traffic light"
+
+
+def test_the_lists_are_those_of_the_public_code():
+    lists = REAL_DATA / "splits"
+    if not (lists / "voc").is_dir():
+        pytest.skip("needs DEARLI_TEST_DATA")
+    for name, folder in (("voc", "voc"), ("cityscapes", "cityscapes-semantic")):
+        for local, (_, _, digest) in prepare.lists(name).items():
+            content = (lists / folder / local.split("/", 1)[1]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == digest, local
