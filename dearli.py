@@ -324,11 +324,7 @@ def stage_export(stored, source, cfg, out, format, which, posterior):
     """A run, or an official file, as one file: for the official code, as safetensors or ONNX."""
     from tools import export, onnx_export
 
-    if cfg.network != "mask2former":
-        raise UserError(
-            f"--stage export: {stored.path} is a DeepLabv3+, and no format here is made for it; "
-            "its step_*.pt are torch's own"
-        )
+    export.require_mask2former(cfg, stored)
     if format == "onnx":
         return onnx_export.export(stored, source, cfg, out, which, posterior)
     return export.export(stored, source, cfg, out, format)
