@@ -8,6 +8,8 @@ Axes: B images, C classes, K parts a class, H W pixels, N pixels of several imag
 channels of the projection, L' of the encoder.
 Sources: Enhanced Soft Label for Semi-Supervised Semantic Segmentation (ICCV 2023), which has no
 public code; U2PL (arXiv:2203.03884), whose protocol it shares.
+Try: `python dearli.py --stage ssl --method esl --steps 60 --eta 0 --out runs/try-esl`:
+arg-max labels.
 """
 
 import math

@@ -10,6 +10,8 @@ it; it uses `config` and `ground`, and knows no network.
     scale           how wide the objects of a data set are
     panoptic        images and maps in COCO panoptic format
     panoptic_json   its JSON: classes, and the segments of each image
+    class_maps      images with a class for every pixel, a folder of one's own
+    semantic_sets   PASCAL VOC and Cityscapes so
     mask_files      SAM's masks on disk, and what they were made of
     splits          which images are labelled
     papers          the paper's data sets, once they are prepared
