@@ -413,6 +413,10 @@ RULES = {
         lambda x, c: x == "semantic" or c.network != "deeplab",
         "semantic: --network deeplab knows classes, and no things",
     ),
+    "train_backbone": (
+        lambda x, c: x or c.network != "deeplab",
+        "it trained: --network deeplab has batch norm in it, or dilated anew",
+    ),
     "contrast_temperature": (lambda x, c: x > 0, "a number above 0"),
     "cutmix_min": (lambda x, c: 0 < x <= c.cutmix_max, "above 0, to --cutmix-max {0.cutmix_max}"),
     "white": (

@@ -165,7 +165,9 @@ no figures | report_images | pictures are of an evaluation; it counts without --
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
 GROUPS = {
     **{name: FIELDS[name] for name in ("NETWORK", "GRAPH", "QUERIES", "SOFT", "CONTRAST")},
-    "DEEPLAB": tuple({*FIELDS["DEEPLAB_TRAINING"], *FIELDS["PROJECTOR"]} - {"network", "momentum"}),
+    "DEEPLAB": tuple(
+        {*FIELDS["DEEPLAB_TRAINING"], *FIELDS["PROJECTOR"]} - {"network", "momentum", "epochs"}
+    ),
     "WARM_UP": tuple(MAKES["ssl"]),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from config import METHODS, PRESETS, Config, changes
 from engine.checks import idle
-from engine.flags import READS
+from engine.flags import READS, preset_of
 from engine.parser import parser
 from engine.resolve import data_set
 from engine.run_log import read_log
@@ -91,9 +91,11 @@ def usual_posterior(stage: str | None) -> str:
 def nearest_preset(config: dict) -> tuple[str, dict]:
     """The preset with the fewest other numbers, and what differs from it."""
     own = data_set(config)
+    network = config.get("network", "mask2former")
+    numbers = {name: preset_of(name, network) for name in PRESETS}
     presets = sorted(PRESETS, key=lambda preset: preset != own)
-    nearest = min(presets, key=lambda preset: len(changes(config, PRESETS[preset])))
-    return nearest, changes(config, PRESETS[nearest])
+    nearest = min(presets, key=lambda preset: len(changes(config, numbers[preset])))
+    return nearest, changes(config, numbers[nearest])
 
 
 def _data_flags(config: dict) -> list[str]:
@@ -140,6 +142,8 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if run.metrics.get("evaluated_on") == "dev":
         flags += ["--eval-on", "dev"]
     method = ["sup"] if stage == "sup" else ["ssl", "--method", stage]
+    if stage == "sup" and run.config.get("network", "mask2former") != "mask2former":
+        method += ["--network", run.config["network"]]
     return [*earlier, command("--stage", *method, *flags)]
 
 

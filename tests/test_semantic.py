@@ -18,7 +18,8 @@ from config import Config
 from data import Labeled, Unlabeled
 from deeplab import IGNORE, cross_entropy, hard_pixels
 from deeplab_presets import PRESETS
-from engine import checkpoint
+from engine import checkpoint, stored
+from engine.begin import settle
 from engine.checkpoint import state_of
 from engine.optim import NotFinite
 from ground.errors import UserError
@@ -262,6 +263,21 @@ def test_batch_norm_over_ranks_is_that_of_all_pixels(monkeypatch):
     assert torch.allclose(norm.running_mean, plain.running_mean, atol=1e-6)
 
 
+def test_a_class_head_without_no_object_follows_the_names_of_the_classes():
+    network = tiny_network()
+    before = {name: value.clone() for name, value in state_of(network).items()}
+    start = stored.Stored("run", {"student": dict(before)})
+    stored.take(start, "student", network, "run", order=np.array([2, 0, 1]))
+    after = state_of(network)["classify.2.weight"]
+    assert torch.equal(after, before["classify.2.weight"][[2, 0, 1]])
+
+
+def test_epochs_are_passes_over_the_unlabelled_images():
+    dataset = load_mini("4")
+    cfg = settle(dataclasses.replace(TINY, epochs=2, unlabeled_batch=4), dataset)
+    assert cfg.ssl_steps == cfg.sup_steps == round(2 * len(dataset.unlabeled) / 4)
+
+
 # ---------------------------------------------------------------------------------- in the frame
 
 
@@ -300,16 +316,16 @@ def test_the_frame_measures_shows_and_predicts(small_mini, tmp_path, capsys):
     assert 0 <= metrics["teacher/decoder"]["miou"] <= 1 and "all" not in metrics["teacher/decoder"]
     assert "mIoU" in (out / "report.html").read_text()
 
-    def stored(stage, *words):
+    def applied(stage, *words):
         return dearli.main(["--stage", stage, "--weights", str(out), *map(str, words)])
 
-    assert stored("eval", "--window", 32, "--out", tmp_path / "ev") == 0
-    assert stored("report", "--report-images", 2, "--out", tmp_path / "again") == 0
+    assert applied("eval", "--window", 32, "--out", tmp_path / "ev") == 0
+    assert applied("report", "--report-images", 2, "--out", tmp_path / "again") == 0
     load_mini("4").val.image(0).save(tmp_path / "picture.png")
     words = ["--input", tmp_path / "picture.png", "--which", "teacher"]
-    assert stored("predict", *words, "--out", tmp_path / "said") == 0
+    assert applied("predict", *words, "--out", tmp_path / "said") == 0
     assert any((tmp_path / "said").rglob("*.json"))
-    assert stored("export", "--out", tmp_path / "file.pth") == 2
+    assert applied("export", "--out", tmp_path / "file.pth") == 2
     assert "DeepLabv3+" in "".join(capsys.readouterr())
     assert run("--stage", "sup", "--network", "deeplab", "--steps", 2, "--out", tmp_path / "s") == 0
     assert run("--stage", "ssl", "--method", "hard", "--steps", 1, "--dry-run") == 0
