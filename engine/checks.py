@@ -165,9 +165,7 @@ no figures | report_images | pictures are of an evaluation; it counts without --
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
 GROUPS = {
     **{name: FIELDS[name] for name in ("NETWORK", "GRAPH", "QUERIES", "SOFT", "CONTRAST")},
-    "DEEPLAB": tuple(
-        {*FIELDS["DEEPLAB_TRAINING"], *FIELDS["PROJECTOR"]} - {"network", "momentum", "epochs"}
-    ),
+    "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept", "colour"),
     "WARM_UP": tuple(MAKES["ssl"]),
 }
 

@@ -10,7 +10,8 @@ from ground.identity import differences
 # stage's business.
 MAY_CHANGE = set(
     "epochs ssl_steps sup_steps dewa_steps workers checkpoint_every log_every eval_batch sam "
-    "sam_weights points_per_side points_per_batch pred_iou_thresh stability_thresh mask_nms_thresh".split()
+    "sam_weights points_per_side points_per_batch pred_iou_thresh stability_thresh "
+    "mask_nms_thresh".split()
 )
 
 # What runs did not always store of their identity.

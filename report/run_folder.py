@@ -141,10 +141,15 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
             earlier = commands(read(start), depth - 1)
     if run.metrics.get("evaluated_on") == "dev":
         flags += ["--eval-on", "dev"]
-    method = ["sup"] if stage == "sup" else ["ssl", "--method", stage]
-    if stage == "sup" and run.config.get("network", "mask2former") != "mask2former":
-        method += ["--network", run.config["network"]]
-    return [*earlier, command("--stage", *method, *flags)]
+    return [*earlier, command("--stage", *_stage_flags(stage, run.config), *flags)]
+
+
+def _stage_flags(stage: str, config: dict) -> list[str]:
+    """What follows --stage; a supervised run names its network, which a method implies."""
+    if stage != "sup":
+        return ["ssl", "--method", stage]
+    network = config.get("network", "mask2former")
+    return ["sup", "--network", network] if network != "mask2former" else ["sup"]
 
 
 def _beginning(init) -> str | None:
