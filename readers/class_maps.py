@@ -65,7 +65,8 @@ class ClassMaps(Images):
         stored = np.asarray(open_image(path, None))
         if stored.ndim != 2 or stored.dtype.kind not in "ui":
             raise UserError(
-                f"{path}: expected one channel of class numbers, got {stored.shape} {stored.dtype}"
+                f"{path}: expected one channel of class numbers, got {stored.shape} {stored.dtype}",
+                "unreadable",
             )
         stored = PanopticFolder._upright(self, stored, i, path)
         classes = self.values[np.minimum(stored.astype(np.int64), len(self.values) - 1)]
@@ -74,7 +75,8 @@ class ClassMaps(Images):
             complain(
                 UserError(
                     f"{path}: value {value} is no class; expected one of "
-                    f"{len(self.taxonomy)} classes (see classes.txt), or {NONE} for none"
+                    f"{len(self.taxonomy)} classes (see classes.txt), or {NONE} for none",
+                    "value",
                 )
             )
             classes = np.where(classes == UNKNOWN, IGNORE, classes)
@@ -163,7 +165,8 @@ def rows(
         complain(
             UserError(
                 f"{labels / maps[astray[0]]}: no image in {images} is called {brief(astray[0])}; "
-                f"expected maps with the names of their images ({len(astray)} have none)"
+                f"expected maps with the names of their images ({len(astray)} have none)",
+                "astray",
             )
         )
     return found

@@ -105,6 +105,20 @@ def test_what_does_not_fit_is_said_in_a_line(tmp_path):
         assert words in fault(root)
 
 
+def test_validate_counts_it_and_lists_what_is_wrong(tmp_path, capsys):
+    root = own_folder(tmp_path)
+    words = ["--stage", "validate", "--dataset", "custom", "--data-root", str(root)]
+    assert dearli.main([*words, "--workers", "0"]) == 0
+    assert "3" in capsys.readouterr().out
+    write_map(root / "labels" / "train" / "p0.png", np.full((40, 48), 7))
+    write_map(root / "labels" / "train" / "p1.png", np.zeros((4, 8)))
+    write_map(root / "labels" / "val" / "q.png", np.zeros((40, 48)))
+    assert dearli.main([*words, "--workers", "0"]) == 2
+    said = "".join(capsys.readouterr())
+    for part in ("value 7 is no class", "expected one size", "is called 'q'"):
+        assert part in said
+
+
 def test_stages_run_on_it(tmp_path, capsys):
     root = own_folder(tmp_path / "own")
     small = ["--steps", 2, "--split", "all", "--watch", 0]
