@@ -102,10 +102,10 @@ class Flag:
 
 FLAGS = (
     Flag("dataset", DATA, "mini"),
-    #    mini, custom, ade20k, coco, coco-objects
+    #    mini, custom, ade20k, coco, coco-objects, voc, cityscapes
     Flag("data-root", DATA, ""),
     #    folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in
-    #    COCO panoptic format)
+    #    COCO panoptic format, or with class maps)
     Flag("variant", DIVIDED, ""),
     #    ending of the JSON names of a custom data set, as in panoptic_train_4class.json
     Flag("split", DIVIDED),
