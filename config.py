@@ -1,4 +1,4 @@
-"""The numbers that a run may change, in one place: the configuration, its presets, ranges, methods.
+"""The numbers that a run may change, in one place: the configuration, its presets, the methods.
 
 Values are those of the official code (github.com/helen1c/DEARLi, commit 1de0dc8); where the paper
 says otherwise, the comment names both. `mini` differs from the paper's sizes in numbers only.
@@ -7,7 +7,6 @@ says otherwise, the comment names both. `mini` differs from the paper's sizes in
 from dataclasses import dataclass, field, fields, replace
 
 import pldc_numbers
-from ground.errors import UserError, choose
 
 # Weights taken with an OpenCLIP model unless --pretrained names others: the paper's, and two larger
 TAGS = {
@@ -16,12 +15,14 @@ TAGS = {
     "convnext_xxlarge": "laion2b_s34b_b82k_augreg_soup",
 }
 INSTANCE_DATASETS = ("coco-instances", "cityscapes-instances")
-PAPERS_DATASETS = ("ade20k", "coco", "coco-objects", *INSTANCE_DATASETS)
+PAPERS_DATASETS = ("ade20k", "coco", "coco-objects", *INSTANCE_DATASETS, "voc", "cityscapes")
 PAPERS_SPLITS = {  # the official partitions, smallest first
     "ade20k": ("1_128", "1_64", "1_32", "1_16", "1_8"),
     **dict.fromkeys(("coco", "coco-objects"), ("1_512", "1_256", "1_128", "1_64", "1_32")),
     "coco-instances": ("1", "2", "5", "10", "100"),  # percent; 100 with unlabeled2017
     "cityscapes-instances": ("5", "10", "20", "30"),
+    "voc": tuple("92 183 366 732 1464 662 1323 2646 5291".split()),  # classic; blender
+    "cityscapes": ("186", "372", "744", "1488"),
 }
 ALIASES = {
     **dict.fromkeys(("ade", "ade20k-panoptic", "ade20k_panoptic"), "ade20k"),
@@ -66,6 +67,31 @@ class Config:
     encoder_points: int = 4  # sampling points a head and level
     decoder_layers: int = 9  # masked attention layers; with the initial queries 10 outputs
     decoder_ffn: int = 2048  # hidden units, masked-attention decoder
+    # DeepLabv3+
+    network: str = "mask2former"  # what is trained: `mask2former`, or `deeplab` (ESL's DeepLabv3+,
+    #    whose heads have `hidden` channels)
+    output_stride: int = 8  # of its coarsest map, 8 or 16; U2PL's: ESL states none
+    atrous: int = 12  # ASPP looks with dilations of 1, 2 and 3 times that (U2PL's: 12 24 36)
+    aux_weight: float = 0.0  # of a second head on the third stage; 0: none (U2PL, Cityscapes: 0.4)
+    ohem: float = 0.0  # labelled pixels count whose true class has less; 0: all (Cityscapes: 0.7)
+    ohem_kept: int = 100_000  # but at least the hardest so many, a step and process (U2PL's)
+    # ESL
+    eta: float = 0.95  # a soft label has the fewest classes that reach it together; 0: the arg-max
+    contrast_weight: float = 0.1  # lambda_2, of the pixel-to-part contrast; 0: no parts at all
+    contrast_start: int = 0  # step of its first gradient (ESL states no warm-up)
+    parts: int = 5  # K, of a class
+    part_momentum: float = 0.99  # theta, of the prototypes, a step
+    kmeans_pixels: int = 2048  # a class, at most, that the prototypes begin with; not stated
+    queue: int = 64  # entries of a part; not stated. Few: those of a teacher that is still alike
+    anchor_share: float = 0.1  # of a class's pixels in an image
+    anchor_confidence: float = 0.95  # zeta: the teacher's, above which an unlabelled pixel counts
+    anchors_max: int = 256  # a class and image; not stated. It bounds the memory
+    negatives: int = 255  # N_s, an anchor
+    contrast_temperature: float = 0.5  # sigma
+    projection: int = 512  # L, channels that pixels are compared by
+    projector: str = "block"  # its last layer: `block`, Conv-BN-ReLU as stated; `conv`, as U2PL's
+    teacher_norm: str = "average"  # statistics of its batch norm, not stated: `average` of the
+    #    student's, as of weights; `student`: a copy; `batch`: of the images at hand
     # set loss, Eq. (3)
     class_weight: float = 2.0  # in loss and matching; DeWa sets it to 0
     mask_weight: float = 5.0  # binary cross-entropy
@@ -81,6 +107,8 @@ class Config:
     #    teacher is a copy of the student
     burn_in_warm: float = 0.0  # the same for a run that starts from DeWa weights
     cutmix_prob: float = 0.5  # chance of a CutMix box, an unlabelled image
+    cutmix_min: float = 0.02  # share of the view that the box has, uniform from here
+    cutmix_max: float = 0.4  # to here (U2PL: half of the view)
     # recognition, Eq. (4)-(6)
     alpha: float | str = 0.6  # the mask transformer's share in the ensemble, 0 to 1, Eq. (6);
     #    `0.4:0.8` grows while there are pseudo-labels, `labeled` follows the labelled share of the
@@ -111,7 +139,8 @@ class Config:
     least_score: float = 0.5  # of an instance that is drawn and counted; AP and results.json take
     #    all
     # optimisation
-    optimizer: str = "adamw"  # of all trained parameters: `adamw`
+    optimizer: str = "adamw"  # of all trained parameters: `adamw`, or `sgd` with momentum
+    momentum: float = 0.9  # of sgd
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power, or
     #    `multistep`, a tenth after each milestone
     milestones: str = "0.9231"  # of `multistep`: shares of the steps, with colons between them
@@ -119,6 +148,7 @@ class Config:
     weight_decay: float = 0.05  # not on norms and embeddings
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
     poly_power: float = 0.9  # of the schedule
+    epochs: float = 0.0  # passes over the unlabelled images instead of --steps; 0: --steps counts
     ssl_steps: int = 80_000  # optimiser steps, stage ssl
     sup_steps: int = 10_000  # stage sup; ADE20K, COCO: 10 000 more a larger split (supplement D)
     dewa_steps: int = 160_000  # stage dewa; the paper says 80 000 on ADE20K
@@ -141,6 +171,7 @@ class Config:
     turns: bool = False  # views are also turned by quarter turns: for images without an up, as
     #    from a microscope or from above
     scaled_side: str = "short"  # the side that is crop * k: `short`, or `long` (large-scale jitter)
+    colour: bool = True  # labelled views also get SSD's colours (ESL: flip, scale and crop alone)
     jitter_prob: float = 1.0  # strong view: chance of the colour jitter
     jitter: float = 0.8  # strong view: brightness, contrast, saturation times 1 +- jitter
     jitter_hue: float = 0.2  # strong view: hue turns by up to +- this share of a circle
@@ -293,6 +324,7 @@ PRESETS = {
     "coco-objects": COCO,
     "coco-instances": INSTANCES,
     "cityscapes-instances": CITYSCAPES,
+    **dict.fromkeys(("voc", "cityscapes"), replace(COCO, labels="semantic")),
 }
 
 
@@ -324,6 +356,7 @@ class MethodEntry:
 
 DECODER = {"teacher_posterior": "decoder"}
 ENSEMBLE, CLIP = {"teacher_posterior": "ensemble"}, {"teacher_posterior": ("clip",)}
+DEEPLAB_ALONE = {**DECODER, "network": "deeplab"}
 MEAN_TEACHER = "mean_teacher.MeanTeacher"
 SSL_HELP = "Mean Teacher, pseudo-labels from the decoder alone"
 DEAR_HELP = "pseudo-labels from the ensemble with CLIP"
@@ -331,12 +364,17 @@ DEARLI_HELP = "dear, starting from the DeWa weights"
 GUIDED_HELP = "instances: Guided Distillation, a new student under a teacher of labels alone"
 PLDC_HELP = "instances: PL-DC, pseudo-labels filtered (DDTF), renamed (DICC), weighted (PMUA)"
 OF_INSTANCES = {**DECODER, "labels": "instances", "cutmix_prob": 0.0}
+HARD = {"": {"eta": 0.0, "contrast_weight": 0.0}}
+ESL_HELP = "classes alone: DeepLabv3+, soft pseudo-labels, contrast of object parts"
+HARD_HELP = "as esl, with hard pseudo-labels and without the contrast: its baseline"
 METHODS = {
     "ssl": MethodEntry(MEAN_TEACHER, SSL_HELP, DECODER),
     "dear": MethodEntry(MEAN_TEACHER, DEAR_HELP, ENSEMBLE, CLIP),
     "dearli": MethodEntry(MEAN_TEACHER, DEARLI_HELP, ENSEMBLE, CLIP, warm=True),
     "guided": MethodEntry("pldc.Guided", GUIDED_HELP, OF_INSTANCES, usual=pldc_numbers.GUIDED),
     "pldc": MethodEntry("pldc.Pldc", PLDC_HELP, OF_INSTANCES, usual=pldc_numbers.PLDC),
+    "esl": MethodEntry("esl.ESL", ESL_HELP, DEEPLAB_ALONE),
+    "hard": MethodEntry("esl.ESL", HARD_HELP, DEEPLAB_ALONE, usual=HARD),
 }
 
 
@@ -370,73 +408,12 @@ def changes(numbers: dict, preset: Config) -> dict:
     }
 
 
-INF = float("inf")
-# Least and largest value. A hue beyond half a circle comes round; seeds are multiplied by steps and
-# slots, and torch takes 64 bits; larger scales of CLIP overflow the softmax.
-BOUNDS = {
-    (1, INF): "num_queries hidden heads encoder_layers encoder_ffn encoder_points decoder_ffn crop "
-    "num_points oversample ssl_steps sup_steps dewa_steps labeled_batch unlabeled_batch dewa_batch "
-    "test_size test_max eval_batch points_per_side points_per_batch checkpoint_every log_every",
-    (0, INF): "seen_width object_width window backbone_lr_multiplier decoder_layers class_weight "
-    "mask_weight dice_weight no_object_weight lambda_u burn_in burn_in_warm lr weight_decay "
-    "poly_power dewa_crop white workers clip_margin guided_steps",
-    (0.1, INF): "blur_radius",
-    (0, 1): "importance ema_decay cutmix_prob grayscale_prob blur_prob jitter jitter_prob "
-    "class_threshold mask_threshold coupled "
-    "object_mask_threshold overlap_threshold least_score pred_iou_thresh stability_thresh "
-    "mask_nms_thresh",
-    (0, 0.5): "jitter_hue",
-    (0, 2**32 - 1): "seed",
-    (0, 10_000): "clip_scale",
-    (0.1, 20): "scale_min scale_max",
-}
-CHOICES = {
-    "classifier": ("language", "linear"),
-    "teacher_posterior": ("decoder", "clip", "ensemble"),
-    "labels": ("panoptic", "semantic", "instances"),
-    "optimizer": ("adamw",),
-    "schedule": ("poly", "multistep"),
-    "scaled_side": ("short", "long"),
-    "cutout": ("none", "paper", "code"),
-    "clip_view": ("crop", "masked", "pool", "none"),
-}
-# What else holds of a value x in a configuration c, and the words for it.
-RULES = {
-    "alpha": (
-        lambda x, c: _is_alpha(x),
-        "a number from 0 to 1, two of them with a colon (0.4:0.8: from the first to the last "
-        "step), or `labeled`",
-    ),
-    "milestones": (
-        lambda x, c: (
-            all(map(_is_share, x.split(":"))) and list(shares_of(x)) == sorted(shares_of(x))
-        ),
-        "rising shares of the steps, with colons between them, such as 0.889:0.963",
-    ),
-    "scale_min": (lambda x, c: x <= c.scale_max, "no more than --scale-max {0.scale_max}"),
-    "scale_min scale_max": (lambda x, c: abs(10 * x - round(10 * x)) < 1e-6, "a multiple of 0.1"),
-    "burn_in burn_in_warm": (
-        lambda x, c: x <= 1 or x % 1 == 0,
-        "a share of the steps, below 1, or a whole number of steps",
-    ),
-    "crop dewa_crop window": (lambda x, c: x % 32 == 0, "a multiple of 32, the coarsest stride"),
-    "white": (
-        lambda x, c: x == 0 or 255 <= x <= 65535,
-        "0 (measured), or a grey value of 16 bits, 255 to 65535",
-    ),
-    "hidden": (
-        lambda x, c: x % 32 == 0 and x % c.heads == 0,
-        "a multiple of 32 (groups of the normalisation) and of --heads {0.heads}",
-    ),
-    "clip_norm": (lambda x, c: x > 0, "a number above 0"),
-    "test_size": (lambda x, c: x <= c.test_max, "no more than --test-max {0.test_max}"),
-    "importance": (
-        lambda x, c: x == 0 or int(x * c.num_points) >= 1,
-        "0, or enough for one of --num-points {0.num_points}",
-    ),
-}
-
-
+DEEPLAB_FIELDS = set(
+    "network output_stride atrous aux_weight ohem ohem_kept eta contrast_weight contrast_start "
+    "parts part_momentum kmeans_pixels queue anchor_share anchor_confidence anchors_max negatives "
+    "contrast_temperature projection projector teacher_norm cutmix_min cutmix_max momentum epochs "
+    "colour".split()
+)
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
@@ -445,6 +422,7 @@ BEFORE = {
     **{"class_threshold": 0.85, "mask_threshold": 0.9, "coupled": 0.0, "guided_steps": 0},
     **{"clip_view": "crop", "clip_margin": 0.0, "clip_model": "", "clip_pretrained": ""},
     **{"pixel_certainty": True, "ema_first": True},
+    **{f.name: f.default for f in fields(Config) if f.name in DEEPLAB_FIELDS},
 }
 
 
@@ -457,40 +435,3 @@ def numbers_of(stored: dict) -> dict:
 def dashed(name: str) -> str:
     """A field of Config as a flag."""
     return "--" + name.replace("_", "-")
-
-
-def require_ranges(cfg: Config) -> None:
-    """Raise UserError for a value that no run can use, before a stage finds out in its own way."""
-    for name, values in CHOICES.items():
-        choose(name.replace("_", " "), getattr(cfg, name), values)
-    rules = [(names, _within(*bounds), _bounds(*bounds)) for bounds, names in BOUNDS.items()]
-    for names, holds, expected in rules + [(names, *rule) for names, rule in RULES.items()]:
-        for name in names.split():
-            if not holds(getattr(cfg, name), cfg):
-                raise UserError(
-                    f"{dashed(name)} {getattr(cfg, name)}: expected {expected.format(cfg)}"
-                )
-
-
-def _within(least: float, most: float):
-    return lambda x, c: least <= x <= most and x != INF  # no NaN, either
-
-
-def _bounds(least: float, most: float) -> str:
-    if most == INF:
-        return f"a number of at least {least}"
-    return "a share, 0 to 1" if (least, most) == (0, 1) else f"a number from {least} to {most}"
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 < float(text) <= 1
-    except ValueError:
-        return False
-
-
-def _is_alpha(value: float | str) -> bool:
-    try:
-        return value == "labeled" or all(0 <= alpha_at(value, end) <= 1 for end in (0.0, 1.0))
-    except ValueError:
-        return False

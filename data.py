@@ -30,7 +30,6 @@ from readers.ground_truth import DataSet, Truth
 from readers.pictures import open_image  # noqa: F401  for scripts: `from data import open_image`
 
 PAD_VALUE = 128  # grey levels; images are padded right and bottom to the crop
-CUTMIX_AREA = (0.02, 0.4)  # share of the crop, uniform
 CUTMIX_ASPECT = (0.3, 1 / 0.3)  # height / width, uniform
 CUTMIX_TRIES = 1000  # before the boxes that fit are listed; in an ordinary view a few will do
 GRACE = 10  # seconds that a loader process outlives a SIGTERM
@@ -139,6 +138,8 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     """Colour jitter (in random order), sometimes grayscale, sometimes Gaussian blur, and CutOut.
     (3, h, w) uint8."""
+    if not (cfg.jitter or cfg.jitter_hue or cfg.grayscale_prob or cfg.blur_prob):
+        return image
     # Takes two seconds to import: only who needs it waits.
     from torchvision.transforms.v2 import functional as TF
 
@@ -209,14 +210,17 @@ def to_bytes(x: Tensor) -> Tensor:
     return torch.from_numpy((x * 255).round_().numpy().astype(np.uint8))
 
 
-def cutmix_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+def cutmix_box(
+    height: int, width: int, rng: random.Random, share: tuple[float, float] = (0.02, 0.4)
+) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a CutMix box, in pixels of the view that it is cut from.
 
+    share: of the view's area that it has, uniform from the first to the second.
     Of the area that is sampled, aspect and corner are sampled until the box fits. Where it hardly
     ever does, in a long and thin view, the box is one of those that fit, each with its chance;
     where none fits, it is the largest that does.
     """
-    area = rng.uniform(*CUTMIX_AREA) * height * width
+    area = rng.uniform(*share) * height * width
     for _ in range(CUTMIX_TRIES):
         w, h = _sides(area, rng.uniform(*CUTMIX_ASPECT))
         x, y = rng.randrange(width), rng.randrange(height)
@@ -382,7 +386,8 @@ class LabeledBatches(Batches):
         for slot in self.slots(cfg.labeled_batch):
             i = self.pick(indices, step, slot, cfg.labeled_batch)
             rng, truth = self.rng(step, slot), train.truth(i)
-            image, target = labeled_view(train.image(i), truth, cfg, rng, self.colour)
+            colour = self.colour and cfg.colour
+            image, target = labeled_view(train.image(i), truth, cfg, rng, colour)
             images.append(image)
             targets.append(target)
             names.append(train.name(i))
@@ -418,7 +423,8 @@ class SemiSupervisedBatches(Batches):
             if rng.random() < self.cfg.cutmix_prob:
                 _, *partner = self._two_views(rng)
                 partners.append(partner)
-                box = cutmix_box(*partner[0].shape[1:], rng)
+                share = self.cfg.cutmix_min, self.cfg.cutmix_max
+                box = cutmix_box(*partner[0].shape[1:], rng, share)
             boxes.append(box)
         weak, strong = self._stacked(views)
         return self.labeled[step], Unlabeled(weak, strong, boxes, *self._stacked(partners), names)

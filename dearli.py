@@ -68,9 +68,8 @@ def stage_import(input, out, source_format, background, val_share, stuff, masks_
     from tools import importer
 
     named = {"stuff": stuff, "masks_are": masks_are, "classes": classes}
-    result = importer.import_folder(
-        source_format, input, out, background, val_share, cfg.seed, **named
-    )
+    settings = source_format, input, out, background, val_share, cfg.seed
+    result = importer.import_folder(*settings, **named)
     print(importer.summary(result, out))
     return out
 
@@ -140,7 +139,8 @@ def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
     """The supervised baseline: labelled images only."""
     from engine.begin import as_begun, beginning, begun, require_training_files, settle
 
-    folder = place.out or place.folder(source, f"sup-{source.split}", cfg.seed)
+    kind = "sup" if cfg.network == "mask2former" else f"sup-{cfg.network}"
+    folder = place.out or place.folder(source, f"{kind}-{source.split}", cfg.seed)
     before = begun(course, folder)
     dataset = source.load(cfg, config=before.config, origin=folder)
     cfg = as_begun(course, settle(cfg, dataset), before, "sup_steps")
@@ -208,7 +208,8 @@ def train(
     run = begin(course, folder, cfg, about, source.dataset, before, dataset)
     say_ablations(cfg, "sup" if name == "sup" else "ssl", warm)
     clip = start.state.get("clip") if start else None
-    method = find(name)(cfg, dataset.taxonomy, machine.device, machine.precision, clip, warm)
+    settings = cfg, dataset.taxonomy, machine.device, machine.precision, clip, warm
+    method = find(name, cfg.network)(*settings)
     method.title = "supervised" if name == "sup" else name
     student = method.models["student"]
     run.config["foundation"] = require_foundation(before.config, student, folder)
@@ -242,9 +243,7 @@ def warm_up(source, place, machine, cfg, course, dataset, run, masks, method):
         say("first", f"{folder}: {what}; the warm-up would come first (--no-make forbids it)")
     else:
         require_place(run, course.resume)
-        build(
-            cfg, dataset.taxonomy, machine.device
-        )  # its weights are asked for before hours of work
+        build(cfg, dataset.taxonomy, machine.device)  # asks for its weights before hours of work
         print(f"{folder}: {what}; the warm-up comes first (--no-make forbids it)")
     ranks.wait()  # all have looked before one of them writes
     steps = cfg.dewa_steps if "dewa_steps" in course.given else None
@@ -323,6 +322,7 @@ def stage_export(stored, source, cfg, out, format, which, posterior):
     """A run, or an official file, as one file: for the official code, as safetensors or ONNX."""
     from tools import export, onnx_export
 
+    export.require_mask2former(cfg, stored)
     if format == "onnx":
         return onnx_export.export(stored, source, cfg, out, which, posterior)
     return export.export(stored, source, cfg, out, format)

@@ -51,7 +51,6 @@ from config import (
     LossConfig,
     alpha_at,
     numbers_of,
-    require_ranges,
 )
 from deformable import (
     DeformableAttention,
@@ -62,6 +61,7 @@ from deformable import (
 )
 from engine import begin, checkpoint, optim, sameness, stored
 from engine.checkpoint import state_of
+from engine.ranges import require_ranges
 from engine.request import Course, Machine, Place, Source
 from engine.stored import Stored
 from ground import files
@@ -976,11 +976,10 @@ def test_a_cutmix_box_is_found_in_a_view_of_any_shape(size):
         assert min(size) < 3 or (bottom - top) * (right - left) > 0
 
 
-def test_where_no_cutmix_box_of_the_area_fits_it_is_the_largest_that_does(monkeypatch):
-    monkeypatch.setattr(
-        data, "CUTMIX_AREA", (0.4, 0.4)
-    )  # 15 360 pixels of 60 x 640: 60 high, and 200 wide at the flattest aspect of 0.3
-    boxes = [data.cutmix_box(60, 640, random.Random(seed)) for seed in range(20)]
+def test_where_no_cutmix_box_of_the_area_fits_it_is_the_largest_that_does():
+    # 15 360 pixels of 60 x 640: 60 high, and 200 wide at the flattest aspect of 0.3
+    share = (0.4, 0.4)
+    boxes = [data.cutmix_box(60, 640, random.Random(seed), share) for seed in range(20)]
     assert {(bottom - top, right - left) for top, bottom, left, right in boxes} == {
         (60, 200)
     } and len(set(boxes)) > 15

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_ensemble import alpha_of_share
-from config import METHODS, PRESETS, Config
+from config import METHODS, Config
 from engine import checkpoint, masks, rehearsal, stored
 from engine.checkpoint import require_free
 from engine.checks import ablations
+from engine.flags import preset_of
 from engine.method import Method
 from engine.request import Course, Source
 from engine.sameness import MAY_CHANGE
@@ -49,8 +50,13 @@ def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> Non
 
 
 def settle(cfg: Config, dataset: DataSet) -> Config:
-    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`."""
+    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`,
+    and the steps of `--epochs`, which a supervised run has as many of.
+    """
     cfg = replace(cfg, white=dataset.train.white)
+    if cfg.epochs:
+        steps = max(1, round(cfg.epochs * len(dataset.unlabeled) / cfg.unlabeled_batch))
+        cfg = replace(cfg, ssl_steps=steps, sup_steps=steps)
     cfg = scaled(cfg, dataset) if dataset.labeled else cfg  # none: whoever needs some will say so
     if cfg.alpha != "labeled":
         return cfg
@@ -219,7 +225,9 @@ def begin(
     if course.dry_run:
         if dataset is not None:
             rehearsal.say_data(dataset, about["split"])
-        return rehearsal.Rehearsal(folder, cfg, about, PRESETS[course.preset or preset])
+        return rehearsal.Rehearsal(
+            folder, cfg, about, preset_of(course.preset or preset, cfg.network)
+        )
     run = Run(folder, cfg, about, course.resume, before.state)
     if course.log and ranks.rank() == 0:
         from torch.utils.tensorboard import SummaryWriter

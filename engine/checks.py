@@ -11,7 +11,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from config import ALIASES, METHODS, PAPERS_DATASETS, PAPERS_SPLITS, Config, dashed, require_ranges
+from config import ALIASES, METHODS, PAPERS_DATASETS, PAPERS_SPLITS, Config, dashed
 from engine.flags import (
     ALL,
     DATASETS,
@@ -35,12 +35,17 @@ from engine.flags import (
     steps_of,
     usual_method,
 )
+from engine.ranges import require_ranges
 from ground.errors import UserError, choose, nearest
 from readers.downloads import default_root, require
 
 TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")  # that one can train on
 # Of a run that is stored: what its weights are part of, and what they were trained on
-OF_THE_RUN = ("backbone", *FIELDS["DECODER"], "labels", "no_object_weight", "seed")
+OF_THE_RUN = (
+    *("backbone", *FIELDS["DECODER"], "network", *FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"]),
+    "contrast_weight",
+    *("labels", "no_object_weight", "seed"),
+)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -155,6 +160,14 @@ no network | NETWORK | stable regions (--sam regions) have no network; it counts
 no sam | sam NETWORK | it counts with --masks sam
 no warm-up | WARM_UP make | no masks and no warm-up are made here; it counts with --method {warm}
     and without --init
+deeplab | QUERIES | DeepLabv3+ has no queries; it counts with --network mask2former
+mask2former | DEEPLAB SOFT CONTRAST | it is of DeepLabv3+; it counts with --network
+    deeplab (--stage sup), or with --method esl or hard
+no contrast | CONTRAST | no parts are told apart; it counts with
+    --contrast-weight above 0
+no mining | ohem_kept | it counts with --ohem above 0
+adamw | momentum | it counts with --optimizer sgd
+stepped | epochs | --steps says how long the run is; expected one of them
 rungs | teacher_posterior | the rungs of --stage {args.stage} set it themselves; use --stage ssl
 alphas | alpha | the rungs of --stage alpha set it themselves; use --stage ssl
 not mini | eval_on | only --dataset mini has images to tune on
@@ -171,8 +184,11 @@ graph | no_object_weight | there is no loss in it; it counts with --format offic
 no figures | report_images | pictures are of an evaluation; it counts without --no-eval
 """
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
-GROUPS = {name: FIELDS[name] for name in ("NETWORK", "GRAPH", "INSTANCES")}
-GROUPS["WARM_UP"] = tuple(MAKES["ssl"])
+GROUPS = {
+    **{n: FIELDS[n] for n in ("NETWORK", "GRAPH", "INSTANCES", "QUERIES", "SOFT", "CONTRAST")},
+    "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept", "colour"),
+    "WARM_UP": tuple(MAKES["ssl"]),
+}
 
 
 def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
@@ -184,30 +200,17 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     unmeasured = stage in LABELED and not args.evaluate
     of_instances = stage == "ssl" and args.method in OF_INSTANCES
     holds = {
+        **_numbers(args, cfg),
         "warm": begins and is_warm(args),
         "cold": begins and not is_warm(args),
-        "frozen": not cfg.train_backbone,
         "no clip": not cfg.has_ensemble and stage != "zeroshot",
-        "no choice": not cfg.importance,
-        "no width": not cfg.seen_width,
-        # of a run it is known; before one there may be no things, and the short side counts
-        "magnified": cfg.magnification > 0 and stage in STORED and stage != "export",
-        "by width": cfg.seen_width > 0,
-        "no blur": not cfg.blur_prob,
         "no instances": stage == "ssl" and not of_instances,
         "instances": of_instances,
-        "coupled": cfg.coupled > 0,
         "not guided": stage == "ssl" and args.method != "guided",
-        "not asked": cfg.clip_view == "none",
-        "pooled": cfg.clip_view == "pool",
-        "poly": cfg.schedule == "poly",
-        "multistep": cfg.schedule == "multistep",
-        "no jitter": not cfg.jitter_prob,
-        "no layers": not cfg.decoder_layers,
-        "own crop": stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags,
-        "no network": cfg.sam == "regions",
         "no sam": stage == "zeroshot" and str(args.masks) != "sam",
         "no warm-up": stage == "ssl" and not (args.method in WARM and args.init is None),
+        "no contrast": stage == "ssl" and not cfg.contrast_weight,
+        "stepped": steps_of(stage) in given(args),
         "rungs": stage in TABLES,
         "alphas": stage == "alpha",
         "not mini": not mini,
@@ -215,8 +218,6 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "mini": mini,
         "bytes": mini and stage not in STORED and not args.images,
         "images": args.images is not None,
-        "overlapping": cfg.labels == "instances",
-        "partition": cfg.labels != "instances",
         "no eval": unmeasured,
         "no graph": stage == "export" and args.format != "onnx",
         "graph": stage == "export" and args.format == "onnx",
@@ -231,6 +232,35 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         if holds[condition]
         for name in names.split()
         for dest in GROUPS.get(name, (name,))
+    }
+
+
+def _numbers(args: argparse.Namespace, cfg: Config) -> dict[str, bool]:
+    """What holds of the numbers, of `idle`."""
+    stage = args.stage
+    return {
+        "frozen": not cfg.train_backbone,
+        "no choice": not cfg.importance,
+        "no width": not cfg.seen_width,
+        # of a run it is known; before one there may be no things, and the short side counts
+        "magnified": cfg.magnification > 0 and stage in STORED and stage != "export",
+        "by width": cfg.seen_width > 0,
+        "no blur": not cfg.blur_prob,
+        "coupled": cfg.coupled > 0,
+        "not asked": cfg.clip_view == "none",
+        "pooled": cfg.clip_view == "pool",
+        "poly": cfg.schedule == "poly",
+        "multistep": cfg.schedule == "multistep",
+        "no jitter": not cfg.jitter_prob,
+        "no layers": not cfg.decoder_layers,
+        "own crop": stage == "dewa" and cfg.dewa_crop > 0 and "dewa_crop" not in args.flags,
+        "no network": cfg.sam == "regions",
+        "deeplab": cfg.network == "deeplab",
+        "mask2former": cfg.network != "deeplab",
+        "no mining": not cfg.ohem,
+        "adamw": cfg.optimizer != "sgd",
+        "overlapping": cfg.labels == "instances",
+        "partition": cfg.labels != "instances",
     }
 
 
@@ -252,8 +282,8 @@ def require_method(args: argparse.Namespace, cfg: Config) -> None:
         ]
         if asked is not None and args.method not in fitting:
             raise UserError(
-                f"{dashed(name)} {asked}: --method {args.method} has {value}; expected --method "
-                f"{' or '.join(fitting)}"
+                f"{dashed(name)} {asked}: --method {args.method} has {value}; expected "
+                + (f"--method {' or '.join(fitting)}" if fitting else "no other")
                 + (", with --init FOLDER from a warm-up" if args.method in WARM else "")
             )
 

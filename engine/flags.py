@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import deeplab_presets
 from config import (
     INSTANCE_DATASETS,
     METHODS,
@@ -105,10 +106,11 @@ class Flag:
 
 FLAGS = (
     Flag("dataset", DATA, "mini"),
-    #    mini, custom, ade20k, coco, coco-objects, coco-instances, cityscapes-instances
+    #    mini, custom, ade20k, coco, coco-objects, coco-instances, cityscapes-instances, voc,
+    #    cityscapes
     Flag("data-root", DATA, ""),
     #    folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in
-    #    COCO panoptic format)
+    #    COCO panoptic format, or with class maps)
     Flag("variant", DIVIDED, ""),
     #    ending of the JSON names of a custom data set, as in panoptic_train_4class.json
     Flag("split", DIVIDED),
@@ -215,6 +217,15 @@ def _fields(text: str) -> dict[str, tuple[str, ...]]:
 # run's images: a warm-up keeps them for its sisters. The supervised rung of a table has ssl_steps.
 FIELDS = _fields("""
 CLIP: backbone pretrained
+DEEPLAB: output_stride atrous aux_weight
+DEEPLAB_TRAINING: network DEEPLAB ohem ohem_kept momentum epochs colour
+SOFT: eta contrast_weight teacher_norm cutmix_min cutmix_max
+PROJECTOR: projection projector
+CONTRAST: contrast_start parts part_momentum kmeans_pixels queue anchor_share anchor_confidence
+    anchors_max negatives contrast_temperature PROJECTOR
+QUERIES: classifier num_queries heads encoder_layers encoder_ffn encoder_points decoder_layers
+    decoder_ffn class_weight mask_weight dice_weight no_object_weight num_points oversample
+    importance object_mask_threshold overlap_threshold
 DECODER: train_backbone classifier num_queries hidden heads encoder_layers encoder_ffn
     encoder_points decoder_layers decoder_ffn
 NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_thresh
@@ -240,11 +251,11 @@ import: seed
 validate: workers seed num_queries labels white test_size SCALE
 masks: MASKS
 dewa: DEWA
-sup: SUPERVISED sup_steps
-ssl: SEMI INSTANCES burn_in_warm
-eval: STUDENT labels eval_batch seed
-predict: STUDENT seed
-report: STUDENT labels seed
+sup: SUPERVISED sup_steps DEEPLAB_TRAINING
+ssl: SEMI INSTANCES burn_in_warm DEEPLAB_TRAINING SOFT CONTRAST
+eval: STUDENT labels eval_batch seed network DEEPLAB contrast_weight PROJECTOR
+predict: STUDENT seed network DEEPLAB contrast_weight PROJECTOR
+report: STUDENT labels seed network DEEPLAB contrast_weight PROJECTOR
 zeroshot: CLIP SIZES MASKS clip_scale
 export: CLIP GRAPH no_object_weight seed
 demo: MASKS DEWA SEMI burn_in_warm
@@ -268,7 +279,10 @@ def reads(stage: str) -> frozenset[str]:
 
 def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     """Preset -> the method, or what a run has stored (of stages that read one) -> flags."""
-    cfg, values = PRESETS[args.preset or args.dataset], given(args)
+    values, entry = given(args), METHODS.get(args.method)
+    network = (entry.numbers if entry else {}).get("network", "mask2former")
+    network = (stored or values).get("network", network)
+    cfg = preset_of(args.preset or args.dataset, network)
     if stored is not None:
         cfg = replace(cfg, **numbers_of(stored))
     elif args.stage == "sup":
@@ -280,7 +294,14 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     splits = PAPERS_SPLITS.get(args.dataset, ())
     if args.split in splits and args.dataset not in INSTANCE_DATASETS:
         cfg = replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (splits.index(args.split) + 1))
+    if steps_of(args.stage) in values:
+        values.setdefault("epochs", 0.0)
     return replace(cfg, **values)
+
+
+def preset_of(name: str, network: str) -> Config:
+    """The numbers of a preset for a network; of one that there is not, any: it is refused."""
+    return (deeplab_presets.PRESETS if network == "deeplab" else PRESETS)[name]
 
 
 def given(args: argparse.Namespace) -> dict:

@@ -18,7 +18,11 @@ from inference import Prediction
 from readers.ground_truth import DataSet, Taxonomy, Truth
 
 # Runs of stages that have no --method.
-BASELINES = {"dewa": "dewa.Dewa", "sup": "mean_teacher.Supervised"}
+BASELINES = {
+    "dewa": "dewa.Dewa",
+    "sup": "mean_teacher.Supervised",
+    "sup deeplab": "semantic.Baseline",
+}
 
 
 class Metric(Protocol):
@@ -96,7 +100,10 @@ class Method(Protocol):
         """
 
 
-def find(name: str) -> "type[Method]":
-    """The class of a method, or of the stage of a run that has none: "dear", "sup", "dewa"."""
-    module, _, kind = (BASELINES.get(name) or METHODS[name].place).rpartition(".")
+def find(name: str, network: str = "mask2former") -> "type[Method]":
+    """The class of a method, or of the stage of a run that has none: "dear", "sup", "dewa".
+    network: as in `Config`: "sup" is another baseline on each.
+    """
+    place = BASELINES.get(f"{name} {network}") or BASELINES.get(name) or METHODS[name].place
+    module, _, kind = place.rpartition(".")
     return getattr(importlib.import_module(module), kind)

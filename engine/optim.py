@@ -41,6 +41,10 @@ def adamw(groups: list[dict], cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
 
+def sgd(groups: list[dict], cfg: Config) -> torch.optim.SGD:
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+
+
 def poly(step: int, steps: int, cfg: Config) -> float:
     """Share of cfg.lr at a step, from 0: (1 - t / steps) ** power."""
     return (1 - step / steps) ** cfg.poly_power
@@ -52,8 +56,8 @@ def multistep(step: int, steps: int, cfg: Config) -> float:
     return 0.1 ** len(passed)
 
 
-# By the names that `config.CHOICES` lists.
-OPTIMIZERS = {"adamw": adamw}
+# By the names that `engine.ranges.CHOICES` lists.
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 SCHEDULES = {"poly": poly, "multistep": multistep}
 
 

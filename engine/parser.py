@@ -20,7 +20,8 @@ WIDTH = 110  # characters of a help page
 _HINTS = """
 batch-size bs batch: it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up,
     --eval-batch at evaluation
-epochs epoch num-epochs max-epochs: training is counted in optimiser steps: --steps N
+epoch num-epochs max-epochs: it is --steps N, optimiser steps, or --epochs N over the unlabelled
+    images
 iters iterations num-iters max-iter max-iters max-steps: it is --steps N, optimiser steps
 learning-rate lr-rate base-lr: it is --lr
 gpu gpus cuda gpu-id gpu-ids num-gpus devices: it is --device cuda, or cuda:N for one of several;

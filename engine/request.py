@@ -13,7 +13,7 @@ from config import PAPERS_DATASETS, Config
 from ground import ranks
 from ground.errors import UserError, refuse
 from mini.scenes import load_mini
-from readers import papers
+from readers import class_maps, papers
 from readers.checks import require_files, require_images
 from readers.exposure import see
 from readers.ground_truth import DataSet, Taxonomy
@@ -79,6 +79,8 @@ class Source:
         root = Path(self.data_root)
         if self.dataset in PAPERS_DATASETS:
             dataset = papers.load(self.dataset, root, self.split, cfg.seed, complain)
+        elif class_maps.is_one(root):
+            dataset = class_maps.load(root, self.split, cfg.seed, complain)
         else:
             load = load_instances if self._as_instances(root, cfg) else load_folder
             dataset = load(root, self.split, cfg.seed, self.variant, complain)

@@ -9,8 +9,9 @@ from ground.identity import differences
 # What may change on --resume: how far to go, how fast, and how masks are made, which is another
 # stage's business.
 MAY_CHANGE = set(
-    "ssl_steps sup_steps dewa_steps workers checkpoint_every log_every eval_batch sam sam_weights "
-    "points_per_side points_per_batch pred_iou_thresh stability_thresh mask_nms_thresh".split()
+    "epochs ssl_steps sup_steps dewa_steps workers checkpoint_every log_every eval_batch sam "
+    "sam_weights points_per_side points_per_batch pred_iou_thresh stability_thresh "
+    "mask_nms_thresh".split()
 )
 
 # What runs did not always store of their identity.

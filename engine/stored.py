@@ -43,7 +43,11 @@ class Stored:
     @property
     def method(self) -> type[Method]:
         """The class of its method; official files are DEARLi's."""
-        return find(self.config.get("stage", "dearli"))
+        stage, network = (
+            self.config.get("stage", "dearli"),
+            self.config.get("network", "mask2former"),
+        )
+        return find(stage, network)
 
     @property
     def is_warm_up(self) -> bool:
@@ -221,7 +225,7 @@ def class_order(
     for which in stored.names:
         for name in class_rows:
             value = stored.state[which].get(name)
-            if value is not None and len(value) != len(taxonomy) + 1:
+            if value is not None and len(value) - len(taxonomy) not in (0, 1):
                 raise UserError(
                     f"{stored.path}: trained on {len(value) - 1} classes, {here} has "
                     f"{len(taxonomy)}; choose the data set it belongs to"
@@ -248,9 +252,10 @@ def take(stored: Stored, which: str, model, source: str, may_differ=(), order=No
         into = {name: value for name, value in into.items() if name.startswith("head.")}
     weights = dict(stored.state[which])
     for name in _class_rows(model) if order is not None else ():
-        # of another length it says itself that it does not fit
-        if name in weights and len(weights[name]) == len(order) + 1:
-            weights[name] = weights[name][[*order.tolist(), len(order)]]
+        # of another length it says itself that it does not fit; a DeepLab has no no-object
+        if name in weights and len(weights[name]) - len(order) in (0, 1):
+            rows = [*order.tolist(), len(order)]
+            weights[name] = weights[name][rows[: len(weights[name])]]
     return checkpoint.load_weights(into, weights, source, may_differ)
 
 

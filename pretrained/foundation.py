@@ -191,6 +191,49 @@ def _timm(cfg: Config, classifier: str) -> torch.nn.Module:
     return _filled(fill, cfg.backbone, file)
 
 
+def load_maps(cfg: Config) -> torch.nn.Module:
+    """A timm network that gives its feature maps, with the last stages dilated to
+    `cfg.output_stride`, on the CPU. `random`: untrained.
+    """
+    import timm
+
+    name = cfg.backbone
+    if not timm.is_model(name):
+        raise UserError(
+            f"unknown backbone '{name}' of --network deeplab; available: mini, and timm's such as "
+            "resnet50.tv_in1k, resnet101.tv_in1k, xception65.tf_in1k, resnet18.tv_in1k"
+        )
+    torch.manual_seed(cfg.seed)
+    try:
+        model = timm.create_model(name, features_only=True, output_stride=cfg.output_stride)
+        reduction = model.feature_info.reduction()[-4:]
+    except Exception as error:  # of networks without maps, or whose stages cannot be dilated
+        raise UserError(
+            f"backbone {name} gives no maps of stride {cfg.output_stride} ({_short(error, 120)}); "
+            "expected a convolutional network such as resnet50.tv_in1k"
+        ) from None
+    if reduction[0] != 4 or reduction[-1] != cfg.output_stride:
+        raise UserError(
+            f"backbone {name} has maps of strides {reduction}, expected 4 to {cfg.output_stride}"
+        )
+    if cfg.pretrained == "random":
+        return model
+    if cfg.pretrained:
+        file = Path(cfg.pretrained)
+    else:
+        file = hub_file(timm.get_pretrained_cfg(name).hf_hub_id, TIMM_FILES, name)
+    weights = tensor_files.read_weights(file, f"--pretrained names a file of {name}, or `random`")
+
+    def fill():
+        own = model.state_dict()
+        # its classifier is left out; timm joins the first two names of what it takes apart
+        renamed = {n if n in own else n.replace(".", "_", 1): w for n, w in weights.items()}
+        model.load_state_dict({n: w for n, w in renamed.items() if n in own})
+        return model
+
+    return _filled(fill, name, file)
+
+
 def _filled(make: Callable, backbone: str, file: Path | None) -> torch.nn.Module:
     try:
         return make()

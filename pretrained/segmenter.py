@@ -4,8 +4,17 @@ a timm ConvNeXt.
 
 import torch
 
-from clip_ensemble import TEMPLATES, Backbone, ClipBackbone, Vocabulary, text_embeddings
+from clip_ensemble import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    TEMPLATES,
+    Backbone,
+    ClipBackbone,
+    Vocabulary,
+    text_embeddings,
+)
 from config import Config
+from deeplab import DeepLab, TimmMaps, synchronise
 from ground import tensor_files
 from ground.errors import UserError
 from ground.identity import of_tensors
@@ -46,6 +55,25 @@ def load_clip(
     clip, tokenize = foundation.load_clip(cfg, weights)
     lasting = weights is None and cfg.pretrained != "random" and cfg.backbone != "mini"
     return clip, _vocabulary(clip, tokenize, cfg.backbone, taxonomy, device, lasting)
+
+
+def build_deeplab(
+    cfg: Config, taxonomy: Taxonomy, device: torch.device, projector: bool = False
+) -> DeepLab:
+    """A DeepLabv3+ with random heads (by seed) on the backbone of the configuration: that of the
+    mini CLIP, or a timm network by name.
+
+    Raises: UserError if its weights cannot be had.
+    """
+    if cfg.backbone == "mini":
+        clip, _ = foundation.load_clip(cfg)
+        clip.requires_grad_(True)
+        backbone = Backbone(clip.visual.trunk, not cfg.train_backbone, PIXEL_MEAN, PIXEL_STD)
+    else:
+        backbone = TimmMaps(foundation.load_maps(cfg))
+        backbone.requires_grad_(cfg.train_backbone)
+    torch.manual_seed(cfg.seed)
+    return synchronise(DeepLab(backbone, cfg, len(taxonomy), projector).to(device))
 
 
 def _vocabulary(clip, tokenize, name: str, taxonomy, device, lasting: bool) -> Vocabulary:

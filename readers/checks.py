@@ -10,6 +10,7 @@ import numpy as np
 
 from config import Config
 from ground.errors import UserError, refuse
+from readers.class_maps import ClassMaps
 from readers.ground_truth import DataSet
 from readers.panoptic import PanopticFolder
 from readers.pictures import image_header
@@ -129,7 +130,7 @@ def repeated_stuff(images: PanopticFolder) -> list[tuple[int, int, int]]:
 def require_files(images, indices, what: str, maps: bool = True, classes: bool = False) -> None:
     """Raise UserError before a run begins if images that it will need are not there, or their
     panoptic maps, or (if the data set has its own) their class maps."""
-    if not isinstance(images, PanopticFolder):
+    if not isinstance(images, PanopticFolder | ClassMaps):
         return
     listed: dict[Path, set[str]] = {}
 
@@ -139,9 +140,11 @@ def require_files(images, indices, what: str, maps: bool = True, classes: bool =
         return path.name in listed[path.parent]
 
     kinds = {"image": [images.folder / images.name(i) for i in indices]}
-    if maps and images.maps is not None:
+    if maps and isinstance(images, ClassMaps):
+        kinds["class map"] = [images.map_file(i) for i in indices]
+    elif maps and images.maps is not None:
         kinds["panoptic map"] = [images.maps / str(images.files[i]) for i in indices]
-    if classes and images.semantic is not None:
+    if classes and getattr(images, "semantic", None) is not None:
         kinds["class map"] = [images.class_file(i) for i in indices]
     for kind, paths in kinds.items():
         absent = [path for path in paths if not there(path)]

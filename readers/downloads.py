@@ -12,12 +12,10 @@ from config import INSTANCE_DATASETS, PAPERS_SPLITS
 from ground.errors import UserError
 
 DOWNLOAD = {  # what each is made from
-    "ade20k": "ade20k",
-    "coco": "coco",
-    "coco-objects": "coco",
-    "coco-instances": "coco-instances",
-    "cityscapes-instances": "cityscapes-instances",
+    **{"ade20k": "ade20k", "coco": "coco", "coco-objects": "coco"},
+    **{name: name for name in (*INSTANCE_DATASETS, "voc", "cityscapes")},
 }
+CLASS_MAPS = ("voc", "cityscapes")  # data sets without segments
 PROMPTS = {
     "ade20k": "ade20k_150_prompts.txt",
     "coco": "coco_panoptic_prompts.txt",
@@ -29,6 +27,8 @@ ADE_INSTANCES = "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annota
 COCO_ZIPS = "http://images.cocodataset.org/zips"
 COCO_PANOPTIC = "http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip"
 COCO_INSTANCES = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
+VOC_TAR = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+VOC_AUG = "https://www.dropbox.com/s/oeu149j8qtbs1x0/SegmentationClassAug.zip"
 CITYSCAPES = "https://www.cityscapes-dataset.com/downloads"
 # What has to be downloaded: path below the folder of the data set, and where it comes from.
 ORIGINALS = {
@@ -57,12 +57,19 @@ ORIGINALS = {
         for part in ("train", "val")
     },
 }
+ORIGINALS |= {
+    "voc": {"JPEGImages": VOC_TAR, "SegmentationClassAug": VOC_AUG},
+    "cityscapes": {
+        f"{folder}/{part}": CITYSCAPES
+        for folder in ("leftImg8bit", "gtFine")
+        for part in ("train", "val")
+    },
+}
 # The usual name of the folder; DATA_ROOT may be it, or hold it.
 FOLDERS = {
-    "ade20k": "ADEChallengeData2016",
-    "coco": "coco",
-    "coco-instances": "coco",
-    "cityscapes-instances": "cityscapes",
+    **{"ade20k": "ADEChallengeData2016", "coco": "coco"},
+    **{"coco-instances": "coco", "cityscapes-instances": "cityscapes"},
+    **{"voc": "VOCdevkit/VOC2012", "cityscapes": "cityscapes"},
 }
 
 
@@ -121,6 +128,9 @@ def instance_parts(name: str, base: Path) -> tuple[dict[str, Path], dict[str, Pa
 
 def _read_by_stages(name: str, base: Path) -> list[Path]:
     """The files and folders that the stages read."""
+    if name in CLASS_MAPS:
+        read = [base / path for path in ORIGINALS[name] if path != "SegmentationClassAug"]
+        return [*read, base / "dearli" / name / "val.txt", *[voc_maps(base)] * (name == "voc")]
     own = [base / "dearli" / PROMPTS[name]] if name in PROMPTS else []
     if name not in INSTANCE_DATASETS:
         return own + [path for part in parts(name, base).values() for path in part[:3]]
@@ -141,6 +151,8 @@ def require(name: str, root: Path, prepared: bool = True) -> Path:
         return base
     originals = ORIGINALS[kind]
     missing = {path: source for path, source in originals.items() if not (base / path).exists()}
+    if name == "voc" and voc_maps(base).is_dir():
+        missing.pop("SegmentationClassAug", None)
     if missing:
         after = f"; then `{_prepare(name, root)}`" if prepared else ""
         raise UserError(
@@ -150,6 +162,12 @@ def require(name: str, root: Path, prepared: bool = True) -> Path:
     if prepared:
         raise UserError(f"{unmade[0]}: missing; make it with `{_prepare(name, root)}`")
     return base
+
+
+def voc_maps(base: Path) -> Path:
+    """The class maps of all training images, or where these are not of VOC's own 1464."""
+    own, every = base / "SegmentationClass", base / "SegmentationClassAug"
+    return own if own.is_dir() and not every.is_dir() else every
 
 
 def _listed(originals: dict[str, str]) -> str:

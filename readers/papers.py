@@ -10,7 +10,16 @@ from typing import Callable
 
 from config import INSTANCE_DATASETS, PAPERS_SPLITS
 from ground.errors import UserError, refuse
-from readers.downloads import COCO_ZIPS, DOWNLOAD, PROMPTS, instance_parts, parts, require
+from readers import semantic_sets
+from readers.downloads import (
+    CLASS_MAPS,
+    COCO_ZIPS,
+    DOWNLOAD,
+    PROMPTS,
+    instance_parts,
+    parts,
+    require,
+)
 from readers.ground_truth import DataSet, Taxonomy
 from readers.instances import read_pair
 from readers.panoptic import PanopticFolder
@@ -27,6 +36,8 @@ def load(
     split: as in `readers.splits.read_split`.   complain: as in `readers.panoptic.load_folder`.
     Raises: UserError naming what is missing and the command that makes it.
     """
+    if name in CLASS_MAPS:
+        return semantic_sets.load(name, root, split, seed, complain)
     base = require(name, root)
     if name in INSTANCE_DATASETS:
         return _instances(name, base, split, seed, complain)

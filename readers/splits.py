@@ -46,7 +46,9 @@ def read_split(
 
 def _listed(path: Path, images, wrong: Callable[[str], None]) -> tuple[list[int], list[int]]:
     """The images of labeled.txt, and of unlabeled.txt beside it or all others."""
-    numbers = {images.name(i): i for i in range(len(images))}
+    names = [images.name(i) for i in range(len(images))]
+    numbers = {str(Path(name).with_suffix("")): i for i, name in enumerate(names)}
+    numbers |= {name: i for i, name in enumerate(names)}  # lists may leave endings out (VOC's do)
     labeled = _read_list(path, images, numbers, wrong)
     for i in labeled:
         if i >= images.annotated:
@@ -67,7 +69,7 @@ def _listed(path: Path, images, wrong: Callable[[str], None]) -> tuple[list[int]
 def _read_list(path: Path, images, numbers: dict[str, int], wrong: Callable) -> list[int]:
     """Indices of the images that a list names, in its order."""
     indices: dict[int, None] = {}
-    for line in _lines(path):
+    for line in lines(path):
         # Official lists have two columns and name files by their path; names of one's own may have
         # spaces in them.
         names = [name for text in (line, line.split()[0]) for name in (text, text.split("/")[-1])]
@@ -111,7 +113,7 @@ def split_list(root: Path, split: str, official: Path | None = None) -> Path | N
     return Path(split)
 
 
-def _lines(path: Path) -> list[str]:
+def lines(path: Path) -> list[str]:
     """Lines of a text file that are not blank."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from config import PRESETS
+from engine.flags import preset_of
 from ground.files import write_atomic
 from inference import POSTERIORS
 from readers.ground_truth import DataSet
@@ -248,7 +248,8 @@ def configuration(run: Stored) -> dict:
     if not run.config:
         return {"preset": None}
     preset, changed = nearest_preset(run.config)
-    usual = {key: getattr(PRESETS[preset], key) for key in FIELDS}
+    numbers = preset_of(preset, run.config.get("network", "mask2former"))
+    usual = {key: getattr(numbers, key) for key in FIELDS}
     rows = [(key, value, usual.get(key, "")) for key, value in run.config.items()]
     same = [row for row in rows if row[0] in usual and row[0] not in changed]
     empty = [row for row in rows if row[0] not in usual and row[1] in ("", None)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from config import METHODS, PRESETS, Config, changes
 from engine.checks import idle
-from engine.flags import READS
+from engine.flags import READS, preset_of
 from engine.parser import parser
 from engine.resolve import data_set
 from engine.run_log import read_log
@@ -92,9 +92,11 @@ def usual_posterior(stage: str | None) -> str:
 def nearest_preset(config: dict) -> tuple[str, dict]:
     """The preset with the fewest other numbers, and what differs from it."""
     own = data_set(config)
+    network = config.get("network", "mask2former")
+    numbers = {name: preset_of(name, network) for name in PRESETS}
     presets = sorted(PRESETS, key=lambda preset: preset != own)
-    nearest = min(presets, key=lambda preset: len(changes(config, PRESETS[preset])))
-    return nearest, changes(config, PRESETS[nearest])
+    nearest = min(presets, key=lambda preset: len(changes(config, numbers[preset])))
+    return nearest, changes(config, numbers[nearest])
 
 
 def _data_flags(config: dict) -> list[str]:
@@ -140,8 +142,15 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
             earlier = commands(read(start), depth - 1)
     if run.metrics.get("evaluated_on") == "dev":
         flags += ["--eval-on", "dev"]
-    method = ["sup"] if stage == "sup" else ["ssl", "--method", stage]
-    return [*earlier, command("--stage", *method, *flags)]
+    return [*earlier, command("--stage", *_stage_flags(stage, run.config), *flags)]
+
+
+def _stage_flags(stage: str, config: dict) -> list[str]:
+    """What follows --stage; a supervised run names its network, which a method implies."""
+    if stage != "sup":
+        return ["ssl", "--method", stage]
+    network = config.get("network", "mask2former")
+    return ["sup", "--network", network] if network != "mask2former" else ["sup"]
 
 
 def _beginning(init) -> str | None:

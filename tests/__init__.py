@@ -7,6 +7,9 @@ no GPU.
     test_command_line    flags, help and refusals
     test_door            mistakes at the door, each answered in one line
     test_method          a method of one's own, from its first step to its report
+    test_esl             soft labels, parts of objects and their contrast, against loops
+    test_semantic        DeepLabv3+ and ESL on it, in the frame
+    test_class_maps      folders of class maps: of one's own, VOC, Cityscapes
     test_run             files of runs and of the official code: foreign, damaged, written back
     test_pldc            PL-DC and Guided Distillation
     test_ranks           several processes

@@ -80,7 +80,7 @@ def test_stages_on_the_command_line_are_those_that_there_are():
             "it is --labeled-batch and --unlabeled-batch, --dewa-batch in the warm-up, --eval-batch at evaluation",
         ),
         ("--batch_size=8", "it is --labeled-batch"),
-        ("--epochs", "--steps N"),
+        ("--num-epochs", "--steps N"),
         ("--max-iters", "--steps N"),
         ("--lr-rate", "it is --lr"),
         ("--gpu", "--device cuda"),

@@ -11,23 +11,23 @@ from tests.helpers import ROOT
 FLOORS = (
     ("ground", "pldc_numbers", "cutout"),
     ("config",),
-    ("panoptic_eval", "instance_eval", "readers"),
+    ("panoptic_eval", "instance_eval", "readers", "deeplab_presets"),
     ("matcher", "clip_ensemble", "deformable_cpu"),
     ("deformable", "losses"),
-    ("model",),
+    ("model", "deeplab"),
     ("inference",),
     ("pretrained",),
     ("mini",),
     ("data",),
     ("engine",),
-    ("mean_teacher", "dewa"),
-    ("pldc",),
+    ("mean_teacher", "dewa", "semantic"),
+    ("pldc", "esl"),
     ("report",),
     ("tools",),
     ("dearli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-METHODS = ("mean_teacher", "dewa", "pldc")
+METHODS = ("mean_teacher", "dewa", "pldc", "esl")
 WINGS = ("ground", "readers", "pretrained", "mini", "engine", "report", "tools")
 FILES = [
     path.relative_to(ROOT)

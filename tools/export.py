@@ -22,6 +22,15 @@ def export(stored: Stored, source: Source, cfg: Config, out: Path | None, form: 
     return path
 
 
+def require_mask2former(cfg: Config, stored: Stored) -> None:
+    """Raise UserError for a run of another network: none of the formats is made for it."""
+    if cfg.network != "mask2former":
+        raise UserError(
+            f"--stage export: {stored.path} is a DeepLabv3+, and no format here is made for it; "
+            "its step_*.pt are torch's own"
+        )
+
+
 def free(path: Path) -> Path:
     """The path. Raises: UserError if there is something."""
     if path.exists():

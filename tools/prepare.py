@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config import INSTANCE_DATASETS, PAPERS_SPLITS
 from ground.errors import UserError
 from ground.files import write_atomic
-from readers.downloads import DOWNLOAD, PROMPTS, require
+from readers.downloads import CLASS_MAPS, DOWNLOAD, PROMPTS, require
 from readers.panoptic import PanopticFolder, encode, segment_ids
 from readers.panoptic_json import read_json, read_taxonomy
 from readers.papers import read_names
@@ -31,6 +31,11 @@ from tools import prepare_instances
 
 REPOSITORY = (
     "https://raw.githubusercontent.com/helen1c/DEARLi/1de0dc82509c2c9a137241c4c857cb09e64ea178"
+)
+# Partitions of VOC and Cityscapes (Apache-2.0)
+U2PL = (
+    "https://raw.githubusercontent.com/Haochen-Wang409/U2PL/"
+    "ab3d2be313d4d6b2885e7a0213d4fce82a803b79"
 )
 # Semantic class (0 to 149) of instance class 1 to 100: the things of ADE20K; the rest is stuff.
 ADE_THINGS = [
@@ -64,6 +69,34 @@ b44cb3d141a3179ce6a5f32399cff56b5def6df9ba98f4b069da23a6959ddb60 splits/ade20k/1
 781b5990914f7422ee9e1f6325a914f289e077621b77b9cd066c2d01d33a939e splits/coco/1_32/labeled.txt
 bd0ff85bf2d35b4641d08c2201257ad5b5f02f85ea0da457f44f0b97c4caeb37 splits/coco/1_512/labeled.txt
 622b84ccbb5dcba32f4f5bb4ffaf1a9cf3e3f1f460b55dc02605fd099ebf1337 splits/coco/1_64/labeled.txt
+1c345bd7ed630b201bc3c3cde2604dce0d65df35c142bbf35ffea8a699485488 cityscapes/1488/labeled.txt
+be9e936decc74da8575cd57974e3b0ed4a669317873a5748125330b7d10409dc cityscapes/1488/unlabeled.txt
+b325a363ec870628cbf3265bf48f9d9bf3e6e87a6e5c004ca989cda6279a0fd4 cityscapes/186/labeled.txt
+0adcdcf9cf5db4276dfcdba1c207b2e5439ee465102d923eff3eec61573c5393 cityscapes/186/unlabeled.txt
+a7fa9c926a15c3983a6b2b884dc455bcfaf59ddc2cbe63f895e1d067d5a7f9b4 cityscapes/372/labeled.txt
+de6eeec7ec6d43403138d840e91e671af0033dc09a09cbcd14a7b872963b034f cityscapes/372/unlabeled.txt
+489d49d7dde31150a862dbd0aabfa8e787b9278ee51978d7d3d2c8e67d666c66 cityscapes/744/labeled.txt
+e7b30bf5cee9103f546818e61fd8e26eb63c3a763fdd2a45343744bb6d96618a cityscapes/744/unlabeled.txt
+8115b5b627fe0b24001c541804788b8c2bb16076b78ad036a9905d471abd11fd cityscapes/val.txt
+112dcea11e1a1d211e03db87c743989ffb29c16f90ce30da7c118b3c28f8d697 voc/1323/labeled.txt
+669ca8dc16acaf33a9db723d40e914f93d8d4ab5edab121148fbf30861128694 voc/1323/unlabeled.txt
+129f1fe991729b1862115b77738c938c149c1f167baa02b4b3186aea9f0d6a84 voc/1464/labeled.txt
+ba34ae09804b56761fbb46667ed6eb962a498205c068521b1105a0944f08ac40 voc/1464/unlabeled.txt
+5dac0b72efebf63344c90c3700537e6d667c80bfa4c17205d96d459e655ec976 voc/183/labeled.txt
+4a3f4c77c01bae73b342439dbb3eb9f09b102e5ca5680fcfd941785bafd0cc98 voc/183/unlabeled.txt
+4cc769f75d69c74e4eabdb1dff7cb93ac22a4c30a9b759a7cedec3e3c6b7ed28 voc/2646/labeled.txt
+4fd8e0bc7304c99ac884c6876a8f5d23ce6d9468fa55601334982ad4fa631f4f voc/2646/unlabeled.txt
+97abd8fe7d52346b2663e6faed73e89560a171788ea0a12c012bff26c74a25d4 voc/366/labeled.txt
+2cb6fe3645fa20e66653209b003e9d8b059e18bc664341515ea352eac2ef273c voc/366/unlabeled.txt
+989051b20c885ee09c37b5e5d005c067a6cd1bbcf40b06df6eb4af9e41992296 voc/5291/labeled.txt
+7594c243192ee8decac87d733eb977fea16ede88f9b0cf7759c73251e7f0a82c voc/5291/unlabeled.txt
+e9bb5d18af8041799389ad0c2274f043161a912837416c2c6403d9d901dee4c1 voc/662/labeled.txt
+a9a7e39271779ccaacced31633d32d55a0dc27f61a451ac5e3a7a1403cdfb5af voc/662/unlabeled.txt
+b2973f8d47b780e0bc53f598a51fb651c21c7485f4d02111296452abb931ce44 voc/732/labeled.txt
+077f8aab596629403bb38177c3c678a17a30eb7132a38f4952237763b311a170 voc/732/unlabeled.txt
+7feeb5314d99485739e79c385d3b70145d44dc60190acb4d5df63165c630ef6a voc/92/labeled.txt
+9ae9c7726c7e06f8ef40cddfea55911128157c5a21c3c5195074e4e45e48031f voc/92/unlabeled.txt
+6f8edc37993764f6e212237d39546fb595246244147e8a050813c520aac0ade1 voc/val.txt
 """
 SHA256 = {path: digest for digest, path in map(str.split, OFFICIAL.strip().splitlines())}
 
@@ -209,7 +242,8 @@ def fetch_lists(name: str, base: Path, assets: Path | None) -> None:
         if target.exists() and _sha256(target.read_bytes()) == digest:
             continue
         if assets is None:
-            source = remote if "://" in remote else f"{REPOSITORY}/{remote}"
+            usual = U2PL if name in CLASS_MAPS else REPOSITORY
+            source = remote if "://" in remote else f"{usual}/{remote}"
             content = _fetched(source)
         else:
             copies = [Path(assets) / path for path in (given, remote)]
@@ -241,6 +275,19 @@ def _fetched(address: str) -> bytes:
 
 def lists(name: str) -> dict[str, tuple[str, str, str]]:
     """Files below base/dearli: (path in --assets, path in the official repository, SHA-256)."""
+    if name in CLASS_MAPS:
+        there = {"voc": "pascal"}.get(name, name)
+        files = [
+            f"{split}/{part}labeled.txt" for split in PAPERS_SPLITS[name] for part in ("", "un")
+        ]
+        return {
+            f"{name}/{file}": (
+                f"splits/{name}/{file}",
+                f"data/splits/{there}/{file}",
+                SHA256[f"{name}/{file}"],
+            )
+            for file in [*files, "val.txt"]
+        }
     kind, files = DOWNLOAD[name], {}
     ade, own = kind == "ade20k", prepare_instances.lists(name)
     if prompts := PROMPTS.get(name):

@@ -56,6 +56,10 @@ not in json: segments have pixels but are not in segments_info
     add them to the JSON, or make their pixels 0 (void)
 no pixel: segments are in segments_info but have no pixel
     take them from the JSON, or make the map again
+value: maps have values that are no class
+    name them in classes.txt, or make them 255 (no class)
+astray: class maps belong to no image
+    give them the names of their images, or take them away
 area: areas of the JSON are not the number of pixels in the map
     count them again; PQ uses the stated ones
 stuff twice: stuff classes have several segments in one image
@@ -130,11 +134,11 @@ class _Reading(torch.utils.data.Dataset):
         if image is not None:
             odd = _odd_brightness(images, i, image, attempt)
         truth = None
-        if not isinstance(images, PanopticFolder):
+        if isinstance(images, MiniImages):
             truth = images.truth(i)
         elif i < images.annotated:
             truth = attempt(lambda: images.truth(i, errors.append))
-            if images.semantic is not None and (not train or i in self.labeled):
+            if getattr(images, "semantic", None) is not None and (not train or i in self.labeled):
                 attempt(lambda: images.class_map(i))
         if train and self.masks is not None and image is not None:
             name, shape = images.name(i), image.size[::-1]
