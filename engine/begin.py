@@ -243,7 +243,7 @@ def say_ablations(cfg: Config, stage: str, warm: bool = False) -> None:
 
 def start_from(start: Stored | None, init: dict | None, method: Method, dataset: DataSet) -> None:
     """Start from another run or file, if there is something to take (`beginning`), and note in
-    `init` what was taken.
+    `init` what was taken: the student, by student and teacher alike (official code).
 
     Classes are joined by name; a linear class head stays random after DeWa, which knows no classes.
     """
@@ -260,8 +260,11 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
     student = method.models["student"]
     class_rows = getattr(student, "class_rows", ())
     order = stored.class_order(start, dataset.taxonomy, dataset.name, class_rows)
-    init["taken"] = stored.take(start, "student", student, str(start.path), class_rows, order)
+    what = start, "student"
+    init["taken"] = stored.take(*what, student, str(start.path), class_rows, order)
     print(init["taken"])
+    if "teacher" in method.models:
+        stored.take(*what, method.models["teacher"], str(start.path), class_rows, order)
 
 
 def warm_up_there(

@@ -423,3 +423,19 @@ def test_real_microscopy_images_train_and_evaluate(tmp_path):
         "--no-eval",
     ]
     assert dearli.main(fitting(args, flags)) == 0
+
+
+def test_student_and_teacher_of_a_run_that_starts_from_another_begin_with_its_weights(
+    small_mini, tmp_path
+):
+    runs, dewa, out = ["--runs", tmp_path], tmp_path / "mini-dewa", tmp_path / "run"
+    assert run("--stage", "dewa", "--points-per-side", 4, "--steps", 1, *runs) == 0
+    start = ["--method", "dearli", "--init", dewa, "--burn-in-warm", 0, "--ema-decay", 0.999]
+    assert run("--stage", "ssl", "--no-eval", "--steps", 1, *start, "--out", out) == 0
+    (file,), (there,) = checkpoint.steps(out), checkpoint.steps(dewa)
+    state, first = torch.load(file, weights_only=True), torch.load(there, weights_only=True)
+    for name, value in first["student"].items():
+        # of the step the teacher takes a thousandth, Eq. (2)
+        mixed = 0.999 * value + 0.001 * state["student"][name]
+        if value.is_floating_point() and "decoder.classify" not in name:
+            assert torch.allclose(state["teacher"][name], mixed, atol=1e-6), name
