@@ -221,9 +221,15 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
 
 def require_method(args: argparse.Namespace) -> None:
     """Raise UserError for a number that makes another method of --method."""
-    for name, value in METHODS[args.method].numbers.items():
+    numbers = METHODS[args.method].numbers
+    alike = {
+        key: other
+        for key, other in METHODS.items()
+        if other.numbers.get("network") == numbers.get("network")
+    }
+    for name, value in numbers.items():
         asked = getattr(args, name)
-        fitting = [key for key, other in METHODS.items() if asked in other.values(name)]
+        fitting = [key for key, other in alike.items() if asked in other.values(name)]
         if asked is not None and args.method not in fitting:
             raise UserError(
                 f"{dashed(name)} {asked}: --method {args.method} has {value}; expected "
