@@ -273,11 +273,17 @@ def require_method(args: argparse.Namespace, cfg: Config) -> None:
                 f"--labels instances: --method {args.method} makes pseudo-labels that do not "
                 f"overlap; expected --stage sup{''.join(f' or --method {m}' for m in fitting)}"
             )
-    for name, value in METHODS[args.method].numbers.items():
+    numbers = METHODS[args.method].numbers
+    alike = {
+        key: other
+        for key, other in METHODS.items()
+        if other.numbers.get("network") == numbers.get("network")
+    }
+    for name, value in numbers.items():
         asked = getattr(args, name)
         fitting = [
             key
-            for key, other in METHODS.items()
+            for key, other in alike.items()
             if name not in other.numbers or asked in other.values(name)
         ]
         if asked is not None and args.method not in fitting:

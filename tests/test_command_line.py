@@ -619,7 +619,10 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
             ["--stage", "ssl", "--teacher-posterior", "decoder"],
             "expected --method ssl, with --init FOLDER from a warm-up",
         ),
-        (["--stage", "dewa", "--optimizer", "sgd"], "unknown optimizer 'sgd'; available: adamw"),
+        (
+            ["--stage", "dewa", "--optimizer", "lion"],
+            "unknown optimizer 'lion'; available: adamw, sgd",
+        ),
         (["--stage", "ssl", "--schedule", "cosine"], "unknown schedule 'cosine'; available: poly"),
         (["--stage", "eval", "--optimizer", "adamw"], "--optimizer: only --stage dewa, sup, ssl"),
         (["--stage", "sup", "--steps", "5", "--sup-steps", "6"], "--steps 5: --sup-steps says 6"),
