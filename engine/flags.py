@@ -246,11 +246,11 @@ masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps DEEPLAB_TRAINING
 ssl: SEMI burn_in_warm DEEPLAB_TRAINING SOFT CONTRAST
-eval: STUDENT labels eval_batch seed network DEEPLAB contrast_weight PROJECTOR
-predict: STUDENT seed network DEEPLAB contrast_weight PROJECTOR
-report: STUDENT labels seed network DEEPLAB contrast_weight PROJECTOR
+eval: STUDENT labels eval_batch seed DEEPLAB contrast_weight PROJECTOR
+predict: STUDENT seed DEEPLAB contrast_weight PROJECTOR
+report: STUDENT labels seed DEEPLAB contrast_weight PROJECTOR
 zeroshot: CLIP SIZES MASKS clip_scale
-export: CLIP GRAPH no_object_weight seed
+export: CLIP GRAPH no_object_weight seed network
 demo: MASKS DEWA SEMI burn_in_warm
 ladder: MASKS DEWA SEMI burn_in_warm
 alpha: SEMI
