@@ -137,13 +137,13 @@ def stage_dewa(source, place, machine, cfg, course, masks=None):
 
 def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
     """The supervised baseline: labelled images only."""
-    from engine.begin import as_begun, beginning, begun, require_training_files, settle
+    from engine.begin import as_begun, beginning, begun, in_steps, require_training_files, settle
 
     kind = "sup" if cfg.network == "mask2former" else f"sup-{cfg.network}"
     folder = place.out or place.folder(source, f"{kind}-{source.split}", cfg.seed)
     before = begun(course, folder)
     dataset = source.load(cfg, config=before.config, origin=folder)
-    cfg = as_begun(course, settle(cfg, dataset), before, "sup_steps")
+    cfg = as_begun(course, in_steps(settle(cfg, dataset), dataset), before, "sup_steps")
     require_training_files(dataset, cfg, course.evaluate)
     start, record = beginning(folder, before, init)
     about = {
@@ -158,14 +158,14 @@ def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
 
 def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, masks=None):
     """The semi-supervised stage, by one of the methods of `config.METHODS`."""
-    from engine.begin import as_begun, beginning, begun, require_training_files, settle
+    from engine.begin import as_begun, beginning, begun, in_steps, require_training_files, settle
     from engine.checks import require_semi_supervised
     from readers.checks import require_files
 
     folder = place.out or place.folder(source, f"{method}-{source.split}", cfg.seed)
     before = begun(course, folder)
     dataset = source.load(cfg, config=before.config, origin=folder)
-    cfg = as_begun(course, settle(cfg, dataset), before, "ssl_steps")
+    cfg = as_begun(course, in_steps(settle(cfg, dataset), dataset), before, "ssl_steps")
     if not dataset.unlabeled:
         raise UserError(
             f"--split {source.split}: all images of {source.name} are labelled, none is left for "

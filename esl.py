@@ -257,20 +257,19 @@ class ESL(Baseline):
 
     def __init__(self, cfg, taxonomy, device, precision=torch.float32, clip=None, warm=False):
         super().__init__(cfg, taxonomy, device, precision, clip, warm)
-        student = self.models["student"]
-        self.models["teacher"] = student.teacher()
-        self.dataset = None  # for the first prototypes
-        if self.projects:
-            dims = student.backbone.channels[-1], cfg.projection
-            bank = PartBank(len(taxonomy), cfg.parts, *dims, cfg.queue, cfg.part_momentum)
-            self.models["bank"] = bank.to(device)
+        self.models["teacher"] = self.models["student"].teacher()
 
     @property
     def projects(self) -> bool:
         return self.cfg.contrast_weight > 0
 
     def batches(self, dataset) -> SemiSupervisedBatches:
-        self.dataset = dataset
+        cfg, student = self.cfg, self.models["student"]
+        self.dataset = dataset  # for the first prototypes
+        if self.projects:  # a matter of training alone
+            dims = student.backbone.channels[-1], cfg.projection
+            bank = PartBank(len(self.taxonomy), cfg.parts, *dims, cfg.queue, cfg.part_momentum)
+            self.models["bank"] = bank.to(self.device)
         return SemiSupervisedBatches(dataset, self.cfg, self.cfg.ssl_steps, self.warm)
 
     def step(self, batch: tuple[Labeled, Unlabeled | None], t: int) -> dict[str, float]:

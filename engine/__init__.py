@@ -5,6 +5,7 @@ help and a refusal are quick.
 
     flags           stages and flags, each said once
     checks          what is refused before anything is read
+    idle            flags that do nothing beside others
     ranges          what values numbers may have
     parser          the parser, help pages, hints
     resolve         from the command line to what a stage needs

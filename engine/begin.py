@@ -50,19 +50,22 @@ def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> Non
 
 
 def settle(cfg: Config, dataset: DataSet) -> Config:
-    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`,
-    and the steps of `--epochs`, which a supervised run has as many of.
-    """
+    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`."""
     cfg = replace(cfg, white=dataset.train.white)
-    if cfg.epochs:
-        steps = max(1, round(cfg.epochs * len(dataset.unlabeled) / cfg.unlabeled_batch))
-        cfg = replace(cfg, ssl_steps=steps, sup_steps=steps)
     cfg = scaled(cfg, dataset) if dataset.labeled else cfg  # none: whoever needs some will say so
     if cfg.alpha != "labeled":
         return cfg
     require_truth(dataset, measure=False)  # no share without labelled images
     share = len(dataset.labeled) / (len(dataset.labeled) + len(dataset.unlabeled))
     return replace(cfg, alpha=round(alpha_of_share(share), 3))
+
+
+def in_steps(cfg: Config, dataset: DataSet) -> Config:
+    """With `--epochs` in steps. A supervised run has as many as a semi-supervised one."""
+    if not cfg.epochs:
+        return cfg
+    steps = max(1, round(cfg.epochs * len(dataset.unlabeled) / cfg.unlabeled_batch))
+    return replace(cfg, ssl_steps=steps, sup_steps=steps)
 
 
 def scaled(cfg: Config, dataset: DataSet | None) -> Config:

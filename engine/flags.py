@@ -253,11 +253,11 @@ masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps DEEPLAB_TRAINING
 ssl: SEMI INSTANCES burn_in_warm DEEPLAB_TRAINING SOFT CONTRAST
-eval: STUDENT labels eval_batch seed network DEEPLAB contrast_weight PROJECTOR
-predict: STUDENT seed network DEEPLAB contrast_weight PROJECTOR
-report: STUDENT labels seed network DEEPLAB contrast_weight PROJECTOR
+eval: STUDENT labels eval_batch seed DEEPLAB contrast_weight PROJECTOR
+predict: STUDENT seed DEEPLAB contrast_weight PROJECTOR
+report: STUDENT labels seed DEEPLAB contrast_weight PROJECTOR
 zeroshot: CLIP SIZES MASKS clip_scale
-export: CLIP GRAPH no_object_weight seed
+export: CLIP GRAPH no_object_weight seed network
 demo: MASKS DEWA SEMI burn_in_warm
 ladder: MASKS DEWA SEMI burn_in_warm
 alpha: SEMI
@@ -300,8 +300,11 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
 
 
 def preset_of(name: str, network: str) -> Config:
-    """The numbers of a preset for a network; of one that there is not, any: it is refused."""
-    return (deeplab_presets.PRESETS if network == "deeplab" else PRESETS)[name]
+    """The numbers of a preset for a network. Of data without a class for every pixel, a DeepLab has
+    those of another: such data are refused when they are read."""
+    if network == "deeplab":
+        return deeplab_presets.PRESETS.get(name, deeplab_presets.PRESETS["official"])
+    return PRESETS[name]
 
 
 def given(args: argparse.Namespace) -> dict:

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 from config import METHODS, PRESETS, Config, changes
-from engine.checks import idle
 from engine.flags import READS, preset_of
+from engine.idle import idle
 from engine.parser import parser
 from engine.resolve import data_set
 from engine.run_log import read_log

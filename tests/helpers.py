@@ -22,9 +22,10 @@ import dearli
 from clip_ensemble import Vocabulary
 from config import MINI
 from engine import checkpoint
-from engine.checks import idle
 from engine.flags import FLAGS, READS, configure, usual_method
+from engine.idle import idle
 from engine.parser import parser
+from engine.stored import written_config
 from mini import microcosm
 from model import Mask2Former
 from pretrained import segmenter
@@ -412,7 +413,9 @@ def fitting(args, flags=TINY_FLAGS):
         asked.method = asked.method or usual_method(asked)
     flags = [*map(str, flags)]
     known = {flag.dest for flag in FLAGS if asked.stage in flag.stages} | READS[asked.stage]
-    known -= idle(asked, configure(asked)).keys()
+    stored = written_config(asked.weights) if asked.weights else {}
+    stored = stored if stored.get("network") == "deeplab" else None
+    known -= idle(asked, configure(asked, stored)).keys()
     pairs = [
         (flag, value)
         for flag, value in zip(flags[::2], flags[1::2])

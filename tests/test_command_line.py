@@ -423,8 +423,16 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
     instances = ["--method", "guided", "--guided-steps", 1, "--burn-in", 1, "--steps", 3]
     instances += ["--class-threshold", 0, "--clip-view", "masked", "--schedule", "multistep"]
     stage("ssl", *instances, "--no-eval", "--out", tmp_path / "guided")
+    deep = ["--backbone", "resnet18", "--aux-weight", 0.4, "--ohem", 0.5, *alone]
+    stage("sup", *runs, "--network", "deeplab", "--steps", 1, *deep)
+    esl = ["--method", "esl", "--steps", 2, "--burn-in", 0, "--anchor-confidence", 0.1]
+    stage("ssl", *esl, "--kmeans-pixels", 9, *deep, "--out", tmp_path / "esl")
     stage("eval", "--weights", folder, "--report-images", 1)
     stage("eval", "--weights", tmp_path / "linear", *alone)
+    stage("eval", "--weights", tmp_path / "esl", *alone)
+    stage("report", "--weights", tmp_path / "esl", "--report-images", 1)
+    said = ["--input", tmp_path / "a.png", "--out", tmp_path / "said"]
+    stage("predict", "--weights", tmp_path / "esl", *said)
     stage(
         "predict",
         "--weights",

@@ -19,7 +19,7 @@ from data import Labeled, Unlabeled
 from deeplab import IGNORE, cross_entropy, hard_pixels
 from deeplab_presets import PRESETS
 from engine import checkpoint, stored
-from engine.begin import settle
+from engine.begin import in_steps
 from engine.checkpoint import state_of
 from engine.optim import NotFinite
 from ground.errors import UserError
@@ -274,7 +274,7 @@ def test_a_class_head_without_no_object_follows_the_names_of_the_classes():
 
 def test_epochs_are_passes_over_the_unlabelled_images():
     dataset = load_mini("4")
-    cfg = settle(dataclasses.replace(TINY, epochs=2, unlabeled_batch=4), dataset)
+    cfg = in_steps(dataclasses.replace(TINY, epochs=2, unlabeled_batch=4), dataset)
     assert cfg.ssl_steps == cfg.sup_steps == round(2 * len(dataset.unlabeled) / 4)
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from config import CUSTOM, MINI
 from data import Sample, weak_view
-from engine.checks import idle
 from engine.evaluation import predict_image
+from engine.idle import idle
 from engine.parser import parser
 from engine.windows import Grid, Stitcher, in_windows, predict_in_windows, shown_size
 from inference import Prediction
