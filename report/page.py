@@ -151,7 +151,10 @@ def curves(run: Stored) -> dict:
         if "skipped" in row and isinstance(row["step"], int):
             why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
             skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
-    charts = [chart("PQ", f"percent, on {watched.get('images', '?')} validation images", quality)]
+    measured = "mIoU" if run.config.get("network") == "deeplab" else "PQ"
+    charts = [
+        chart(measured, f"percent, on {watched.get('images', '?')} validation images", quality)
+    ]
     for name, lines in panels.items():
         title, unit = CURVES.get(name, (name, ""))
         charts.append(chart(title, unit, lines, skipped, log=name == "grad_norm"))
