@@ -54,6 +54,7 @@ no sam | sam NETWORK | it counts with --masks sam
 no warm-up | WARM_UP make | no masks and no warm-up are made here; it counts with --method {warm}
     and without --init
 deeplab | QUERIES | DeepLabv3+ has no queries; it counts with --network mask2former
+deeplab | groups | it is about PQ, and there are no segments; it counts with --network mask2former
 mask2former | DEEPLAB SOFT CONTRAST | it is of DeepLabv3+; it counts with --network
     deeplab (--stage sup), or with --method esl or hard
 no contrast | CONTRAST | no parts are told apart; it counts with
