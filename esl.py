@@ -1,7 +1,7 @@
 """Enhanced soft labels (ESL): pseudo-labels that keep the classes between which the teacher is
 undecided, and parts of objects that are told apart by contrast.
 
-Implements the dynamic soft label and its cross-entropy , the prototypes and queues of
+Implements the dynamic soft label and its cross-entropy, the prototypes and queues of
 object parts, and the pixel-to-part contrastive loss.
 Differs from the paper: nothing that it states; docs/differences.md lists what it leaves open.
 Axes: B images, C classes, K parts a class, H W pixels, N pixels of several images, A anchors, L
