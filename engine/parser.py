@@ -130,7 +130,8 @@ def overview() -> str:
         for group, stages in STAGES.items()
         for k, (name, line) in enumerate(stages.items())
     ]
-    return OVERVIEW.format(stages="\n".join(rows), datasets=", ".join(DATASETS)).strip()
+    datasets = f"\n{22 * ' '}".join(textwrap.wrap(", ".join(DATASETS), WIDTH - 22))
+    return OVERVIEW.format(stages="\n".join(rows), datasets=datasets).strip()
 
 
 OVERVIEW = """

@@ -177,8 +177,8 @@ def test_a_timm_backbone_trains_plain_mask2former_and_refuses_what_needs_text(
             (["--stage", "zeroshot", *timm_flags[:2]], "has no text tower"),
             (["--stage", "export", "--weights", tmp_path / "ssl"], "has none"),
             (
-                ["--stage", "sup", "--backbone", "resnet50"],
-                "unknown backbone 'resnet50'; available: mini, an OpenCLIP ConvNeXt",
+                ["--stage", "sup", "--backbone", "vgg16"],
+                "unknown backbone 'vgg16'; available: mini, an OpenCLIP ConvNeXt",
             ),
         )
     ):

@@ -155,7 +155,7 @@ def test_all_faults_of_a_folder_are_listed_by_kind_and_nothing_is_changed(tmp_pa
         "split": ["train14", "elsewhere", "train15"],
         "masks": ["train3", "train7"],
     }
-    elsewhere = {"stuff twice", "nothing"}  # have tests of their own
+    elsewhere = {"stuff twice", "nothing", "value", "astray"}  # have tests of their own
     assert list(content["problems"]) == [
         k for k in validate.KINDS if k not in elsewhere
     ]  # in one order
