@@ -68,8 +68,8 @@ from tests.helpers import run, write_coco_folder
             "unknown palette 'coco'; available: dataset, safe",
         ),
         (
-            ["--dataset", "cityscapes"],
-            "unknown data set 'cityscapes'; available: mini, custom, ade20k, coco, coco-objects",
+            ["--dataset", "mapillary"],
+            "unknown data set 'mapillary'; available: mini, custom, ade20k, coco, coco-objects",
         ),
         (
             ["--stage", "ssl", "--method", "dearly"],
@@ -78,7 +78,7 @@ from tests.helpers import run, write_coco_folder
         (["--stage", "sup", "--split", "0"], "unknown split '0' of data set mini"),
         (["--stage", "sup", "--split", "1_32"], "unknown split '1_32' of data set mini"),
         (["--stage", "sup", "--precision", "fp8"], "unknown precision 'fp8'"),
-        (["--stage", "sup", "--backbone", "resnet50"], "unknown backbone 'resnet50'"),
+        (["--stage", "sup", "--backbone", "vgg16"], "unknown backbone 'vgg16'"),
         (
             ["--stage", "sup", "--classifier", "mlp"],
             "unknown classifier 'mlp'; available: language, linear",

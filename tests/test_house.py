@@ -11,7 +11,8 @@ from tests.helpers import ROOT
 FLOORS = (
     ("ground", "pldc_numbers", "cutout"),
     ("config",),
-    ("panoptic_eval", "instance_eval", "readers", "deeplab_presets"),
+    ("deeplab_presets",),
+    ("panoptic_eval", "instance_eval", "readers"),
     ("matcher", "clip_ensemble", "deformable_cpu"),
     ("deformable", "losses"),
     ("model", "deeplab"),
