@@ -414,7 +414,8 @@ def fitting(args, flags=TINY_FLAGS):
     flags = [*map(str, flags)]
     known = {flag.dest for flag in FLAGS if asked.stage in flag.stages} | READS[asked.stage]
     stored = written_config(asked.weights) if asked.weights else {}
-    stored = stored if stored.get("network") == "deeplab" else None
+    by_width = stored.get("object_width") and "seen_width" not in asked.flags
+    stored = stored if stored.get("network") == "deeplab" or by_width else None
     known -= idle(asked, configure(asked, stored)).keys()
     pairs = [
         (flag, value)
