@@ -135,17 +135,14 @@ def require_method(args: argparse.Namespace, cfg: Config) -> None:
                 f"overlap; expected --stage sup{''.join(f' or --method {m}' for m in fitting)}"
             )
     numbers = METHODS[args.method].numbers
-    alike = {
-        key: other
-        for key, other in METHODS.items()
-        if all(other.numbers.get(k) == numbers.get(k) for k in ("network", "labels"))
-    }
     for name, value in numbers.items():
         asked = getattr(args, name)
+        kind = {"network", "labels"} - {name}  # of methods of another, no number need fit
         fitting = [
             key
-            for key, other in alike.items()
-            if name not in other.numbers or asked in other.values(name)
+            for key, other in METHODS.items()
+            if all(other.numbers.get(k) == numbers.get(k) for k in kind)
+            and (name not in other.numbers or asked in other.values(name))
         ]
         if asked is not None and args.method not in fitting:
             raise UserError(
