@@ -138,7 +138,8 @@ def ssd_colour(image: Tensor, rng: random.Random) -> Tensor:
 def strong_view(image: Tensor, cfg: Config, rng: random.Random) -> Tensor:
     """Colour jitter (in random order), sometimes grayscale, sometimes Gaussian blur, and CutOut.
     (3, h, w) uint8."""
-    if not (cfg.jitter or cfg.jitter_hue or cfg.grayscale_prob or cfg.blur_prob):
+    colours = cfg.jitter or cfg.jitter_hue or cfg.grayscale_prob or cfg.blur_prob
+    if not colours and cfg.cutout == "none":
         return image
     # Takes two seconds to import: only who needs it waits.
     from torchvision.transforms.v2 import functional as TF

@@ -1268,6 +1268,9 @@ def test_the_rows_of_a_linear_class_head_follow_the_names():
     with pytest.raises(UserError, match="run: trained on 3 classes, here has 2"):
         fewer = ground_truth.Taxonomy(("a", "b"), (True,) * 2, (1, 2))
         stored.class_order(older, fewer, "here", two.class_rows)
+    with pytest.raises(UserError, match="run: trained on 3 classes, here has 4"):
+        more = ground_truth.Taxonomy(tuple("abcd"), (True,) * 4, (1, 2, 3, 4))
+        stored.class_order(older, more, "here", two.class_rows)  # no-object is no fourth class
 
 
 def test_a_coco_panoptic_folder_is_read_as_it_was_written(tmp_path):

@@ -79,13 +79,18 @@ class Source:
         root = Path(self.data_root)
         if self.dataset in PAPERS_DATASETS:
             dataset = papers.load(self.dataset, root, self.split, cfg.seed, complain)
-        elif class_maps.is_one(root):
+        elif self._has_class_maps_alone(root):
             dataset = class_maps.load(root, self.split, cfg.seed, complain)
         else:
             load = load_instances if self._as_instances(root, cfg) else load_folder
             dataset = load(root, self.split, cfg.seed, self.variant, complain)
         see(cfg.white, dataset.train, dataset.val)
         return dataset
+
+    def _has_class_maps_alone(self, root: Path) -> bool:
+        """A list of classes may lie beside a JSON, which says more."""
+        listed = has_maps(root, self.variant) or instance_json(root, "train", self.variant)
+        return class_maps.is_one(root) and not listed
 
     def _as_instances(self, root: Path, cfg: Config) -> bool:
         """A folder may hold instances, panoptic maps or both: then it is as the labels want it."""

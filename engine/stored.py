@@ -43,11 +43,16 @@ class Stored:
     @property
     def method(self) -> type[Method]:
         """The class of its method; official files are DEARLi's."""
-        stage, network = (
-            self.config.get("stage", "dearli"),
-            self.config.get("network", "mask2former"),
-        )
-        return find(stage, network)
+        return find(self.config.get("stage", "dearli"), self.network)
+
+    @property
+    def network(self) -> str:
+        return self.config.get("network", "mask2former")
+
+    @property
+    def no_object(self) -> int:
+        """Rows of a class head beside those of the classes."""
+        return int(self.network == "mask2former")
 
     @property
     def is_warm_up(self) -> bool:
@@ -174,26 +179,24 @@ def require_foundation(config: dict, model: torch.nn.Module, source) -> str:
     frozen = {
         n.removeprefix("backbone."): everything[n] for n in everything.keys() - trained.keys()
     }
-    digest = of_tensors(frozen)
-    if config.get("foundation") not in (None, digest):
-        raise UserError(
-            f"{source}: was trained on a backbone of other weights (SHA-256 "
-            f"{str(config['foundation'])[:12]}... there, {digest[:12]}... now): name the file "
-            "that it had with --pretrained, or choose another folder with --out"
-        )
-    return digest
+    what = f"{source}: was trained on a backbone", "--pretrained"
+    return _require_same(config.get("foundation"), of_tensors(frozen), *what)
 
 
 def require_clip(config: dict, clip: torch.nn.Module, source) -> str:
     """The same of a second CLIP, which pseudo-labels ask."""
-    digest = of_tensors(clip.state_dict())
-    if config.get("clip_weights") not in (None, digest):
+    what = f"{source}: asked a CLIP", "--clip-pretrained"
+    return _require_same(config.get("clip_weights"), of_tensors(clip.state_dict()), *what)
+
+
+def _require_same(there: str | None, now: str, what: str, flag: str) -> str:
+    """The digest now, unless there was another."""
+    if there not in (None, now):
         raise UserError(
-            f"{source}: asked a CLIP of other weights (SHA-256 {str(config['clip_weights'])[:12]}"
-            f"... there, {digest[:12]}... now): name the file that it had with --clip-pretrained, "
-            "or choose another folder with --out"
+            f"{what} of other weights (SHA-256 {str(there)[:12]}... there, {now[:12]}... now): "
+            f"name the file that it had with {flag}, or choose another folder with --out"
         )
-    return digest
+    return now
 
 
 def require_classes(stored: Stored, expected: int) -> None:
@@ -225,10 +228,11 @@ def class_order(
     for which in stored.names:
         for name in class_rows:
             value = stored.state[which].get(name)
-            if value is not None and len(value) - len(taxonomy) not in (0, 1):
+            if value is not None and len(value) != len(taxonomy) + stored.no_object:
+                there = len(value) - stored.no_object
                 raise UserError(
-                    f"{stored.path}: trained on {len(value) - 1} classes, {here} has "
-                    f"{len(taxonomy)}; choose the data set it belongs to"
+                    f"{stored.path}: trained on {there} classes, {here} has {len(taxonomy)}; "
+                    "choose the data set it belongs to"
                 )
     print(
         f"warning: {stored.path}: an older run, which does not store the names of its classes; "
@@ -252,10 +256,9 @@ def take(stored: Stored, which: str, model, source: str, may_differ=(), order=No
         into = {name: value for name, value in into.items() if name.startswith("head.")}
     weights = dict(stored.state[which])
     for name in _class_rows(model) if order is not None else ():
-        # of another length it says itself that it does not fit; a DeepLab has no no-object
-        if name in weights and len(weights[name]) - len(order) in (0, 1):
-            rows = [*order.tolist(), len(order)]
-            weights[name] = weights[name][rows[: len(weights[name])]]
+        # of another length it says itself that it does not fit
+        if name in weights and len(weights[name]) == len(order) + stored.no_object:
+            weights[name] = weights[name][[*order.tolist(), *[len(order)] * stored.no_object]]
     return checkpoint.load_weights(into, weights, source, may_differ)
 
 

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 import dearli
-from config import PAPERS_SPLITS
+from config import MINI, PAPERS_SPLITS
+from engine.request import Source
 from ground.errors import UserError
 from readers import class_maps, papers
 from readers.checks import require_files
 from readers.ground_truth import IGNORE
-from tests.helpers import REAL_DATA, photo, run_folder
+from readers.panoptic import PanopticFolder
+from tests.helpers import REAL_DATA, photo, run_folder, write_coco_folder
 from tools import prepare
 
 RAINBOW = [value for k in range(256) for value in (k, 255 - k, 7 * k % 256)]
@@ -211,3 +213,10 @@ def test_the_lists_are_those_of_the_public_code():
         for local, (_, _, digest) in prepare.lists(name).items():
             content = (lists / folder / local.split("/", 1)[1]).read_bytes()
             assert hashlib.sha256(content).hexdigest() == digest, local
+
+
+def test_a_list_of_classes_beside_a_panoptic_json_changes_nothing(tmp_path):
+    root = write_coco_folder(tmp_path / "set")
+    (root / "classes.txt").write_text("sky\nball\n")
+    dataset = Source("custom", str(root), split="1_3").load(MINI)
+    assert isinstance(dataset.train, PanopticFolder)

@@ -193,6 +193,15 @@ def test_cutout_erases_a_rectangle_of_each_pattern_and_leaves_the_image_alone():
     assert lies == [3.3, 6.0, 8.0] and [p[0] for p in cutout.PATTERNS["code"]] == [0.7, 0.5, 0.3]
 
 
+def test_cutout_needs_no_other_change_of_a_view():
+    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    cfg = dataclasses.replace(MINI, jitter=0.0, jitter_hue=0.0, grayscale_prob=0.0, blur_prob=0.0)
+    assert torch.equal(data.strong_view(image, cfg, random.Random(0)), image)
+    cfg = dataclasses.replace(cfg, cutout="paper")
+    views = [data.strong_view(image, cfg, random.Random(seed)) for seed in range(20)]
+    assert sum(not torch.equal(view, image) for view in views) > 10
+
+
 def test_the_jitter_has_a_chance_and_a_view_its_side():
     image = torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8)
     cfg = dataclasses.replace(MINI, jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
