@@ -121,6 +121,11 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
     return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
 class Vocabulary(nn.Module):
     """Text embeddings of the names of K classes. Classes have several names; the best one counts.
 
@@ -180,9 +185,7 @@ def mask_pool(features: Tensor, mask_logits: Tensor) -> Tensor:
         the features.
     """
     if mask_logits.shape[-2:] != features.shape[-2:]:
-        mask_logits = F.interpolate(
-            mask_logits, size=features.shape[-2:], mode="bilinear", align_corners=False
-        )
+        mask_logits = resize(mask_logits, features.shape[-2:])
     masks = (mask_logits > 0).to(features.dtype).flatten(2)  # (B, Q, hw)
     return masks @ features.flatten(2).transpose(1, 2) / masks.sum(-1, keepdim=True).clamp(min=1)
 

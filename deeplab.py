@@ -19,7 +19,7 @@ import torch.distributed.nn.functional as dist_grad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_ensemble import IMAGENET_MEAN, IMAGENET_STD, Backbone, padded_size
+from clip_ensemble import IMAGENET_MEAN, IMAGENET_STD, Backbone, padded_size, resize
 from config import Config
 from ground import ranks
 
@@ -153,11 +153,6 @@ def block(channels: int, width: int, kernel: int, dilation: int = 1) -> nn.Seque
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
     )
-
-
-def resize(x: Tensor, size) -> Tensor:
-    """Bilinear, (B, C, h, w) -> (B, C, *size)."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 # ----------------------------------------------------------------------------- several processes

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip_ensemble import resize
 from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
-from deeplab import IGNORE, Maps, resize
+from deeplab import IGNORE, Maps
 from ground import ranks
 from inference import PSEUDO
 from losses import point_generators

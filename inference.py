@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip_ensemble import padded_size
+from clip_ensemble import padded_size, resize
 from config import Config
-from model import resize
 
 # Values of full-size masks at once: on a CPU they stay in the cache, on a GPU they are a small part
 # of the memory.

@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_ensemble import MAX_SCALE, Backbone, Vocabulary, geometric_ensemble, zero_shot_logits
+from clip_ensemble import (
+    MAX_SCALE,
+    Backbone,
+    Vocabulary,
+    geometric_ensemble,
+    resize,
+    zero_shot_logits,
+)
 from config import Config
 from deformable import DeformableAttention, Pyramid
 
@@ -177,11 +184,6 @@ class DeformableLayer(nn.Module):
 def tokens(maps: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, S, C), S = h w."""
     return maps.flatten(2).transpose(1, 2)
-
-
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear."""
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def sine_position(maps: Tensor, temperature: float = 10000.0) -> Tensor:

@@ -32,6 +32,7 @@ from clip_ensemble import (
     ClipBackbone,
     Vocabulary,
     padded_size,
+    resize,
     zero_shot_logits,
 )
 from config import Config
@@ -53,7 +54,6 @@ from ground.errors import UserError
 from inference import PSEUDO, Prediction, mask_quality, paint, resize_masks  # Eq. (4)
 from matcher import Target
 from mean_teacher import MeanTeacher, segments_an_image, update_teacher
-from model import resize
 from pretrained import segmenter
 
 LEAST_AREA = 5  # pixels; Guided Distillation counts them on the mask grid, by their probabilities

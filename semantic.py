@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_ensemble import resize
 from data import PAD_VALUE, Labeled, LabeledBatches
-from deeplab import IGNORE, DeepLab, Maps, cross_entropy, resize
+from deeplab import IGNORE, DeepLab, Maps, cross_entropy
 from engine.optim import NotFinite, build_optimizer, descend, require_finite
 from ground.errors import UserError
 from inference import Prediction

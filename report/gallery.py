@@ -72,7 +72,7 @@ def gallery(
     scored = []
     for i in looked_at:
         answer = predict_image(method, dataset.val.image(i), [reading])[reading]
-        quality = _quality(method, dataset, i, answer)
+        quality = image_quality(method, dataset, i, answer)
         if quality is not None:
             scored.append((quality, i))
     some = random.Random(0).sample(scored, min(-(-count // 3), len(scored)))
@@ -96,7 +96,7 @@ def gallery(
     return cards
 
 
-def _quality(method: Method, dataset: DataSet, i: int, answer: Prediction) -> float | None:
+def image_quality(method: Method, dataset: DataSet, i: int, answer: Prediction) -> float | None:
     """The method's first figure (PQ) of a validation image; None if there is none."""
     score = method.metrics[0](dataset.taxonomy)
     score.add(answer, dataset.val.truth(i))
@@ -116,7 +116,7 @@ def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, 
         columns.append((other.title, answer))
     cells = [("image", webp(image)), ("ground truth", webp(image, truth, dataset.taxonomy))]
     for title, answer in columns:
-        own_quality = _quality(method, dataset, i, answer)
+        own_quality = image_quality(method, dataset, i, answer)
         number = "–" if own_quality is None else f"{100 * own_quality:.1f}"
         caption = f"{html.escape(title)} <b>{number}</b>"
         cells.append((caption, webp(image, shown(answer, method.cfg), dataset.taxonomy)))

@@ -32,11 +32,10 @@ from engine.sameness import differing
 from engine.training import Stopped
 from ground.errors import UserError
 from ground.files import require_writable, write_atomic
-from inference import Prediction
-from panoptic_eval import PanopticScore
 from pretrained import foundation
-from readers.ground_truth import DataSet, Truth
+from readers.ground_truth import DataSet
 from report import drawing
+from report.gallery import image_quality
 from report.tables import COLUMNS
 
 LONGEST = "dearli", "control", "dear", "ssl", "sup"  # DEARLi has masks and warm-up to make
@@ -342,7 +341,9 @@ def picture(methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path
     for i in range(min(LOOKED_AT, len(dataset.val))):
         image, truth = dataset.val.image(i), dataset.val.truth(i)
         answers = [predict_image(m, image, [reading])[reading] for _, m, reading in methods]
-        looked_at.append((_mean_pq(answers, truth, dataset), i, image, truth, answers))
+        pairs = zip(methods, answers)
+        total = sum(image_quality(m, dataset, i, answer) or 0.0 for (_, m, _), answer in pairs)
+        looked_at.append((total, i, image, truth, answers))
     looked_at.sort(key=lambda row: row[:2])
     first = max(0, (len(looked_at) - SHOWN_IMAGES) // 2)
     rows = [
@@ -358,13 +359,3 @@ def picture(methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path
     )
     drawing.picture(rows, titles, dataset.taxonomy, path, caption)
     print(f"\n{path}: images, ground truth and predictions side by side")
-
-
-def _mean_pq(answers: list[Prediction], truth: Truth, dataset: DataSet) -> float:
-    """Of one image, mean of the answers."""
-    total = 0.0
-    for answer in answers:
-        score = PanopticScore(dataset.taxonomy)
-        score.add(answer, truth)
-        total += score.result()["all"]["pq"]
-    return total / len(answers)
