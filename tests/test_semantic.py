@@ -266,7 +266,7 @@ def test_batch_norm_over_ranks_is_that_of_all_pixels(monkeypatch):
 def test_a_class_head_without_no_object_follows_the_names_of_the_classes():
     network = tiny_network()
     before = {name: value.clone() for name, value in state_of(network).items()}
-    start = stored.Stored("run", {"student": dict(before)})
+    start = stored.Stored("run", {"student": dict(before), "config": {"network": "deeplab"}})
     stored.take(start, "student", network, "run", order=np.array([2, 0, 1]))
     after = state_of(network)["classify.2.weight"]
     assert torch.equal(after, before["classify.2.weight"][[2, 0, 1]])
