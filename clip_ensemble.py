@@ -122,7 +122,9 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    """(B, C, h, w) -> (B, C, *size), bilinear. C may be 0, as masks of an image without any are."""
+    if not maps.shape[1]:
+        return maps.new_zeros(*maps.shape[:2], *size)
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 

@@ -352,11 +352,7 @@ class Pldc(MeanTeacher):
 
     def draw(self, mask_logits: Tensor, sizes) -> Tensor:
         """Logits of masks on the grid that pseudo-labels have."""
-        return (
-            resize_masks(mask_logits, *sizes)
-            if len(mask_logits)
-            else (mask_logits.new_zeros(0, *sizes[2]))
-        )
+        return resize_masks(mask_logits, *sizes)
 
 
 class Guided(Pldc):

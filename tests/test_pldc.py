@@ -375,6 +375,19 @@ def answers(method, monkeypatch):
     return masks
 
 
+@pytest.mark.parametrize("kind", [pldc.Pldc, pldc.Guided])
+def test_a_picture_of_pseudo_labels_may_be_without_any(kind, small_mini, monkeypatch):
+    """Sizes differ from the mask grid: nothing is resized, to nothing."""
+    method = made(kind, class_threshold=0.85, mask_threshold=0.9, ssl_steps=10)
+    answers(method, monkeypatch)
+    posterior, masks = method.teacher_answer(None, None)
+    nothing = posterior[1:], masks[1:]
+    monkeypatch.setattr(method, "teacher_answer", lambda features, t: nothing)
+    images, sizes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [((64, 64), (100, 90))]
+    ((*_, answer),) = method.pseudo_predictions(images, sizes, None, sums=False)
+    assert len(answer.labels) == 0 and answer.segment_map.shape == (100, 90)
+
+
 def test_the_pseudo_labels_of_a_step_are_filtered_renamed_and_weighted(small_mini, monkeypatch):
     method = made(class_threshold=0.85, mask_threshold=0.9, ssl_steps=10)
     answers(method, monkeypatch)
