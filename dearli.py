@@ -13,8 +13,7 @@
     python dearli.py --stage ladder --dataset mini --seeds 3                Table 1 in miniature
 
 A stage is a function here, wiring only: its parameters are what it needs of the command line
-(`engine.request`), and it imports what it uses when it is called, so that a page of help and a
-refusal wait for no library.
+(`engine.request`). It imports what it uses when it is called: a page of help waits for no library.
 """
 
 import os
@@ -175,7 +174,7 @@ def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, m
     require_files(dataset.train, dataset.unlabeled, "unlabelled", maps=False)
     if METHODS[method].warm and init is None and not before.knows_init:
         init = warm_up(source, place, machine, cfg, course, dataset, folder, masks, method)
-    elif idle := sorted(course.given & MAKES["ssl"]):  # only with --resume: else they are refused
+    elif METHODS[method].warm and (idle := sorted(course.given & MAKES["ssl"])):  # with --resume
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         print(f"{folder}: goes on with the warm-up that it began with; {flags} change nothing")
     start, record = beginning(folder, before, init)
@@ -369,11 +368,12 @@ def stage_demo(source, place, machine, cfg, course, jobs):
     return top / "demo.png"
 
 
-def stage_ladder(source, place, machine, cfg, course, seeds, jobs):
-    """The paper's Table 1 in miniature."""
-    from tools.ladder import RUNGS, table
+def stage_ladder(source, place, machine, cfg, course, method, seeds, jobs):
+    """The paper's Table 1 in miniature, or that of another method."""
+    from tools.ladder import ladder, table
 
-    return table(RUNGS, "ladder", trainer(source, place, machine, course), cfg, seeds, jobs)
+    train = trainer(source, place, machine, course)
+    return table(*ladder(method, source.dataset), train, cfg, seeds, jobs)
 
 
 def stage_alpha(source, place, machine, cfg, course, seeds, jobs):

@@ -18,6 +18,7 @@ from engine.flags import (
     FIELDS,
     FLAGS,
     LABELED,
+    LADDERS,
     SOURCES,
     STORED,
     TABLES,
@@ -98,20 +99,23 @@ def require_sense(args: argparse.Namespace, cfg: Config) -> None:
     """Raise UserError for numbers that no run can use, and for flags that contradict each other."""
     require_ranges(cfg)
     require_use(args, cfg)
-    if args.stage in TABLES and args.labels == "instances":
+    own = args.stage == "ladder" and args.method is not None
+    if own:
+        require_ladder(args)
+    elif args.stage in TABLES and args.labels == "instances":
         raise UserError(
             f"--labels instances: the rungs of --stage {args.stage} are of every pixel; expected "
             "--stage sup"
         )
-    if args.stage == "ssl":
+    if args.stage == "ssl" or own:
         require_method(args, cfg)
-    for stage in TRAIN if args.stage in TABLES else {args.stage} & {*TRAIN}:
+    for stage in LABELED if own else TRAIN if args.stage in TABLES else {args.stage} & {*TRAIN}:
         require_learning(cfg, stage)
     if args.stage == "ssl" and not args.resume:  # one that goes on may have had more steps
         require_semi_supervised(cfg, is_warm(args))
     if args.stage in TABLES:
         require_semi_supervised(cfg, warm=False)
-    if args.stage in ("demo", "ladder"):
+    if args.stage in ("demo", "ladder") and not own:
         require_semi_supervised(cfg, warm=True)
     if args.stage in ("predict", "import"):
         require_input(args)
@@ -123,6 +127,15 @@ def require_use(args: argparse.Namespace, cfg: Config) -> None:
     for dest, counts in idle(args, cfg).items():
         if dest in args.flags:
             raise UserError(f"{names.get(dest, dashed(dest))}: {counts}")
+
+
+def require_ladder(args: argparse.Namespace) -> None:
+    """Raise UserError for a method that has no ladder of its own."""
+    if args.method not in LADDERS:
+        raise UserError(
+            f"--method {args.method}: --stage ladder has those of {' and '.join(LADDERS)}, and "
+            "without --method the one from supervised to DEARLi; expected one of them"
+        )
 
 
 def require_method(args: argparse.Namespace, cfg: Config) -> None:

@@ -50,7 +50,7 @@ STAGES = {
     },
     "miniature": {
         "demo": "all stages, a table and a picture; what runs without any flag",
-        "ladder": "the paper's Table 1, over several seeds",
+        "ladder": "the paper's Table 1 over several seeds; --method pldc or esl: those of theirs",
         "alpha": "its Table 8, and an alpha that changes",
         "mini-clip": "train the miniature CLIP anew",
         "mini-sam": "train the miniature SAM anew",
@@ -60,6 +60,7 @@ ALL = tuple(name for group in STAGES.values() for name in group)
 TRAIN = ("dewa", "sup", "ssl")
 LABELED = ("sup", "ssl")  # training on labelled images, which ends with an evaluation
 TABLES = ("demo", "ladder", "alpha")
+LADDERS = ("pldc", "esl")  # methods with a ladder of their own
 WARM = tuple(name for name, method in METHODS.items() if method.warm)
 OF_INSTANCES = tuple(
     name for name, method in METHODS.items() if method.numbers.get("labels") == "instances"
@@ -116,7 +117,7 @@ FLAGS = (
     Flag("split", DIVIDED),
     #    labelled images: a number, a name below DATA_ROOT/splits (which goes before a number), all,
     #    or a file of image names (mini: 16; custom: all; masks and dewa take all images)
-    Flag("method", ("ssl",), choices=tuple(METHODS)),
+    Flag("method", ("ssl", "ladder"), choices=tuple(METHODS)),
     #    (dearli; custom with a linear classifier: ssl)
     Flag("eval-on", EVALUATED, "val", choices=("val", "dev"), what="evaluation set"),
     #    (mini: val to report, dev to tune)
@@ -259,7 +260,8 @@ report: STUDENT labels seed DEEPLAB contrast_weight PROJECTOR
 zeroshot: CLIP SIZES MASKS clip_scale
 export: CLIP GRAPH no_object_weight seed network
 demo: MASKS DEWA SEMI burn_in_warm
-ladder: MASKS DEWA SEMI burn_in_warm
+ladder: MASKS DEWA SEMI burn_in_warm INSTANCES DEEPLAB ohem ohem_kept momentum epochs colour SOFT
+    CONTRAST
 alpha: SEMI
 mini-clip: seed
 mini-sam: seed
@@ -287,7 +289,7 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
         cfg = replace(cfg, **numbers_of(stored))
     elif args.stage == "sup":
         cfg = replace(cfg, teacher_posterior="decoder")
-    elif args.stage == "ssl":
+    elif args.method:
         cfg = replace(cfg, **METHODS[args.method].on(args.preset or args.dataset))
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
         values["pretrained"] = TAGS.get(values["backbone"], "")

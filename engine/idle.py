@@ -90,20 +90,21 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
     what would make them count. With --dry-run all may be said that the run itself takes.
     """
     stage, mini = args.stage, args.dataset == "mini"
-    begins = stage == "ssl" and not args.resume  # one that goes on knows what it started from
+    ssl = stage == "ssl" or stage == "ladder" and args.method is not None
+    begins = ssl and not args.resume  # one that goes on knows what it started from
     unmeasured = stage in LABELED and not args.evaluate
-    of_instances = stage == "ssl" and args.method in OF_INSTANCES
+    of_instances = ssl and args.method in OF_INSTANCES
     holds = {
         **_numbers(args, cfg),
         "warm": begins and is_warm(args),
         "cold": begins and not is_warm(args),
         "no clip": not cfg.has_ensemble and stage != "zeroshot",
-        "no instances": stage == "ssl" and not of_instances,
+        "no instances": stage in ("ssl", "ladder") and not of_instances,
         "instances": of_instances,
-        "not guided": stage == "ssl" and args.method != "guided",
+        "not guided": stage in ("ssl", "ladder") and args.method != "guided",
         "no sam": stage == "zeroshot" and str(args.masks) != "sam",
-        "no warm-up": stage == "ssl" and not (args.method in WARM and args.init is None),
-        "no contrast": stage == "ssl" and not cfg.contrast_weight,
+        "no warm-up": ssl and not (args.method in WARM and args.init is None),
+        "no contrast": ssl and not cfg.contrast_weight,
         "stepped": steps_of(stage) in given(args),
         "rungs": stage in TABLES,
         "alphas": stage == "alpha",

@@ -1,9 +1,9 @@
-"""Tables of the paper on the miniature world: rungs that are trained over several seeds, several at
-a time.
+"""Tables of the papers on the miniature world: rungs that are trained over several seeds, several
+at a time.
 
-Every rung takes the same number of semi-supervised steps, and DEARLi's warm-up comes on top, as in
-the paper; a control takes the warm-up's steps as semi-supervised ones. A rung that is there
-already, of the same numbers and images, is not trained again.
+Every rung takes the same number of steps. DEARLi's warm-up comes on top, as in the paper, and a
+control takes the warm-up's steps as semi-supervised ones. A rung that is there already, of the same
+numbers and images, is not trained again.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from config import Config
+from config import METHODS, PRESETS, Config
 from engine import masks
 from engine.begin import Begun, beginning, identity, settle
 from engine.checks import require_semi_supervised
@@ -36,13 +36,17 @@ from pretrained import foundation
 from readers.ground_truth import DataSet
 from report import drawing
 from report.gallery import image_quality
-from report.tables import COLUMNS
+from report.tables import columns_of, figure
 
-LONGEST = "dearli", "control", "dear", "ssl", "sup"  # DEARLi has masks and warm-up to make
+LONGEST = (
+    "dearli",
+    "control",
+    *sorted(METHODS.keys() - {"dearli"}),
+    "sup",
+)  # first: it has a warm-up
 MAX_JOBS = 8
 SHOWN_IMAGES, LOOKED_AT = 4, 40  # of the demo's picture
 READINGS = ("student/decoder", "student/ensemble", "teacher/decoder", "teacher/ensemble")
-FIGURES = [column for column in COLUMNS if column[0] not in ("SQ", "RQ")]
 
 
 @dataclass(frozen=True)
@@ -50,47 +54,91 @@ class Rung:
     """A row of a table: what is trained, what is changed in the configuration, and the reading that
     the paper takes.
 
-    control: it takes as many semi-supervised steps more as DEARLi's warm-up has.
+    kind: `sup` or a method.   over: title of the row that it is compared with, seed by seed.
+    control: it takes as many semi-supervised steps more as DEARLi's warm-up has.   name: of what is
+    trained, where it is not the kind.   numbers: fields that a method of another paper sets.
     """
 
     title: str
-    kind: str  # sup, ssl, dear or dearli
-    reading: str
+    kind: str
+    reading: str = "student/decoder"
     changes: tuple[tuple[str, object], ...] = ()
+    over: str = ""
     control: bool = False
+    name: str = ""
+    numbers: tuple[tuple[str, object], ...] = ()
 
     @property
     def run(self) -> str:
         """Name of what is trained; rows that differ in the reading alone share it."""
         changes = (f"{key}-{value}".replace(":", "-") for key, value in self.changes)
-        return "-".join([self.kind, *changes, *["control"] * self.control])
+        return "-".join([self.name or self.kind, *changes, *["control"] * self.control])
 
     def folder(self, place: Place, source: Source, cfg: Config) -> Path:
         return place.folder(source, f"{self.run}-{source.split}", cfg.seed)
 
     def config(self, cfg: Config) -> Config:
-        """Equal semi-supervised steps, as in the paper; the control has more, and no longer a
-        burn-in."""
-        cfg = dataclasses.replace(cfg, **dict(self.changes)).settled()
+        """Equal steps, as in the paper; the control has more, and no longer a burn-in."""
+        cfg = dataclasses.replace(cfg, **dict(self.numbers), **dict(self.changes)).settled()
         steps = cfg.ssl_steps + cfg.dewa_steps * self.control
-        posterior = "decoder" if self.kind in ("sup", "ssl") else "ensemble"
-        name = "sup_steps" if self.kind == "sup" else "ssl_steps"
-        return dataclasses.replace(cfg, teacher_posterior=posterior, **{name: steps})
+        if self.kind == "sup":
+            return dataclasses.replace(cfg, teacher_posterior="decoder", sup_steps=steps)
+        posterior = METHODS[self.kind].numbers["teacher_posterior"]
+        return dataclasses.replace(cfg, teacher_posterior=posterior, ssl_steps=steps)
 
 
-RUNGS = (
-    Rung("M2F-Lang, supervised", "sup", "student/decoder"),
-    Rung("  + P_ENS at evaluation", "sup", "student/ensemble"),  # Table 1
-    Rung("M2F-Lang + SSL", "ssl", "student/decoder"),
-    Rung("DEAR", "dear", "student/ensemble"),
-    Rung("  with DeWa's steps as well", "dear", "student/ensemble", control=True),
-    Rung("DEARLi", "dearli", "student/ensemble"),
+SUPERVISED, ENSEMBLE = "M2F-Lang, supervised", "student/ensemble"
+RUNGS = (  # Table 1
+    Rung(SUPERVISED, "sup"),
+    Rung("  + P_ENS at evaluation", "sup", ENSEMBLE, over=SUPERVISED),
+    Rung("M2F-Lang + SSL", "ssl", over=SUPERVISED),
+    Rung("DEAR", "dear", ENSEMBLE, over="M2F-Lang + SSL"),
+    Rung("  with DeWa's steps as well", "dear", ENSEMBLE, over="DEAR", control=True),
+    Rung("DEARLi", "dearli", ENSEMBLE, over="  with DeWa's steps as well"),
 )
 ALPHAS = tuple(
-    Rung(f"DEAR, alpha {value}", "dear", "student/ensemble", (("alpha", value),))
+    Rung(f"DEAR, alpha {value}", "dear", ENSEMBLE, (("alpha", value),))
     for value in (0.5, 0.6, 0.7, "0.4:0.8", "labeled")
 )  # Table 8
 SHOWN = tuple(rung for rung in RUNGS if rung.kind != "ssl" and not rung.control)  # of the demo
+
+
+def ladder(method: str | None, preset: str) -> tuple[tuple[Rung, ...], str]:
+    """The ladder of a paper, and its name. preset: the one whose numbers its other methods have."""
+    if method is None:
+        return RUNGS, "ladder"
+    return _RUNGS_OF[method](preset), f"ladder-{method}"
+
+
+def _pldc(preset: str) -> tuple[Rung, ...]:
+    mine = {**vars(PRESETS[preset]), **METHODS["pldc"].on(preset)}
+    product = round(mine["class_threshold"] * mine["mask_threshold"], 3)
+    first, own = "Mask2Former, supervised", "PL-DC"
+    return (
+        Rung(first, "sup", name="sup-instances"),
+        Rung("Guided Distillation", "guided", over=first, numbers=_items("guided", preset)),
+        Rung(own, "pldc", over="Guided Distillation"),
+        Rung("  without DDTF", "pldc", changes=(("coupled", product),), over=own),
+        Rung("  without DICC", "pldc", changes=(("clip_view", "none"),), over=own),
+        Rung("  without PMUA", "pldc", changes=(("pixel_certainty", False),), over=own),
+    )
+
+
+def _esl(preset: str) -> tuple[Rung, ...]:
+    first, hard, soft = "DeepLabv3+, supervised", "hard pseudo-labels", "soft labels"
+    return (
+        Rung(first, "sup", name="sup-deeplab"),
+        Rung(hard, "hard", over=first, numbers=_items("hard", preset)),
+        Rung(soft, "esl", changes=(("contrast_weight", 0.0),), over=hard),
+        Rung("ESL: soft labels and contrast", "esl", over=soft),
+    )
+
+
+_RUNGS_OF = {"pldc": _pldc, "esl": _esl}  # `engine.flags.LADDERS`
+
+
+def _items(method: str, preset: str) -> tuple[tuple[str, object], ...]:
+    return tuple(METHODS[method].on(preset).items())
 
 
 def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
@@ -100,7 +148,8 @@ def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
     for rung in rungs:
         if rung.kind != "sup":
             require_semi_supervised(rung.config(cfg), rung.kind == "dearli")
-    if cfg.classifier != "language" or foundation.is_timm(cfg.backbone):
+    clip = cfg.classifier == "language" and not foundation.is_timm(cfg.backbone)
+    if not clip and any(rung.kind == "dear" for rung in rungs):
         raise UserError(
             "the rungs are those of M2F-Lang: demo, ladder and alpha need --classifier language "
             "and a CLIP; for others use --stage sup and --stage ssl"
@@ -273,34 +322,60 @@ def table(
 
 
 def tables(rungs: tuple[Rung, ...], results: dict[str, list[dict]]) -> str:
-    """Mean and standard deviation over seeds: the paper's reading of every rung, and all readings
-    of every run.
+    """Mean and standard deviation over seeds: the paper's reading of every rung, with its gain, and
+    all readings of every run.
+
+    A gain is the mean of the differences to another rung of the same seed, and its standard error.
     """
-    heads = [title for title, _ in FIGURES]
-    lines = _head(["rung (the paper's reading)", *heads])
+    columns = _columns(results)
+    (first, keys), readings = columns[0], {rung.title: (rung.run, rung.reading) for rung in rungs}
+    heads = [title for title, _ in columns]
+    lines = _head(["rung (the paper's reading)", *heads, f"gain in {first}"])
     for rung in rungs:
-        cells = [_spread(results[rung.run], (rung.reading, *where)) for _, where in FIGURES]
-        lines.append(f"| {rung.title.strip()} | {' | '.join(cells)} |")
-    lines += ["", *_head(["PQ", *READINGS])]
+        cells = [_spread(_figures(results[rung.run], rung.reading, where)) for _, where in columns]
+        mine = _figures(results[rung.run], rung.reading, keys)
+        if rung.over:
+            run, other = readings[rung.over]
+            cells.append(_gain(mine, _figures(results[run], other, keys), rung.over))
+        lines.append(f"| {rung.title.strip()} | {' | '.join(cells)} |{'' if rung.over else '  |'}")
+    lines += ["", *_head([first, *READINGS])]
     for run, metrics in results.items():
-        cells = [_spread(metrics, (r, "all", "pq")) if r in metrics[0] else "" for r in READINGS]
+        there = [r for r in READINGS if all(r in m for m in metrics)]
+        cells = [_spread(_figures(metrics, r, keys)) if r in there else "" for r in READINGS]
         lines.append(f"| {run} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _columns(results: dict[str, list[dict]]) -> list[tuple[str, tuple[str, ...]]]:
+    """The columns of `report.tables` that these results have figures of, the paper's first."""
+    of = [m[r] for metrics in results.values() for m in metrics for r in READINGS if r in m]
+    return [
+        (title, keys)
+        for title, keys in columns_of(of)
+        if title not in ("SQ", "RQ") and all(figure(m, keys) is not None for m in of)
+    ]
 
 
 def _head(titles: list[str]) -> list[str]:
     return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
 
-def _spread(metrics: list[dict], where: tuple[str, ...]) -> str:
-    """Mean ± standard deviation of a figure, in percent."""
-    values = []
-    for value in metrics:
-        for key in where:
-            value = value[key]
-        values.append(100 * value)
+def _figures(metrics: list[dict], reading: str, keys: tuple[str, ...]) -> list[float]:
+    """A figure in percent, by seed."""
+    return [100 * figure(m[reading], keys) for m in metrics]
+
+
+def _spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0
     return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def _gain(values: list[float], others: list[float], over: str) -> str:
+    """Mean ± standard error of the paired differences."""
+    gains = [a - b for a, b in zip(values, others)]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
+    return f"{statistics.mean(gains):+.1f} ± {error:.1f} over {over.strip()}"
 
 
 def write_results(
@@ -321,13 +396,14 @@ def write_results(
 
 
 def _slim(metrics: dict) -> dict:
+    """The figures of all readings, from 0 to 1: "pq", "pq_things", ..."""
     slim = {}
     for reading in READINGS:
         if reading in metrics:
             of = metrics[reading]
-            slim[reading] = {key: of["all"][key] for key in ("pq", "sq", "rq")}
-            slim[reading] |= {f"pq_{kind}": of[kind]["pq"] for kind in ("things", "stuff")}
-            slim[reading]["miou"] = of["miou"]
+            named = [("_".join(reversed(keys)), keys) for _, keys in columns_of([of])]
+            values = {name.removesuffix("_all"): figure(of, keys) for name, keys in named}
+            slim[reading] = {name: value for name, value in values.items() if value is not None}
     return slim
 
 
