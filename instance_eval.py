@@ -1,12 +1,13 @@
-"""Mask AP: average precision of instances, as COCO counts it.
+"""Mask AP: average precision of instances, as COCO counts it; and what kinds of mistakes they are.
 
 pycocotools does the counting: its COCOeval matches the instances of an image at IoUs from 0.5 to
 0.95, and its `accumulate` makes precision and recall of all images. Here an image is matched as
 soon as it is there, and only what the sums need is kept: no mask, and nothing of a class that is
 neither there nor found.
+`ErrorTypes` is Figure 5 of PL-DC.
 Differs from COCOeval: a figure over nothing is None ("n/a"), and not -1.
 Axes: N instances, H W pixels, T IoU thresholds, D detections, A ranges of area.
-Source: github.com/cocodataset/cocoapi.
+Sources: github.com/cocodataset/cocoapi; PL-DC (arXiv:2505.11075).
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from ground import ranks
 AREAS = ("all", "small", "medium", "large")  # in the order of COCOeval: up to 32 ** 2, 96 ** 2
 FIFTY, SEVENTY_FIVE = 0, 5  # places of these IoUs, in hundredths, among its thresholds
 # Of what COCOeval says of an image, class and range of areas: what `accumulate` reads.
+SHOWN = 0.5  # least score of an instance that `ErrorTypes` looks at; the paper names none
 KEPT = ("dtScores", "dtMatches", "dtIgnore", "gtIgnore")
 
 
@@ -135,11 +137,72 @@ class MaskAP:
         return judge.eval["precision"][..., -1]
 
 
-def run_lengths(answer) -> list[dict]:
-    """N times {"size": [H, W], "counts": bytes}, as pycocotools has them, a mask at a time: those
-    of a large image would fill the memory.
+class ErrorTypes:
+    """Shares of the instances found, of score SHOWN at least, that are right, and wrong in each of
+    four ways (`engine.method.Metric`).
+
+    The first that holds: correct: its IoU with some true instance of its class is above 0.5;
+    similar: with one of another class of the same group (COCO's supercategory); other: with one of
+    another class; localisation: it touches one of its class; background: none of these. What lies
+    in a crowd and is none of the first three is not counted.
+    Differs from the paper: an instance that touches others of other classes alone, of which it has
+    no type, is background.
     """
-    masks = map(answer.mask, range(len(answer.labels)))
+
+    columns = (
+        ("Cor", ("types", "correct")),
+        ("Loc", ("types", "localisation")),
+        ("Sim", ("types", "similar")),
+        ("Oth", ("types", "other")),
+        ("BG", ("types", "background")),
+    )
+
+    def __init__(self, taxonomy):
+        self.groups = taxonomy.groups
+        self.counts = dict.fromkeys((keys[-1] for _, keys in self.columns), 0)
+
+    def add(self, prediction, truth) -> None:
+        """As `MaskAP.add`."""
+        found = [k for k, score in enumerate(prediction.scores) if score >= SHOWN]
+        labels, truths = np.asarray(truth.labels), run_lengths(truth)
+        crowd = np.asarray(truth.crowd).astype(np.uint8)
+        iou = np.zeros((len(found), len(labels)))
+        if iou.size:  # with a crowd: the share of the instance that lies in it
+            iou[:] = coco.iou(run_lengths(prediction, found), truths, crowd)
+        inside = (iou * (crowd > 0) > 0.5).any(1)
+        iou = iou * (crowd == 0)
+        for k, row, hidden in zip(found, iou, inside):
+            kind = self._kind(int(prediction.labels[k]), row, labels)
+            if not hidden or kind in ("correct", "similar", "other"):
+                self.counts[kind] += 1
+
+    def _kind(self, label: int, iou: np.ndarray, labels: np.ndarray) -> str:
+        covered = labels[iou > 0.5].tolist()
+        if label in covered:
+            return "correct"
+        if self.groups and self.groups[label] in [self.groups[k] for k in covered]:
+            return "similar"
+        if covered:
+            return "other"
+        return "localisation" if iou[labels == label].any() else "background"
+
+    def merge(self, other: "ErrorTypes") -> None:
+        for kind, count in other.counts.items():
+            self.counts[kind] += count
+
+    def result(self) -> dict:
+        """{"types": {"correct", "localisation", "similar", "other", "background": shares, 0 to 1;
+        None for "similar" where the data set groups no classes; "n": instances}}."""
+        n = sum(self.counts.values())
+        shares = {kind: count / n if n else 0.0 for kind, count in self.counts.items()}
+        return {"types": {**shares, **({} if self.groups else {"similar": None}), "n": n}}
+
+
+def run_lengths(answer, which=None) -> list[dict]:
+    """N times {"size": [H, W], "counts": bytes}, as pycocotools has them, a mask at a time: those
+    of a large image would fill the memory. which: of the instances; None: all.
+    """
+    masks = map(answer.mask, range(len(answer.labels)) if which is None else which)
     return [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
 
 

@@ -35,7 +35,7 @@ from inference import (
     predict,
     semantic_inference,
 )
-from instance_eval import MaskAP
+from instance_eval import ErrorTypes, MaskAP
 from losses import learn, point_generators
 from matcher import Target
 from model import Segmenter
@@ -101,7 +101,7 @@ class Supervised:
     @property
     def metrics(self) -> tuple:
         instances = self.cfg.labels == "instances"
-        return (MaskAP,) if instances else (PanopticScore, SemanticScore)
+        return (MaskAP, ErrorTypes) if instances else (PanopticScore, SemanticScore)
 
     @property
     def readings(self) -> dict[str, str]:

@@ -70,6 +70,8 @@ PLDC = {
         "classifier": "linear",
         "jitter_prob": 0.8,
         "cutout": "paper",
+        "class_threshold": 0.6,  # of so few steps; at 0.85 and 0.9 next to nothing passes
+        "mask_threshold": 0.8,
         "clip_view": "masked",  # of the true things of `val` the mini CLIP names 0.93 so, 0.72 by
         "clip_margin": 0.25,  # the box alone
     },

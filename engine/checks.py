@@ -41,7 +41,7 @@ TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")  # that one 
 # Of a run that is stored: what its weights are part of, and what they were trained on
 OF_THE_RUN = (
     *("backbone", *FIELDS["DECODER"], "network", *FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"]),
-    "contrast_weight",
+    *("contrast_weight", *FIELDS["BANK"]),
     *("labels", "no_object_weight", "seed"),
 )
 

@@ -222,8 +222,9 @@ DEEPLAB: output_stride atrous aux_weight
 DEEPLAB_TRAINING: network DEEPLAB ohem ohem_kept momentum epochs colour
 SOFT: eta contrast_weight teacher_norm cutmix_min cutmix_max
 PROJECTOR: projection projector
-CONTRAST: contrast_start parts part_momentum kmeans_pixels queue anchor_share anchor_confidence
-    anchors_max negatives contrast_temperature PROJECTOR
+BANK: parts part_momentum queue
+CONTRAST: contrast_start BANK kmeans_pixels anchor_share anchor_confidence anchors_max negatives
+    contrast_temperature PROJECTOR
 QUERIES: classifier num_queries heads encoder_layers encoder_ffn encoder_points decoder_layers
     decoder_ffn class_weight mask_weight dice_weight no_object_weight num_points oversample
     importance object_mask_threshold overlap_threshold
@@ -243,8 +244,8 @@ TRAINING: CLIP DECODER crop scale_min scale_max SCALE turns optimizer schedule
 MASKS: sam NETWORK white seed
 DEWA: TRAINING SIZES dewa_steps dewa_batch dewa_crop dewa_keep_empty
 SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch
-INSTANCES: class_threshold mask_threshold coupled clip_view clip_margin clip_model clip_pretrained
-    pixel_certainty ema_first guided_steps
+NAMER: clip_view clip_margin clip_model clip_pretrained
+INSTANCES: class_threshold mask_threshold coupled NAMER pixel_certainty ema_first guided_steps
 SEMI: SUPERVISED jitter jitter_hue grayscale_prob blur_prob blur_radius ssl_steps unlabeled_batch
     lambda_u ema_decay burn_in cutmix_prob jitter_prob cutout
 prepare: workers
@@ -254,10 +255,10 @@ masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps DEEPLAB_TRAINING
 ssl: SEMI INSTANCES burn_in_warm DEEPLAB_TRAINING SOFT CONTRAST
-eval: STUDENT labels eval_batch seed DEEPLAB contrast_weight PROJECTOR
-predict: STUDENT seed DEEPLAB contrast_weight PROJECTOR
-report: STUDENT labels seed DEEPLAB contrast_weight PROJECTOR
-zeroshot: CLIP SIZES MASKS clip_scale
+eval: STUDENT labels eval_batch seed DEEPLAB contrast_weight PROJECTOR BANK
+predict: STUDENT seed DEEPLAB contrast_weight PROJECTOR BANK
+report: STUDENT labels seed DEEPLAB contrast_weight PROJECTOR BANK
+zeroshot: CLIP SIZES MASKS clip_scale labels NAMER
 export: CLIP GRAPH no_object_weight seed network
 demo: MASKS DEWA SEMI burn_in_warm
 ladder: MASKS DEWA SEMI burn_in_warm INSTANCES DEEPLAB ohem ohem_kept momentum epochs colour SOFT
@@ -289,8 +290,8 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
         cfg = replace(cfg, **numbers_of(stored))
     elif args.stage == "sup":
         cfg = replace(cfg, teacher_posterior="decoder")
-    elif args.method:
-        cfg = replace(cfg, **METHODS[args.method].on(args.preset or args.dataset))
+    elif args.method or names_instances(args):
+        cfg = replace(cfg, **METHODS[args.method or "pldc"].on(args.preset or args.dataset))
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
         values["pretrained"] = TAGS.get(values["backbone"], "")
     splits = PAPERS_SPLITS.get(args.dataset, ())
@@ -331,6 +332,12 @@ def usual_method(args: argparse.Namespace) -> str:
     linear = (args.classifier or PRESETS[args.preset or args.dataset].classifier) == "linear"
     alone = args.teacher_posterior in (None, "decoder")
     return "ssl" if args.dataset == "custom" and linear and alone else "dearli"
+
+
+def names_instances(args: argparse.Namespace) -> bool:
+    """Stage zeroshot is about true instances, which CLIP names as PL-DC's pseudo-labels are."""
+    labels = args.labels or PRESETS[args.preset or args.dataset].labels
+    return args.stage == "zeroshot" and labels == "instances"
 
 
 def is_warm(args: argparse.Namespace) -> bool:

@@ -17,6 +17,7 @@ from engine.flags import (
     WITH_CLIP,
     given,
     is_warm,
+    names_instances,
     rows,
     steps_of,
 )
@@ -29,6 +30,9 @@ cold | burn_in_warm | a run that starts from a random decoder has --burn-in
 frozen | backbone_lr_multiplier | it counts with --train-backbone
 no clip | alpha clip_scale | CLIP has no say here; it counts with --classifier language, or with
     --method {clip}
+named | masks NETWORK sam clip_scale SIZES | true instances are named, as they are; it counts with
+    --labels panoptic
+unnamed | NAMER | it is about instances; it counts with --labels instances
 no choice | oversample | no point is chosen by uncertainty; it counts with --importance above 0
 no width | object_width | images are shown by their short side; it counts with --seen-width above 0
 magnified | test_size | images are shown by the width of their objects, --object-width
@@ -79,7 +83,10 @@ no figures | report_images | pictures are of an evaluation; it counts without --
 """
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
 GROUPS = {
-    **{n: FIELDS[n] for n in ("NETWORK", "GRAPH", "INSTANCES", "QUERIES", "SOFT", "CONTRAST")},
+    **{
+        n: FIELDS[n]
+        for n in ("NETWORK", "NAMER", "SIZES", "GRAPH", "INSTANCES", "QUERIES", "SOFT", "CONTRAST")
+    },
     "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept", "colour"),
     "WARM_UP": tuple(MAKES["ssl"]),
 }
@@ -99,6 +106,8 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "warm": begins and is_warm(args),
         "cold": begins and not is_warm(args),
         "no clip": not cfg.has_ensemble and stage != "zeroshot",
+        "named": names_instances(args),
+        "unnamed": stage == "zeroshot" and not names_instances(args),
         "no instances": stage in ("ssl", "ladder") and not of_instances,
         "instances": of_instances,
         "not guided": stage in ("ssl", "ladder") and args.method != "guided",

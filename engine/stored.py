@@ -148,7 +148,7 @@ def restore(stored: Stored, cfg: Config, taxonomy: Taxonomy, device, name: str) 
     require_foundation(stored.config, method.models["student"], stored.path)
     require_classes(stored, len(taxonomy))
     order = class_order(stored, taxonomy, name, _class_rows(method.models["student"]))
-    method.models = {key: method.models[key] for key in stored.names if key in method.models}
+    method.models = {key: model for key, model in method.models.items() if key in stored.state}
     for key, model in method.models.items():
         take(stored, key, model, f"{stored.path} ({key})", order=order)
     return method

@@ -1,6 +1,6 @@
 """Classes, ground truth of one image, and data sets: what the method sees of any source of data."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable
 
 import numpy as np
@@ -18,13 +18,15 @@ class Taxonomy:
     """K classes. names: each with its synonyms, separated by commas.   things: flags.
     ids: category ids of the data set.
 
-    palette: RGB, 0 to 255, where the data set has colours of its own.
+    palette: RGB, 0 to 255, where the data set has colours of its own.   groups: of similar classes
+    (COCO's supercategories), where it has some; no part of what a run stores.
     """
 
     names: tuple[str, ...]
     things: tuple[bool, ...]
     ids: tuple[int, ...]
     palette: tuple[tuple[int, int, int], ...] | None = None
+    groups: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -91,7 +93,7 @@ class Taxonomy:
 
     def select(self, places: np.ndarray) -> "Taxonomy":
         """The classes at these places, in this order."""
-        columns = (self.names, self.things, self.ids, self.palette)
+        columns = (self.names, self.things, self.ids, self.palette, self.groups)
         return Taxonomy(*(c and tuple(c[k] for k in places) for c in columns))
 
     def categories(self) -> list[dict]:
@@ -184,7 +186,8 @@ class DataSet:
         """
         order = self.taxonomy.order_in(taxonomy, self.name, str(source))
         mine = self.taxonomy.select(np.argsort(order))
-        self.taxonomy = replace(taxonomy, ids=mine.ids, palette=mine.palette or taxonomy.palette)
+        palette = mine.palette or taxonomy.palette
+        self.taxonomy = replace(mine, names=taxonomy.names, palette=palette)
         self.train.follow(order)
         self.val.follow(order)
 

@@ -5,6 +5,7 @@ read on is left out and told to `complain` (which refuses, or collects for `tool
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -76,9 +77,12 @@ def classes_in(categories: list, annotations: Path) -> Taxonomy:
         rows.append((name, bool(c["isthing"]), int(c["id"])))
     if not rows:
         raise fault("categories is empty; expected at least one class with id, name and isthing")
-    colours = [c.get("color") for c in categories]
+    colours, groups = ([c.get(key) for c in categories] for key in ("color", "supercategory"))
+    grouped = all(isinstance(group, str) and group for group in groups)
     return Taxonomy(
-        *zip(*rows), palette=tuple(map(tuple, colours)) if all(map(_rgb, colours)) else None
+        *zip(*rows),
+        palette=tuple(map(tuple, colours)) if all(map(_rgb, colours)) else None,
+        groups=tuple(groups) if grouped and len({*groups}) < len(groups) else None,
     )
 
 
@@ -109,7 +113,7 @@ def joined(
     for name, thing in zip(names, taxonomy.things):
         if name in theirs and theirs[name][1] != thing:
             wrong(f"{brief(name)} is {kinds[not thing]}, but {kinds[thing]}")
-    return Taxonomy(taxonomy.names, taxonomy.things, tuple(ids), taxonomy.palette)
+    return replace(taxonomy, ids=tuple(ids))
 
 
 def _rgb(value) -> bool:

@@ -20,7 +20,7 @@ from readers.downloads import (
     parts,
     require,
 )
-from readers.ground_truth import DataSet, Taxonomy
+from readers.ground_truth import DataSet
 from readers.instances import read_pair
 from readers.panoptic import PanopticFolder
 from readers.panoptic_json import read_taxonomy
@@ -51,12 +51,7 @@ def load(
     unnamed = [category for category in stored.ids if category + first not in names]
     if unnamed:
         raise UserError(f"{prompts}: no names for category {unnamed[0]}")
-    taxonomy = Taxonomy(
-        tuple(names[category + first] for category in stored.ids),
-        stored.things,
-        stored.ids,
-        stored.palette,
-    )
+    taxonomy = replace(stored, names=tuple(names[category + first] for category in stored.ids))
     train, val = (
         PanopticFolder(
             *places[part][:3],

@@ -2,7 +2,7 @@
 
 from typing import Iterable
 
-from instance_eval import MaskAP
+from instance_eval import ErrorTypes, MaskAP
 from panoptic_eval import PanopticScore, SemanticScore
 
 COLUMNS = (*PanopticScore.columns, *SemanticScore.columns)
@@ -15,7 +15,8 @@ def columns_of(results: Iterable[dict]) -> tuple:
     """
     instances = ["ap" in result for result in results]
     others = COLUMNS if not all(instances) or not instances else ()
-    return (*(MaskAP.columns if any(instances) else ()), *others)
+    ours = (*MaskAP.columns, *ErrorTypes.columns) if any(instances) else ()
+    return (*ours, *others)
 
 
 def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:

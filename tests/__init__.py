@@ -29,6 +29,7 @@ no GPU.
     test_pipelines       stages one after the other
     test_predict         a run on pictures
     test_windows         small objects and large images, in windows
+    test_ladder          tables over seeds, of several methods
     test_large           pictures of more pixels than fit in memory
     test_baselines       Otsu and a small U-Net, on drawn discs
     test_bench_gpu       the measurements of a GPU, at their smallest

@@ -450,6 +450,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
     )
     stage("export", "--weights", folder, "--format", "onnx", "--out", tmp_path / "run.onnx")
     stage("zeroshot", *runs, "--masks", "sam", "--points-per-side", 2)
+    stage("zeroshot", *runs, "--labels", "instances", "--out", tmp_path / "named")
     model = {
         "train_backbone",
         "classifier",
@@ -514,7 +515,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         ),
         (
             ["--stage", "sup", "--method", "dearli"],
-            "--method: only --stage ssl knows it, not --stage sup",
+            "--method: only --stage ssl and ladder know it, not --stage sup",
         ),  # its default
         (
             ["--stage", "sup", "--lambda-u", "1"],
@@ -534,6 +535,14 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
             "--dewa-keep-empty: no masks and no warm-up are made here",
         ),
         (["--stage", "zeroshot", "--num-queries", "9"], "--num-queries: only --stage"),
+        (
+            ["--stage", "zeroshot", "--clip-view", "pool"],
+            "--clip-view: it is about instances; it counts with --labels instances",
+        ),
+        (
+            ["--stage", "zeroshot", "--labels", "instances", "--masks", "sam"],
+            "--masks: true instances are named, as they are; it counts with --labels panoptic",
+        ),
         (
             ["--stage", "zeroshot", "--points-per-side", "9"],
             "--points-per-side: it counts with --masks sam",

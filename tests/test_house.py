@@ -10,7 +10,7 @@ from tests.helpers import ROOT
 # Rooms by floor: imports go down, or stay in the room. Single files are rooms of their own.
 FLOORS = (
     ("ground", "pldc_numbers", "cutout"),
-    ("config",),
+    ("config", "part_bank"),
     ("deeplab_presets",),
     ("panoptic_eval", "instance_eval", "readers"),
     ("matcher", "clip_ensemble", "deformable_cpu"),

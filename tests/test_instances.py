@@ -15,7 +15,7 @@ from config import MINI
 from engine.windows import Grid, Stitcher
 from ground.errors import UserError
 from inference import Prediction, instance_inference, mask_quality, paint, resize_masks
-from instance_eval import MaskAP
+from instance_eval import ErrorTypes, MaskAP
 from mini import scenes
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.instances import things_only
@@ -386,3 +386,63 @@ def test_a_prediction_of_another_size_is_refused():
     other = Prediction(np.zeros((3, 4), np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
     with pytest.raises(ValueError, match=r"expected one size, got \(3, 4\) and \(60, 200\)"):
         MaskAP(TAXONOMY).add(other, truth_of([], []))
+
+
+# ---------------------------------------------------------------------------------- kinds of errors
+
+
+def types_of(taxonomy, *pairs) -> dict:
+    score = ErrorTypes(taxonomy)
+    for found, truth in pairs:
+        score.add(found, truth)
+    return score.result()["types"]
+
+
+def test_every_instance_has_the_first_type_that_holds():
+    """Figure 5 of PL-DC, an instance at a time: IoUs are those of boxes, counted by hand."""
+    grouped = replace(TAXONOMY, groups=("small", "small", "large"))
+
+    def box(left, right):
+        mask = np.zeros(SIZE, bool)
+        mask[:, left:right] = True
+        return mask
+
+    truth = truth_of([box(0, 40), box(100, 140)], [0, 2])
+    cases = {
+        "correct": (box(0, 39), 0),  # IoU 39/40
+        "similar": (box(0, 39), 1),
+        "other": (box(0, 39), 2),  # covers the cell, of another group; touches no vessel
+        "localisation": (box(20, 60), 0),  # IoU 20/60, and
+        "background": (box(50, 90), 0),
+    }
+    for kind, (mask, label) in cases.items():
+        types = types_of(grouped, (found_of([mask], [label], [0.5]), truth))
+        assert types == {**dict.fromkeys(cases, 0.0), kind: 1.0, "n": 1}, kind
+    # exactly half is not above it; a neighbour of another class alone is none of the paper's types
+    assert types_of(grouped, (found_of([box(0, 20)], [0], [0.9]), truth))["localisation"] == 1
+    assert types_of(grouped, (found_of([box(20, 60)], [1], [0.9]), truth))["background"] == 1
+    # two of the same are both right; one below the least score is not looked at
+    mixed = found_of([box(0, 40)] * 2 + [box(50, 90)] * 2, [0, 0, 0, 0], [0.9, 0.8, 0.6, 0.49])
+    types = types_of(grouped, (mixed, truth))
+    assert (types["correct"], types["background"], types["n"]) == (2 / 3, 1 / 3, 3)
+    # no groups: nobody says what is similar
+    types = types_of(TAXONOMY, (found_of([box(0, 39)], [1], [0.9]), truth))
+    assert types["similar"] is None and types["other"] == 1
+
+
+def test_a_crowd_hides_what_lies_in_it_and_nothing_is_no_figure():
+    left, right = disc(30, 40, 20), disc(30, 140, 20)
+    truth = truth_of([left, right], [0, 0], crowd=[True, False])
+    inside = found_of([disc(30, 40, 10), right], [0, 0], [0.9, 0.8])
+    assert types_of(TAXONOMY, (inside, truth))["n"] == 1  # the right one, correct
+    empty = types_of(TAXONOMY, (found_of([], [], []), truth_of([], [])))
+    assert empty["n"] == 0
+    assert types_of(TAXONOMY, (found_of([left], [0], [0.9]), truth_of([], [])))["background"] == 1
+    one, two = ErrorTypes(TAXONOMY), ErrorTypes(TAXONOMY)
+    one.add(inside, truth)
+    two.add(found_of([left], [0], [0.9]), truth_of([], []))
+    one.merge(two)
+    assert one.result()["types"] == {
+        **{"correct": 0.5, "localisation": 0.0, "similar": None, "other": 0.0, "background": 0.5},
+        "n": 2,
+    }

@@ -136,6 +136,12 @@ def test_a_data_set_of_the_paper_is_prepared_trained_and_evaluated(
     ]
     for args in (["sup"], ["ssl", "--method", "dear"]):
         assert dearli.main(fitting(["--stage", *args, *root, "--steps", "3"], flags)) == 0
+    if name == "coco-objects":  # ESL's 81 classes
+        esl = ["ssl", "--method", "esl", "--burn-in", "1", "--kmeans-pixels", "9"]
+        assert dearli.main(fitting(["--stage", *esl, *root, "--steps", "2"], flags)) == 0
+        metrics = json.loads((tmp_path / f"runs/{name}-esl-{split}/metrics.json").read_text())
+        assert metrics["teacher/decoder"]["miou_classes"] > 0
+        assert "background" in metrics["teacher/decoder"]["per_class"]
     runs = [
         *root,
         "--preset",

@@ -22,6 +22,7 @@ from mean_teacher import Supervised
 from mini import scenes
 from pretrained.segmenter import build
 from readers import panoptic
+from readers.instances import things_only
 from report.groups import frequency_groups, group_quality
 from tests.helpers import (
     REAL_DATA,
@@ -36,7 +37,7 @@ from tests.helpers import (
     write_coco_folder,
 )
 from tools import ladder
-from tools.zeroshot import flatten, zero_shot
+from tools.zeroshot import flatten, precision_and_recall, zero_shot
 
 # --------------------------------------------------------------------------------------------------
 
@@ -303,6 +304,38 @@ def test_the_confusion_that_is_stored_is_that_of_the_stored_miou(small_mini):
         confusion.sum(0) + confusion.sum(1) - confusion.diagonal(), 1
     )
     assert result["miou"] == pytest.approx(iou[confusion.sum(1) > 0].mean())
+
+
+def test_clip_names_true_instances_with_precision_and_recall_by_class(small_mini, tmp_path, capsys):
+    """Table II of PL-DC."""
+    line = f"--stage zeroshot --split 4 --labels instances --runs {tmp_path}".split()
+    assert dearli.main(line) == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "mini-zeroshot-gt" / "metrics.json").read_text())
+    figures = content["zero-shot"]
+    there = {n: row for n, row in figures["per_class"].items() if row["instances"]}
+    dataset = things_only(scenes.load_mini("4"))
+    true = [k for i in range(len(dataset.val)) for k in dataset.val.truth(i).labels]
+    assert figures["instances"] == len(true) == sum(row["instances"] for row in there.values())
+    assert figures["accuracy"] > 0.5 and content["clip_view"] == "masked"
+    assert figures["recall"] == pytest.approx(sum(r["recall"] for r in there.values()) / len(there))
+    rows = [r.rsplit(maxsplit=2)[0] for r in out.splitlines() if r.strip().split()[-1:] != []]
+    listed = [name for name in rows if name in there]
+    assert listed == sorted(there, key=lambda name: -there[name]["recall"])
+    assert dearli.main([*line, "--clip-view", "none"]) == 2
+    assert "CLIP is asked for nothing" in capsys.readouterr().err
+
+
+def test_precision_is_of_what_is_said_and_recall_of_what_is_there():
+    counts = np.array([[3, 1, 0], [0, 0, 0], [2, 0, 0]])  # true x said
+    figures = precision_and_recall(counts, ["a", "b", "c"])
+    assert figures["per_class"] == {
+        "a": {"precision": 0.6, "recall": 0.75, "instances": 4},
+        "b": {"precision": 0.0, "recall": None, "instances": 0},
+        "c": {"precision": None, "recall": 0.0, "instances": 2},
+    }
+    means = {key: figures[key] for key in ("precision", "recall", "accuracy", "instances")}
+    assert means == {"precision": 0.3, "recall": 0.375, "accuracy": 0.5, "instances": 6}
 
 
 def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, capsys):

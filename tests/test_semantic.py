@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import clip_ensemble
 import dearli
 import deeplab
 import esl
@@ -183,6 +184,35 @@ def test_losses_are_finite_without_a_confident_pixel_and_without_a_label():
     assert row["unlabeled/soft"] > 0 and np.isfinite(row["grad_norm"])
 
 
+def test_parts_are_shown_within_the_classes_one_shade_a_part():
+    made = method(anchor_confidence=0.0)
+    assert esl.PARTS not in made.pictured  # no part is known yet
+    for t in range(2):
+        made.step(batch(t), t)
+    assert esl.PARTS in made.pictured
+    bank, side = made.models["bank"], 64
+    images, sizes = batch()[1].weak, [((64, 64), (64, 64)), ((40, 64), (80, 128))]
+    readings = ["student/decoder", esl.PARTS]
+    answers = {(k, r): answer for k, r, answer in made.predict(images[:2], sizes, readings)}
+    for k, (_, size) in enumerate(sizes):
+        plain, parts = (answers[k, reading] for reading in readings)
+        assert np.array_equal(parts.semantic, plain.semantic) and parts.segment_map.shape == size
+        there = np.unique(plain.semantic)
+        assert parts.labels.tolist() == np.repeat(there, bank.parts).tolist()
+        assert np.array_equal(parts.labels[parts.segment_map - 1], plain.semantic)
+    # the middles of the grid's cells, by the definition
+    maps = made.models["student"].eval()(images[:1])
+    grid = maps.logits.shape[-2:]
+    features = clip_ensemble.resize(maps.encoder.float(), grid)[0]
+    step, answer = side // grid[0], answers[0, esl.PARTS]
+    number = (answer.segment_map - 1) % bank.parts
+    for y in range(0, grid[0], 3):
+        for x in range(0, grid[1], 3):
+            place = y * step + step // 2, x * step + step // 2
+            label = torch.tensor([int(answer.semantic[place])])
+            assert number[place] == int(bank.part_of(features[:, y, x][None], label))
+
+
 def test_hard_labels_have_one_class_and_no_bank():
     made = method(eta=0.0, contrast_weight=0.0)
     row = made.step(batch(), 0)
@@ -314,13 +344,17 @@ def test_the_frame_measures_shows_and_predicts(small_mini, tmp_path, capsys):
     assert run("--stage", "ssl", "--method", "esl", "--steps", 2, *flags, "--out", out) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert 0 <= metrics["teacher/decoder"]["miou"] <= 1 and "all" not in metrics["teacher/decoder"]
-    assert "mIoU" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "mIoU" in page and "parts of objects" in page
 
     def applied(stage, *words):
         return dearli.main(["--stage", stage, "--weights", str(out), *map(str, words)])
 
     assert applied("eval", "--window", 32, "--out", tmp_path / "ev") == 0
     assert applied("report", "--report-images", 2, "--out", tmp_path / "again") == 0
+    assert "parts of objects" in (tmp_path / "again" / "report.html").read_text()
+    assert applied("eval", "--parts", 9, "--out", tmp_path / "ev2") == 2
+    assert "--parts 9" in capsys.readouterr().err
     load_mini("4").val.image(0).save(tmp_path / "picture.png")
     words = ["--input", tmp_path / "picture.png", "--which", "teacher"]
     assert applied("predict", *words, "--out", tmp_path / "said") == 0

@@ -1,5 +1,5 @@
-"""CLIP alone on given masks: zero-shot recognition without any training (the paper's Figure 3 and
-section 3.3).
+"""CLIP alone on given masks: zero-shot recognition without any training (DEARLi's Figure 3 and
+section 3.3; of true instances, seen as DICC sees them, Table II of PL-DC).
 """
 
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import pldc
 from clip_ensemble import padded_size, zero_shot_logits
 from config import TAGS, Config
 from data import Sample, resize
@@ -33,6 +34,8 @@ def run(source: Source, place: Place, machine: Machine, cfg: Config, masks, fold
     """
     dataset = source.load(cfg)
     require_writable(folder)
+    if cfg.labels == "instances":
+        return name_instances(dataset, machine, cfg, folder)
     require_truth(dataset, learn=False)
     require_files(dataset.val, range(len(dataset.val)), "validation")
     if foundation.is_timm(cfg.backbone):
@@ -57,6 +60,69 @@ def run(source: Source, place: Place, machine: Machine, cfg: Config, masks, fold
     write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
     print(tables.table([("zero-shot", metrics)], PanopticScore.columns))
     print(f"{folder / 'metrics.json'}")
+
+
+def name_instances(dataset: DataSet, machine: Machine, cfg: Config, folder: Path) -> None:
+    """CLIP's precision and recall of the true instances of the validation images, by class, as
+    `clip_view` shows them; metrics.json, and a table of classes, the best known first.
+    """
+    require_files(dataset.val, range(len(dataset.val)), "validation")
+    namer = pldc.build_namer(cfg, dataset.taxonomy, machine.device)
+    if namer is None:
+        raise UserError(
+            "--stage zeroshot: CLIP is asked for nothing, with one class or --clip-view none; "
+            "expected several classes, and one that shows it instances: crop, masked or pool"
+        )
+    counts = confusion(namer, dataset, machine.device)
+    figures = precision_and_recall(counts, dataset.taxonomy.short_names)
+    content = {"images": len(dataset.val), "clip_view": cfg.clip_view, "zero-shot": figures}
+    write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
+    rows = [(name, row) for name, row in figures["per_class"].items() if row["instances"]]
+    rows.sort(key=lambda row: -row[1]["recall"])
+    columns = (("precision", ("precision",)), ("recall", ("recall",)))
+    print(tables.table([*rows, ("mean over classes", figures)], columns))
+    print(f"{folder / 'metrics.json'}")
+
+
+def confusion(namer: pldc.Namer, dataset: DataSet, device, limit: int | None = None) -> np.ndarray:
+    """(K, K) counts of true instances (without crowds): true class, class by CLIP."""
+    images, classes = dataset.val, len(dataset.taxonomy)
+    counts = np.zeros((classes, classes), np.int64)
+    count = min(limit or len(images), len(images))
+    for i in tqdm(range(count), desc="zero-shot", unit="image", dynamic_ncols=True):
+        truth, image = images.truth(i), np.array(images.image(i))
+        if not len(truth.labels):
+            continue
+        pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
+        masks = torch.from_numpy(np.stack([truth.mask(k) for k in range(len(truth.labels))]))
+        seen = torch.from_numpy(truth.crowd == 0) & masks.flatten(1).any(1)
+        if seen.any():
+            said = namer(pixels, 2.0 * masks[seen].to(device) - 1).argmax(-1).cpu().numpy()
+            np.add.at(counts, (truth.labels[seen.numpy()], said), 1)
+    return counts
+
+
+def precision_and_recall(counts: np.ndarray, names: list[str]) -> dict:
+    """{"precision", "recall": mean over the classes that are there; "accuracy": of all instances;
+    "instances"; "per_class": {name: {"precision": None if CLIP never says it, "recall",
+    "instances"}}}, 0 to 1. counts: as `confusion` returns.
+    """
+    true, said, right = counts.sum(1), counts.sum(0), counts.diagonal()
+    per_class = {
+        name: {
+            "precision": float(right[k] / said[k]) if said[k] else None,
+            "recall": float(right[k] / true[k]) if true[k] else None,
+            "instances": int(true[k]),
+        }
+        for k, name in enumerate(names)
+    }
+    there = [row for row in per_class.values() if row["instances"]]
+    means = {
+        key: float(np.mean([row[key] or 0.0 for row in there])) if there else None
+        for key in ("precision", "recall")
+    }
+    accuracy = float(right.sum() / true.sum()) if true.sum() else None
+    return {**means, "accuracy": accuracy, "instances": int(true.sum()), "per_class": per_class}
 
 
 @torch.no_grad()
