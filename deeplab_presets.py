@@ -75,6 +75,7 @@ _SMALL = {
     "burn_in": 0.3,
     "burn_in_warm": 0.1,
     "ema_decay": 0.97,  # of so few steps; at 0.99 the teacher stays behind
+    "lambda_u": 1.0,
 }
 SMALL = replace(
     MINI,
@@ -82,8 +83,8 @@ SMALL = replace(
     crop=96,
     scale_min=1.0,
     scale_max=1.9,
-    ssl_steps=300,
-    sup_steps=300,
+    ssl_steps=400,
+    sup_steps=400,
 )
 OWN = replace(CUSTOM, **{**_DEEPLAB, **_SMALL}, seen_width=0.0, window=0)
 PRESETS: dict[str, Config] = {
