@@ -861,6 +861,37 @@ def test_ctrl_c_ends_runs_side_by_side_and_begins_no_other(tmp_path):
     assert begun and all(checkpoint.steps(path.parent) for path in begun)
 
 
+def test_runs_side_by_side_end_with_the_table_that_began_them(tmp_path):
+    """It is killed alone, and cannot tell them."""
+    line = ["--stage", "alpha", "--split", 4, "--steps", 9000, "--jobs", 2, "--runs", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "dearli.py", *map(str, fitting(line))],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    logs = lambda: [p for p in tmp_path.glob("*/log.jsonl") if p.stat().st_size > 500]  # noqa: E731
+    try:
+        wait_for(lambda: len(logs()) == 2, 120)
+        process.kill()
+        process.wait()
+        wait_for(lambda: all(checkpoint.steps(path.parent) for path in logs()), 60)
+        wait_for(lambda: not alive(process.pid), 60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(group: int) -> bool:
+    """A process of the group is."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_tensorboard_gets_the_log_and_its_absence_is_said(
     small_mini, tmp_path, capsys, monkeypatch
 ):

@@ -13,6 +13,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,8 +285,10 @@ def _rung(train: Trainer, rung: Rung, cfg: Config, later: bool) -> dict | None:
         raise Stopped(signal.SIGINT, "not begun, stopped")
     try:
         return train(rung, cfg, later)
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt) as stop:
         _stopped = True
+        if not multiprocessing.parent_process().is_alive():  # nobody waits for what is returned
+            os._exit(getattr(stop, "code", 130))
         raise
 
 
@@ -298,6 +301,13 @@ def _in_silence(threads: int) -> None:
     """
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Who stops or kills the table alone stops its runs as well: each saves where it is."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def table(
