@@ -12,7 +12,7 @@ nothing. See docs/differences.md for both.
 Axes: B images, N instances, Q queries, K classes, H W pixels, h w mask grid (stride 4).
 Sources: PL-DC (arXiv:2505.11075); Guided Distillation (arXiv:2308.02668).
 Try: `python dearli.py --stage ssl --method pldc --steps 350 --burn-in 150 --clip-view none --out
-runs/try-dicc` does without CLIP (DICC), `--coupled 0.765` without DDTF, `--no-pixel-certainty`
+runs/try-dicc` does without CLIP (DICC), `--coupled 0.48` without DDTF, `--no-pixel-certainty`
 without PMUA.
 """
 
