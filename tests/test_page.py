@@ -45,6 +45,7 @@ def reported(tmp_path_factory):
         (root / "images" / f"{part}0.png").rename(root / "images" / f"{part}{name}")
         path.write_text(json.dumps(content))
     flags = [*TINY_FLAGS[: TINY_FLAGS.index("--split")], "--split", "3", "--device", "cpu"]
+    flags += ["--report-images", "12"]
     own = ["--dataset", "custom", "--preset", "mini", "--data-root", root, "--runs", root.parent]
     folder = root.parent / "a<b>&\"' run"
     ssl = ["--stage", "ssl", "--method", "dear", "--steps", 5, "--lr", "0.0003", "--out", folder]
