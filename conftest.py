@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ground import identity
 from mini import microcosm, scenes
-from pretrained import foundation
+from pretrained import foundation, segmenter
+from report import drawing
 from tests.helpers import run
 from tools import prepare
 
@@ -23,6 +25,27 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(foundation, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(foundation, "SAM_ADDRESS", (tmp_path / "nowhere").as_uri())
     monkeypatch.setattr(prepare, "REPOSITORY", (tmp_path / "nowhere").as_uri())
+
+
+@pytest.fixture(autouse=True)
+def embedded_once(monkeypatch, embeddings):
+    """What a text tower makes of the same names is computed once: half a second a model."""
+    embed = segmenter.text_embeddings
+
+    def remembered(clip, tokenize, names):
+        tower = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+        key = identity.of_tensors(tower), type(tokenize), *names
+        if key not in embeddings:
+            embeddings[key] = embed(clip, tokenize, names)
+        clip.eval()  # as `text_embeddings` leaves it
+        return embeddings[key].clone()
+
+    monkeypatch.setattr(segmenter, "text_embeddings", remembered)
+
+
+@pytest.fixture(scope="session")
+def embeddings():
+    return {}
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +78,8 @@ def small_openclip(tmp_path_factory):
 
 @pytest.fixture
 def small_mini(monkeypatch):
-    """The miniature world with a handful of images."""
+    """The miniature world with a handful of images, and small pictures of them in reports."""
+    monkeypatch.setattr(drawing, "SIDES", (160, drawing.SIDES[1]))
     monkeypatch.setattr(scenes, "MINI_TRAIN", 12)
     monkeypatch.setattr(scenes, "MINI_DEV", 4)
     monkeypatch.setattr(scenes, "MINI_VAL", 4)

@@ -396,12 +396,12 @@ TINY_FLAGS = [
     "0.5",
     "--burn-in-warm",
     "0.25",
+    "--report-images",
+    "1",
     "--split",
     "4",
     "--device",
     "cpu",
-    "--report-images",
-    "1",
 ]
 
 

@@ -853,6 +853,8 @@ def soak(kills, folder, seed=None):
         8 * kills,
         "--checkpoint-every",
         1,
+        "--watch",
+        1,  # image a step
         "--resume",
     ]
     assert ended(fork(lambda: run(*args, "--out", straight), f"{straight}.txt"), 600 + kills) == 0
