@@ -181,6 +181,9 @@ FLAGS = (
     #    say what would be done, on how much data, for how long and in how much memory, from a few
     #    steps that are forgotten; nothing is written
     Flag("log", TRAIN, choices=("tensorboard",)),
+    Flag("report", TRAIN, False),
+    #    with --dry-run: also a page of what the network will see (views of the first steps, their
+    #    targets, sizes), RUNS/NAME-views.html beside the folder of the run
     #    (curves for it in the run's folder, beside log.jsonl; needs the package)
     Flag("device", tuple(stage for stage in RUNNING if stage != "export")),
     #    as torch names it (cuda where there is one, else cpu)

@@ -50,7 +50,7 @@ def write(
     cards: of `gallery.gallery`; the last of each group are left out until the page has no more
     than MAX_BYTES.  missing: why there are none. Raises: UserError if it cannot be written.
     """
-    run, page = runs[0], _template()
+    run, page = runs[0], template("page.html.j2")
     columns = columns_of(result for one in runs for result in one.readings.values())
     headings = [(title.lower().replace(" ", "_"), title) for title, _ in columns]
     shown = {"columns": columns, "figure_columns": headings}
@@ -77,7 +77,8 @@ def write(
     return path
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of templates/, with the filters, the style and the script that they share."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -90,7 +91,7 @@ def _template() -> jinja2.Template:
         "script": Markup(script),
         "script_hash": base_64(hashlib.sha256(script.encode()).digest()),
     }
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def base_64(content: bytes) -> str:
