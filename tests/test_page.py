@@ -224,6 +224,24 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     assert "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
 
 
+def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported, tmp_path):
+    def words(metrics):
+        (tmp_path / "metrics.json").write_text(json.dumps({"images": 2, **metrics}))
+        page = page_of(tmp_path)
+        return page, set(re.findall(r"<dt>([^<]*)</dt><dd>[A-Z]", page))
+
+    panoptic = json.loads((reported / "metrics.json").read_text())
+    page, there = words(panoptic)
+    assert {"PQ", "SQ", "RQ", "mIoU", "reading", "with the ensemble"} <= there
+    assert "AP" not in there and "makes the pseudo-labels" in page
+    assert page.index('id="readings"') < page.index("What these words mean")
+    page, there = words({"student/decoder": panoptic["student/decoder"]})
+    assert "PQ" in there and "with the ensemble" not in there and "pseudo-labels" not in page
+    names = {"ap": 0.5, "ap50": 0.6, "ap75": 0.4, "instances": 3}
+    _, there = words({"student/decoder": {"ap": 0.5, "per_class": {"cat": names}}})
+    assert {"AP", "reading"} <= there and not {"PQ", "mIoU"} & there
+
+
 def test_a_report_that_cannot_be_written_does_not_cost_the_run(small_mini, tmp_path, capsys):
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     assert run("--stage", "sup", "--steps", 1, "--out", tmp_path / "run") == 0
