@@ -31,6 +31,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larger
 FREQUENCY_IMAGES = 200  # labelled images, at most, that class frequencies are counted on
 MAX_HEAT, MAX_CONFUSIONS = 28, 20  # classes of the heat map, rows of the list
+KINDS = {"instances": "ap", "segments": "all"}  # what is measured, by what a result then has
+PER_CLASS = {  # figures and counts of a class
+    "instances": (("ap", "ap50", "ap75"), ("instances",)),
+    "segments": (("pq", "sq", "rq", "semantic_iou"), ("tp", "fp", "fn")),
+    "classes": (("semantic_iou",), ()),
+}
 CURVES = {
     "loss": ("Loss", "weighted sum of all terms"),
     "labeled": ("Labelled images", "terms of the loss"),
@@ -199,21 +205,21 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
         shares = (pixels / max(pixels.sum(), 1)).tolist()
         taxonomy = dataset.taxonomy
         look = dict(zip(taxonomy.short_names, zip(shares, taxonomy.colours, taxonomy.things)))
-    instances = "ap" in result
-    keys = ("ap", "ap50", "ap75") if instances else ("pq", "sq", "rq", "semantic_iou")
-    number = ("instances",) if instances else ("tp", "fp", "fn")
+    measured = next((kind for kind, key in KINDS.items() if key in result), "classes")
+    keys, number = PER_CLASS[measured]
     rows, confusion = [], result.get("confusion", ())
     for (name, row), pixels in itertools.zip_longest(result["per_class"].items(), confusion):
         figures = [row.get(key) for key in keys]
         counts = [row.get(key) for key in number]
-        if not any(counts):  # over nothing, as is the IoU of a class without a true pixel
+        # over nothing, as is the IoU of a class without a true pixel
+        if counts and not any(counts):
             figures = [None] * len(figures)
         elif pixels and not figures[-1] and not any(map(int, pixels.split())):
             figures[-1] = None
         rows.append((name, *look.get(name, (None, None, None)), figures, counts))
     rows.sort(key=lambda row: -(row[1] or 0))
     counted = {"counted": len(images), "labeled": labeled}
-    return {"rows": rows, "instances": instances, **counted}
+    return {"rows": rows, "measured": measured, **counted}
 
 
 def confusions(run: Stored) -> dict | None:

@@ -242,6 +242,16 @@ def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported
     assert {"AP", "reading"} <= there and not {"PQ", "mIoU"} & there
 
 
+def test_a_page_of_classes_alone_has_no_columns_of_segments(tmp_path):
+    classes = {"cat": {"semantic_iou": 0.25}, "dog": {"semantic_iou": 0.75}}
+    result = {"miou": 0.5, "miou_classes": 2, "per_class": classes}
+    (tmp_path / "metrics.json").write_text(json.dumps({"student/decoder": result}))
+    page = page_of(tmp_path)
+    cells = Outline(page).cells
+    assert cells["readings"] == [0.5] and sorted(cells["classes"]) == [0.25, 0.75]
+    assert ">mIoU<" in page and ">PQ<" not in page and ">FN<" not in page
+
+
 def test_a_report_that_cannot_be_written_does_not_cost_the_run(small_mini, tmp_path, capsys):
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     assert run("--stage", "sup", "--steps", 1, "--out", tmp_path / "run") == 0
