@@ -1,9 +1,9 @@
 """A run: its folder, its configuration, its steps, its log, its checkpoints, and going on after a
 stop. Knows no method.
 
-runs/NAME/ holds config.json, log.jsonl (a line a step), step_*.pt and, after evaluation,
-metrics.json. A batch depends on (seed, step, slot) only, so a run that was stopped and resumed
-takes the same steps as one that was not.
+runs/NAME/ holds config.json, log.jsonl (a line a step), sessions.json, step_*.pt and, after
+evaluation, metrics.json. A batch depends on (seed, step, slot) only, so a run that was stopped and
+resumed takes the same steps as one that was not.
 
 A line of the log: `step`, `lr`, `time` (seconds of training up to here, all sessions together; a
 step that is taken again after a kill counts once), and what the step says of itself (losses,
@@ -34,6 +34,7 @@ from engine.method import Method
 from engine.optim import Broken, NotFinite, set_lr
 from engine.run_log import append, images_of, read_log, summary
 from engine.sameness import LATER, difference, differing
+from engine.sessions import Session
 from ground import files, ranks
 from ground.errors import UserError
 
@@ -60,9 +61,10 @@ class Run:
     Only what is trained is stored; all ranks read it.
     state: the newest checkpoint, where it has been read already (by who holds the folder,
     `files.claim`).
-    notes: what config.json shall say beside the configuration.   watch: called with the step after
-    every checkpoint, by all ranks.   curves: a SummaryWriter of TensorBoard, which gets what
-    log.jsonl gets.
+    notes: what config.json shall say beside the configuration.   counts: of images, for
+    sessions.json.   watch: called with the step, by all ranks, after every tenth of the steps or as
+    often as there are checkpoints, whichever is more often, and at the end.   curves: a
+    SummaryWriter of TensorBoard, which gets what log.jsonl gets.
     Raises: UserError if the folder cannot be written, another process writes there, it holds a run
         already and resume is off, or the configuration differs.
     """
@@ -73,6 +75,7 @@ class Run:
         self.folder, self.cfg = Path(folder), cfg
         self.notes: dict = {}
         self.watch: Callable[[int], None] | None = None
+        self.counts: dict[str, int] = {}
         self.curves = None
         if ranks.rank() == 0:
             files.claim(self.folder)
@@ -121,7 +124,7 @@ class Run:
             print(f"{self.folder}: finished at step {start}, nothing to do")
             files.release(self.folder)
             return
-        self._begin(start)
+        self._begin(start, method.device)
         try:
             self._steps(start, seconds, method, batches)
             return
@@ -219,7 +222,7 @@ class Run:
         if row["step"] % self.cfg.log_every == 0 and "loss" in row:
             bar.set_postfix_str(summary(row, device), refresh=False)
 
-    def _begin(self, start: int) -> None:
+    def _begin(self, start: int, device: torch.device) -> None:
         """Bring the folder to the step of the checkpoint: its evaluation is of another state, and
         later lines of the log are taken again."""
         if ranks.rank() > 0:
@@ -232,6 +235,7 @@ class Run:
 
     def _save(self, log, progress: dict, method: Method) -> None:
         self._require_whole(method, progress["step"])
+        self.session = Session(self.folder, start, device, self.counts)
         weights = {name: state_of(model) for name, model in method.models.items()}
         if ranks.rank() > 0:
             return
@@ -241,6 +245,7 @@ class Run:
 
     def _require_whole(self, method: Method, step: int, images=()) -> None:
         """Raise UserError if a weight is not finite, after so many steps: no further step can mend
+        self.session.reached(progress["step"])
         it.
         """
         broken = [
