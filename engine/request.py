@@ -164,7 +164,7 @@ class Course:
     given: frozenset[str] = frozenset()
     preset: str | None = None
     groups: int = 0
-    watch: int = 16
+    watch: int = 8
     report_images: int = 12
     log: str = ""
 

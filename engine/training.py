@@ -39,6 +39,7 @@ from ground import files, ranks
 from ground.errors import UserError
 
 MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, before the run stops
+WATCHED = 10  # times a run is watched, at least, if it has so many steps
 
 
 class Stopped(Exception):
@@ -74,8 +75,8 @@ class Run:
     ):
         self.folder, self.cfg = Path(folder), cfg
         self.notes: dict = {}
-        self.watch: Callable[[int], None] | None = None
         self.counts: dict[str, int] = {}
+        self.watch: Callable[[int], None] | None = None
         self.curves = None
         if ranks.rank() == 0:
             files.claim(self.folder)
@@ -149,6 +150,7 @@ class Run:
     def _steps(self, start: int, seconds: float, method: Method, batches: Batches) -> None:
         steps, clock, stop = len(batches), time.monotonic() - seconds, False
         self.skipped, self.in_a_row = 0, 0
+        every = min(self.cfg.checkpoint_every, max(1, steps // WATCHED))
         hidden = ranks.rank() > 0
         bar = tqdm(
             initial=start,
@@ -174,12 +176,13 @@ class Run:
                 # one rank is told, all save and stop
                 told = torch.tensor(float(bool(asked)), device=method.device)
                 stop = bool(ranks.total(told) > 0)
-                if (step + 1) % self.cfg.checkpoint_every == 0 or step + 1 == steps or stop:
+                last = step + 1 == steps
+                if (step + 1) % self.cfg.checkpoint_every == 0 or last or stop:
                     progress = {"step": step + 1, "steps": steps, "time": row["time"]}
                     self._save(log, progress, method)
+                if self.watch and ((step + 1) % every == 0 or last):
                     pause = time.monotonic()
-                    if self.watch:
-                        self.watch(step + 1)
+                    self.watch(step + 1)
                     clock += time.monotonic() - pause
                 if stop:
                     break
@@ -232,20 +235,20 @@ class Run:
         files.write_atomic(self.folder / "config.json", config)
         rows = [json.dumps(row) + "\n" for row in read_log(self.log) if row["step"] < start]
         files.write_atomic(self.log, "".join(rows).encode())
+        self.session = Session(self.folder, start, device, self.counts)
 
     def _save(self, log, progress: dict, method: Method) -> None:
         self._require_whole(method, progress["step"])
-        self.session = Session(self.folder, start, device, self.counts)
         weights = {name: state_of(model) for name, model in method.models.items()}
         if ranks.rank() > 0:
             return
         os.fsync(log.fileno())
         optimizer = {"config": self.config, "optimizer": method.optimizer.state_dict()}
         checkpoint.save(self.folder, progress["step"], {**progress, **optimizer, **weights})
+        self.session.reached(progress["step"])
 
     def _require_whole(self, method: Method, step: int, images=()) -> None:
         """Raise UserError if a weight is not finite, after so many steps: no further step can mend
-        self.session.reached(progress["step"])
         it.
         """
         broken = [

@@ -4,7 +4,7 @@ rooms below.
 
     drawing         tables of figures, maps drawn on images
     finish          the end of a stage: figures, table, metrics.json, report.html
-    watch           figures and pseudo-labels at every checkpoint
+    watch           figures and pseudo-labels as training goes on
     gallery         pictures of a run
     groups          PQ of groups of classes (Figure 5)
     page            report.html, from a template in templates/

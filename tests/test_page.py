@@ -432,7 +432,7 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
                 "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
                 " && document.images.length"
             )
-            == 2 * 5 + 3 * 3 + 3 * 2
+            == 4 * 5 + 3 * 3 + 3 * 6
         )
         assert browser.ask("document.scripts.length") == 1 and any(
             EVIL in name for name in browser.ask(names)
