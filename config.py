@@ -309,7 +309,7 @@ CUSTOM = replace(
     burn_in=0.4167,
     burn_in_warm=0.125,
     workers=1,
-    checkpoint_every=600,  # at each, a few validation images are seen in windows, for half a minute
+    checkpoint_every=600,
 )
 
 INSTANCES = replace(OFFICIAL, **pldc_numbers.COCO)

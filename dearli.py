@@ -102,7 +102,7 @@ def stage_dewa(source, place, machine, cfg, course, masks=None):
     from engine.stored import require_foundation
     from pretrained.segmenter import build
     from readers.mask_files import made_of
-    from report.finish import Pictures, write_report
+    from report.finish import finish_warm_up
 
     cfg = dataclasses.replace(cfg, teacher_posterior="decoder")  # there is no teacher
     folder = place.out or place.folder(source, "dewa", cfg.seed)
@@ -128,9 +128,9 @@ def stage_dewa(source, place, machine, cfg, course, masks=None):
         method = dewa.Dewa(cfg, dewa.TAXONOMY, machine.device, machine.precision)
         student = method.models["student"]
         run.config["foundation"] = require_foundation(before.config, student, folder)
-        run.train(method, method.batches(dewa.MaskedImages(images, there, those)))
-    if not course.dry_run and first_rank():
-        write_report(method, None, folder, Pictures(0, there))
+        batches = method.batches(dewa.MaskedImages(images, there, those))
+        run.train(method, batches)
+        finish_warm_up(method, batches, folder, course, there)
     return folder
 
 

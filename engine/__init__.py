@@ -14,6 +14,7 @@ help and a refusal are quick.
     begin           how a run begins, or goes on
     sameness        what makes a stored run another run
     training        steps, log, checkpoints, going on after a stop
+    sessions        when and on what machine a run was trained
     rehearsal       --dry-run: what a run will cost
     optim           optimisers, schedules, clipping
     checkpoint      what a checkpoint holds, and which stay

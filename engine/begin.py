@@ -232,6 +232,11 @@ def begin(
             folder, cfg, about, preset_of(course.preset or preset, cfg.network)
         )
     run = Run(folder, cfg, about, course.resume, before.state)
+    if dataset:
+        parts = {"labelled": dataset.labeled, "unlabelled": dataset.unlabeled}
+        run.counts = {
+            what: len(those) for what, those in {**parts, "validation": dataset.val}.items()
+        }
     if course.log and ranks.rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
 

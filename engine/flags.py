@@ -138,8 +138,9 @@ FLAGS = (
     #    write the whole report to this file, too
     Flag("groups", (*LABELED, "eval"), 0, least=0),
     #    also the PQ of so many groups of classes, by their share of the labelled pixels (0: none)
-    Flag("watch", (*LABELED, *TABLES), 16, least=0),
-    #    validation images whose PQ is measured at every checkpoint, for the report alone (0: none)
+    Flag("watch", (*LABELED, *TABLES), 8, least=0),
+    #    validation images whose PQ is measured ten times a run, or at every checkpoint if there are
+    #    more, for the report alone (0: none)
     Flag("weights", STORED, type=Path),
     #    a run, or a checkpoint of the official code
     Flag("input", ("predict", "import"), type=Path),
@@ -181,6 +182,9 @@ FLAGS = (
     Flag("dry-run", ("masks", *TRAIN), False),
     #    say what would be done, on how much data, for how long and in how much memory, from a few
     #    steps that are forgotten; nothing is written
+    Flag("report", TRAIN, False),
+    #    with --dry-run: also a page of what the network will see (views of the first steps, their
+    #    targets, sizes), RUNS/NAME-views.html beside the folder of the run
     Flag("log", TRAIN, choices=("tensorboard",)),
     #    (curves for it in the run's folder, beside log.jsonl; needs the package)
     Flag("device", tuple(stage for stage in RUNNING if stage != "export")),

@@ -79,6 +79,7 @@ partition | least_score | segments have no such score; it counts with --labels i
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
 graph | no_object_weight | there is no loss in it; it counts with --format official or safetensors
+no rehearsal | report | it counts with --dry-run; a run writes its report.html by itself
 no figures | report_images | pictures are of an evaluation; it counts without --no-eval
 """
 IDLE = [row.split(" | ") for row in rows(_IDLE)]
@@ -124,6 +125,7 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "images": args.images is not None,
         "no eval": unmeasured,
         "no graph": stage == "export" and args.format != "onnx",
+        "no rehearsal": not args.dry_run,
         "graph": stage == "export" and args.format == "onnx",
         "no figures": unmeasured and not args.resume,
     }

@@ -43,7 +43,7 @@ class Rehearsal:
             changed.pop("white", None)
         numbers = ", ".join(f"{name} {value}" for name, value in changed.items())
         numbers = f"other than the preset's: {numbers}" if numbers else "the preset's numbers"
-        say("run", f"{folder} (nothing is written now)")
+        say("run", f"{folder} (nothing is written there now)")
         say("config", f"{identity['stage']}; {numbers}")
 
     def train(self, method: Method, batches: Batches) -> None:

@@ -150,19 +150,21 @@ class Course:
     one of them.
     make: first what an earlier stage has not made.   evaluate, report_images, groups, watch: what
     is measured and shown.
+    report: with dry_run, a page of what the network will see.
     later: train only, the same call without it evaluates.
     """
 
     resume: bool = False
     make: bool = True
     dry_run: bool = False
+    report: bool = False
     evaluate: bool = True
     later: bool = False
     steps: int | None = None
     given: frozenset[str] = frozenset()
     preset: str | None = None
     groups: int = 0
-    watch: int = 16
+    watch: int = 8
     report_images: int = 12
     log: str = ""
 

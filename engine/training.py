@@ -1,9 +1,9 @@
 """A run: its folder, its configuration, its steps, its log, its checkpoints, and going on after a
 stop. Knows no method.
 
-runs/NAME/ holds config.json, log.jsonl (a line a step), step_*.pt and, after evaluation,
-metrics.json. A batch depends on (seed, step, slot) only, so a run that was stopped and resumed
-takes the same steps as one that was not.
+runs/NAME/ holds config.json, log.jsonl (a line a step), sessions.json, step_*.pt and, after
+evaluation, metrics.json. A batch depends on (seed, step, slot) only, so a run that was stopped and
+resumed takes the same steps as one that was not.
 
 A line of the log: `step`, `lr`, `time` (seconds of training up to here, all sessions together; a
 step that is taken again after a kill counts once), and what the step says of itself (losses,
@@ -34,10 +34,12 @@ from engine.method import Method
 from engine.optim import Broken, NotFinite, set_lr
 from engine.run_log import append, images_of, read_log, summary
 from engine.sameness import LATER, difference, differing
+from engine.sessions import Session
 from ground import files, ranks
 from ground.errors import UserError
 
 MAX_SKIPPED = 5  # steps in a row whose loss or gradient is not finite, before the run stops
+WATCHED = 10  # times a run is watched, at least, if it has so many steps
 
 
 class Stopped(Exception):
@@ -60,9 +62,10 @@ class Run:
     Only what is trained is stored; all ranks read it.
     state: the newest checkpoint, where it has been read already (by who holds the folder,
     `files.claim`).
-    notes: what config.json shall say beside the configuration.   watch: called with the step after
-    every checkpoint, by all ranks.   curves: a SummaryWriter of TensorBoard, which gets what
-    log.jsonl gets.
+    notes: what config.json shall say beside the configuration.   counts: of images, for
+    sessions.json.   watch: called with the step, by all ranks, after every tenth of the steps or as
+    often as there are checkpoints, whichever is more often, and at the end.   curves: a
+    SummaryWriter of TensorBoard, which gets what log.jsonl gets.
     Raises: UserError if the folder cannot be written, another process writes there, it holds a run
         already and resume is off, or the configuration differs.
     """
@@ -72,6 +75,7 @@ class Run:
     ):
         self.folder, self.cfg = Path(folder), cfg
         self.notes: dict = {}
+        self.counts: dict[str, int] = {}
         self.watch: Callable[[int], None] | None = None
         self.curves = None
         if ranks.rank() == 0:
@@ -121,7 +125,7 @@ class Run:
             print(f"{self.folder}: finished at step {start}, nothing to do")
             files.release(self.folder)
             return
-        self._begin(start)
+        self._begin(start, method.device)
         try:
             self._steps(start, seconds, method, batches)
             return
@@ -146,6 +150,7 @@ class Run:
     def _steps(self, start: int, seconds: float, method: Method, batches: Batches) -> None:
         steps, clock, stop = len(batches), time.monotonic() - seconds, False
         self.skipped, self.in_a_row = 0, 0
+        every = min(self.cfg.checkpoint_every, max(1, steps // WATCHED))
         hidden = ranks.rank() > 0
         bar = tqdm(
             initial=start,
@@ -171,12 +176,13 @@ class Run:
                 # one rank is told, all save and stop
                 told = torch.tensor(float(bool(asked)), device=method.device)
                 stop = bool(ranks.total(told) > 0)
-                if (step + 1) % self.cfg.checkpoint_every == 0 or step + 1 == steps or stop:
+                last = step + 1 == steps
+                if (step + 1) % self.cfg.checkpoint_every == 0 or last or stop:
                     progress = {"step": step + 1, "steps": steps, "time": row["time"]}
                     self._save(log, progress, method)
+                if self.watch and ((step + 1) % every == 0 or last):
                     pause = time.monotonic()
-                    if self.watch:
-                        self.watch(step + 1)
+                    self.watch(step + 1)
                     clock += time.monotonic() - pause
                 if stop:
                     break
@@ -219,7 +225,7 @@ class Run:
         if row["step"] % self.cfg.log_every == 0 and "loss" in row:
             bar.set_postfix_str(summary(row, device), refresh=False)
 
-    def _begin(self, start: int) -> None:
+    def _begin(self, start: int, device: torch.device) -> None:
         """Bring the folder to the step of the checkpoint: its evaluation is of another state, and
         later lines of the log are taken again."""
         if ranks.rank() > 0:
@@ -229,6 +235,7 @@ class Run:
         files.write_atomic(self.folder / "config.json", config)
         rows = [json.dumps(row) + "\n" for row in read_log(self.log) if row["step"] < start]
         files.write_atomic(self.log, "".join(rows).encode())
+        self.session = Session(self.folder, start, device, self.counts)
 
     def _save(self, log, progress: dict, method: Method) -> None:
         self._require_whole(method, progress["step"])
@@ -238,6 +245,7 @@ class Run:
         os.fsync(log.fileno())
         optimizer = {"config": self.config, "optimizer": method.optimizer.state_dict()}
         checkpoint.save(self.folder, progress["step"], {**progress, **optimizer, **weights})
+        self.session.reached(progress["step"])
 
     def _require_whole(self, method: Method, step: int, images=()) -> None:
         """Raise UserError if a weight is not finite, after so many steps: no further step can mend

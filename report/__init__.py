@@ -4,10 +4,11 @@ rooms below.
 
     drawing         tables of figures, maps drawn on images
     finish          the end of a stage: figures, table, metrics.json, report.html
-    watch           figures and pseudo-labels at every checkpoint
+    watch           figures and pseudo-labels as training goes on
     gallery         pictures of a run
     groups          PQ of groups of classes (Figure 5)
     page            report.html, from a template in templates/
+    views           what the network will see, before a run: --dry-run --report
     run_folder      a run on disk, and the commands that make it again
     charts          its curves
     tables          the figures that people compare, for text and for pages

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, numbers_of
+from data import Batches
 from engine import rehearsal
 from engine.begin import settle
 from engine.evaluation import evaluate
@@ -18,7 +19,7 @@ from ground import ranks
 from ground.errors import UserError
 from ground.files import write_atomic
 from readers.ground_truth import DataSet, Taxonomy
-from report import page, run_folder, tables
+from report import page, run_folder, tables, views
 from report.gallery import Other, gallery
 from report.groups import frequency_groups, group_quality
 
@@ -51,6 +52,8 @@ def finish(
             evaluate(method, dataset, 1, title="")
 
         rehearsal.say_repeated("evaluation", len(dataset.val), one)
+        if course.report:
+            _say_views(folder, method, method.batches(dataset), dataset)
         return
     if course.evaluate:
         metrics = evaluate(method, dataset)
@@ -64,6 +67,22 @@ def finish(
         print(f"{folder / 'metrics.json'}")
     if ranks.rank() == 0:
         write_report(method, dataset, folder, pictures, config)
+
+
+def finish_warm_up(
+    method: Method, batches: Batches, folder: Path, course: Course, masks: Path
+) -> None:
+    """The same of the warm-up, which is not evaluated. masks: folder of those that it learns."""
+    if course.dry_run and course.report:
+        _say_views(folder, method, batches)
+    elif not course.dry_run and ranks.rank() == 0:
+        write_report(method, None, folder, Pictures(0, masks))
+
+
+def _say_views(folder: Path, method: Method, batches: Batches, dataset=None) -> None:
+    if ranks.rank() == 0:
+        path = views.write(folder, method, batches, dataset)
+        rehearsal.say("views", f"{path}: what the network will see; open it in a browser")
 
 
 def _add_groups(metrics: dict, dataset: DataSet, count: int) -> None:

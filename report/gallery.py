@@ -132,13 +132,13 @@ def _unlabelled(method: Method, dataset: DataSet, i: int, masks: Path | None) ->
     if masks and mask_files.mask_file(masks, name).exists():
         try:
             size, digest = image.size[::-1], dataset.train.digest(i)
-            cells.append(_all_masks(image, mask_files.read_masks(masks, name, size, digest)))
+            cells.append(all_masks(image, mask_files.read_masks(masks, name, size, digest)))
         except UserError as error:  # of another image: the others can be shown
             print(f"warning: no picture of masks: {error}")
     return Card(name, "", cells)
 
 
-def _all_masks(image: Image.Image, masks: np.ndarray) -> tuple[str, bytes]:
+def all_masks(image: Image.Image, masks: np.ndarray) -> tuple[str, bytes]:
     """masks: (H, W, N) bool; small ones on top."""
     n = masks.shape[-1]
     stacked = np.zeros(masks.shape[:2], np.int32)

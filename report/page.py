@@ -11,6 +11,7 @@ import base64
 import hashlib
 import itertools
 import math
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -31,6 +32,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larger
 FREQUENCY_IMAGES = 200  # labelled images, at most, that class frequencies are counted on
 MAX_HEAT, MAX_CONFUSIONS = 28, 20  # classes of the heat map, rows of the list
+COUNTED = ("labelled", "unlabelled", "validation")  # images, in the sessions of a run
+KINDS = {"instances": "ap", "segments": "all"}  # what is measured, by what a result then has
+PER_CLASS = {  # figures and counts of a class
+    "instances": (("ap", "ap50", "ap75"), ("instances",)),
+    "segments": (("pq", "sq", "rq", "semantic_iou"), ("tp", "fp", "fn")),
+    "classes": (("semantic_iou",), ()),
+}
 CURVES = {
     "loss": ("Loss", "weighted sum of all terms"),
     "labeled": ("Labelled images", "terms of the loss"),
@@ -50,7 +58,7 @@ def write(
     cards: of `gallery.gallery`; the last of each group are left out until the page has no more
     than MAX_BYTES.  missing: why there are none. Raises: UserError if it cannot be written.
     """
-    run, page = runs[0], _template()
+    run, page = runs[0], template("page.html.j2")
     columns = columns_of(result for one in runs for result in one.readings.values())
     headings = [(title.lower().replace(" ", "_"), title) for title, _ in columns]
     shown = {"columns": columns, "figure_columns": headings}
@@ -67,7 +75,9 @@ def write(
         album = {name: group[:most] for name, group in cards.items() if group[:most]}
         values = {"missing": missing, "reading": run.reading or "", "cards": album}
         sections["images"] = values if missing or album else None
-        return page.render(run=run, sections=sections, **shown).encode("utf-8", "replace")
+        return page.render(run=run, about=about(run), sections=sections, **shown).encode(
+            "utf-8", "replace"
+        )
 
     most = max(map(len, cards.values()), default=0)
     while len(written := content(most)) > MAX_BYTES and most:
@@ -77,7 +87,8 @@ def write(
     return path
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of templates/, with the filters, the style and the script that they share."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -90,7 +101,7 @@ def _template() -> jinja2.Template:
         "script": Markup(script),
         "script_hash": base_64(hashlib.sha256(script.encode()).digest()),
     }
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def base_64(content: bytes) -> str:
@@ -108,6 +119,51 @@ def percent(value, digits: int = 1) -> str:
 def reading_title(reading: str) -> str:
     which, _, posterior = reading.partition("/")
     return f"{which}, {POSTERIORS[posterior]}" if posterior in POSTERIORS else reading
+
+
+def about(run: Stored) -> list[tuple[str, str]]:
+    """When a run was trained, on how many images and on what: (what, text), as far as it says."""
+    sessions = run.sessions
+    if not sessions:
+        return []
+    unused = {"unlabelled"} if run.config.get("stage") == "sup" else set()
+    counts = [(kind, sessions[-1].get(kind)) for kind in COUNTED if kind not in unused]
+    rows = {
+        "trained": _times(sessions),
+        "images": ", ".join(f"{n:,} {kind}" for kind, n in counts if isinstance(n, int)),
+        "machine": _in_turn(map(_machine, sessions)),
+        "versions": _in_turn(map(_versions, sessions)),
+    }
+    return [(what, text) for what, text in rows.items() if text]
+
+
+def _in_turn(texts) -> str:
+    """What sessions say one after the other, once where it is the same."""
+    return "; then ".join(text for text, _ in itertools.groupby(texts) if text)
+
+
+def _machine(session: dict) -> str:
+    threads, processes = (session.get(key, 1) for key in ("threads", "processes"))
+    text = f"{session.get('machine', '')}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{processes} processes, each on {text}" if processes != 1 else text
+
+
+def _versions(session: dict) -> str:
+    parts = {"Python": "python", "torch": "torch", "commit": "commit"}
+    return ", ".join(f"{name} {session[key]}" for name, key in parts.items() if session.get(key))
+
+
+def _times(sessions: list[dict]) -> str:
+    try:
+        times = [
+            datetime.fromisoformat(sessions[k][key]) for k, key in ((0, "begun"), (-1, "last"))
+        ]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    first, last = times
+    end = f"{last:%H:%M}" if first.date() == last.date() else f"{last:%d %B %Y, %H:%M}"
+    text = f"{first:%d %B %Y, %H:%M} to {end} {last:%Z}".strip()
+    return f"{text}, in {len(sessions)} sessions" if len(sessions) > 1 else text
 
 
 def comparison(runs: list[Stored]) -> dict:
@@ -198,21 +254,21 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
         shares = (pixels / max(pixels.sum(), 1)).tolist()
         taxonomy = dataset.taxonomy
         look = dict(zip(taxonomy.short_names, zip(shares, taxonomy.colours, taxonomy.things)))
-    instances = "ap" in result
-    keys = ("ap", "ap50", "ap75") if instances else ("pq", "sq", "rq", "semantic_iou")
-    number = ("instances",) if instances else ("tp", "fp", "fn")
+    measured = next((kind for kind, key in KINDS.items() if key in result), "classes")
+    keys, number = PER_CLASS[measured]
     rows, confusion = [], result.get("confusion", ())
     for (name, row), pixels in itertools.zip_longest(result["per_class"].items(), confusion):
         figures = [row.get(key) for key in keys]
         counts = [row.get(key) for key in number]
-        if not any(counts):  # over nothing, as is the IoU of a class without a true pixel
+        # over nothing, as is the IoU of a class without a true pixel
+        if counts and not any(counts):
             figures = [None] * len(figures)
         elif pixels and not figures[-1] and not any(map(int, pixels.split())):
             figures[-1] = None
         rows.append((name, *look.get(name, (None, None, None)), figures, counts))
     rows.sort(key=lambda row: -(row[1] or 0))
     counted = {"counted": len(images), "labeled": labeled}
-    return {"rows": rows, "instances": instances, **counted}
+    return {"rows": rows, "measured": measured, **counted}
 
 
 def confusions(run: Stored) -> dict | None:

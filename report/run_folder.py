@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from config import METHODS, PRESETS, Config, changes
+from engine import sessions
 from engine.flags import READS, preset_of
 from engine.idle import idle
 from engine.parser import parser
@@ -29,7 +30,8 @@ class Stored:
     config: dict
     metrics: dict
     log: list[dict]
-    watched: list[dict]  # PQ at checkpoints (`watch.py`)
+    watched: list[dict]  # PQ as training went on (`watch.py`)
+    sessions: list[dict] = ()  # when and on what it was trained
 
     @property
     def name(self) -> str:
@@ -67,7 +69,9 @@ def read(folder: Path, config: dict | None = None) -> Stored:
     if not (own or metrics or log):
         names = "config.json, metrics.json or log.jsonl"
         raise UserError(f"{folder}: holds no {names}; expected the folder of a run")
-    return Stored(folder, own or config or {}, metrics, log, watch.read(folder))
+    return Stored(
+        folder, own or config or {}, metrics, log, watch.read(folder), sessions.read(folder)
+    )
 
 
 def _object(path: Path) -> dict:

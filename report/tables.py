@@ -1,5 +1,6 @@
 """The figures of a reading that people compare, in one order for text and for pages."""
 
+import itertools
 from typing import Iterable
 
 from instance_eval import ErrorTypes, MaskAP
@@ -11,12 +12,13 @@ COLUMNS = (*PanopticScore.columns, *SemanticScore.columns)
 def columns_of(results: Iterable[dict]) -> tuple:
     """The columns that have the figures of these results, which may be of several metrics.
 
-    results: of one reading each, as `evaluation.evaluate` returns.
+    results: of one reading each, as `evaluation.evaluate` returns. Without any: COLUMNS.
     """
-    instances = ["ap" in result for result in results]
-    others = COLUMNS if not all(instances) or not instances else ()
-    ours = (*MaskAP.columns, *ErrorTypes.columns) if any(instances) else ()
-    return (*ours, *others)
+    results = list(results)
+    columns = {"ap": MaskAP.columns, "types": ErrorTypes.columns}
+    columns |= {"all": PanopticScore.columns, "miou": SemanticScore.columns}
+    found = [own for key, own in columns.items() if any(key in result for result in results)]
+    return tuple(itertools.chain(*found)) or COLUMNS
 
 
 def figure(metrics: dict | None, keys: tuple[str, ...]) -> float | None:

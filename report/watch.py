@@ -1,7 +1,7 @@
-"""Watching a run while it trains: at every checkpoint the figures of a few validation images, and
+"""Watching a run while it trains: ten times or more the figures of a few validation images, and
 pictures of the pseudo-labels.
 
-RUN/pq.jsonl gets a line a checkpoint: `step`, `images`, and the first figure (PQ, 0 to 1) of every
+RUN/pq.jsonl gets a line each time: `step`, `images`, and the first figure (PQ, 0 to 1) of every
 reading; RUN/pseudo/ the pictures (`gallery.snapshot`). They are looked at and decide nothing.
 Training does not notice: it draws no random number from what is measured here, and its clock stands
 still.

@@ -35,4 +35,5 @@ no GPU.
     test_bench_gpu       the measurements of a GPU, at their smallest
     test_onnx            a run as a graph for other programs
     test_page            report.html
+    test_views           what a network will see, before a run
 """

@@ -277,7 +277,7 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
         and not (tmp_path / "alone" / "pseudo").exists()
     )
     rows = watch.read(tmp_path / "watched")
-    assert [(row["step"], row["images"]) for row in rows] == [(2, 3), (4, 3), (6, 3)]
+    assert [(row["step"], row["images"]) for row in rows] == [(k, 3) for k in range(1, 7)]
     asked = resolve(
         parser().parse_args(
             ["--stage", "eval", "--weights", str(tmp_path / "watched"), "--device", "cpu"]
@@ -292,10 +292,10 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
     }
     pictures = sorted((tmp_path / "watched" / "pseudo").iterdir())
     assert [p.name for p in pictures] == [
-        f"{step:08d}-{k}.webp" for step in (2, 4, 6) for k in range(4)
+        f"{step:08d}-{k}.webp" for step in range(1, 7) for k in range(4)
     ]
     page = (tmp_path / "watched" / "report.html").read_text()
-    assert page.count("step 4</figcaption>") == 4 and "on 3 validation images" in page
+    assert page.count("step 5</figcaption>") == 4 and "on 3 validation images" in page
     first = (tmp_path / "watched" / "pq.jsonl").read_text()
     max(
         (tmp_path / "watched").glob("step_*.pt")

@@ -1,20 +1,25 @@
 """report.html: its numbers, its names, its commands, and how a browser shows it."""
 
 import dataclasses
+import html
 import html.parser
 import json
 import math
 import os
+import platform
 import random
 import re
 import shlex
 import shutil
 import subprocess
+from datetime import datetime
 
 import numpy as np
 import pytest
+import torch
 
 import dearli
+from engine import sessions
 from engine.begin import identity
 from engine.parser import parser
 from engine.resolve import resolve
@@ -225,6 +230,72 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     assert "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
 
 
+def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported, tmp_path):
+    def words(metrics):
+        (tmp_path / "metrics.json").write_text(json.dumps({"images": 2, **metrics}))
+        page = page_of(tmp_path)
+        return page, set(re.findall(r"<dt>([^<]*)</dt><dd>[A-Z]", page))
+
+    panoptic = json.loads((reported / "metrics.json").read_text())
+    page, there = words(panoptic)
+    assert {"PQ", "SQ", "RQ", "mIoU", "reading", "with the ensemble"} <= there
+    assert "AP" not in there and "makes the pseudo-labels" in page
+    assert page.index('id="readings"') < page.index("What these words mean")
+    page, there = words({"student/decoder": panoptic["student/decoder"]})
+    assert "PQ" in there and "with the ensemble" not in there and "pseudo-labels" not in page
+    names = {"ap": 0.5, "ap50": 0.6, "ap75": 0.4, "instances": 3}
+    _, there = words({"student/decoder": {"ap": 0.5, "per_class": {"cat": names}}})
+    assert {"AP", "reading"} <= there and not {"PQ", "mIoU"} & there
+
+
+def test_a_page_of_classes_alone_has_no_columns_of_segments(tmp_path):
+    classes = {"cat": {"semantic_iou": 0.25}, "dog": {"semantic_iou": 0.75}}
+    result = {"miou": 0.5, "miou_classes": 2, "per_class": classes}
+    (tmp_path / "metrics.json").write_text(json.dumps({"student/decoder": result}))
+    page = page_of(tmp_path)
+    cells = Outline(page).cells
+    assert cells["readings"] == [0.5] and sorted(cells["classes"]) == [0.25, 0.75]
+    assert ">mIoU<" in page and ">PQ<" not in page and ">FN<" not in page
+
+
+def test_a_page_says_when_on_what_and_of_how_many_images_a_run_was_trained(
+    reported, small_mini, tmp_path, monkeypatch
+):
+    page = (reported / "report.html").read_bytes().decode()
+    (session,) = sessions.read(reported)
+    assert (session["from"], session["to"]) == (0, 5)
+    about = page[page.index('<dl class="about">') : page.index("</header>")]
+    for said in (
+        f"{session['labelled']} labelled, {session['unlabelled']} unlabelled, ",
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+        html.escape(sessions.cpu()),
+        f"{datetime.fromisoformat(session['begun']):%d %B %Y}",
+    ):
+        assert said in about
+    sup = ["--stage", "sup", "--watch", 0, "--report-images", 0, "--out", tmp_path / "run"]
+    assert run(*sup, "--steps", 2) == 0
+    monkeypatch.setattr(sessions, "cpu", lambda: "another <machine>")
+    monkeypatch.setattr(sessions, "commit", lambda: "abc1234")
+    assert run(*sup, "--steps", 4, "--resume") == 0  # it is not what makes a run that run
+    assert [(row["from"], row["to"]) for row in sessions.read(tmp_path / "run")] == [(0, 2), (2, 4)]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "; then another &lt;machine&gt;, " in page and ", in 2 sessions" in page
+    assert "commit abc1234" in page and "unlabelled" not in page.partition("</header>")[0]
+    for content in ("", "[1, {}]", '[{"begun": 3, "machine": null, "labelled": "x"}]'):
+        (tmp_path / "run" / "sessions.json").write_text(content)
+        assert "Python" not in page_of(tmp_path / "run")
+    (tmp_path / "run" / "sessions.json").unlink()  # of an older version
+    assert 'class="about"' not in page_of(tmp_path / "run")
+
+
+def test_a_commit_is_that_of_this_program_or_of_nobody(tmp_path):
+    assert sessions.commit(tmp_path) == ""
+    assert re.fullmatch(r"([0-9a-f]{7,}(-dirty)?)?", sessions.commit())
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Fast CPU @ 3 GHz\n")
+    assert sessions.cpu(tmp_path / "cpuinfo").startswith("Fast CPU @ 3 GHz, ")
+    assert sessions.cpu(tmp_path / "nothing")
+
+
 def test_a_report_that_cannot_be_written_does_not_cost_the_run(small_mini, tmp_path, capsys):
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     assert run("--stage", "sup", "--steps", 1, "--out", tmp_path / "run") == 0
@@ -362,7 +433,7 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
                 "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
                 " && document.images.length"
             )
-            == 4 * 5 + 3 * 3 + 3 * 2  # two at random, the worst, the best; unlabelled; training
+            == 4 * 5 + 3 * 3 + 3 * 6  # some, worst and best; unlabelled; training
         )
         assert browser.ask("document.scripts.length") == 1 and any(
             EVIL in name for name in browser.ask(names)
