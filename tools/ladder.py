@@ -438,10 +438,10 @@ def picture(methods: list[tuple[str, Method, str]], dataset: DataSet, path: Path
     ]
     titles = ["image", "ground truth", *(title for title, _, _ in methods)]
     caption = (
-        f"The {len(rows)} of {len(looked_at)} validation images whose PQ lies in the middle. "
-        "Things are counted one by one, stuff is not; striped: no answer.\n"
-        f"Learned from {len(dataset.labeled)} labelled and {len(dataset.unlabeled)} unlabelled "
-        "images."
+        f"Of the first {len(looked_at)} validation images the {len(rows)} whose PQ, mean of the "
+        "methods, lies in the middle. Striped: no answer.\n"
+        f"{len(dataset.labeled)} labelled images, and but for the supervised run "
+        f"{len(dataset.unlabeled)} unlabelled ones."
     )
     drawing.picture(rows, titles, dataset.taxonomy, path, caption)
     print(f"\n{path}: images, ground truth and predictions side by side")
