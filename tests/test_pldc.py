@@ -342,8 +342,7 @@ def test_one_class_needs_no_clip_and_classes_that_are_the_same_words_are_refused
 # --------------------------------------------------------------------------------- one step by hand
 
 SMALL = dataclasses.replace(
-    TINY,
-    **config.METHODS["pldc"].on("mini"),
+    dataclasses.replace(TINY, **config.METHODS["pldc"].on("mini")),
     ssl_steps=8,
     burn_in=2,
     checkpoint_every=1,
