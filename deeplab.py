@@ -51,6 +51,7 @@ class DeepLab(nn.Module):
 
     constant = ()  # training changes all of it, batch-norm statistics too
     class_rows = ("classify.2.weight", "classify.2.bias", "auxiliary.1.weight", "auxiliary.1.bias")
+    begins_anew = ("projector.", "auxiliary.")  # a run that starts from one without them may have
 
     def __init__(self, backbone: nn.Module, cfg: Config, num_classes: int, projector=False):
         super().__init__()

@@ -268,11 +268,12 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
     student = method.models["student"]
     class_rows = getattr(student, "class_rows", ())
     order = stored.class_order(start, dataset.taxonomy, dataset.name, class_rows)
+    may_differ = (*class_rows, *getattr(student, "begins_anew", ()))
     what = start, "student"
-    init["taken"] = stored.take(*what, student, str(start.path), class_rows, order)
+    init["taken"] = stored.take(*what, student, str(start.path), may_differ, order)
     print(init["taken"])
     if "teacher" in method.models:
-        stored.take(*what, method.models["teacher"], str(start.path), class_rows, order)
+        stored.take(*what, method.models["teacher"], str(start.path), may_differ, order)
 
 
 def warm_up_there(

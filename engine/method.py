@@ -51,7 +51,8 @@ class Method(Protocol):
     training changes of it (`engine.checkpoint.state_of`) is saved and resumed.   optimizer: of
     those that learn by gradient.
     A model may say `constant`, beginnings of names in its state_dict() that training never changes,
-    and `class_rows`, names of what has a row a class and no-object last (joined by name).
+    and `class_rows`, names of what has a row a class and no-object last (joined by name), and
+    `begins_anew`, parts of names of what --init may lack.
     metrics: what is measured of every reading.   readings: names such as "student/ensemble" of ways
     to predict, each with its caption;  reading: the one that the paper reports;  pictured: further
     ones that pictures show; `inference.PSEUDO` is the pseudo-labels themselves.

@@ -365,6 +365,18 @@ def test_the_frame_measures_shows_and_predicts(small_mini, tmp_path, capsys):
     assert run("--stage", "ssl", "--method", "hard", "--steps", 1, "--dry-run") == 0
 
 
+def test_esl_starts_from_a_supervised_run_and_back_with_a_projector_of_its_own(
+    small_mini, tmp_path, capsys
+):
+    sup = ["--stage", "sup", "--network", "deeplab", "--no-eval"]
+    esl = ["--stage", "ssl", "--method", "esl", "--steps", 2, "--burn-in-warm", 1, "--no-eval"]
+    assert run(*sup, "--steps", 1, "--out", tmp_path / "sup") == 0
+    assert run(*esl, "--init", tmp_path / "sup", "--out", tmp_path / "esl") == 0
+    lacks = capsys.readouterr().out
+    assert "projector.0.0.weight is missing" in lacks and "classify" not in lacks
+    assert run(*sup, "--steps", 1, "--init", tmp_path / "esl", "--out", tmp_path / "again") == 0
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
