@@ -22,8 +22,8 @@ from ground import ranks
 
 AREAS = ("all", "small", "medium", "large")  # in the order of COCOeval: up to 32 ** 2, 96 ** 2
 FIFTY, SEVENTY_FIVE = 0, 5  # places of these IoUs, in hundredths, among its thresholds
-# Of what COCOeval says of an image, class and range of areas: what `accumulate` reads.
 SHOWN = 0.5  # least score of an instance that `ErrorTypes` looks at; the paper names none
+# Of what COCOeval says of an image, class and range of areas: what `accumulate` reads.
 KEPT = ("dtScores", "dtMatches", "dtIgnore", "gtIgnore")
 
 

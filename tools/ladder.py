@@ -55,7 +55,7 @@ class Rung:
     """A row of a table: what is trained, what is changed in the configuration, and the reading that
     the paper takes.
 
-    kind: `sup` or a method.   over: title of the row that it is compared with, seed by seed.
+    kind: `sup` or a method.   over: titles of rows that it is compared with, seed by seed.
     control: it takes as many semi-supervised steps more as DEARLi's warm-up has.   name: of what is
     trained, where it is not the kind.   numbers: fields that a method of another paper sets.
     """
@@ -64,7 +64,7 @@ class Rung:
     kind: str
     reading: str = "student/decoder"
     changes: tuple[tuple[str, object], ...] = ()
-    over: str = ""
+    over: tuple[str, ...] = ()
     control: bool = False
     name: str = ""
     numbers: tuple[tuple[str, object], ...] = ()
@@ -89,13 +89,14 @@ class Rung:
 
 
 SUPERVISED, ENSEMBLE = "M2F-Lang, supervised", "student/ensemble"
+CONTROL = "  with DeWa's steps as well"
 RUNGS = (  # Table 1
     Rung(SUPERVISED, "sup"),
-    Rung("  + P_ENS at evaluation", "sup", ENSEMBLE, over=SUPERVISED),
-    Rung("M2F-Lang + SSL", "ssl", over=SUPERVISED),
-    Rung("DEAR", "dear", ENSEMBLE, over="M2F-Lang + SSL"),
-    Rung("  with DeWa's steps as well", "dear", ENSEMBLE, over="DEAR", control=True),
-    Rung("DEARLi", "dearli", ENSEMBLE, over="  with DeWa's steps as well"),
+    Rung("  + P_ENS at evaluation", "sup", ENSEMBLE, over=(SUPERVISED,)),
+    Rung("M2F-Lang + SSL", "ssl", over=(SUPERVISED,)),
+    Rung("DEAR", "dear", ENSEMBLE, over=("M2F-Lang + SSL",)),
+    Rung(CONTROL, "dear", ENSEMBLE, over=("DEAR",), control=True),
+    Rung("DEARLi", "dearli", ENSEMBLE, over=("DEAR", CONTROL)),
 )
 ALPHAS = tuple(
     Rung(f"DEAR, alpha {value}", "dear", ENSEMBLE, (("alpha", value),))
@@ -117,11 +118,11 @@ def _pldc(preset: str) -> tuple[Rung, ...]:
     first, own = "Mask2Former, supervised", "PL-DC"
     return (
         Rung(first, "sup", name="sup-instances"),
-        Rung("Guided Distillation", "guided", over=first, numbers=_items("guided", preset)),
-        Rung(own, "pldc", over="Guided Distillation"),
-        Rung("  without DDTF", "pldc", changes=(("coupled", product),), over=own),
-        Rung("  without DICC", "pldc", changes=(("clip_view", "none"),), over=own),
-        Rung("  without PMUA", "pldc", changes=(("pixel_certainty", False),), over=own),
+        Rung("Guided Distillation", "guided", over=(first,), numbers=_items("guided", preset)),
+        Rung(own, "pldc", over=("Guided Distillation",)),
+        Rung("  without DDTF", "pldc", changes=(("coupled", product),), over=(own,)),
+        Rung("  without DICC", "pldc", changes=(("clip_view", "none"),), over=(own,)),
+        Rung("  without PMUA", "pldc", changes=(("pixel_certainty", False),), over=(own,)),
     )
 
 
@@ -129,9 +130,9 @@ def _esl(preset: str) -> tuple[Rung, ...]:
     first, hard, soft = "DeepLabv3+, supervised", "hard pseudo-labels", "soft labels"
     return (
         Rung(first, "sup", name="sup-deeplab"),
-        Rung(hard, "hard", over=first, numbers=_items("hard", preset)),
-        Rung(soft, "esl", changes=(("contrast_weight", 0.0),), over=hard),
-        Rung("ESL: soft labels and contrast", "esl", over=soft),
+        Rung(hard, "hard", over=(first,), numbers=_items("hard", preset)),
+        Rung(soft, "esl", changes=(("contrast_weight", 0.0),), over=(hard,)),
+        Rung("ESL: soft labels and contrast", "esl", over=(first, soft)),
     )
 
 
@@ -332,27 +333,30 @@ def table(
 
 
 def tables(rungs: tuple[Rung, ...], results: dict[str, list[dict]]) -> str:
-    """Mean and standard deviation over seeds: the paper's reading of every rung, with its gain, and
+    """Three tables: mean and standard deviation over seeds of the paper's reading of each rung; its
+    gain over other rungs, the mean of the differences of the same seeds and its standard error; and
     all readings of every run.
-
-    A gain is the mean of the differences to another rung of the same seed, and its standard error.
     """
     columns = _columns(results)
-    (first, keys), readings = columns[0], {rung.title: (rung.run, rung.reading) for rung in rungs}
+    (first, keys), by_title = columns[0], {rung.title: rung for rung in rungs}
     heads = [title for title, _ in columns]
-    lines = _head(["rung (the paper's reading)", *heads, f"gain in {first}"])
+
+    def figures(rung: Rung, where: tuple[str, ...]) -> list[float]:
+        return _figures(results[rung.run], rung.reading, where)
+
+    lines = _head(["rung (the paper's reading)", *heads])
     for rung in rungs:
-        cells = [_spread(_figures(results[rung.run], rung.reading, where)) for _, where in columns]
-        mine = _figures(results[rung.run], rung.reading, keys)
-        if rung.over:
-            run, other = readings[rung.over]
-            cells.append(_gain(mine, _figures(results[run], other, keys), rung.over))
-        lines.append(f"| {rung.title.strip()} | {' | '.join(cells)} |{'' if rung.over else '  |'}")
+        lines.append(_row(rung.title, [_spread(figures(rung, where)) for _, where in columns]))
+    lines += ["", *_head(["gain", *heads])]
+    for rung, title in ((rung, title) for rung in rungs for title in rung.over):
+        pairs = [(figures(rung, where), figures(by_title[title], where)) for _, where in columns]
+        cells = [_gain(*pair) for pair in pairs]
+        lines.append(_row(f"{rung.title.strip()} over {title.strip()}", cells))
     lines += ["", *_head([first, *READINGS])]
     for run, metrics in results.items():
         there = [r for r in READINGS if all(r in m for m in metrics)]
         cells = [_spread(_figures(metrics, r, keys)) if r in there else "" for r in READINGS]
-        lines.append(f"| {run} | {' | '.join(cells)} |")
+        lines.append(_row(run, cells))
     return "\n".join(lines)
 
 
@@ -367,7 +371,11 @@ def _columns(results: dict[str, list[dict]]) -> list[tuple[str, tuple[str, ...]]
 
 
 def _head(titles: list[str]) -> list[str]:
-    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return [_row(titles[0], titles[1:]), "|---" * len(titles) + "|"]
+
+
+def _row(title: str, cells: list[str]) -> str:
+    return f"| {' | '.join([title.strip(), *cells])} |"
 
 
 def _figures(metrics: list[dict], reading: str, keys: tuple[str, ...]) -> list[float]:
@@ -381,11 +389,11 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
 
 
-def _gain(values: list[float], others: list[float], over: str) -> str:
+def _gain(values: list[float], others: list[float]) -> str:
     """Mean ± standard error of the paired differences."""
     gains = [a - b for a, b in zip(values, others)]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
-    return f"{statistics.mean(gains):+.1f} ± {error:.1f} over {over.strip()}"
+    return f"{statistics.mean(gains):+.1f} ± {error:.1f}"
 
 
 def write_results(
