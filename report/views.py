@@ -99,7 +99,7 @@ def numbers(method: Method, batches: Batches, dataset: DataSet | None, labeled, 
         )
     rows.append(("images", counts))
     sizes = [source.image(i).size for i in indices[:LOOKED_AT]]
-    rows.append(("image size", f"{_sizes(sizes)} pixels (of the first {len(sizes)})"))
+    rows.append(("image size", f"{_sizes(sizes)} pixels (the first {len(sizes)} images)"))
     rows.append(("views", f"{cfg.crop} x {cfg.crop} pixels, cut from {_shown(cfg)}"))
     if dataset is not None and cfg.magnification:
         rows.append(("objects", scale_text(dataset, cfg)))
@@ -108,7 +108,7 @@ def numbers(method: Method, batches: Batches, dataset: DataSet | None, labeled, 
     things = np.array(method.taxonomy.things)
     found = np.concatenate([np.zeros(0), *(_widths(view.target, things) for view in labeled)])
     if len(found):
-        rows.append(("objects seen", f"{_spread(found)} pixels wide in the views below"))
+        rows.append(("objects seen", f"{_spread(found)} pixels wide in {len(labeled)} views"))
     each = [len(view.target) for view in labeled]
     if each:
         text = f"{min(each)} to {max(each)}, {np.mean(each):.1f} on average of {len(each)} views"
