@@ -31,18 +31,21 @@ def chart(
     skipped: list = (),
     log: bool = False,
     begins: list = (),
+    span: tuple[int, ...] = (),
 ) -> dict | None:
     """One panel; None without a number.
 
-    skipped, begins: (step, text) of steps to mark, and of steps from where on something is
-    different;  log: a logarithmic scale, if all is positive and spans decades. Returns: `rows` and
+    skipped: (step, text) of steps to mark;  begins: (step, text, curve) of steps from where on
+    something is different, in one curve or (None) in all;  log: a logarithmic scale, if all is
+    positive and spans decades;  span: steps that the axis shows at least. Returns: `rows` and
     `columns` of the grid (place, label), `dots` (curve, x, y) of curves of one step, `paths` (kind,
-    curve, SVG path), `tips` (left side, text), `marks` and `begins` (x, text).
+    curve, SVG path), `tips` (left side, text), `marks` (x, text) and `begins` (x, text, curve).
     """
     values = [value for _, _, numbers in curves for value in numbers]
     if not values:
         return None
     steps = [step for _, own, _ in curves for step in own] + [step for step, _ in skipped]
+    steps += span
     scale = _Scale(steps, values, log)
     dots, raw, smooth, tips = [], [], [], {}
     for k, (name, own, numbers) in enumerate(curves):
@@ -73,7 +76,9 @@ def chart(
         "paths": raw + smooth,
         "tips": [(scale.x(step, -shift), text) for step, text in texts],
         "marks": [(scale.x(step), why) for step, why in skipped[:MAX_SKIPPED]],
-        "begins": [(scale.x(s), text) for s, text in begins if scale.first < s < scale.last],
+        "begins": [
+            (scale.x(step), text, k) for step, text, k in begins if scale.first < step < scale.last
+        ],
     }
 
 

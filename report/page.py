@@ -11,6 +11,7 @@ import base64
 import hashlib
 import itertools
 import math
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -71,9 +72,13 @@ def write(
         "configuration": configuration(run),
     }
 
+    taxonomy = dataset.taxonomy if dataset and cards else None
+    colours = list(zip(taxonomy.short_names, taxonomy.colours)) if taxonomy else []
+
     def content(most: int) -> bytes:
         album = {name: group[:most] for name, group in cards.items() if group[:most]}
         values = {"missing": missing, "reading": run.reading or "", "cards": album}
+        values["colours"] = colours
         sections["images"] = values if missing or album else None
         return page.render(run=run, about=about(run), sections=sections, **shown).encode(
             "utf-8", "replace"
@@ -174,9 +179,14 @@ def comparison(runs: list[Stored]) -> dict:
     same = [key for key in keys if all(c.get(key) == configs[0].get(key) for c in configs)]
     losses = [curve(run.name, run.log, "loss") for run in runs]
     labeled = [curve(run.name, _labeled_loss(run.log), "sum") for run in runs]
+    begins = [
+        (step, f"{run.name}: {text}", k)
+        for k, run in enumerate(runs)
+        for step, text, _ in _begins(run.log)
+    ]
     charts = [
-        chart(*CURVES["loss"], losses),
-        chart("Loss on labelled images", "the same terms in all methods", labeled),
+        chart(*CURVES["loss"], losses, begins=begins),
+        chart("Loss on labelled images", "the same terms in all methods", labeled, begins=begins),
     ]
     return {
         "runs": runs,
@@ -184,7 +194,12 @@ def comparison(runs: list[Stored]) -> dict:
         "readings": readings,
         "reading_columns": [(f"r{k}", reading_title(r)) for k, r in enumerate(readings)],
         "charts": list(filter(None, charts)),
-        "differing": [(k, [c.get(k, "–") for c in configs]) for k in keys if k not in same],
+        "begins": begins,
+        "differing": [
+            (key, [_readable(config.get(key)) for config in configs])
+            for key in keys
+            if key not in same
+        ],
     }
 
 
@@ -210,12 +225,13 @@ def curves(run: Stored) -> dict:
             why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
             skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
     begins = _begins(log)
-    watching = f"percent, on {watched.get('images', '?')} validation images"
+    watching = f"percent, on the first {watched.get('images', '?')} validation images"
     (heading, _), *_ = columns_of(run.readings.values())
-    charts = [chart(heading, watching, quality, begins=begins)]
+    span = _span(log)
+    charts = [chart(heading, watching, quality, begins=begins, span=span)]
     for name, lines in panels.items():
         title, unit = CURVES.get(name, (name, ""))
-        charts.append(chart(title, unit, lines, skipped, name == "grad_norm", begins))
+        charts.append(chart(title, unit, lines, skipped, name == "grad_norm", begins, span))
     _, _, times = curve("time", log, "time")
     return {
         "charts": list(filter(None, charts)),
@@ -227,13 +243,20 @@ def curves(run: Stored) -> dict:
     }
 
 
-def _begins(log: list[dict]) -> list[tuple[int, str]]:
-    """(step, text) from where on there are unlabelled images, after a burn-in without them."""
+def _span(log: list[dict]) -> tuple[int, ...]:
+    """The first and the last step of a log: all its curves have one axis."""
+    steps = [row["step"] for row in log if isinstance(row["step"], int)]
+    return (min(steps), max(steps)) if steps else ()
+
+
+def _begins(log: list[dict]) -> list[tuple[int, str, None]]:
+    """(step, text, in all curves) from where on there are unlabelled images, after a burn-in
+    without them."""
     of = [any(key.startswith("unlabeled/") for key in row) for row in log]
     if True not in of[1:] or of[0] or not isinstance(log[of.index(True)]["step"], int):
         return []
     first = log[of.index(True)]["step"]
-    return [(first, f"unlabelled images begin at step {first}")]
+    return [(first, f"unlabelled images begin at step {first}", None)]
 
 
 def duration(seconds: float) -> str:
@@ -299,6 +322,22 @@ def confusions(run: Stored) -> dict | None:
     }
 
 
+def _readable(value):
+    """A number of a configuration in words; of a digest the beginning."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_readable(one)}" for key, one in value.items())
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:12]}…"
+    return "–" if value is None else value
+
+
+def _usual(key: str, value, usual: dict):
+    """A number of the preset; a share of the steps is said to be one."""
+    own = usual.get(key, "")
+    share = key.startswith("burn_in") and isinstance(own, float) and own != value
+    return f"{own:g} of the steps" if share else own
+
+
 def configuration(run: Stored) -> dict:
     """Its numbers beside those of the nearest preset: what differs, and what is the same."""
     if not run.config:
@@ -306,7 +345,7 @@ def configuration(run: Stored) -> dict:
     preset, changed = nearest_preset(run.config)
     numbers = preset_of(preset, run.config.get("network", "mask2former"))
     usual = {key: getattr(numbers, key) for key in FIELDS}
-    rows = [(key, value, usual.get(key, "")) for key, value in run.config.items()]
+    rows = [(key, _readable(value), _usual(key, value, usual)) for key, value in run.config.items()]
     same = [row for row in rows if row[0] in usual and row[0] not in changed]
     empty = [row for row in rows if row[0] not in usual and row[1] in ("", None)]
     differing = [row for row in rows if row not in same + empty and row[0] != "taxonomy"]

@@ -50,8 +50,13 @@ def write(folder: Path, method: Method, batches: Batches, dataset: DataSet | Non
     """
     folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     labeled, unlabeled = look(batches)
+    of = type(method)
+    facts = [f"{of.__name__} of {of.__module__}.py", f"seed {batches.cfg.seed}"]
+    if dataset is not None:
+        facts[1:1] = [dataset.name]
     values = {
         "title": folder.name,
+        "facts": facts,
         "step": batches.parts[-1] + 1,
         "last": len(batches),
         "numbers": numbers(method, batches, dataset, labeled, unlabeled),

@@ -248,6 +248,53 @@ def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported
     assert {"AP", "reading"} <= there and not {"PQ", "mIoU"} & there
 
 
+def test_curves_of_runs_side_by_side_are_marked_where_each_sees_unlabelled_images(tmp_path):
+    def one(name, steps, begin, **config):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"step": t, "loss": 9.0, "labeled/dice": 1.0} for t in range(1, steps + 1)]
+        for row in rows[begin - 1 :] if begin else ():
+            row["unlabeled/dice"] = 1.0
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "config.json").write_text(json.dumps(config))
+        return run_folder.read(folder)
+
+    digest = "0123456789abcdef" * 4
+    start = {"source": "runs/dewa", "sha256": digest}
+    runs = one("late", 20, 11, init=start), one("sup", 20, 0, init=None), one("soon", 10, 3)
+    shown = page.comparison(list(runs))
+    for chart in shown["charts"]:  # steps 1 to 20 are drawn from 44 to 370
+        places = [(round((x - 44) / 326 * 19) + 1, text, k) for x, text, k in chart["begins"]]
+        late, soon = (f"{name}: unlabelled images begin at step" for name in ("late", "soon"))
+        assert places == [(11, f"{late} 11", 0), (3, f"{soon} 3", 2)]
+    assert dict(shown["differing"])["init"] == [
+        "source runs/dewa; sha256 0123456789ab…",
+        "–",
+        "–",
+    ]
+    content = page.write(tmp_path, list(runs), None, {}).read_text()
+    assert content.count('class="begin c0"') == content.count('class="begin c2"') == 2
+    assert content.count('class="begin"') == 3  # of the run alone, in each of its charts
+
+
+def test_all_curves_of_a_run_have_one_axis_of_steps(tmp_path):
+    rows = [{"step": t, "loss": 9.0} for t in range(1, 21)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watched = [{"step": t, "images": 8, "student/decoder": 0.5} for t in (10, 15)]
+    (tmp_path / "pq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in watched))
+    pq, loss = page.curves(run_folder.read(tmp_path))["charts"]
+    assert pq["columns"] == loss["columns"]
+    assert pq["unit"] == "percent, on the first 8 validation images"
+
+
+def test_shares_of_a_preset_are_said_to_be_shares_and_a_class_without_a_label_has_none(reported):
+    content = (reported / "report.html").read_text()
+    assert "0.5 of the steps" in content  # of burn_in, which the run has in steps
+    assert "taken for …" in content and "true class" in content
+    colours = re.search('<p class="colours">(.*?)</p>', content, re.S)[1]
+    assert colours.count("swatch") == len(re.findall("thing</em>|stuff</em>", content))
+
+
 def test_a_page_of_classes_alone_has_no_columns_of_segments(tmp_path):
     classes = {"cat": {"semantic_iou": 0.25}, "dog": {"semantic_iou": 0.75}}
     result = {"miou": 0.5, "miou_classes": 2, "per_class": classes}
