@@ -133,6 +133,9 @@ class Config:
     guided_steps: int = 0  # --method guided: steps after the burn-in in which a new student learns
     #    from a teacher that stays as it is
     # panoptic inference
+    merging: str = "pixels"  # of queries that overlap: `pixels`, they compete for each (the paper);
+    #    `masks`, the surest mask takes its pixels first: for many small objects that are alike
+    least_quality: float = 0.0  # with `masks`: least mask quality of a thing
     object_mask_threshold: float = 0.0  # least score of a query
     overlap_threshold: float = 0.8  # least visible share of a query's mask
     # instance inference
@@ -296,6 +299,8 @@ CUSTOM = replace(
     lr=1e-3,
     seen_width=22.0,
     window=128,
+    merging="masks",
+    least_quality=0.85,
     scale_min=0.6,
     scale_max=1.5,
     turns=True,
@@ -418,6 +423,7 @@ DEEPLAB_FIELDS = set(
 BEFORE = {
     **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
     **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
+    **{"merging": "pixels", "least_quality": 0.0},
     **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},
     **{"class_threshold": 0.85, "mask_threshold": 0.9, "coupled": 0.0, "guided_steps": 0},
     **{"clip_view": "crop", "clip_margin": 0.0, "clip_model": "", "clip_pretrained": ""},

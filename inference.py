@@ -27,6 +27,7 @@ CPU_CHUNK, GPU_CHUNK = 2**21, 2**27
 # Values of full-size masks, 4 bytes each, that the readings of a model share for speed. Those of a
 # larger image are made anew by every reading, a part at a time: they would fill the memory.
 SHARED_MASKS = 2**27
+KEPT = 0.5  # least share of its pixels that a mask keeps beside surer ones
 TOP_INSTANCES = 100  # of an image, as COCO counts them
 # The posteriors that readings take, in words.
 POSTERIORS = {"decoder": "decoder alone", "ensemble": "with the ensemble", "clip": "CLIP alone"}
@@ -111,7 +112,7 @@ def predict(
             masks = shared_masks(logits, all_sizes)
             for reading in _of(name, alphas):
                 p = posteriors[reading][k]
-                *segments, instances = _segments(p, logits, things, all_sizes, cfg, masks)
+                *segments, instances = _segments(p, logits, things, all_sizes, cfg, masks, sums)
                 classes = semantic_inference(p, logits, all_sizes, masks) if semantic else None
                 added = class_sums(p, logits, all_sizes, masks) if sums else None
                 arrays = (*segments, classes, added, instances)
@@ -120,15 +121,28 @@ def predict(
             del masks  # before those of the next model are made
 
 
-def _segments(posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, cfg: Config, masks):
-    """segment_map, labels, scores and masks of a `Prediction`, as cfg.labels wants them; semantic
-    ones are panoptic here. masks: as in `panoptic_inference`.
+def _segments(p: Tensor, mask_logits: Tensor, things, sizes, cfg: Config, masks, parts: bool):
+    """segment_map, labels, scores and masks of a `Prediction`, as cfg wants them; semantic ones are
+    panoptic here. masks: as in `panoptic_inference`;  parts: the image is a window of a larger one,
+    in which what overlaps is settled with its neighbours.
     """
     if cfg.labels == "instances":
-        instances, labels, scores = instance_inference(posterior, mask_logits, sizes, masks=masks)
+        instances, labels, scores = instance_inference(p, mask_logits, sizes, masks=masks)
         return paint(instances), labels, scores, instances
+    if cfg.merging == "masks" and parts:
+        instances, labels, scores = sure_things(p, mask_logits, things, sizes, cfg, masks)
+        return paint(instances), labels, scores, instances
+    return *segments(p, mask_logits, things, sizes, cfg, masks), None
+
+
+def segments(
+    posterior: Tensor, mask_logits: Tensor, things: Tensor, sizes, cfg: Config, masks=None
+):
+    """Panoptic inference as cfg.merging wants it: see `panoptic_inference` and `merge_masks`."""
+    if cfg.merging == "masks":
+        return merge_masks(posterior, mask_logits, things, sizes, cfg, masks)
     thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
-    return *panoptic_inference(posterior, mask_logits, things, sizes, *thresholds, masks), None
+    return panoptic_inference(posterior, mask_logits, things, sizes, *thresholds, masks)
 
 
 def papers_reading(teacher_posterior: str) -> str:
@@ -200,25 +214,31 @@ def panoptic_inference(
     if len(labels) == 0:
         return torch.zeros(sizes[2], dtype=torch.int32, device=posterior.device), labels, scores
     candidates = mask_logits[keep] if masks is None else masks[keep]
-    winner, solid, own = _competition(candidates, scores, sizes, masks is not None)
-    won = torch.bincount(winner.flatten(), minlength=len(labels))
-    both = torch.bincount(winner[solid], minlength=len(labels))
+    won = _competition(candidates, scores, sizes, masks is not None)
+    return _survivors(*won, labels, scores, things, overlap_threshold)
+
+
+def _survivors(winner, solid, own, labels, scores, things, overlap_threshold: float):
+    """The segments of a competition: what `panoptic_inference` returns."""
+    won = torch.bincount(winner.flatten(), minlength=len(labels) + 1)[: len(labels)]
+    both = torch.bincount(winner[solid], minlength=len(labels) + 1)[: len(labels)]
     survives = (both > 0) & (own > 0) & ~(won / own < overlap_threshold)
     first, number = join_stuff(labels.tolist(), survives.tolist(), things)
-    number = torch.tensor(number, dtype=torch.int32, device=winner.device)
+    number = torch.tensor([*number, 0], dtype=torch.int32, device=winner.device)
     return number[winner] * solid, labels[first], scores[first]
 
 
-def _competition(masks: Tensor, scores: Tensor, sizes, given: bool):
+def _competition(masks: Tensor, scores: Tensor, sizes, given: bool, free: Tensor | None = None):
     """The query with the largest score * mask at every pixel (the first one wins a tie).
 
-    Returns: winner (H, W) int64;  solid (H, W) bool, whether the pixel is inside the winner's mask;
-        own (Q,) pixels of every mask.
+    free: (H, W) bool, pixels that are competed for; None: all. Returns: winner (H, W) int64, Q
+        where a pixel is not free;  solid (H, W) bool, whether the pixel is inside the winner's
+        mask;  own (Q,) pixels of every mask that are free.
     """
     own = []
     best, winner, solid = scores.new_full(sizes[2], -1.0), None, None
     for first, part in full_masks(masks, sizes, given):
-        inside = part >= 0.5
+        inside = part >= 0.5 if free is None else (part >= 0.5) & free
         own.append(inside.flatten(1).sum(1, dtype=torch.int32))
         value, index = (part * scores[first : first + len(part), None, None]).max(0)
         inside = inside.gather(0, index[None])[0]
@@ -226,6 +246,8 @@ def _competition(masks: Tensor, scores: Tensor, sizes, given: bool):
         best = torch.where(better, value, best)
         winner = index + first if winner is None else torch.where(better, index + first, winner)
         solid = inside if solid is None else torch.where(better, inside, solid)
+    if free is not None:
+        winner = torch.where(free, winner, len(masks))
     return winner, solid, torch.cat(own)
 
 
@@ -249,6 +271,80 @@ def join_stuff(labels: list[int], present: list[bool], things) -> tuple[list[int
             if not things[label]:
                 stuff[label] = len(first)
     return first, number
+
+
+@torch.no_grad()
+def merge_masks(
+    posterior: Tensor,
+    mask_logits: Tensor,
+    things: Tensor,
+    sizes,
+    cfg: Config,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks of things are laid down, the surest first; stuff is what is seen between them.
+
+    Where queries compete for single pixels, two that see one object cover each other, and neither
+    keeps enough of its mask to stay: the object is lost, the more often the more alike objects are
+    near each other. Here the second one goes.
+
+    Args: as of `panoptic_inference`; cfg: `object_mask_threshold`, `least_quality`.
+    Returns: as there; scores of things: mask quality. A thing is left out that keeps less than KEPT
+        of its pixels. For the rest, queries of stuff compete.
+    Source: the heuristic of arXiv:1901.02446, section 3, by Mask2Former's quality of masks.
+    """
+    instances, labels, scores = sure_things(posterior, mask_logits, things, sizes, cfg, masks)
+    segment_map = torch.zeros(sizes[2], dtype=torch.int32, device=posterior.device)
+    kept = []
+    for k, mask in enumerate(instances):
+        free = mask & (segment_map == 0)
+        if free.sum() >= KEPT * mask.sum():
+            kept.append(k)
+            segment_map[free] = len(kept)
+    free = segment_map == 0
+    stuff = _stuff(posterior, mask_logits, ~things, sizes, cfg, masks, free)
+    segment_map += torch.where(free & (stuff[0] > 0), stuff[0] + len(kept), 0)
+    return segment_map, torch.cat([labels[kept], stuff[1]]), torch.cat([scores[kept], stuff[2]])
+
+
+def _stuff(posterior, mask_logits, wanted: Tensor, sizes, cfg: Config, masks, free: Tensor):
+    """`panoptic_inference` among the queries of stuff alone, on the pixels that are free."""
+    scores, labels = posterior.max(-1)
+    sure = torch.cat([wanted, wanted.new_zeros(1)])[labels] & (scores > cfg.object_mask_threshold)
+    scores, labels = scores[sure], labels[sure]
+    if len(labels) == 0:
+        return torch.zeros(sizes[2], dtype=torch.int32, device=free.device), labels, scores
+    candidates = mask_logits[sure] if masks is None else masks[sure]
+    won = _competition(candidates, scores, sizes, masks is not None, free)
+    return _survivors(*won, labels, scores, ~wanted, cfg.overlap_threshold)
+
+
+@torch.no_grad()
+def sure_things(
+    posterior: Tensor,
+    mask_logits: Tensor,
+    things: Tensor,
+    sizes,
+    cfg: Config,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (N, H, W) bool of the queries that are things, which may overlap; labels (N,) int64;
+    scores (N,), their `mask_quality` at the output size, falling. None has less than
+    cfg.least_quality, or a class below cfg.object_mask_threshold.
+    """
+    chances, labels = posterior.max(-1)
+    sure = chances > cfg.object_mask_threshold
+    sure &= torch.cat([things, things.new_zeros(1)])[labels]
+    labels = labels[sure]
+    candidates = mask_logits[sure] if masks is None else masks[sure]
+    inside, scores = [], [posterior.new_zeros(0, dtype=torch.float32)]
+    for _, part in full_masks(candidates, sizes, masks is not None):
+        inside.append(part > 0.5)
+        scores.append(_quality(part))
+    inside = torch.cat(inside) if inside else things.new_zeros(0, *sizes[2])
+    scores, order = torch.cat(scores).sort(descending=True, stable=True)
+    order = order[(scores > 0) & (scores >= cfg.least_quality)]
+    return inside[order], labels[order], scores[: len(order)]
 
 
 @torch.no_grad()

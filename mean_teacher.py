@@ -30,9 +30,9 @@ from inference import (
     PSEUDO,
     Prediction,
     join_stuff,
-    panoptic_inference,
     papers_reading,
     predict,
+    segments,
     semantic_inference,
 )
 from instance_eval import ErrorTypes, MaskAP
@@ -243,10 +243,7 @@ class MeanTeacher(Supervised):
                 labels, segment_map = classes.unique(return_inverse=True)
                 targets.append(Target(labels, (segment_map + 1).int()))
                 continue
-            thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
-            segment_map, labels, _ = panoptic_inference(
-                posterior, mask_logits, self.counted, sizes, *thresholds
-            )
+            segment_map, labels, _ = segments(posterior, mask_logits, self.counted, sizes, cfg)
             targets.append(Target(labels, segment_map))
         return targets
 

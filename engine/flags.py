@@ -229,16 +229,17 @@ PROJECTOR: projection projector
 BANK: parts part_momentum queue
 CONTRAST: contrast_start BANK kmeans_pixels anchor_share anchor_confidence anchors_max negatives
     contrast_temperature PROJECTOR
+MERGING: merging least_quality object_mask_threshold overlap_threshold
 QUERIES: classifier num_queries heads encoder_layers encoder_ffn encoder_points decoder_layers
     decoder_ffn class_weight mask_weight dice_weight no_object_weight num_points oversample
-    importance object_mask_threshold overlap_threshold
+    importance MERGING
 DECODER: train_backbone classifier num_queries hidden heads encoder_layers encoder_ffn
     encoder_points decoder_layers decoder_ffn
 NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_thresh
     points_per_batch
 SIZES: test_size test_max white
 SCALE: seen_width object_width window
-ANSWER: object_mask_threshold overlap_threshold alpha clip_scale teacher_posterior
+ANSWER: MERGING alpha clip_scale teacher_posterior
 INFERENCE: SIZES SCALE ANSWER least_score
 GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE

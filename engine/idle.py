@@ -73,8 +73,10 @@ not custom | variant | it counts with --dataset custom
 mini | data_root | --dataset mini is drawn, not read; it counts with --dataset custom or another
 bytes | white | images of --dataset mini have 8 bits
 images | data_root variant split | the images are those of --images; it counts without
-overlapping | groups object_mask_threshold overlap_threshold | instances do not compete for
+overlapping | groups MERGING | instances do not compete for
     pixels; it counts with --labels panoptic
+pixels | least_quality | queries compete for pixels; it counts with --merging masks
+masks | overlap_threshold | the surest mask takes its pixels; it counts with --merging pixels
 partition | least_score | segments have no such score; it counts with --labels instances
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
@@ -86,7 +88,7 @@ IDLE = [row.split(" | ") for row in rows(_IDLE)]
 GROUPS = {
     **{
         n: FIELDS[n]
-        for n in ("NETWORK", "NAMER", "SIZES", "GRAPH", "INSTANCES", "QUERIES", "SOFT", "CONTRAST")
+        for n in ("NETWORK NAMER SIZES MERGING GRAPH INSTANCES QUERIES SOFT CONTRAST".split())
     },
     "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept", "colour"),
     "WARM_UP": tuple(MAKES["ssl"]),
@@ -166,5 +168,7 @@ def _numbers(args: argparse.Namespace, cfg: Config) -> dict[str, bool]:
         "no mining": not cfg.ohem,
         "adamw": cfg.optimizer != "sgd",
         "overlapping": cfg.labels == "instances",
+        "pixels": cfg.merging == "pixels",
+        "masks": cfg.merging == "masks",
         "partition": cfg.labels != "instances",
     }

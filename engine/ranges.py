@@ -19,7 +19,7 @@ BOUNDS = {
     (0, 1): "cutmix_min cutmix_max eta part_momentum anchor_share momentum "
     "anchor_confidence ohem importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
     "jitter_prob class_threshold mask_threshold coupled object_mask_threshold overlap_threshold "
-    "least_score pred_iou_thresh stability_thresh mask_nms_thresh",
+    "least_score least_quality pred_iou_thresh stability_thresh mask_nms_thresh",
     (0, 0.5): "jitter_hue",
     (0, 2**32 - 1): "seed",
     (0, 10_000): "clip_scale",
@@ -29,6 +29,7 @@ CHOICES = {
     "classifier": ("language", "linear"),
     "teacher_posterior": ("decoder", "clip", "ensemble"),
     "labels": ("panoptic", "semantic", "instances"),
+    "merging": ("pixels", "masks"),
     "network": ("mask2former", "deeplab"),
     "output_stride": (8, 16),
     "projector": ("block", "conv"),

@@ -30,12 +30,11 @@ from scipy import ndimage
 from config import Config
 from data import Sample, magnified, output_size, resize_part
 from engine.method import Method
-from inference import PSEUDO, Prediction
+from inference import KEPT, PSEUDO, Prediction
 
 AGREE = 0.5  # least IoU of two parts of one object, in the pixels that both windows show
 CHUNK = 2**24  # pixels of an image that are looked at at once
 FAINT = 0.01  # of the largest sum in a window: a class that is nowhere above it is not there
-KEPT = 0.5  # least share of its pixels that an instance keeps beside surer ones
 
 
 class Picture(Protocol):

@@ -28,6 +28,7 @@ no GPU.
     test_mini            the miniature world
     test_pipelines       stages one after the other
     test_predict         a run on pictures
+    test_merging         panoptic inference by masks
     test_windows         small objects and large images, in windows
     test_ladder          tables over seeds, of several methods
     test_large           pictures of more pixels than fit in memory

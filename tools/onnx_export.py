@@ -8,7 +8,8 @@ The graph is backbone, head and class posterior at one image size, for any numbe
 
 S is --test-size, or --window of a run that sees windows. An image of another shape is scaled until
 it fits and padded right and bottom with the mean colour, or cut into windows (`engine.windows`).
-What remains is `inference.panoptic_inference`; docs/predict.md has it in numpy. What it needs is in
+What remains is `inference.panoptic_inference` (docs/predict.md has it in numpy), or with --merging
+masks `inference.merge_masks`. What it needs is in
 the file, as JSON in the metadata `dearli`:
 
     layout                1, of these names and keys
@@ -17,7 +18,7 @@ the file, as JSON in the metadata `dearli`:
     mean                  R, G, B, 0 to 255: the colour of the padding
     categories            of the K classes, in their order: id, name (synonyms separated by commas),
                           isthing, color, as in COCO panoptic format
-    object_mask_threshold, overlap_threshold    of panoptic inference
+    merging, least_quality, object_mask_threshold, overlap_threshold    of panoptic inference
     white                 the 16-bit grey value that becomes 255 (docs/data-sets.md)
     weights, which, posterior, alpha    where it comes from; alpha: the decoder's share, Eq. (6)
 
@@ -103,6 +104,8 @@ def about(model: Predictor, alpha: float, side: int) -> dict:
         "categories": model.taxonomy.categories(),
         "object_mask_threshold": cfg.object_mask_threshold,
         "overlap_threshold": cfg.overlap_threshold,
+        "merging": cfg.merging,
+        "least_quality": cfg.least_quality,
         "white": model.white,
         **model.about,
         "alpha": alpha,

@@ -70,8 +70,8 @@ KINDS = ("panoptic", "semantic", "overlay")
 ROW = ("image", "annotation", "objects")  # of panoptic.jsonl; the last see `tools.exchange`
 # Of Config, that a prediction depends on.
 NUMBERS = (
-    "alpha clip_scale object_mask_threshold overlap_threshold least_score test_size test_max "
-    "seen_width object_width window white"
+    "alpha clip_scale merging least_quality object_mask_threshold overlap_threshold least_score "
+    "test_size test_max seen_width object_width window white"
 ).split()
 ROWS = 2**24  # pixels of a map that are counted at once
 CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
