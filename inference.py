@@ -5,7 +5,7 @@ A query is a class posterior and a mask. Panoptic inference lets queries compete
 (arXiv:2107.06278, section 3.4); semantic inference adds their masks up, class by class. A reading
 is a model with a posterior: the student's or the teacher's, the decoder alone (P_MT), CLIP alone
 (P_CLIP) or their ensemble (P_ENS, Eq. 6).
-Differs from the paper: nothing.
+Differs from the paper: nothing, unless --merging masks has the surest mask take its pixels first.
 Axes: B images, Q queries, K classes, N segments, h w mask grid (stride 4), H W image.
 Try, after the demo: `python dearli.py --stage eval --weights runs/mini-sup-16 --overlap-threshold 0
 --out runs/try-overlap`: queries that others cover stay segments.
