@@ -39,8 +39,9 @@ class Prediction:
     """What a reading says of an image of H x W pixels.
 
     segment_map: (H, W) int32, 0 = void, k = k-th segment;  labels: (N,) int64 classes;  scores:
-    (N,) posterior of the class, 0 to 1;  semantic: (H, W) int64, a class for every pixel;  sums:
-    (K, H, W) float32, what that is the largest of (`class_sums`); None where nobody asked.
+    (N,) posterior of the class, or with --merging masks mask quality of things, 0 to 1;
+    semantic: (H, W) int64, a class for every pixel;  sums: (K, H, W) float32, what that is the
+    largest of (`class_sums`); None where nobody asked.
     masks: (N, H, W) bool, of instances, which may overlap: in falling order of their scores (class
     times mask quality), and the segment map shows them with the highest score on top; None: the
     segments are the map's.

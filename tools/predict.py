@@ -80,8 +80,8 @@ CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here o
 @dataclass
 class Prediction:
     """What a model says of one image. segment_map: (H, W) int32, 0 = void, k = k-th segment;
-    labels: (N,) classes;  scores: (N,), 0 to 1, the class posterior;  semantic: (H, W) int64, a
-    class for every pixel.   answer: of a run that predicts instances: all of them, of any score,
+    labels: (N,) classes;  scores: (N,), as in `inference.Prediction`;  semantic: (H, W) int64,
+    a class for every pixel.   answer: of a run that predicts instances: all of them, of any score,
     with their masks; the others are those of at least `least_score`, and semantic is -1 where there
     is none.
     """
