@@ -311,13 +311,18 @@ def merge_masks(
 def _stuff(posterior, mask_logits, wanted: Tensor, sizes, cfg: Config, masks, free: Tensor):
     """`panoptic_inference` among the queries of stuff alone, on the pixels that are free."""
     scores, labels = posterior.max(-1)
-    sure = torch.cat([wanted, wanted.new_zeros(1)])[labels] & (scores > cfg.object_mask_threshold)
+    sure = (scores > cfg.object_mask_threshold) & _among(wanted, labels)
     scores, labels = scores[sure], labels[sure]
     if len(labels) == 0:
         return torch.zeros(sizes[2], dtype=torch.int32, device=free.device), labels, scores
     candidates = mask_logits[sure] if masks is None else masks[sure]
     won = _competition(candidates, scores, sizes, masks is not None, free)
     return _survivors(*won, labels, scores, ~wanted, cfg.overlap_threshold)
+
+
+def _among(wanted: Tensor, labels: Tensor) -> Tensor:
+    """Which labels are of the wanted classes (K,), where the labels are; no-object is not."""
+    return torch.cat([wanted, wanted.new_zeros(1)]).to(labels.device)[labels]
 
 
 @torch.no_grad()
@@ -334,15 +339,14 @@ def sure_things(
     cfg.least_quality, or a class below cfg.object_mask_threshold.
     """
     chances, labels = posterior.max(-1)
-    sure = chances > cfg.object_mask_threshold
-    sure &= torch.cat([things, things.new_zeros(1)])[labels]
+    sure = (chances > cfg.object_mask_threshold) & _among(things, labels)
     labels = labels[sure]
     candidates = mask_logits[sure] if masks is None else masks[sure]
     inside, scores = [], [posterior.new_zeros(0, dtype=torch.float32)]
     for _, part in full_masks(candidates, sizes, masks is not None):
         inside.append(part > 0.5)
         scores.append(_quality(part))
-    inside = torch.cat(inside) if inside else things.new_zeros(0, *sizes[2])
+    inside = torch.cat(inside) if inside else labels.new_zeros(0, *sizes[2], dtype=torch.bool)
     scores, order = torch.cat(scores).sort(descending=True, stable=True)
     order = order[(scores > 0) & (scores >= cfg.least_quality)]
     return inside[order], labels[order], scores[: len(order)]

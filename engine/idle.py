@@ -76,7 +76,6 @@ images | data_root variant split | the images are those of --images; it counts w
 overlapping | groups MERGING | instances do not compete for
     pixels; it counts with --labels panoptic
 pixels | least_quality | queries compete for pixels; it counts with --merging masks
-masks | overlap_threshold | the surest mask takes its pixels; it counts with --merging pixels
 partition | least_score | segments have no such score; it counts with --labels instances
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
@@ -169,6 +168,5 @@ def _numbers(args: argparse.Namespace, cfg: Config) -> dict[str, bool]:
         "adamw": cfg.optimizer != "sgd",
         "overlapping": cfg.labels == "instances",
         "pixels": cfg.merging == "pixels",
-        "masks": cfg.merging == "masks",
         "partition": cfg.labels != "instances",
     }
