@@ -342,14 +342,16 @@ def sure_things(
     sure = (chances > cfg.object_mask_threshold) & _among(things, labels)
     labels = labels[sure]
     candidates = mask_logits[sure] if masks is None else masks[sure]
-    inside, scores = [], [posterior.new_zeros(0, dtype=torch.float32)]
-    for _, part in full_masks(candidates, sizes, masks is not None):
-        inside.append(part > 0.5)
-        scores.append(_quality(part))
-    inside = torch.cat(inside) if inside else labels.new_zeros(0, *sizes[2], dtype=torch.bool)
+    inside = [labels.new_zeros(0, *sizes[2], dtype=torch.bool)]
+    scores, kept = [posterior.new_zeros(0, dtype=torch.float32)], [labels.new_zeros(0)]
+    for first, part in full_masks(candidates, sizes, masks is not None):
+        quality = _quality(part)
+        good = ((quality > 0) & (quality >= cfg.least_quality)).nonzero()[:, 0]
+        inside.append(part[good] > 0.5)
+        scores.append(quality[good])
+        kept.append(good + first)
     scores, order = torch.cat(scores).sort(descending=True, stable=True)
-    order = order[(scores > 0) & (scores >= cfg.least_quality)]
-    return inside[order], labels[order], scores[: len(order)]
+    return torch.cat(inside)[order], labels[torch.cat(kept)[order]], scores
 
 
 @torch.no_grad()

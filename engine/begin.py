@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_ensemble import alpha_of_share
-from config import METHODS, Config
+from config import BEFORE, METHODS, Config
 from engine import checkpoint, masks, rehearsal, stored
 from engine.checkpoint import require_free
 from engine.checks import ablations
@@ -325,11 +325,11 @@ def require_own_results(
     folder: Path, run: Stored, source: Source, cfg: Config, dataset: DataSet
 ) -> None:
     """Raise UserError if results in a folder would be replaced by those of something else."""
-    own = folder == run.path
+    own, stored = folder == run.path, {**BEFORE, **run.config} if run.config else {}
     others = [
-        f"{name} {run.config[name]} there, {value} now"
+        f"{name} {stored[name]} there, {value} now"
         for name, value in vars(cfg).items()
-        if run.config.get(name, value) != value and name not in MAY_CHANGE
+        if stored.get(name, value) != value and name not in MAY_CHANGE
     ]
     if own and others:
         raise UserError(

@@ -28,6 +28,8 @@ def differing(stored: dict, config: dict) -> list[str]:
         MAY_CHANGE | (LATER - stored.keys()) | ({f.name for f in dataclasses.fields(Config)} - read)
     )
     stored = {**BEFORE, **stored}
+    if stored["merging"] == config.get("merging") == "pixels":
+        idle |= {"least_quality"}  # it is not read; runs of before have another one than presets
     if stored.get("data") is not None and stored["data"] == config.get("data"):
         idle |= {"dataset", "data_root"}  # the same images under another path are the same
     return [

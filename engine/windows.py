@@ -152,7 +152,9 @@ class Stitcher:
             if cut and grid.shows_whole(box, self.size):
                 continue
             whole = prediction.masks
-            mask = prediction.segment_map[place] == k + 1 if whole is None else whole[k][place]
+            mask = (
+                prediction.segment_map[place] == k + 1 if whole is None else whole[k][place].copy()
+            )
             label, score = int(prediction.labels[k]), float(prediction.scores[k])
             area = int(np.count_nonzero(mask))
             self.waiting.append(Instance(label, score, box, mask, window, cut, area))

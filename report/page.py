@@ -347,6 +347,6 @@ def configuration(run: Stored) -> dict:
     usual = {key: getattr(numbers, key) for key in FIELDS}
     rows = [(key, _readable(value), _usual(key, value, usual)) for key, value in run.config.items()]
     same = [row for row in rows if row[0] in usual and row[0] not in changed]
-    empty = [row for row in rows if row[0] not in usual and row[1] in ("", None)]
+    empty = [row for row in rows if row[0] not in usual and row[1] in ("", "–")]
     differing = [row for row in rows if row not in same + empty and row[0] != "taxonomy"]
     return {"preset": preset, "differing": differing, "same": same, "commands": commands(run)}

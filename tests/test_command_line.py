@@ -295,7 +295,7 @@ def test_a_run_that_is_watched_is_the_run_that_is_not_and_what_was_seen_is_true(
         f"{step:08d}-{k}.webp" for step in range(1, 7) for k in range(4)
     ]
     page = (tmp_path / "watched" / "report.html").read_text()
-    assert page.count("step 5</figcaption>") == 4 and "on 3 validation images" in page
+    assert page.count("step 5</figcaption>") == 4 and "on the first 3 validation images" in page
     first = (tmp_path / "watched" / "pq.jsonl").read_text()
     max(
         (tmp_path / "watched").glob("step_*.pt")
@@ -402,11 +402,13 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
     stage("masks", *runs, "--points-per-side", 2)
     stage("masks", *runs, *own, "--split", 2)
     stage("dewa", *runs, "--steps", 1, "--train-backbone", "--out", tmp_path / "dewa")
-    stage("sup", *runs, "--steps", 1, "--train-backbone", *alone)
+    masks = ["--merging", "masks"]
+    stage("sup", *runs, "--steps", 1, "--train-backbone", *masks, *alone)
     stage(
         "sup", *runs, "--steps", 1, "--classifier", "linear", *alone, "--out", tmp_path / "linear"
     )
-    stage("ssl", "--steps", 2, "--method", "dear", "--cutmix-prob", 1, "--out", folder, *alone)
+    dear = ["--method", "dear", "--cutmix-prob", 1, *masks]
+    stage("ssl", "--steps", 2, *dear, "--out", folder, *alone)
     stage(
         "ssl",
         "--steps",
@@ -429,6 +431,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
     stage("ssl", *esl, "--kmeans-pixels", 9, *deep, "--out", tmp_path / "esl")
     stage("eval", "--weights", folder, "--report-images", 1)
     stage("eval", "--weights", tmp_path / "linear", *alone)
+    stage("report", "--weights", tmp_path / "linear", "--report-images", 1)
     stage("eval", "--weights", tmp_path / "esl", *alone)
     stage("report", "--weights", tmp_path / "esl", "--report-images", 1)
     said = ["--input", tmp_path / "a.png", "--out", tmp_path / "said"]

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 import inference
-from config import CUSTOM, MINI
+from config import CUSTOM, MINI, numbers_of
+from engine.sameness import differing
 from inference import merge_masks, panoptic_inference, sure_things
+from mean_teacher import MeanTeacher
+from mini import scenes
+from tests.helpers import TINY
 
 CFG = dataclasses.replace(MINI, merging="masks", least_quality=0.6)
 THINGS = torch.tensor([True, False])  # a thing, stuff
@@ -140,3 +144,51 @@ def test_a_window_gives_all_sure_things_with_masks_that_overlap():
 
 def test_the_paper_has_queries_compete_and_the_preset_of_small_objects_has_not():
     assert MINI.merging == "pixels" and CUSTOM.merging == "masks"
+
+
+def test_of_two_classes_on_one_object_the_surer_mask_stays():
+    both = torch.tensor([True, True])
+    masks = torch.stack([mask(0.7, 0.7, 0.1), mask(0.9, 0.9, 0.1)])
+    posterior = torch.tensor([[0.9, 0.0, 0.1], [0.0, 0.6, 0.4]])
+    segment_map, labels, _ = merge_masks(posterior, masks, both, sizes(1, 3), CFG)
+    assert segment_map.tolist() == [[1, 1, 0]] and labels.tolist() == [1]
+
+
+class Sees(MeanTeacher):
+    """A teacher with two queries of one object, each surer of its own half."""
+
+    def teacher_answer(self, features, t):
+        rows = torch.full((2, 16, 16), -4.0)
+        rows[0, :8, :8], rows[0, :8, 8:] = 2.0, 1.0
+        rows[1, :8, :8], rows[1, :8, 8:] = 0.9, 2.2
+        posterior = torch.zeros(1, 2, len(self.taxonomy) + 1)
+        posterior[:, :, 0] = 1.0
+        return posterior, rows[None]
+
+
+@pytest.mark.parametrize("merging, count", [("pixels", 0), ("masks", 1)])
+def test_pseudo_labels_are_merged_as_the_configuration_says(merging, count):
+    cfg = dataclasses.replace(TINY, merging=merging, overlap_threshold=0.8)
+    made = Sees(cfg, scenes.mini_taxonomy(), torch.device("cpu"))
+    (target,) = made.pseudo_labels([], ((64, 64),) * 3, 0)
+    assert len(target) == count and (target.segment_map > 0).any() == bool(count)
+
+
+def test_windows_get_masks_that_overlap_and_whole_images_a_partition():
+    cfg = dataclasses.replace(TINY, merging="masks")
+    made = MeanTeacher(cfg, scenes.mini_taxonomy(), torch.device("cpu"))
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    for parts in (True, False):
+        given = ([((64, 64), (64, 64))], ["student/decoder"])
+        ((_, _, answer),) = made.predict(images, *given, sums=parts)
+        assert (answer.masks is not None) == parts
+
+
+def test_runs_of_before_had_queries_compete():
+    assert numbers_of({"lr": 1.0})["merging"] == "pixels"
+    old = {"stage": "sup", "lr": 1.0, "overlap_threshold": 0.8}
+    now = {**old, "merging": "pixels", "least_quality": 0.85}
+    assert differing(old, now) == [] and differing(old, {**now, "merging": "masks"}) == [
+        "merging",
+        "least_quality",
+    ]

@@ -115,7 +115,7 @@ def test_the_snippet_of_the_document_makes_the_map_of_panoptic_inference(tmp_pat
     for q, (c, p) in enumerate([(thing, 0.9), (stuff, 0.8), (stuff, 0.7), (thing, 0.2), (k, 1)]):
         probabilities[0, q, c] = p
     about = {"size": side, "mean": [1.0, 2.0, 3.0], "categories": taxonomy.categories()}
-    about |= {"object_mask_threshold": 0.0, "overlap_threshold": 0.8}
+    about |= {"object_mask_threshold": 0.0, "overlap_threshold": 0.8, "merging": "pixels"}
 
     class Session:
         def __init__(self, path):
