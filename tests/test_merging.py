@@ -158,9 +158,9 @@ class Sees(MeanTeacher):
     """A teacher with two queries of one object, each surer of its own half."""
 
     def teacher_answer(self, features, t):
-        rows = torch.full((2, 16, 16), -4.0)
-        rows[0, :8, :8], rows[0, :8, 8:] = 2.0, 1.0
-        rows[1, :8, :8], rows[1, :8, 8:] = 0.9, 2.2
+        rows = torch.empty(2, 16, 16)
+        rows[0, :, :8], rows[0, :, 8:] = 2.0, 1.0
+        rows[1, :, :8], rows[1, :, 8:] = 0.9, 2.2
         posterior = torch.zeros(1, 2, len(self.taxonomy) + 1)
         posterior[:, :, 0] = 1.0
         return posterior, rows[None]
