@@ -1100,7 +1100,7 @@ def test_an_official_file_predicts_what_its_run_predicts(small_run, tmp_path):
     config = checkpoint.newest(small_run / "run")["config"]
     numbers = {name: config[name] for name in READS["predict"] - DEEPLAB_FIELDS}
     del numbers["object_width"]  # refused where images are shown by their short side
-    del numbers["least_score"]  # and this one of segments
+    del numbers["least_score"], numbers["least_quality"]  # and these of segments that compete
     one, two = (
         dearli.load(small_run / "run", device="cpu")(picture),
         dearli.load(tmp_path / "student.pth", dataset="mini", device="cpu", **numbers)(picture),
