@@ -90,8 +90,9 @@ def predict(
             its posterior.
         images: (B, 3, S, S') uint8.    sizes: for each (its size in the batch, the size of the
             answer), (H, W) both.
-        things: (K,) bool.    semantic, sums: whether anybody wants the semantic map, and what it
-            is the largest of.
+        things: (K,) bool.    semantic: whether anybody wants the semantic map.    sums: the images
+            are windows of larger ones, which want what that map is the largest of, and with
+            --merging masks all sure things, though they overlap.
     """
     padded = padded_size(*images.shape[-2:])
     names = list(dict.fromkeys(reading.split("/")[0] for reading in alphas))
@@ -113,10 +114,10 @@ def predict(
             masks = shared_masks(logits, all_sizes)
             for reading in _of(name, alphas):
                 p = posteriors[reading][k]
-                *segments, instances = _segments(p, logits, things, all_sizes, cfg, masks, sums)
+                *found, instances = _segments(p, logits, things, all_sizes, cfg, masks, sums)
                 classes = semantic_inference(p, logits, all_sizes, masks) if semantic else None
                 added = class_sums(p, logits, all_sizes, masks) if sums else None
-                arrays = (*segments, classes, added, instances)
+                arrays = (*found, classes, added, instances)
                 arrays = (None if x is None else x.cpu().numpy() for x in arrays)
                 yield k, reading, Prediction(*arrays)
             del masks  # before those of the next model are made
@@ -198,6 +199,7 @@ def panoptic_inference(
     object_mask_threshold: float = 0.0,
     overlap_threshold: float = 0.8,
     masks: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries compete for pixels; those that keep most of their mask become segments.
 
@@ -205,6 +207,7 @@ def panoptic_inference(
         posterior: (Q, K+1) probabilities.     mask_logits: (Q, h, w).     things: (K,) bool.
         sizes: (padded, image, output) as in `resize_masks`.
         masks: (Q, H, W) probabilities at the output size, if they are at hand already.
+        free: (H, W) bool, pixels that are competed for, and that a mask's size is of; None: all.
     Returns: segment_map (H, W) int32, 0 = void, k = k-th segment; labels (N,) int64; scores (N,),
         the query's probability. Stuff of one class is one segment (with the score of its first
         query); things stay apart.
@@ -215,26 +218,21 @@ def panoptic_inference(
     if len(labels) == 0:
         return torch.zeros(sizes[2], dtype=torch.int32, device=posterior.device), labels, scores
     candidates = mask_logits[keep] if masks is None else masks[keep]
-    won = _competition(candidates, scores, sizes, masks is not None)
-    return _survivors(*won, labels, scores, things, overlap_threshold)
-
-
-def _survivors(winner, solid, own, labels, scores, things, overlap_threshold: float):
-    """The segments of a competition: what `panoptic_inference` returns."""
-    won = torch.bincount(winner.flatten(), minlength=len(labels) + 1)[: len(labels)]
-    both = torch.bincount(winner[solid], minlength=len(labels) + 1)[: len(labels)]
+    winner, solid, own = _competition(candidates, scores, sizes, masks is not None, free)
+    there = winner.flatten() if free is None else winner[free]
+    won = torch.bincount(there, minlength=len(labels))
+    both = torch.bincount(winner[solid], minlength=len(labels))
     survives = (both > 0) & (own > 0) & ~(won / own < overlap_threshold)
     first, number = join_stuff(labels.tolist(), survives.tolist(), things)
-    number = torch.tensor([*number, 0], dtype=torch.int32, device=winner.device)
+    number = torch.tensor(number, dtype=torch.int32, device=winner.device)
     return number[winner] * solid, labels[first], scores[first]
 
 
 def _competition(masks: Tensor, scores: Tensor, sizes, given: bool, free: Tensor | None = None):
     """The query with the largest score * mask at every pixel (the first one wins a tie).
 
-    free: (H, W) bool, pixels that are competed for; None: all. Returns: winner (H, W) int64, Q
-        where a pixel is not free;  solid (H, W) bool, whether the pixel is inside the winner's
-        mask;  own (Q,) pixels of every mask that are free.
+    free: (H, W) bool, pixels that masks have; None: all. Returns: winner (H, W) int64;  solid
+        (H, W) bool, whether the pixel is inside the winner's mask;  own (Q,) pixels of every mask.
     """
     own = []
     best, winner, solid = scores.new_full(sizes[2], -1.0), None, None
@@ -247,8 +245,6 @@ def _competition(masks: Tensor, scores: Tensor, sizes, given: bool, free: Tensor
         best = torch.where(better, value, best)
         winner = index + first if winner is None else torch.where(better, index + first, winner)
         solid = inside if solid is None else torch.where(better, inside, solid)
-    if free is not None:
-        winner = torch.where(free, winner, len(masks))
     return winner, solid, torch.cat(own)
 
 
@@ -303,21 +299,13 @@ def merge_masks(
             kept.append(k)
             segment_map[free] = len(kept)
     free = segment_map == 0
-    stuff = _stuff(posterior, mask_logits, ~things, sizes, cfg, masks, free)
-    segment_map += torch.where(free & (stuff[0] > 0), stuff[0] + len(kept), 0)
-    return segment_map, torch.cat([labels[kept], stuff[1]]), torch.cat([scores[kept], stuff[2]])
-
-
-def _stuff(posterior, mask_logits, wanted: Tensor, sizes, cfg: Config, masks, free: Tensor):
-    """`panoptic_inference` among the queries of stuff alone, on the pixels that are free."""
-    scores, labels = posterior.max(-1)
-    sure = (scores > cfg.object_mask_threshold) & _among(wanted, labels)
-    scores, labels = scores[sure], labels[sure]
-    if len(labels) == 0:
-        return torch.zeros(sizes[2], dtype=torch.int32, device=free.device), labels, scores
-    candidates = mask_logits[sure] if masks is None else masks[sure]
-    won = _competition(candidates, scores, sizes, masks is not None, free)
-    return _survivors(*won, labels, scores, ~wanted, cfg.overlap_threshold)
+    of_stuff = _among(~things, posterior.max(-1).indices)
+    thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
+    full = None if masks is None else masks[of_stuff]
+    given = posterior[of_stuff], mask_logits[of_stuff], things, sizes, *thresholds, full, free
+    stuff, classes, chances = panoptic_inference(*given)
+    segment_map += torch.where(stuff > 0, stuff + len(kept), 0)
+    return segment_map, torch.cat([labels[kept], classes]), torch.cat([scores[kept], chances])
 
 
 def _among(wanted: Tensor, labels: Tensor) -> Tensor:

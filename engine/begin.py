@@ -325,11 +325,11 @@ def require_own_results(
     folder: Path, run: Stored, source: Source, cfg: Config, dataset: DataSet
 ) -> None:
     """Raise UserError if results in a folder would be replaced by those of something else."""
-    own, stored = folder == run.path, {**BEFORE, **run.config} if run.config else {}
+    own, there = folder == run.path, {**BEFORE, **run.config} if run.config else {}
     others = [
-        f"{name} {stored[name]} there, {value} now"
+        f"{name} {there[name]} there, {value} now"
         for name, value in vars(cfg).items()
-        if stored.get(name, value) != value and name not in MAY_CHANGE
+        if there.get(name, value) != value and name not in MAY_CHANGE
     ]
     if own and others:
         raise UserError(
