@@ -110,7 +110,7 @@ def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, 
     captions = {r: c for r, c in {**method.readings, **method.pictured}.items() if r != PSEUDO}
     own = [reading, *(r for r in captions if r != reading and r.split("/")[0] == model)]
     answers = predict_image(method, image, own)
-    columns = [(f"{model}, {captions[r]}", answers[r]) for r in own]
+    columns = [(", ".join(dict.fromkeys((model, captions[r]))), answers[r]) for r in own]
     for other in others:
         answer = predict_image(other.method, image, [other.reading])[other.reading]
         columns.append((other.title, answer))

@@ -194,7 +194,6 @@ def comparison(runs: list[Stored]) -> dict:
         "readings": readings,
         "reading_columns": [(f"r{k}", reading_title(r)) for k, r in enumerate(readings)],
         "charts": list(filter(None, charts)),
-        "begins": begins,
         "differing": [
             (key, [_readable(config.get(key)) for config in configs])
             for key in keys

@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from config import METHODS, PRESETS, Config, changes
+from config import BEFORE, METHODS, PRESETS, Config, changes
 from engine import sessions
 from engine.flags import READS, preset_of
 from engine.idle import idle
@@ -94,8 +94,9 @@ def usual_posterior(stage: str | None) -> str:
 
 
 def nearest_preset(config: dict) -> tuple[str, dict]:
-    """The preset with the fewest other numbers, and what differs from it."""
-    own = data_set(config)
+    """The preset with the fewest other numbers, and what differs from it; what a version did not
+    know yet was as it then did."""
+    own, config = data_set(config), {**BEFORE, **config}
     network = config.get("network", "mask2former")
     numbers = {name: preset_of(name, network) for name in PRESETS}
     presets = sorted(PRESETS, key=lambda preset: preset != own)

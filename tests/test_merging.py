@@ -1,6 +1,7 @@
 """Panoptic inference by masks (--merging masks): the surest mask takes its pixels first."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from engine.sameness import differing
 from inference import merge_masks, panoptic_inference, sure_things
 from mean_teacher import MeanTeacher
 from mini import scenes
+from report import run_folder
 from tests.helpers import TINY
 
 CFG = dataclasses.replace(MINI, merging="masks", least_quality=0.6)
@@ -192,3 +194,15 @@ def test_runs_of_before_had_queries_compete():
         "merging",
         "least_quality",
     ]
+
+
+def test_the_page_of_an_old_run_says_that_its_queries_competed(tmp_path):
+    config = {"stage": "sup", "dataset": "custom", "data_root": "set", **vars(CUSTOM.settled())}
+    for merging in ("masks", None):
+        stored = {key: value for key, value in config.items() if merging or key != "merging"}
+        if not merging:
+            del stored["least_quality"]
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        (command,) = run_folder.commands(run_folder.read(tmp_path))
+        assert ("--merging pixels" in command) == (merging is None), command
+        assert "--least-quality" not in command
