@@ -130,8 +130,8 @@ class Config:
     clip_pretrained: str = ""  # its weights: OpenCLIP tag or a file; `random`
     pixel_certainty: bool = True  # pixels count in the BCE as the teacher is sure of them (PMUA)
     ema_first: bool = True  # the teacher's average comes before the student's step (public code)
-    guided_steps: int = 0  # --method guided: steps after the burn-in in which a new student learns
-    #    from a teacher that stays as it is
+    guided_steps: float = 0.0  # --method guided: steps, or below 1 their share, after the burn-in
+    #    in which a new student learns from a teacher that stays as it is
     # panoptic inference
     merging: str = "pixels"  # of queries that overlap: `pixels`, they compete for each (the paper);
     #    `masks`, the surest mask takes its pixels first: for many small objects that are alike
@@ -214,14 +214,14 @@ class Config:
 
     def burn_in_steps(self, warm: bool) -> int:
         """Steps of stage ssl without unlabelled loss; warm: a run that starts from DeWa weights."""
-        value = self.burn_in_warm if warm else self.burn_in
-        return round(value * self.ssl_steps if value < 1 else value)
+        return self._in_steps(self.burn_in_warm if warm else self.burn_in)
 
     def settled(self) -> "Config":
-        """With the burn-in in steps, as a run stores it: it stays when the run is made longer."""
-        return replace(
-            self, burn_in=self.burn_in_steps(False), burn_in_warm=self.burn_in_steps(True)
-        )
+        """With PHASES in steps, as a run stores them: they stay when the run is made longer."""
+        return replace(self, **{name: self._in_steps(getattr(self, name)) for name in PHASES})
+
+    def _in_steps(self, value: float) -> int:
+        return round(value * self.ssl_steps if value < 1 else value)
 
     @property
     def loss(self) -> LossConfig:
@@ -239,6 +239,7 @@ class Config:
         return replace(self, class_weight=0.0).loss
 
 
+PHASES = "burn_in", "burn_in_warm", "guided_steps"  # of stage ssl: steps, or below 1 their share
 OFFICIAL = Config()  # ADE20K; SAM and CLIP at full size
 COCO = replace(OFFICIAL, crop=512, dewa_crop=640, test_size=512, test_max=2048)
 SUP_STEPS_A_SPLIT = 10_000  # supplement D: of the smallest split; a larger one takes as many more
@@ -402,10 +403,10 @@ def shares_of(milestones: str) -> tuple[float, ...]:
 def changes(numbers: dict, preset: Config) -> dict:
     """Fields of a configuration, as a run stores it, that are not those of a preset.
 
-    Returns: {name: value}. A burn-in is compared in steps.
+    Returns: {name: value}. PHASES are compared in steps.
     """
     settled = replace(preset, ssl_steps=numbers.get("ssl_steps", preset.ssl_steps)).settled()
-    usual = {**vars(preset), "burn_in": settled.burn_in, "burn_in_warm": settled.burn_in_warm}
+    usual = {**vars(preset), **{name: getattr(settled, name) for name in PHASES}}
     return {
         f.name: numbers[f.name]
         for f in fields(Config)

@@ -51,6 +51,8 @@ _TRAINED = {  # the backbone learns along, on 16 + 16 images
     "unlabeled_batch": 16,
     "guided_steps": 50_000,
 }
+# A teacher of 250 supervised steps makes pseudo-labels from which nothing is learned.
+_MINI = {"classifier": "linear", "jitter_prob": 0.8, "ssl_steps": 800, "sup_steps": 800}
 GUIDED = {
     "": {  # a threshold on the class alone: no mask quality, no CLIP, no weights of pixels
         "class_threshold": 0.7,
@@ -62,13 +64,12 @@ GUIDED = {
     },
     "coco-instances": _TRAINED,
     "cityscapes-instances": {**_TRAINED, "schedule": "poly", "ssl_steps": 90_000},
-    "mini": {"classifier": "linear", "jitter_prob": 0.8, "guided_steps": 100},
-    "custom": {"jitter_prob": 0.8, "guided_steps": 480},
+    "mini": {**_MINI, "guided_steps": 0.25},
+    "custom": {"jitter_prob": 0.8, "guided_steps": 0.2},
 }
 PLDC = {
     "mini": {
-        "classifier": "linear",
-        "jitter_prob": 0.8,
+        **_MINI,
         "cutout": "paper",
         "class_threshold": 0.6,  # of so few steps; at 0.85 and 0.9 next to nothing passes
         "mask_threshold": 0.8,

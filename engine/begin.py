@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_ensemble import alpha_of_share
-from config import BEFORE, METHODS, Config
+from config import BEFORE, METHODS, PHASES, Config
 from engine import checkpoint, masks, rehearsal, stored
 from engine.checkpoint import require_free
 from engine.checks import ablations
@@ -133,12 +133,12 @@ def begun(course: Course, folder: Path) -> Begun:
 
 
 def as_begun(course: Course, cfg: Config, before: Begun, steps: str) -> Config:
-    """With --resume, the length and the burn-in that the run was begun with, unless they are named.
+    """With --resume, the length and the phases that the run was begun with, unless they are named.
 
-    steps: the field of its length.   A burn-in that is named as the share that it was is not a
+    steps: the field of its length.   A phase that is named as the share that it was is not a
     change; it does not move when the run is made longer.
     """
-    names = {steps, "ssl_steps", "burn_in", "burn_in_warm", "object_width"} & before.config.keys()
+    names = {steps, "ssl_steps", *PHASES, "object_width"} & before.config.keys()
     numbers = {n: before.config[n] for n in names if type(before.config[n]) in (int, float)}
     length = {"ssl_steps": numbers["ssl_steps"]} if "ssl_steps" in numbers else {}
     asked = replace(cfg, **length).settled()
@@ -147,7 +147,7 @@ def as_begun(course: Course, cfg: Config, before: Begun, steps: str) -> Config:
         named = name in course.given | {"ssl_steps"} and not (
             name == steps and course.steps is None
         )
-        same_share = name.startswith("burn_in") and getattr(asked, name) == value
+        same_share = name in PHASES and getattr(asked, name) == value
         if not named or same_share:
             taken[name] = value
     return replace(cfg, **taken).settled()

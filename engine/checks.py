@@ -259,6 +259,11 @@ def ablations(cfg: Config, stage: str, warm: bool = False) -> list[str]:
         lines.append("--lambda-u 0: the unlabelled images change nothing, a supervised run")
     if stage == "ssl" and cfg.ema_decay == 1 and (warm or cfg.burn_in):
         lines.append("--ema-decay 1: the teacher stays as it is after the burn-in")
+    guided = cfg.settled().guided_steps
+    if stage == "ssl" and guided and cfg.burn_in_steps(warm) + guided >= cfg.ssl_steps:
+        lines.append(
+            f"--guided-steps {guided}: the run ends before the student becomes the teacher"
+        )
     if stage == "ssl" and cfg.teacher_posterior == "ensemble" and str(cfg.alpha) in ("1", "1.0"):
         lines.append("--alpha 1: CLIP has no say, as with --method ssl")
     return lines

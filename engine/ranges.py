@@ -55,7 +55,7 @@ RULES = {
     ),
     "scale_min": (lambda x, c: x <= c.scale_max, "no more than --scale-max {0.scale_max}"),
     "scale_min scale_max": (lambda x, c: abs(10 * x - round(10 * x)) < 1e-6, "a multiple of 0.1"),
-    "burn_in burn_in_warm": (
+    "burn_in burn_in_warm guided_steps": (
         lambda x, c: x <= 1 or x % 1 == 0,
         "a share of the steps, below 1, or a whole number of steps",
     ),

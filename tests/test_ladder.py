@@ -30,12 +30,13 @@ def test_rungs_are_the_methods_themselves_at_equal_lengths():
         for rung in rungs:
             mine = rung.config(cfg)
             length = mine.sup_steps if rung.kind == "sup" else mine.ssl_steps
-            assert length == cfg.ssl_steps, rung.title
+            on_top = cfg.settled().burn_in if rung.kind == "guided" else 0
+            assert length == cfg.ssl_steps + on_top, rung.title
             if rung.kind == "sup":
                 assert (mine.labels, mine.network) == (cfg.labels, cfg.network)
                 continue
             alone = numbers("--stage", "ssl", "--method", rung.kind).settled()
-            idle = {"clip_margin"} if rung.kind == "guided" else set()  # nobody is asked
+            idle = {"clip_margin", "ssl_steps"} if rung.kind == "guided" else set()  # no CLIP asked
             for key, value in dataclasses.asdict(alone).items():
                 if key not in {*dict(rung.changes), *idle}:
                     assert getattr(mine, key) == value, (rung.title, key)
@@ -50,8 +51,9 @@ def test_rungs_are_the_methods_themselves_at_equal_lengths():
 def test_flags_change_the_rungs_of_the_method_that_they_are_of():
     cfg = numbers("--stage", "ladder", "--method", "pldc", "--steps", "9", "--burn-in", "3")
     guided, own = ladder.ladder("pldc", "mini")[0][1:3]
-    assert [rung.config(cfg).ssl_steps for rung in (guided, own)] == [9, 9]
-    assert own.config(cfg).burn_in == 3
+    assert [rung.config(cfg).ssl_steps for rung in (guided, own)] == [12, 9]
+    assert [rung.config(cfg).burn_in for rung in (guided, own)] == [3, 3]
+    assert guided.config(cfg).guided_steps == 2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import losses
 import mean_teacher
 import pldc
 from config import MINI
-from engine import checkpoint, optim
+from engine import checkpoint, checks, optim
 from engine.checkpoint import state_of
 from engine.flags import configure, usual_method
 from engine.parser import parser
@@ -523,6 +523,18 @@ def test_guided_distillation_has_a_new_student_under_a_teacher_that_stays(small_
     assert not method.optimizer.state
     assert close(labels[4], students[3])  # then it is the student
     assert close(labels[5], averaged(students[3], students[4], 0.9))
+
+
+def test_the_second_stage_of_guided_distillation_is_a_share_of_the_steps():
+    cfg = dataclasses.replace(MINI, ssl_steps=800, burn_in=0.5, guided_steps=0.25)
+    assert (cfg.settled().burn_in, cfg.settled().guided_steps) == (400, 200)
+    assert dataclasses.replace(cfg.settled(), ssl_steps=900).settled() == dataclasses.replace(
+        cfg.settled(), ssl_steps=900
+    )  # longer runs keep it
+    assert config.changes(vars(cfg.settled()), cfg) == {}
+    assert checks.ablations(cfg, "ssl") == []
+    (line,) = checks.ablations(dataclasses.replace(cfg, guided_steps=0.5), "ssl")
+    assert line == "--guided-steps 400: the run ends before the student becomes the teacher"
 
 
 def test_a_guided_run_that_starts_from_another_has_it_as_teacher_at_once(small_mini):

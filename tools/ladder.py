@@ -56,7 +56,8 @@ class Rung:
     the paper takes.
 
     kind: `sup` or a method.   over: titles of rows that it is compared with, seed by seed.
-    control: it takes as many semi-supervised steps more as DEARLi's warm-up has.   name: of what is
+    control: it takes as many semi-supervised steps more as DEARLi's warm-up has.   on_top: its
+    burn-in is a stage of its own in its paper, and the run is longer by it.   name: of what is
     trained, where it is not the kind.   numbers: fields that a method of another paper sets.
     """
 
@@ -66,6 +67,7 @@ class Rung:
     changes: tuple[tuple[str, object], ...] = ()
     over: tuple[str, ...] = ()
     control: bool = False
+    on_top: bool = False
     name: str = ""
     numbers: tuple[tuple[str, object], ...] = ()
 
@@ -81,7 +83,7 @@ class Rung:
     def config(self, cfg: Config) -> Config:
         """Equal steps, as in the paper; the control has more, and no longer a burn-in."""
         cfg = dataclasses.replace(cfg, **dict(self.numbers), **dict(self.changes)).settled()
-        steps = cfg.ssl_steps + cfg.dewa_steps * self.control
+        steps = cfg.ssl_steps + cfg.dewa_steps * self.control + cfg.burn_in * self.on_top
         if self.kind == "sup":
             return dataclasses.replace(cfg, teacher_posterior="decoder", sup_steps=steps)
         posterior = METHODS[self.kind].numbers["teacher_posterior"]
@@ -115,11 +117,11 @@ def ladder(method: str | None, preset: str) -> tuple[tuple[Rung, ...], str]:
 def _pldc(preset: str) -> tuple[Rung, ...]:
     mine = {**vars(PRESETS[preset]), **METHODS["pldc"].on(preset)}
     product = round(mine["class_threshold"] * mine["mask_threshold"], 3)
-    first, own = "Mask2Former, supervised", "PL-DC"
+    first, own, guided = "Mask2Former, supervised", "PL-DC", _items("guided", preset)
     return (
         Rung(first, "sup", name="sup-instances"),
-        Rung("Guided Distillation", "guided", over=(first,), numbers=_items("guided", preset)),
-        Rung(own, "pldc", over=("Guided Distillation",)),
+        Rung("Guided Distillation", "guided", over=(first,), on_top=True, numbers=guided),
+        Rung(own, "pldc", over=(first, "Guided Distillation")),
         Rung("  without DDTF", "pldc", changes=(("coupled", product),), over=(own,)),
         Rung("  without DICC", "pldc", changes=(("clip_view", "none"),), over=(own,)),
         Rung("  without PMUA", "pldc", changes=(("pixel_certainty", False),), over=(own,)),
@@ -140,7 +142,9 @@ _RUNGS_OF = {"pldc": _pldc, "esl": _esl}  # `engine.flags.LADDERS`
 
 
 def _items(method: str, preset: str) -> tuple[tuple[str, object], ...]:
-    return tuple(METHODS[method].on(preset).items())
+    """What a method sets, but for the length: that is the ladder's."""
+    fields = METHODS[method].on(preset).items()
+    return tuple((name, value) for name, value in fields if name not in ("ssl_steps", "sup_steps"))
 
 
 def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
