@@ -33,6 +33,7 @@ no GPU.
     test_ladder          tables over seeds, of several methods
     test_large           pictures of more pixels than fit in memory
     test_baselines       Otsu and a small U-Net, on drawn discs
+    test_bench_data      benchmark inputs like life, and both sides of an evaluation
     test_bench_gpu       the measurements of a GPU, at their smallest
     test_onnx            a run as a graph for other programs
     test_page            report.html

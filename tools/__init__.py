@@ -16,7 +16,8 @@ own (`python -m tools.bench`).
     ladder          tables of the paper on the miniature world
     baselines       Otsu and a small U-Net, where one kind of object lies on a background
     bench           time and memory, beside others' code
-    bench_works     what it measures
+    bench_works     what it measures of models, and of SAM
+    bench_data      ... of reading and of evaluation
     bench_gpu       the same for one device, by one command: a GPU, or a CPU at the smallest sizes
     bench_gpu_works     its steps at full size
     bench_gpu_paths     its stages, beside the CPU's

@@ -32,6 +32,7 @@ from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tools import bench_data
 from tools import bench_works as works
 
 BF16 = torch.bfloat16
@@ -65,7 +66,10 @@ inference-640       3  panoptic inference, one image of 640 x 640
 inference-bf16      3  panoptic inference, two images of 256 x 256, bf16
 inference-640-bf16  3  panoptic inference, one image of 640 x 640, bf16
 segments            5  segment maps of four images of 512 x 512 from their logits
-pq                  5  PQ of 20 images of 480 x 640 with 40 segments, PNG decoding included
+pq                  5  PQ of 20 images of 480 x 640 with 10 to 40 segments, PNG decoding included
+pq-hotcoco          5  the same
+ap                  3  mask AP of 20 such images, 100 instances found in each
+ap-hotcoco          3  the same
 sample              5  10 labelled samples, 640 crop, from 1.5 megapixels
 views               5  10 pairs of unlabelled views, 640 crop, from 1.5 megapixels
 sam                 2  SAM's masks of one image of 480 x 640, ViT-B, 8 x 8 points
@@ -81,12 +85,19 @@ SIDES = {
     "inference-bf16": beside_official("inference", BF16),
     "inference-640-bf16": beside_official("inference", BF16, side=640, images=1),
     "segments": beside_official("segments"),
-    "pq": (works.our_pq, works.panopticapi_pq, "COCO panoptic API"),
-    "sample": (works.our_sample, partial(works.decoding, maps=True), "decoding JPEG and PNG"),
-    "views": (works.our_views, partial(works.decoding, maps=False), "decoding the JPEG"),
+    "pq": (bench_data.our_pq, bench_data.panopticapi_pq, "COCO panoptic API"),
+    "pq-hotcoco": (bench_data.our_pq, bench_data.hotcoco_pq, "hotcoco"),
+    "ap": (bench_data.our_ap, bench_data.coco_ap, "pycocotools"),
+    "ap-hotcoco": (bench_data.our_ap, partial(bench_data.coco_ap, of="hotcoco"), "hotcoco"),
+    "sample": (
+        bench_data.our_sample,
+        partial(bench_data.decoding, maps=True),
+        "decoding JPEG, PNG",
+    ),
+    "views": (bench_data.our_views, partial(bench_data.decoding, maps=False), "decoding the JPEG"),
     "sam": (works.our_sam, works.their_sam, "segment_anything"),
     "ranks": (*(partial(works.steps_of_ranks, processes=n) for n in (2, 1)), "one process"),
-    "index": (works.index,),
+    "index": (bench_data.index,),
 }
 WORKS = {
     name: Work(title, int(repeats), *SIDES[name])
@@ -95,7 +106,7 @@ WORKS = {
 ONE = partial(works.our_step, images=1)  # the step whose cost grows: 1 labelled + 1 unlabelled
 GROWTH = {  # axis: the maker, the name of its number, values
     "images of the data set: a labelled batch": (
-        works.our_loading,
+        bench_data.our_loading,
         "images",
         (100, 10_000, 100_000),
     ),
@@ -117,6 +128,7 @@ def serve(make: Callable, official: Path | None, threads: int, pipe) -> None:
     asks for all figures but time: peak memory, counted arithmetic and its time.
     """
     torch.set_num_threads(threads)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # hotcoco's
     try:
         with tempfile.TemporaryDirectory() as folder:
             call = make(works.Place(official, Path(folder)))

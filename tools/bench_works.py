@@ -7,12 +7,10 @@ number of the call. Weights are noise and images are made, the same for both sid
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Callable
@@ -24,19 +22,16 @@ from PIL import Image
 
 from clip_ensemble import ClipBackbone, Vocabulary
 from config import OFFICIAL
-from data import Labeled, LabeledBatches, SemiSupervisedBatches, Unlabeled
+from data import Labeled, Unlabeled
 from engine import training
 from inference import panoptic_inference
 from matcher import Target
 from mean_teacher import MeanTeacher
 from model import Segmenter
-from panoptic_eval import PanopticQuality
 from pretrained import foundation
 from pretrained.sam import MaskGenerator
 from readers import mask_files, pictures
-from readers.ground_truth import DataSet, Taxonomy
-from readers.panoptic import PanopticFolder
-from tools import prepare
+from readers.ground_truth import Taxonomy
 
 CLASSES, THINGS, NAMES_A_CLASS = 133, 80, 2
 COCO_IMAGES, COCO_SEGMENTS = 118_287, 11  # of train2017; segments an image, 1.3 million in all
@@ -281,153 +276,6 @@ def official_segments(place, side=512, images=4) -> Callable:
         return [teacher.panoptic_inference(classes, m) for m in full]
 
     return segment
-
-
-# ------------------------------------------------------------------------ data and evaluation
-
-
-def made_folder(
-    root: Path, images: int, size: tuple[int, int], segments: int, name="true", shift=0, read=True
-) -> PanopticFolder | None:
-    """A panoptic data set. Its segments are rectangles, moved by `shift` pixels.
-
-    All images are links to one picture of noise, all maps to one map.
-    """
-    columns = min(segments, 8)
-    rows = -(-segments // columns)
-    y, x = np.mgrid[: size[0], : size[1]]
-    ids = y * rows // size[0] * columns + (x + shift) % size[1] * columns // size[1] + 1
-    ids = 1_000 * ids.clip(max=segments).astype(np.int32)
-    noise = np.random.default_rng(0).integers(64, 192, (size[0] // 3, size[1] // 3, 3), np.uint8)
-    noise = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
-    folders = {".jpg": root / f"{name} images", ".png": root / name}
-    for ending, picture in ((".jpg", noise), (".png", prepare.encode(ids))):
-        folders[ending].mkdir(parents=True)
-        picture.save(folders[ending] / f"0{ending}", quality=90)
-        for i in range(1, images):
-            os.symlink(f"0{ending}", folders[ending] / f"{i}{ending}")
-    areas, info = np.bincount(ids.ravel()).tolist(), dict(iscrowd=0, bbox=[0, 0, 160, 160])
-    segments_info = [
-        dict(id=1_000 * k, category_id=1 + 3 * k % CLASSES, area=areas[1_000 * k], **info)
-        for k in range(1, segments + 1)
-    ]
-    shape, numbers = dict(height=size[0], width=size[1]), range(images)
-    maps = dict(segments_info=segments_info)
-    content = dict(
-        images=[dict(id=i, file_name=f"{i}.jpg", **shape) for i in numbers],
-        annotations=[dict(image_id=i, file_name=f"{i}.png", **maps) for i in numbers],
-        categories=[
-            dict(id=k, name=n, isthing=int(thing))
-            for k, n, thing in zip(TAXONOMY.ids, TAXONOMY.names, TAXONOMY.things)
-        ],
-    )
-    (root / f"{name}.json").write_text(json.dumps(content))
-    if read:
-        return PanopticFolder(root / f"{name}.json", folders[".jpg"], folders[".png"], TAXONOMY)
-
-
-def both_folders(root: Path) -> list[PanopticFolder]:
-    sides = ("true", 0), ("predicted", 20)
-    return [made_folder(root, 20, (480, 640), 40, name, shift) for name, shift in sides]
-
-
-def our_pq(place: Place) -> Callable:
-    true, predicted = both_folders(place.folder)
-
-    def evaluate(t: int) -> float:
-        pq = PanopticQuality(CLASSES)
-        for i in range(len(true)):
-            a, b = predicted.truth(i), true.truth(i)
-            pq.add(a.segment_map, a.labels, b.segment_map, b.labels, b.areas, b.crowd)
-        return pq.result(TAXONOMY.things)["all"]["pq"]
-
-    return evaluate
-
-
-def panopticapi_pq(place: Place) -> Callable:
-    try:
-        from panopticapi.evaluation import pq_compute_single_core
-    except ImportError:
-        raise Skipped("panopticapi is not installed") from None
-    both_folders(place.folder)
-    folders = [place.folder / name for name in ("true", "predicted")]
-    true, predicted = (json.loads(f.with_suffix(".json").read_text()) for f in folders)
-    categories = {c["id"]: c for c in true["categories"]}
-    pairs = list(zip(true["annotations"], predicted["annotations"]))
-    args = (0, pairs, *map(str, folders), categories)
-    return lambda t: pq_compute_single_core(*args).pq_average(categories, isthing=None)[0]["pq"]
-
-
-def data_set(root: Path, images: int, size: tuple[int, int], segments: int) -> DataSet:
-    folder = made_folder(root, images, size, segments)
-    return DataSet("made", TAXONOMY, folder, folder, list(range(images)), [0])
-
-
-def big_photo(root: Path) -> DataSet:
-    """One picture of 1.5 megapixels with 40 segments, labelled and unlabelled."""
-    return data_set(root, 1, (1024, 1536), 40)
-
-
-def our_sample(place: Place) -> Callable:
-    cfg = dataclasses.replace(OFFICIAL, labeled_batch=1)
-    batches = LabeledBatches(big_photo(place.folder), cfg, 1000)
-    return lambda t: [batches[10 * t + k] for k in range(10)]
-
-
-def our_views(place: Place) -> Callable:
-    batches = SemiSupervisedBatches(big_photo(place.folder), OFFICIAL, 1000)
-    return lambda t: [batches._two_views(batches.rng(t, k)) for k in range(10)]
-
-
-def decoding(place: Place, maps: bool) -> Callable:
-    big_photo(place.folder)
-    paths = [place.folder / "true images" / "0.jpg"]
-    if maps:
-        paths.append(place.folder / "true" / "0.png")
-    return lambda t: [np.asarray(pictures.open_image(p)) for _ in range(10) for p in paths]
-
-
-def our_loading(place: Place, images: int) -> Callable:
-    """Labelled batches of a data set of so many images."""
-    batches = LabeledBatches(data_set(place.folder, images, (480, 640), 10), OFFICIAL, 1000)
-    return lambda t: batches[t]
-
-
-def index(place: Place, images=COCO_IMAGES, reads=2000, workers=2) -> dict:
-    """Opening a JSON of COCO's size; memory that a loader process (forked) has to itself."""
-    root = place.folder
-    args = root / "true.json", root / "true images", root / "true", TAXONOMY
-    made_folder(root, images, (480, 640), COCO_SEGMENTS, read=False)
-    clock = time.perf_counter()
-    folder = PanopticFolder(*args)
-    seconds = time.perf_counter() - clock
-    chosen = np.random.default_rng(1).choice(images, reads, replace=False).tolist()
-    loader = torch.utils.data.DataLoader(
-        Reads(folder, chosen), batch_size=None, num_workers=workers, multiprocessing_context="fork"
-    )
-    private = list(loader)  # MB after each read, workers in turn
-    early, late = private[10 * workers : 20 * workers], private[-10 * workers :]
-    return {
-        "seconds": round(seconds, 1),
-        "MB a worker, after 10 reads": round(max(early)),
-        f"MB a worker, after {reads // workers} reads": round(max(late)),
-    }
-
-
-class Reads(torch.utils.data.Dataset):
-    """Item k: read an image and its map; the process's private memory after it, MB."""
-
-    def __init__(self, folder: PanopticFolder, indices: list[int]):
-        self.folder, self.indices = folder, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, k: int) -> float:
-        self.folder.image(self.indices[k]).load()
-        self.folder.truth(self.indices[k])
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 # ------------------------------------------------------------------------------ SAM and ranks

@@ -1,0 +1,61 @@
+"""Benchmark inputs like life, and that both sides of an evaluation come to the same figures."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from readers.panoptic import encode
+from tests.helpers import REAL_DATA
+from tools import bench, bench_data
+from tools.bench_works import Place, Skipped
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench_data, "SIZE", (72, 96))
+    monkeypatch.setattr(bench_data, "IMAGES", 5)
+    monkeypatch.setattr(bench_data, "SEGMENTS", (3, 8))
+
+
+def png(ids: np.ndarray) -> int:
+    """Bytes a pixel of a map."""
+    file = io.BytesIO()
+    encode(ids).save(file, "png")
+    return file.tell() / ids.size
+
+
+def test_maps_have_all_their_segments_and_the_bytes_of_real_ones():
+    made = [bench_data.natural_map((360, 640), count, seed=count) for count in (10, 40)]
+    assert [len(np.unique(ids)) for ids in made] == [10, 40]
+    bytes_made = [png(1000 * ids) for ids in made]
+    stripes = np.arange(640) // 64 * 1000 + np.zeros((360, 1), int)
+    assert 3 * png(stripes) < bytes_made[0] < bytes_made[1]
+    folder = REAL_DATA / "coco_panoptic_sample" / "panoptic_examples"
+    if not folder.is_dir():
+        pytest.skip(f"{folder}: the sample is not there")
+    sizes = [path.stat().st_size / np.prod(Image.open(path).size) for path in folder.glob("*.png")]
+    assert 0.4 < np.mean(bytes_made) / np.mean(sizes) < 1.6
+
+
+def test_pictures_have_the_bytes_of_photographs():
+    file = io.BytesIO()
+    bench_data.photo((120, 160)).save(file, "jpeg", quality=90)
+    assert 0.2 < file.tell() / (120 * 160) < 0.8  # of the two in COCO's sample 0.46 and 0.55
+
+
+@pytest.mark.parametrize("row", ["pq", "pq-hotcoco", "ap", "ap-hotcoco"])
+def test_both_sides_of_an_evaluation_come_to_the_same_figure(row, small, tmp_path):
+    work, values = bench.WORKS[row], []
+    for name, make in (("ours", work.ours), ("peer", work.peer)):
+        folder = Path(tmp_path / name)
+        folder.mkdir()
+        try:
+            evaluate = make(Place(None, folder))
+        except Skipped as reason:
+            pytest.skip(str(reason))
+        values.append(evaluate(0))
+        assert evaluate(1) == values[-1]
+    assert 0.05 < values[0] < 0.95 and values[0] == pytest.approx(values[1], abs=1e-9)
