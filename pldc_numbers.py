@@ -52,7 +52,7 @@ _TRAINED = {  # the backbone learns along, on 16 + 16 images
     "guided_steps": 50_000,
 }
 # A teacher of 250 supervised steps makes pseudo-labels from which nothing is learned.
-_MINI = {"classifier": "linear", "jitter_prob": 0.8, "ssl_steps": 800, "sup_steps": 800}
+_MINI = {"classifier": "linear", "jitter_prob": 0.8, "ssl_steps": 800}
 GUIDED = {
     "": {  # a threshold on the class alone: no mask quality, no CLIP, no weights of pixels
         "class_threshold": 0.7,

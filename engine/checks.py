@@ -264,6 +264,8 @@ def ablations(cfg: Config, stage: str, warm: bool = False) -> list[str]:
         lines.append(
             f"--guided-steps {guided}: the run ends before the student becomes the teacher"
         )
+    if stage == "ssl" and cfg.guided_steps and not guided:
+        lines.append(f"--guided-steps {cfg.guided_steps}: of so few steps none, no second stage")
     if stage == "ssl" and cfg.teacher_posterior == "ensemble" and str(cfg.alpha) in ("1", "1.0"):
         lines.append("--alpha 1: CLIP has no say, as with --method ssl")
     return lines

@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from config import PHASES
 from engine.flags import preset_of
 from ground.files import write_atomic
 from inference import POSTERIORS
@@ -333,7 +334,7 @@ def _readable(value):
 def _usual(key: str, value, usual: dict):
     """A number of the preset; a share of the steps is said to be one."""
     own = usual.get(key, "")
-    share = key.startswith("burn_in") and isinstance(own, float) and own != value
+    share = key in PHASES and isinstance(own, float) and own != value
     return f"{own:g} of the steps" if share else own
 
 

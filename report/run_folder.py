@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from config import BEFORE, METHODS, PRESETS, Config, changes
@@ -123,13 +124,8 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if stage not in STAGES:
         return []
     flags = _data_flags(run.config)
-    preset, changed = nearest_preset(run.config)
-    posterior = run.config.get("teacher_posterior", usual_posterior(stage))
-    changed.pop("teacher_posterior", None)  # the stage has its own
-    if posterior != usual_posterior(stage):
-        changed["teacher_posterior"] = posterior
-    if "backbone" in changed:  # its weights would follow it
-        changed["pretrained"] = run.config["pretrained"]
+    preset = nearest_preset(run.config)[0]
+    changed = _changed(stage, run.config, preset)
     if preset != data_set(run.config):
         flags += ["--preset", preset]
 
@@ -148,6 +144,21 @@ def commands(run: Stored, depth: int = 3) -> list[str]:
     if run.metrics.get("evaluated_on") == "dev":
         flags += ["--eval-on", "dev"]
     return [*earlier, command("--stage", *_stage_flags(stage, run.config), *flags)]
+
+
+def _changed(stage: str, config: dict, preset: str) -> dict:
+    """The numbers that a command has to name: what neither preset nor method sets."""
+    usual = preset_of(preset, config.get("network", "mask2former"))
+    if stage in METHODS:
+        usual = replace(usual, **METHODS[stage].on(preset))
+    changed = changes({**BEFORE, **config}, usual)
+    posterior = config.get("teacher_posterior", usual_posterior(stage))
+    changed.pop("teacher_posterior", None)  # the stage has its own
+    if posterior != usual_posterior(stage):
+        changed["teacher_posterior"] = posterior
+    if "backbone" in changed:  # its weights would follow it
+        changed["pretrained"] = config["pretrained"]
+    return changed
 
 
 def _stage_flags(stage: str, config: dict) -> list[str]:

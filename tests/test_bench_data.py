@@ -43,7 +43,7 @@ def test_maps_have_all_their_segments_and_the_bytes_of_real_ones():
 def test_pictures_have_the_bytes_of_photographs():
     file = io.BytesIO()
     bench_data.photo((120, 160)).save(file, "jpeg", quality=90)
-    assert 0.2 < file.tell() / (120 * 160) < 0.8  # of the two in COCO's sample 0.46 and 0.55
+    assert 0.2 < file.tell() / (120 * 160) < 0.8  # the two of COCO's sample, saved so: 0.46, 0.55
 
 
 @pytest.mark.parametrize("row", ["pq", "pq-hotcoco", "ap", "ap-hotcoco"])

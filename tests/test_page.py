@@ -19,8 +19,10 @@ import pytest
 import torch
 
 import dearli
+from config import METHODS, dashed
 from engine import sessions
 from engine.begin import identity
+from engine.flags import configure, preset_of
 from engine.parser import parser
 from engine.resolve import resolve
 from mini import scenes
@@ -174,6 +176,22 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
         assert identity(request["source"], args.method or "ssl", taxonomy) | {"taxonomy": 0} == {
             k: stored[k] for k in ("stage", "dataset", "data_root", "variant", "split")
         } | {"taxonomy": 0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_names_what_its_method_would_set_otherwise(method, tmp_path):
+    """Steps and more of the preset's own values, where a method has others."""
+    flags = ["--stage", "ssl", "--method", method, "--dataset", "mini", "--steps", "500"]
+    sets = METHODS[method].on("mini").keys() & {"jitter_prob", "class_threshold", "guided_steps"}
+    preset = preset_of("mini", METHODS[method].numbers.get("network", "mask2former"))
+    for key in sorted(sets):
+        flags += [dashed(key), str(getattr(preset, key))]
+    cfg = configure(parser().parse_args(flags)).settled()
+    numbers = {"stage": method, "dataset": "mini", "split": "16", **dataclasses.asdict(cfg)}
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    made = run_folder.commands(run_folder.read(tmp_path))[-1]
+    again = configure(parser().parse_args(shlex.split(made)[2:])).settled()
+    assert again == cfg, made
 
 
 def test_runs_without_figures_log_or_weights_still_have_a_page(

@@ -535,6 +535,8 @@ def test_the_second_stage_of_guided_distillation_is_a_share_of_the_steps():
     assert checks.ablations(cfg, "ssl") == []
     (line,) = checks.ablations(dataclasses.replace(cfg, guided_steps=0.5), "ssl")
     assert line == "--guided-steps 400: the run ends before the student becomes the teacher"
+    (line,) = checks.ablations(dataclasses.replace(cfg, ssl_steps=2), "ssl")
+    assert line == "--guided-steps 0.25: of so few steps none, no second stage"
 
 
 def test_a_guided_run_that_starts_from_another_has_it_as_teacher_at_once(small_mini):

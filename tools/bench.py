@@ -40,7 +40,8 @@ BF16 = torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """ours and peer: makers of bench_works.   repeats: calls that count; one before warms up."""
+    """ours and peer: makers of bench_works and bench_data.   repeats: calls that count; one before
+    warms up."""
 
     title: str
     repeats: int
@@ -67,9 +68,9 @@ inference-bf16      3  panoptic inference, two images of 256 x 256, bf16
 inference-640-bf16  3  panoptic inference, one image of 640 x 640, bf16
 segments            5  segment maps of four images of 512 x 512 from their logits
 pq                  5  PQ of 20 images of 480 x 640 with 10 to 40 segments, PNG decoding included
-pq-hotcoco          5  the same
+pq-hotcoco          5  PQ of the same 20 images
 ap                  3  mask AP of 20 such images, 100 instances found in each
-ap-hotcoco          3  the same
+ap-hotcoco          3  mask AP of the same 20 images
 sample              5  10 labelled samples, 640 crop, from 1.5 megapixels
 views               5  10 pairs of unlabelled views, 640 crop, from 1.5 megapixels
 sam                 2  SAM's masks of one image of 480 x 640, ViT-B, 8 x 8 points
@@ -92,7 +93,7 @@ SIDES = {
     "sample": (
         bench_data.our_sample,
         partial(bench_data.decoding, maps=True),
-        "decoding JPEG, PNG",
+        "decoding JPEG and PNG",
     ),
     "views": (bench_data.our_views, partial(bench_data.decoding, maps=False), "decoding the JPEG"),
     "sam": (works.our_sam, works.their_sam, "segment_anything"),

@@ -80,7 +80,8 @@ def made_folder(
     for folder in folders.values():
         folder.mkdir(parents=True)
     photo(size).save(folders[".jpg"] / "0.jpg", quality=90)
-    infos, colours = [], np.random.default_rng(1).permutation(2**24 - 1)[: max(counts)] + 1
+    colours = np.random.default_rng(1).choice(2**24 - 1, max(counts), replace=False) + 1
+    infos = []
     for k, count in enumerate(counts):
         ids = colours[np.roll(natural_map(size, count, k), shift, 1) - 1]
         encode(ids).save(folders[".png"] / f"{k}.png")
@@ -179,11 +180,11 @@ def hotcoco():
 # ---------------------------------------------------------------------------------------- mask AP
 
 
-def instances(images: int = IMAGES) -> list[tuple[Prediction, Truth]]:
-    """What a model may say of the things of so many images, 100 instances each, and what is true:
-    every thing is found two or three times, each time a little aside."""
+def instances() -> list[tuple[Prediction, Truth]]:
+    """What a model may say of the things of IMAGES images, 100 instances each, and what is true:
+    each time a thing, by chance, is found a little aside."""
     pairs, rng = [], np.random.default_rng(2)
-    for i in range(images):
+    for i in range(IMAGES):
         count = SEGMENTS[i % len(SEGMENTS)]
         ids = natural_map(SIZE, count, i)
         labels = 3 * np.arange(count) % THINGS

@@ -34,7 +34,6 @@ from readers import mask_files, pictures
 from readers.ground_truth import Taxonomy
 
 CLASSES, THINGS, NAMES_A_CLASS = 133, 80, 2
-COCO_IMAGES, COCO_SEGMENTS = 118_287, 11  # of train2017; segments an image, 1.3 million in all
 OFFICIAL_CONFIG = (
     "configs/ade20k/panoptic-segmentation-vlm/convnext_semisup/vlm_convnext_base_ade20k_1_64.yaml"
 )

@@ -1,8 +1,9 @@
 """Tables of the papers on the miniature world: rungs that are trained over several seeds, several
 at a time.
 
-Every rung takes the same number of steps. DEARLi's warm-up comes on top, as in the paper, and a
-control takes the warm-up's steps as semi-supervised ones. A rung that is there already, of the same
+Every rung takes the same number of steps. What is a stage of its own in its paper comes on top:
+DEARLi's warm-up, and the teacher of labels alone of Guided Distillation; a control takes the
+warm-up's steps as semi-supervised ones. A rung that is there already, of the same
 numbers and images, is not trained again.
 """
 
@@ -81,7 +82,8 @@ class Rung:
         return place.folder(source, f"{self.run}-{source.split}", cfg.seed)
 
     def config(self, cfg: Config) -> Config:
-        """Equal steps, as in the paper; the control has more, and no longer a burn-in."""
+        """Equal steps, as in the paper; the control has more, and no longer a burn-in; `on_top`
+        has more by its burn-in."""
         cfg = dataclasses.replace(cfg, **dict(self.numbers), **dict(self.changes)).settled()
         steps = cfg.ssl_steps + cfg.dewa_steps * self.control + cfg.burn_in * self.on_top
         if self.kind == "sup":
