@@ -367,7 +367,14 @@ class Recorder(Config):
             name in vars(Config)["__dataclass_fields__"]
             and frame.f_code.co_filename != dataclasses.__file__
             and not callers
-            & {"settled", "ablations", "require_semi_supervised", "changes", "differing"}
+            & {
+                "settled",
+                "_in_steps",
+                "ablations",
+                "require_semi_supervised",
+                "changes",
+                "differing",
+            }
         ):
             Recorder.read.add(name)
         return super().__getattribute__(name)
