@@ -214,7 +214,7 @@ def our_ap(place: Place) -> Callable:
 def coco_ap(place: Place, of: str = "pycocotools") -> Callable:
     """By a COCOeval that is given the same masks, encoded as ours are."""
     pairs = instances()
-    make, judge = (COCO, COCOeval)
+    make, judge = COCO, COCOeval
     if of == "hotcoco":
         make, judge = hotcoco().COCO, hotcoco().COCOeval
 

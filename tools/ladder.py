@@ -146,7 +146,7 @@ _RUNGS_OF = {"pldc": _pldc, "esl": _esl}  # `engine.flags.LADDERS`
 def _items(method: str, preset: str) -> tuple[tuple[str, object], ...]:
     """What a method sets, but for the length: that is the ladder's."""
     fields = METHODS[method].on(preset).items()
-    return tuple((name, value) for name, value in fields if name not in ("ssl_steps", "sup_steps"))
+    return tuple((name, value) for name, value in fields if name != "ssl_steps")
 
 
 def require_rungs(cfg: Config, rungs: tuple[Rung, ...]) -> None:
