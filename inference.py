@@ -92,7 +92,7 @@ def predict(
             answer), (H, W) both.
         things: (K,) bool.    semantic: whether anybody wants the semantic map.    sums: the images
             are windows of larger ones, which want what that map is the largest of, and with
-            --merging masks all sure things, though they overlap.
+            --merging masks whole masks of things, though they overlap.
     """
     padded = padded_size(*images.shape[-2:])
     names = list(dict.fromkeys(reading.split("/")[0] for reading in alphas))
@@ -133,7 +133,8 @@ def _segments(p: Tensor, mask_logits: Tensor, things, sizes, cfg: Config, masks,
         return paint(instances), labels, scores, instances
     if cfg.merging == "masks" and parts:
         instances, labels, scores = sure_things(p, mask_logits, things, sizes, cfg, masks)
-        return paint(instances), labels, scores, instances
+        kept, _ = lay_down(instances)
+        return paint(instances[kept]), labels[kept], scores[kept], instances[kept]
     return *segments(p, mask_logits, things, sizes, cfg, masks), None
 
 
@@ -291,13 +292,7 @@ def merge_masks(
     Source: the heuristic of arXiv:1901.02446, section 3, by Mask2Former's quality of masks.
     """
     instances, labels, scores = sure_things(posterior, mask_logits, things, sizes, cfg, masks)
-    segment_map = torch.zeros(sizes[2], dtype=torch.int32, device=posterior.device)
-    kept = []
-    for k, mask in enumerate(instances):
-        free = mask & (segment_map == 0)
-        if free.sum() >= KEPT * mask.sum():
-            kept.append(k)
-            segment_map[free] = len(kept)
+    kept, segment_map = lay_down(instances)
     free = segment_map == 0
     of_stuff = _among(~things, posterior.max(-1).indices)
     thresholds = cfg.object_mask_threshold, cfg.overlap_threshold
@@ -306,6 +301,21 @@ def merge_masks(
     stuff, classes, chances = panoptic_inference(*given)
     segment_map += torch.where(stuff > 0, stuff + len(kept), 0)
     return segment_map, torch.cat([labels[kept], classes]), torch.cat([scores[kept], chances])
+
+
+def lay_down(masks: Tensor) -> tuple[list[int], Tensor]:
+    """Masks (N, H, W) bool, the surest first, each on the pixels that are free.
+
+    Returns: kept: indices of those that keep at least KEPT of their pixels;  segment_map (H, W)
+        int32, 0 = free, k = the k-th of these.
+    """
+    kept, segment_map = [], torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    for k, mask in enumerate(masks):
+        free = mask & (segment_map == 0)
+        if free.sum() >= KEPT * mask.sum():
+            kept.append(k)
+            segment_map[free] = len(kept)
+    return kept, segment_map
 
 
 def _among(wanted: Tensor, labels: Tensor) -> Tensor:

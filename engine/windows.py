@@ -5,6 +5,8 @@ Mask2Former sees one view of one size and has so many queries: objects that are 
 image, or many, are found in windows of it. Every object smaller than the overlap is whole in one of
 them. What the windows say is joined so:
 
+- with --merging masks, a mask that surer ones of its window cover by more than half is another
+  view of what they show (`inference.lay_down`);
 - an instance that an inner border of its window cuts yields to the window that shows it whole,
   whatever that one says of it;
 - larger ones, which no window shows whole, are joined where two windows agree about the pixels that

@@ -126,22 +126,29 @@ def test_few_masks_at_once_and_given_masks_say_the_same(monkeypatch):
             assert torch.equal(a, b)
 
 
-def test_a_window_gives_all_sure_things_with_masks_that_overlap():
-    queries = thing(0.9, 0.9, 0.9, 0.1), thing(0.1, 0.8, 0.8, 0.1), stuff(0.1, 0.1, 0.1, 0.9)
+def test_a_window_gives_whole_masks_of_what_merging_keeps():
+    first, half = thing(0.9, 0.9, 0.9, 0.1, 0.1), thing(0.1, 0.1, 0.8, 0.8, 0.1)
+    less = thing(0.1, 0.7, 0.7, 0.1, 0.1)  # another view of the first
+    queries = less, first, half, stuff(0.1, 0.1, 0.1, 0.1, 0.9)
     masks, posterior = zip(*queries)
     masks, posterior = torch.stack(masks), torch.tensor(posterior)
-    instances, labels, scores = sure_things(posterior, masks, THINGS, sizes(1, 4), CFG)
-    assert instances.flatten(1).tolist() == [
-        [True, True, True, False],
-        [False, True, True, False],
-    ]
+    given = posterior, masks, THINGS, sizes(1, 5), CFG
+    assert len(sure_things(*given)[0]) == 3
+    painted, labels, scores, instances = inference._segments(*given, None, parts=True)
+    assert instances.flatten(1).int().tolist() == [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+    assert painted.tolist() == [[1, 1, 1, 2, 0]]
     assert labels.tolist() == [0, 0] and scores.tolist() == pytest.approx([0.9, 0.8])
-    painted, _, _, given = inference._segments(
-        posterior, masks, THINGS, sizes(1, 4), CFG, None, parts=True
+    whole = inference._segments(*given, None, parts=False)
+    assert whole[0].tolist() == [[1, 1, 1, 2, 3]] and whole[3] is None
+
+
+def test_a_window_without_a_sure_thing_has_no_instance():
+    posterior, masks = torch.tensor([[0.0, 0.9, 0.1]]), mask(0.9, 0.9)[None]
+    painted, labels, scores, instances = inference._segments(
+        posterior, masks, THINGS, sizes(1, 2), CFG, None, parts=True
     )
-    assert painted.tolist() == [[1, 1, 1, 0]] and torch.equal(given, instances)
-    whole = inference._segments(posterior, masks, THINGS, sizes(1, 4), CFG, None, parts=False)
-    assert whole[0].tolist() == [[1, 1, 1, 2]] and whole[3] is None
+    assert painted.eq(0).all() and len(labels) == len(scores) == 0
+    assert instances.shape == (0, 1, 2)
 
 
 def test_the_paper_has_queries_compete_and_the_preset_of_small_objects_has_not():
