@@ -11,6 +11,7 @@ import tifffile
 from PIL import Image
 
 from ground.errors import UserError
+from readers.pictures import require_single
 from readers.sixteen_bit import WHITE, scaled
 
 KEPT = 2**28  # bytes of decoded tiles or strips that stay in memory
@@ -37,6 +38,8 @@ class LargeImage:
                 f"{path}: not a readable TIFF ({_words(error)})", "unreadable"
             ) from None
         self.size = self.page.imagewidth, self.page.imagelength
+        pages = self.file.pages[: 2 if len(self.file.pages) > 1 else 1]
+        require_single(self.path, [(page.imagewidth, page.imagelength) for page in pages])
         self._require_known()
         self.kept: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self.bytes = 0

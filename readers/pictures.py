@@ -163,10 +163,11 @@ def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Imag
     """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it
     is stored (no palette is applied).
 
-    Of several frames the first; an alpha channel is dropped. Of 16 bits a channel, 0 to `white`
+    Of an animation the first frame; an alpha channel is dropped. Of 16 bits a channel, 0 to `white`
     become 0 to 255, the same in every image of a data set, so that images stay comparable
     (`readers.exposure.white_point`); what is above is 255, too.
-    Raises: UserError with the path if it cannot be read, or is larger than MAX_PIXELS.
+    Raises: UserError with the path if it cannot be read, is larger than MAX_PIXELS, or is a TIFF of
+        several images.
     """
     with opened(path) as image:
         if mode != "RGB":
@@ -203,7 +204,10 @@ def opened(path: Path):
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            require_single(path, _page_sizes(image))
             yield image
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "absent") from None
     except Image.DecompressionBombError:
@@ -219,6 +223,27 @@ def opened(path: Path):
         if os.path.isfile(path) and not os.path.getsize(path):
             reason = "empty file"
         raise UserError(f"{path}: not a readable image ({reason})", "unreadable") from None
+
+
+def _page_sizes(image: Image.Image) -> list[tuple[int, int]]:
+    """Of the first two pages of a TIFF; of others the image's alone."""
+    sizes = [image.size]
+    if image.format == "TIFF" and image.n_frames > 1:
+        image.seek(1)
+        sizes.append(image.size)
+        image.seek(0)
+    return sizes
+
+
+def require_single(path: Path, sizes: list[tuple[int, int]]) -> None:
+    """Raise UserError if a TIFF is a stack: its second page is as large as the first. Smaller ones
+    are the same image again, as a pyramid has them."""
+    if sizes[1:2] == sizes[:1]:
+        raise UserError(
+            f"{path}: holds several images of one size, as a stack, a film or channels that were "
+            "saved apart; expected one image: save each as a file of its own",
+            "unreadable",
+        )
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -17,7 +17,7 @@ import data
 import dearli
 from ground.errors import UserError
 from mini import microcosm
-from readers import checks, mask_files, panoptic, papers, pictures
+from readers import checks, large, mask_files, panoptic, papers, pictures
 from readers.runs import to_runs
 from tests.helpers import (
     TINY,
@@ -405,6 +405,18 @@ def test_fault_20_every_kind_of_image_becomes_8_bit_rgb_and_stays_aligned(tmp_pa
         image.save(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}: .*32 bits a channel"):
             pictures.open_image(tmp_path / name)
+
+
+def test_a_stack_is_no_image_and_a_pyramid_is_one(tmp_path):
+    pages = [Image.new("L", (40, 24), value) for value in (1, 2, 3)]
+    small = [page.resize((20, 12)) for page in pages]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "pyramid.tif", save_all=True, append_images=small[1:])
+    for read in (pictures.open_image, pictures.image_header, large.LargeImage):
+        with pytest.raises(UserError, match="stack.tif: holds several images of one size"):
+            read(tmp_path / "stack.tif")
+        read(tmp_path / "pyramid.tif")
+    assert np.asarray(pictures.open_image(tmp_path / "pyramid.tif")).max() == 1
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
