@@ -60,9 +60,11 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
     files = _images(folder, source)
     masks = [mask for _, own in files for mask in own]
     if not masks:
+        there = (folder / "masks").is_dir()
+        fault = "no mask there is called like an image" if there else "no such folder"
         raise UserError(
-            f"{folder / 'masks'}: no mask there is called like an image; expected "
-            f"masks/CLASS/NAME.png or masks/NAME.png for images/NAME.*{hint(folder, 'masks')}"
+            f"{folder / 'masks'}: {fault}; expected masks/CLASS/NAME.png or masks/NAME.png for "
+            f"images/NAME.*{_likely(folder)}{hint(folder, 'masks')}"
         )
     flat = any(not mask.label and not mask.single for mask in masks)
     if names and (not flat or form in ("instances", "binary")):
@@ -120,9 +122,21 @@ def _images(folder: Path, source: Source) -> list[tuple[Record, list[_Mask]]]:
     if not names or not {*tops} <= {*PARTS}:
         raise UserError(
             f"{images}: no images in this folder; expected images/NAME.* and "
-            f"masks/CLASS/NAME.png{hint(images.parent, 'masks')}"
+            f"masks/CLASS/NAME.png{_likely(folder)}{hint(folder, 'masks')}"
         )
     return [row for top in tops for row in _pairs(images / top, masks / top, PARTS[top], source)]
+
+
+def _likely(folder: Path) -> str:
+    """What was meant, where a folder is a part of the wanted one, or the masks are called
+    otherwise."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if (folder.parent / "images").is_dir() and folder.name in ("images", "masks"):
+        return f"; did you mean --input {folder.parent}?"
+    others = [name for name in names if name not in ("images", "masks") and name not in PARTS]
+    if "images" in names and "masks" not in names and len(others) == 1:
+        return f"; if {folder / others[0]} holds them, call it masks"
+    return ""
 
 
 def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
@@ -325,6 +339,8 @@ def _instances(
         form = "instances" if mask.single else forms[mask.label]
         stored, colour = read_map(mask.path, size)
         void = {255: "__ignore__"} if colour == VOC_VOID else {}
+        if mask.single:
+            _require_one(mask, stored)
         if mask.single or form == "binary":
             stored = _white(stored, mask.lossy)
         elif mask.lossy:
@@ -340,6 +356,20 @@ def _instances(
             draws = [(value, draw) for value, draw in draw_values(stored) if value]
             instances += [Instance(VOID if v in void else category, draw) for v, draw in draws]
     return instances
+
+
+def _require_one(mask: _Mask, stored: np.ndarray) -> None:
+    """Raise UserError if a file that is named as one instance holds several: all of them would
+    become one."""
+    values = np.unique(stored)
+    values = values[values > 0]
+    if len(values) > 1 and not mask.lossy and not _is_soft(stored):
+        raise UserError(
+            f"{mask.path}: is one instance by its name, which ends in a number or is in a folder "
+            f"of its image, and holds {len(values)} values ({brief(values[:4].tolist())}) as a map "
+            "of several does; call such maps as their images, masks/NAME.png or NAME_mask.png, or "
+            "give an instance one value"
+        )
 
 
 def _classes_of(path: Path, stored: np.ndarray, values: dict, classes: Classes) -> list[Instance]:
