@@ -43,9 +43,7 @@ __version__ = "0.1.0"
 
 
 def stage_prepare(source, cfg, assets):
-    """The paper's data sets: check the downloads, fetch partitions and class names, make panoptic
-    ground truth.
-    """
+    """The paper's data sets: check downloads, fetch partitions and names, make panoptic truth."""
     from pathlib import Path
 
     from config import PAPERS_DATASETS
@@ -62,11 +60,13 @@ def stage_prepare(source, cfg, assets):
     return folder
 
 
-def stage_import(input, out, source_format, background, val_share, stuff, masks_are, classes, cfg):
+def stage_import(
+    input, out, source_format, background, val_share, stuff, masks_are, classes, join, cfg
+):
     """Annotations of other tools, as a folder that every stage reads."""
     from tools import importer
 
-    named = {"stuff": stuff, "masks_are": masks_are, "classes": classes}
+    named = {"stuff": stuff, "masks_are": masks_are, "classes": classes, "join": join}
     settings = source_format, input, out, background, val_share, cfg.seed
     result = importer.import_folder(*settings, **named)
     print(importer.summary(result, out))

@@ -176,6 +176,10 @@ def require_input(args: argparse.Namespace) -> None:
             "--stage import needs --input DIR, a folder of annotated images, and --out NEW, the "
             "folder to make of it"
         )
+    if args.join and "val_share" in args.flags:
+        raise UserError(
+            f"--val-share: {args.join} has validation images; leave it out beside --join"
+        )
     if args.stage == "import" and not args.source_format:
         raise UserError(
             f"--stage import needs --from, the kind of annotations: {', '.join(SOURCES)}"
@@ -357,6 +361,7 @@ def _require_folders(args: argparse.Namespace) -> None:
     )
     for folder, what in (
         (args.input if args.stage == "import" else None, "folder of annotated images"),
+        (args.join, "data set to join"),
         (args.images, "folder of images"),
         (args.assets, "folder; --assets names a copy of the official repository"),
         (masks, "folder of masks; expected one, or gt or sam"),

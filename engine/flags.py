@@ -155,6 +155,8 @@ FLAGS = (
     Flag("classes", ("import",), ""),
     #    --from masks, names of the values of maps of classes: NAME,NAME,... from 1 on, or
     #    7:NAME,11:NAME
+    Flag("join", ("import",), type=Path),
+    #    a data set that the annotations are for: OUT holds what it has, and these
     Flag("val-share", ("import",), 0.2),
     #    share of the labelled images for validation, where the source has no division of its own
     Flag("posterior", ("predict", "export"), choices=("decoder", "ensemble")),

@@ -50,6 +50,17 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
         os.close(folder)
 
 
+def place(source: Path, target: Path) -> None:
+    """A file as a hard link, or as a copy where there can be none (another disk); of a link, what
+    it leads to. What is at the target goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        write_atomic(target, source.read_bytes())
+
+
 def require_writable(folder: Path) -> None:
     """Make a folder, and raise UserError if no file can be written there: asked before hours of
     work, not after them.

@@ -205,6 +205,11 @@ def imported(kind, source, **flags):
     return panoptic.load_folder(output, "all"), result
 
 
+def told(result):
+    """Its notes, but that most of the scene is void."""
+    return [note for note in result["notes"] if "--background" not in note]
+
+
 def maps(dataset):
     """Segment map of each annotated image, by name."""
     return {
@@ -810,7 +815,7 @@ def test_categories_of_files_are_joined_by_name_and_unused_ones_of_a_taken_name_
         and dataset.taxonomy.ids == (1, 2)
         and dataset.val.truth(0).labels.tolist() == dataset.train.truth(0).labels.tolist() == [0, 1]
     )
-    assert result["notes"] == [
+    assert told(result) == [
         "category 0, 'cat', is left out: nothing uses it, and another has its name"
     ]
     rewrite(
@@ -933,7 +938,7 @@ def test_linked_folders_are_followed_and_said_but_a_linked_file_may_not_lead_out
     (root / "masks" / "dog").symlink_to(elsewhere)
     (elsewhere / "again").symlink_to(elsewhere)  # a loop
     dataset, result = imported("masks", root)
-    assert np.array_equal(dataset.train.truth(0).segment_map, scene_ids()) and result["notes"] == [
+    assert np.array_equal(dataset.train.truth(0).segment_map, scene_ids()) and told(result) == [
         f"1 linked folders are followed: masks/dog -> {elsewhere}"
     ]
     (elsewhere / "a.png").rename(elsewhere / "a")
@@ -1004,7 +1009,7 @@ def test_stuff_is_one_segment_of_its_class_and_is_no_crowd(tmp_path):
     assert not any(dataset.taxonomy.things) and not dataset.train.truth(0).crowd.any()
     rewrite(coco / "annotations.json", lambda content: content["annotations"][0].update(iscrowd=0))
     result = importer.import_folder("coco-instances", coco, tmp_path / "some")
-    assert result["notes"] == [
+    assert told(result) == [
         "5 of 6 instances are crowd, neither learnt nor measured; nothing else is there of ['dog']"
     ]
 
@@ -1698,7 +1703,7 @@ IMPORT_FAULTS = [
     (
         "masks",
         lambda root: shutil.rmtree(root / "masks"),
-        r"masks: no mask there is called like an image; expected masks",
+        r"masks: no such folder; expected masks",
     ),
     (
         "masks",
@@ -1950,3 +1955,45 @@ def test_mistakes_in_an_import_command_get_one_clear_line(args, words, capsys):
     assert dearli.main(args) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and message.startswith("error: ")
+
+
+def test_what_is_void_for_want_of_a_background_is_said(tmp_path):
+    root = write_masks(tmp_path / "s")
+    _, result = imported("masks", root)
+    assert result["notes"] == [
+        "72 % of the pixels of annotated images are in no instance, and so void: neither learnt "
+        "nor measured; --background NAME makes a class of them"
+    ]
+    for flags in ({"background": "rest"}, {"stuff": "cat"}):
+        result = importer.import_folder("masks", root, tmp_path / f"{[*flags]}", **flags)
+        assert not result["notes"]
+
+
+def test_files_of_unknown_kinds_are_counted(tmp_path):
+    root = write_masks(tmp_path / "s")
+    (root / "images" / "d.png").rename(root / "images" / "d.czi")
+    (root / "notes.txt").write_text("hello")
+    _, result = imported("masks", root)
+    assert result["unlabeled"] == 0 and told(result) == [
+        "1 files passed over, by their endings neither pictures nor annotations: 'images/d.czi'"
+    ]
+
+
+def test_maps_of_instances_that_are_named_as_one_instance_are_refused(tmp_path):
+    root = write_masks(tmp_path / "s")
+    shutil.rmtree(root / "masks")
+    (root / "masks").mkdir()
+    for name in "abc":
+        save(f"masks/{name}_1.png", scene_ids().astype(np.uint8))(root)
+    import_refused("masks", root, r"a_1.png: is one instance by its name, .* holds 2 values .*1, 2")
+    for name in "abc":
+        (root / "masks" / f"{name}_1.png").rename(root / "masks" / f"{name}_mask.png")
+    dataset, _ = imported("masks", root)
+    assert np.array_equal(dataset.train.truth(0).segment_map, scene_ids())
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path):
+    root = write_masks(tmp_path / "s")
+    (root / "masks").rename(root / "labels")
+    import_refused("masks", root, r"s/masks: no such folder; .*; if .*labels holds them, call it")
+    import_refused("masks", root / "images", rf"did you mean --input {root}\?")

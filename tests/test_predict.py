@@ -796,9 +796,10 @@ def test_the_command_that_predict_prints_brings_its_files_back(small_run, tmp_pa
     assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "to correct" in line]
     labelme, command = line.removeprefix("to correct them: labelme ").split("; then: python ")
-    script, *flags = shlex.split(command)
+    script, *flags, to, new = shlex.split(command)
     assert labelme == str(out / "labelme") and script == "dearli.py"
-    assert dearli.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    assert (to, new) == ("--out", "NEW") and dearli.main([*flags, to, str(tmp_path / "one")]) == 0
+    assert "4 of 4 files are as --stage predict wrote them" in capsys.readouterr().out
     flags = "--stage", "import", "--from", "coco-instances", "--input", out
     assert run(*flags, "--out", tmp_path / "two") == 0
     maps, taxonomy = {}, scenes.mini_taxonomy()
@@ -833,7 +834,7 @@ def test_borders_of_any_mask_fill_exactly_its_pixels():
 def test_predictions_come_back_through_import(kind, tmp_path):
     maps = hard_maps()
     rows = write_exchange(tmp_path, maps)
-    assert exchange.next_step(tmp_path, rows, CELLS).endswith(" --background glass")
+    assert exchange.next_step(tmp_path, rows, CELLS).endswith(" --background glass --out NEW")
     least, count = import_exchange(kind, tmp_path, maps, background="glass")
     assert least >= 0.95 and count == 11 + 4 + 1
 
@@ -855,7 +856,7 @@ def test_random_blobs_that_touch_come_back_through_import(kind, tmp_path):
     names, things = ("a", "b", "sky", "grass"), (True, True, False, False)
     taxonomy = ground_truth.Taxonomy(names, things, (1, 2, 3, 4))
     rows = write_exchange(tmp_path, maps, taxonomy)
-    assert exchange.next_step(tmp_path, rows, taxonomy).endswith(" --stuff sky,grass")
+    assert exchange.next_step(tmp_path, rows, taxonomy).endswith(" --stuff sky,grass --out NEW")
     assert "--stuff" not in exchange.next_step(tmp_path, [], taxonomy)  # import would refuse it
     least, count = import_exchange(kind, tmp_path, maps, taxonomy, stuff="sky,grass")
     assert least >= 0.95 and count == sum(len(labels) for _, labels in maps.values())
@@ -926,7 +927,8 @@ def test_objects_and_counts_are_tables_of_what_was_found(tmp_path):
         '"a, b.png",3,rod,0.9,1,1.13,7.5,5.5,7,5,1,1\n'
     )
     assert (tmp_path / "out" / "counts.csv").read_text() == (
-        'picture,width,height,cell,rod,glass (pixels)\n"a, b.png",8,6,1,1,35\nnone.png,5,3,0,0,0\n'
+        "picture,width,height,cell,rod,glass (pixels),no answer (pixels)\n"
+        '"a, b.png",8,6,1,1,35,0\nnone.png,5,3,0,0,0,15\n'
     )
     # names that share their first word are told apart, and classes may be more than 255
     many = tuple(f"crane, kind {k}" if k < 2 else f"c{k}" for k in range(300))
@@ -934,8 +936,9 @@ def test_objects_and_counts_are_tables_of_what_was_found(tmp_path):
     write_exchange(tmp_path / "many", {"a.png": (drawn_map(disc, dot), [1, 299])}, taxonomy)
     header, row = (tmp_path / "many" / "out" / "counts.csv").read_text().splitlines()
     assert header.startswith('picture,width,height,"crane, kind 0","crane, kind 1",c2,')
-    counts = [int(value) for value in row.split(",")[3:]]
+    *counts, rest = (int(value) for value in row.split(",")[3:])
     assert [k for k, count in enumerate(counts) if count] == [1, 299] and sum(counts) == 2
+    assert rest == 48 - 13
 
 
 def test_labelme_finds_its_files_and_pictures_of_one_stem_do_not_meet(tmp_path):

@@ -14,8 +14,8 @@ Written by `tools.predict` beside its own files, for a picture PATH/a.jpg:
                           segmentation: run lengths, score}. Where all pictures are called by whole
                           numbers, as COCO's are, these are the image_id; else it is that of
                           instances.json. Without pictures that are read by parts
-    counts.csv            a row for each picture: how many things of each class, and how many pixels
-                          of each class of stuff
+    counts.csv            a row for each picture: how many things of each class, how many pixels of
+                          each class of stuff, and how many without an answer
 
 Parts of an object are polygons of one group_id; a hole is cut out by a line to it and back. Stuff
 is drawn, too, but for the only class of it beside things: it is what the things leave, and
@@ -35,17 +35,17 @@ from typing import Iterable
 
 import numpy as np
 
-from ground import identity
-from ground.files import write_atomic
+from ground.files import place, write_atomic
+from readers.annotations.labelme import digest, is_untouched
 from readers.ground_truth import Taxonomy
 from readers.runs import to_runs
-from tools.importer import place
 from tools.outlines import outlines
 
 FOLDER = "labelme"
 FILES = ("instances.json", "objects.csv", "counts.csv")
 RESULTS = "results.json"
 VERSION = "5.5.0"  # of labelme, whose files these are like
+NO_ANSWER = "no answer (pixels)"
 COLUMNS = "picture number class score area diameter x y left top width height".split()
 
 
@@ -101,7 +101,7 @@ def write_picture(
         "version": VERSION,
         "flags": {},
         "shapes": shapes,
-        "predicted": _digest(shapes),
+        "predicted": digest(shapes),
         "imagePath": picture.name,
         "imageData": None,
         "imageHeight": segment_map.shape[0],
@@ -115,21 +115,11 @@ def write_picture(
 def is_corrected(file: Path) -> bool:
     """Whether a labelme JSON is there that somebody changed, or that is not `write_picture`'s."""
     try:
-        content = json.loads(file.read_text())
-        return content["predicted"] != _digest(content["shapes"])
+        return not is_untouched(json.loads(file.read_text()))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return True
-
-
-def _digest(shapes: list[dict]) -> str:
-    """Of what people correct. labelme keeps keys that it does not know, and writes 3 as 3.0."""
-    drawn_here = [
-        [s["label"], s["group_id"], [[float(v) for v in point] for point in s["points"]]]
-        for s in shapes
-    ]
-    return identity.of_text(json.dumps(drawn_here))
 
 
 def centres(segment_map: np.ndarray, segments_info: list[dict], taxonomy: Taxonomy) -> str:
@@ -248,7 +238,8 @@ def _objects(rows: list[dict], taxonomy: Taxonomy) -> Iterable[list]:
 
 
 def _counts(rows: list[dict], taxonomy: Taxonomy) -> tuple[list[str], Iterable[list]]:
-    """Heading and rows: the picture, its size, things by class, and pixels of stuff by class."""
+    """Heading and rows: the picture, its size, things by class, pixels of stuff by class and of no
+    segment."""
     columns = sorted(
         zip(taxonomy.ids, _headings(taxonomy), taxonomy.things), key=lambda column: not column[2]
     )
@@ -260,8 +251,10 @@ def _counts(rows: list[dict], taxonomy: Taxonomy) -> tuple[list[str], Iterable[l
             count[segment["category_id"], True] += 1
             count[segment["category_id"], False] += segment["area"]
         size = image["file_name"], image["width"], image["height"]
-        counts.append([*size, *(count[number, thing] for number, _, thing in columns)])
-    return ["picture", "width", "height", *header], counts
+        answered = sum(segment["area"] for segment in row["annotation"]["segments_info"])
+        counted = (count[number, thing] for number, _, thing in columns)
+        counts.append([*size, *counted, image["width"] * image["height"] - answered])
+    return ["picture", "width", "height", *header, NO_ANSWER], counts
 
 
 def _headings(taxonomy: Taxonomy) -> list[str]:
@@ -292,5 +285,5 @@ def next_step(output: Path, rows: list[dict], taxonomy: Taxonomy) -> str:
     flags += ["--stuff", ",".join(names)] if names else []
     return (
         f"to correct them: labelme {shlex.quote(str(output / FOLDER))}; then: python dearli.py "
-        f"--stage import --from labelme {shlex.join(flags)}"
+        f"--stage import --from labelme {shlex.join(flags)} --out NEW"
     )

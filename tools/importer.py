@@ -10,6 +10,7 @@ without a mask, are void all the same. Images without a segment serve as unlabel
 validation images such ones are left out.
 Segments do not overlap, so of two the smaller one is on top: what lies before another object is
 mostly smaller than it, and a small one below would be gone.    Axes: H W pixels.
+With --join DIR the new folder also has what the data set DIR has (`tools.joined`).
 """
 
 import contextlib
@@ -24,11 +25,12 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ground.errors import UserError, choose
-from ground.files import claim, release, write_atomic
+from ground.files import claim, place, release, write_atomic
 from readers import annotations
 from readers.annotations import REST, VOID, Classes, Instance, Record, Source, lay
 from readers.ground_truth import Taxonomy
 from readers.pictures import brief, image_header, name_fault
+from tools.joined import Base
 from tools.prepare import encode
 
 SHOWN_CLASSES = 12  # in the summary
@@ -45,6 +47,7 @@ def import_folder(
     stuff: str = "",
     masks_are: str = "",
     classes: str = "",
+    join: Path | None = None,
 ) -> dict:
     """Convert a folder of annotated images.
 
@@ -56,6 +59,7 @@ def import_folder(
         seed: of their choice.    stuff: names of classes, separated by commas.
         masks_are: of kind `masks`, what values mean, one of FORMS; empty: guessed.
         classes: of kind `masks`, names of the values of maps of classes.
+        join: a data set that they are for (`tools.joined`), which has validation images already.
     Returns: {"labeled", "unlabeled", "val": images, "instances": {class: number}, "dropped":
         {reason: number}, "notes": [what was guessed, joined, followed]}.
     Raises: UserError in one line for whatever cannot be read or is no annotation of this kind, or
@@ -64,32 +68,32 @@ def import_folder(
     source, output = Path(source), Path(output)
     _require_flags(kind, background, val_share, masks_are, classes)
     _require_apart(source, output)
-    known = Classes(stuff, background)
-    notes = annotations.follow_links(source)
+    known, base = Classes(stuff, background), None
+    if join is not None:
+        _require_apart(join, output)
+        base = Base(join)
+        known.inherited = base.stuff - {background}
+    notes = annotations.follow_links(source) + annotations.passed_over(source)
     forms = (masks_are, classes) if kind == "masks" else ()
     read = annotations.READERS[kind](source, known, *forms)
     if kind != "labelme":  # which knows its classes when everything is read
         known.require_stuff()
-    begin(output, {"from": kind, "input": str(source.resolve()), "background": background})
+    identity = {"from": kind, "input": str(source.resolve()), "background": background}
+    begin(output, {**identity, **({"join": str(join.resolve())} if base else {})})
     try:
-        rows, dropped, renamed = convert_all(read, known, output, background)
+        rows, dropped, renamed = convert_all(read, known, output, background, base)
         known.require_stuff()
         voided = dropped.pop(VOIDED, 0)
         dropped = read.passed + dropped
         why = "".join(f", {count} {what}" for what, count in dropped.items())
         notes += read.notes + require_objects(rows, known, background, source, why)
-        if voided:
-            notes.append(
-                f"{voided} regions are void, neither learnt nor measured: what is to be ignored, "
-                "or was annotated without a mask"
-            )
-        if renamed:
-            notes.append(
-                f"{len(renamed)} images are renamed, as another has their name but for the ending "
-                f"or the folder: {', '.join(renamed[:2])}"
-            )
+        notes += _notes(voided, renamed) + say_void(rows, known, background)
+        if base:
+            rows, again = base.join(rows, known, background, output)
+            notes.append(f"{again} images of {join} have new annotations")
+        taxonomy, numbers = numbered(known, background) if base is None else base.classes
         val = divide(rows, val_share, seed, source, why)
-        result = finish(output, rows, val, known, background)
+        result = finish(output, rows, val, taxonomy, numbers)
         return {**result, "dropped": dict(dropped), "notes": notes}
     finally:
         release(output)
@@ -197,18 +201,51 @@ def require_objects(
     ]
 
 
+def _notes(voided: int, renamed: list[str]) -> list[str]:
+    notes = []
+    if voided:
+        notes.append(
+            f"{voided} regions are void, neither learnt nor measured: what is to be ignored, or "
+            "was annotated without a mask"
+        )
+    if renamed:
+        notes.append(
+            f"{len(renamed)} images are renamed, as another has their name but for the ending or "
+            f"the folder: {', '.join(renamed[:2])}"
+        )
+    return notes
+
+
+def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
+    """Where most of what was annotated is void, and nothing says that it is background."""
+    if background or not all(thing for _, thing, _ in classes.values()):
+        return []
+    annotated = [row for row in rows if row["segments"]]
+    pixels = sum(row["image"]["width"] * row["image"]["height"] for row in annotated)
+    drawn = sum(segment["area"] for row in annotated for segment in row["segments"])
+    if 2 * drawn > pixels:
+        return []
+    return [
+        f"{100 * (1 - drawn / pixels):.0f} % of the pixels of annotated images are in no instance, "
+        "and so void: neither learnt nor measured; --background NAME makes a class of them"
+    ]
+
+
 # ------------------------------------------------------------------------------------ images
 
 
 def convert_all(
-    read: Source, classes: Classes, output: Path, background: str
+    read: Source, classes: Classes, output: Path, background: str, base: Base | None = None
 ) -> tuple[list[dict], Counter, list[str]]:
     """A row for each image (`convert`), what was left out, and which images were renamed."""
     rows, dropped, stems, renamed = [], Counter(), {}, []
+    theirs = base.rows.keys() if base else ()
     bar = {"desc": "import", "unit": "image", "dynamic_ncols": True}
     for record in tqdm(read.records, total=read.count, **bar):
-        name = _flat(record.name, stems, renamed)
-        row = convert(record, name, output, background, dropped, classes)
+        # an image of the data set that is joined keeps its name, and no other gets one of its stems
+        same = record.name in theirs
+        name = record.name if same else _flat(record.name, stems, renamed, base)
+        row = convert(record, name, output, background, dropped, classes, base)
         if record.part == "val" and not row["segments"]:
             dropped["validation images without annotation"] += 1
         else:
@@ -217,11 +254,18 @@ def convert_all(
 
 
 def convert(
-    record: Record, name: str, output: Path, background: str, dropped: Counter, classes: Classes
+    record: Record,
+    name: str,
+    output: Path,
+    background: str,
+    dropped: Counter,
+    classes: Classes,
+    base: Base | None = None,
 ) -> dict:
     """Write the image and the map of one record. Returns its name, map, size, part, and segments
     with categories by key of `classes`."""
     path, image, segments = output / "images" / name, record.image, []
+    file = base.map_name(name) if base else f"{path.stem}.png"
     if isinstance(image, bytes):
         write_atomic(path, image)
         image = path
@@ -233,11 +277,11 @@ def convert(
     if segments:
         buffer = io.BytesIO()
         encode(ids).save(buffer, "PNG")
-        write_atomic(output / "panoptic" / f"{path.stem}.png", buffer.getbuffer())
+        write_atomic(output / "panoptic" / file, buffer.getbuffer())
     if image is not path and (segments or record.part != "val"):
         place(image, path)
     header = {"file_name": name, "width": width, "height": height}
-    return {"image": header, "part": record.part, "segments": segments}
+    return {"image": header, "part": record.part, "segments": segments, "map": file}
 
 
 def paint(
@@ -306,25 +350,16 @@ def _segments_info(ids: np.ndarray, segments: list[tuple]) -> list[dict]:
     return rows
 
 
-def place(image: Path, target: Path) -> None:
-    """The image as a hard link, or as a copy where there can be none (another disk); of a link,
-    what it leads to."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # of an interrupted import, see `begin`
-    try:
-        os.link(os.path.realpath(image), target)
-    except OSError:
-        write_atomic(target, image.read_bytes())
-
-
-def _flat(name: str, stems: dict[str, str], renamed: list[str]) -> str:
+def _flat(name: str, stems: dict[str, str], renamed: list[str], base: Base | None = None) -> str:
     """The name of an image in the new folder. stems: those that are taken, on disks that do not
-    tell a from A, too; the second of two gets its ending into its name."""
+    tell a from A, too; the second of two gets its ending into its name. base: its images of these
+    names are the same."""
     flat = Path(name).as_posix().replace("/", "_")
     stem, ending = os.path.splitext(flat)
-    if stem.casefold() in stems:
-        words = (ending[1:], *range(2, len(stems) + 3))
-        stem = next(f"{stem}_{word}" for word in words if f"{stem}_{word}".casefold() not in stems)
+    taken = stems.keys() | (base.stems if base and flat not in base.rows else set())
+    if stem.casefold() in taken:
+        words = (ending[1:], *range(2, len(taken) + 3))
+        stem = next(f"{stem}_{word}" for word in words if f"{stem}_{word}".casefold() not in taken)
         flat = f"{stem}{ending}"
         renamed.append(f"{name} is {flat}")
     fault = name_fault(f".{flat}.png.{os.getpid():07}.tmp")  # `write_atomic` needs room for it
@@ -363,22 +398,29 @@ def divide(rows: list[dict], share: float, seed: int, source: Path, why: str) ->
     return {names[k] for k in np.random.default_rng(seed).permutation(len(names))[:count]}
 
 
-def finish(
-    output: Path, rows: list[dict], val: set[str], classes: Classes, background: str
-) -> dict:
-    """Write the list and the two JSON files, the training one last. Returns what `import_folder`
-    returns, but for what is left out and the notes."""
-    numbered = all(isinstance(key, int) for key in classes)
-    classes = dict(classes.items() if numbered else sorted(classes.items()))
-    ids = {key: key if numbered else k for k, key in enumerate(classes, 1)}
+def numbered(classes: Classes, background: str) -> tuple[Taxonomy, dict]:
+    """The classes as the data set has them, and their category ids by key: ids of the source, or
+    numbers from 1 on in the order of the names; the background comes last."""
+    with_ids = all(isinstance(key, int) for key in classes)
+    rows = dict(classes.items() if with_ids else sorted(classes.items()))
+    ids = {key: key if with_ids else k for k, key in enumerate(rows, 1)}
     if background:
         ids[background] = max(ids.values(), default=0) + 1
-        classes[background] = (background, False, None)
-    names, things, colours = zip(*classes.values())
-    palette = colours if all(colours) else None
-    categories = Taxonomy(names, things, tuple(ids.values()), palette).categories()
+        rows[background] = (background, False, None)
+    names, things, colours = zip(*rows.values())
+    return Taxonomy(names, things, tuple(ids.values()), colours if all(colours) else None), ids
+
+
+def finish(
+    output: Path, rows: list[dict], val: set[str], taxonomy: Taxonomy, numbers: dict
+) -> dict:
+    """Write the list and the two JSON files, the training one last. numbers: category ids, by what
+    the segments have. Returns what `import_folder` returns, but for what is left out and the
+    notes."""
+    names = dict(zip(taxonomy.ids, taxonomy.names))
     count, content = Counter(), {}
     for part in ("val", "train"):
+        categories = taxonomy.categories()
         content[part] = {"images": [], "annotations": [], "categories": categories}
     rows = sorted(rows, key=lambda row: row["image"]["file_name"])
     labeled = []
@@ -388,13 +430,14 @@ def finish(
         part["images"].append({"id": number, **row["image"]})
         if not segments:
             continue
-        if name not in val:
+        if name not in val and row.get("listed", True):
             labeled.append(name)
+        segments = [
+            {**segment, "category_id": numbers[segment["category_id"]]} for segment in segments
+        ]
         count.update(segment["category_id"] for segment in segments)
-        segments = [{**segment, "category_id": ids[segment["category_id"]]} for segment in segments]
-        file = f"{Path(name).stem}.png"
         part["annotations"].append(
-            {"image_id": number, "file_name": file, "segments_info": segments}
+            {"image_id": number, "file_name": row["map"], "segments_info": segments}
         )
     listed = "".join(f"{name}\n" for name in labeled)
     write_atomic(output / "splits" / "all" / "labeled.txt", listed.encode())
@@ -405,5 +448,5 @@ def finish(
         "labeled": len(labeled),
         "unlabeled": len(rows) - len(labeled) - len(val),
         "val": len(val),
-        "instances": {classes[key][0]: count[key] for key in classes},
+        "instances": {names[number]: count[number] for number in taxonomy.ids},
     }

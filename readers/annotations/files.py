@@ -6,8 +6,10 @@ import os
 from pathlib import Path, PurePosixPath
 
 from ground.errors import UserError
-from readers.pictures import pictures
+from readers.pictures import brief, pictures
 
+# Endings of files that some reader reads, and of what tools put beside them.
+READ = {*".json .txt .yaml .yml .names .npy .csv .md".split()}
 PARTS = {  # what folders and files are called -> what they are for
     **dict.fromkeys("train training".split(), "train"),
     **dict.fromkeys("val valid validation".split(), "val"),
@@ -44,6 +46,18 @@ def follow_links(folder: Path) -> list[str]:
     listed = [f"{link} -> {real}" for link, real in links.items()]
     more = ", ..." if len(listed) > 3 else ""
     return [f"{len(listed)} linked folders are followed: {', '.join(listed[:3])}{more}"]
+
+
+def passed_over(folder: Path) -> list[str]:
+    """A line that says which files are neither pictures nor any text or array of annotations."""
+    _, others = _everything(folder)
+    odd = [name for name in others if os.path.splitext(name)[1].lower() not in READ]
+    if not odd:
+        return []
+    listed = ", ".join(map(brief, odd[:3])) + (", ..." if len(odd) > 3 else "")
+    return [
+        f"{len(odd)} files passed over, by their endings neither pictures nor annotations: {listed}"
+    ]
 
 
 def _everything(folder: Path) -> tuple[list[str], list[str]]:

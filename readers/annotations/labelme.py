@@ -17,6 +17,7 @@ from typing import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ground import identity
 from ground.errors import UserError
 from readers.annotations import shapes
 from readers.annotations.files import list_files
@@ -50,10 +51,11 @@ def read_labelme(folder: Path, classes: Classes) -> Source:
 def _records(
     folder: Path, files: list[str], images: dict[str, None], source: Source, classes: Classes
 ) -> Iterator[Record]:
-    used = set()
+    used, untouched = set(), 0
     for file in files:
         path = folder / file
         content = _load(folder, file)
+        untouched += is_untouched(content)
         name, image = _image(folder, file, content, images)
         if name in used:
             raise UserError(
@@ -62,7 +64,30 @@ def _records(
             )
         used.add(name)
         yield Record(name, image, partial(_instances, path, content, source, classes))
+    if untouched:
+        source.notes.append(
+            f"{untouched} of {len(files)} files are as --stage predict wrote them, and are taken "
+            "for right; of a picture that nobody has looked at delete the JSON: it is unlabelled "
+            "then"
+        )
     yield from (Record(name, folder / name) for name in images if name not in used)
+
+
+def digest(shapes: list[dict]) -> str:
+    """Of what people correct. labelme keeps keys that it does not know, and writes 3 as 3.0."""
+    drawn = [
+        [s["label"], s["group_id"], [[float(v) for v in point] for point in s["points"]]]
+        for s in shapes
+    ]
+    return identity.of_text(json.dumps(drawn))
+
+
+def is_untouched(content: dict) -> bool:
+    """Whether a file is as `tools.exchange` wrote it, which left its `digest` in it."""
+    try:
+        return content["predicted"] == digest(content["shapes"])
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _load(folder: Path, file: str) -> dict:

@@ -75,11 +75,13 @@ class Classes(dict):
     its name. No two are called alike, and none as the background.
 
     stuff: names, separated by commas, of classes that are no things whatever a reader says.
+    inherited: names of such classes that need not occur.
     """
 
     def __init__(self, stuff: str = "", background: str = ""):
         super().__init__()
         self.stuff = {name.strip() for name in stuff.split(",")} - {"", background}
+        self.inherited: set[str] = set()
         self.owners: dict[str, str] = {}  # whose a first name is
         if background:
             self._claim(background, "--background", "the background,")
@@ -87,7 +89,7 @@ class Classes(dict):
     def add(self, key, name, where: str, thing: bool = True, colour: tuple | None = None) -> None:
         """Raises: UserError if the name is none, or its first synonym is taken."""
         first = self._claim(name, where, "the class")
-        self[key] = (name, thing and first not in self.stuff, colour)
+        self[key] = (name, thing and first not in self.stuff | self.inherited, colour)
 
     def require_stuff(self) -> None:
         """Raise UserError if a class that is named as stuff is none."""

@@ -1,0 +1,160 @@
+"""New annotations into a data set that is there (--stage import --join)."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from ground.errors import UserError
+from readers import panoptic
+from tests.helpers import photo, rewrite, run
+from tests.test_importer import scene_ids, write_labelme, write_masks
+from tools import importer
+
+REST = {"background": "rest"}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Three labelled images, one of them for validation, and the unlabelled d.png."""
+    importer.import_folder("masks", write_masks(tmp_path / "source"), tmp_path / "base", **REST)
+    return tmp_path / "base"
+
+
+def corrected(base, root, *names):
+    """Labelme files of images of the base, as predict writes them beside the pictures."""
+    write_labelme(root, names, bare=())
+    for name in names:
+        if (base / "images" / f"{name}.png").exists():
+            shutil.copy(base / "images" / f"{name}.png", root / f"{name}.png")
+    return root
+
+
+def join(base, root, output="new", **flags):
+    result = importer.import_folder("labelme", root, base.parent / output, join=base, **flags)
+    return panoptic.load_folder(base.parent / output, "all"), result
+
+
+def truths(images):
+    """Segment map and classes of each annotated image, by name."""
+    every = ((images.name(i), images.truth(i)) for i in range(images.annotated))
+    return {name: (truth.segment_map.tolist(), truth.labels.tolist()) for name, truth in every}
+
+
+def test_an_unlabelled_image_becomes_labelled_and_all_else_stays(base, tmp_path):
+    before = panoptic.load_folder(base, "all")
+    dataset, result = join(base, corrected(base, tmp_path / "out", "d", "new"), **REST)
+    assert dataset.taxonomy == before.taxonomy and truths(dataset.val) == truths(before.val)
+    assert (result["labeled"], result["unlabeled"], result["val"]) == (4, 0, 1)
+    assert "1 images of" in result["notes"][-1] and "new annotations" in result["notes"][-1]
+    now, old = truths(dataset.train), truths(before.train)
+    assert {name: now[name] for name in old} == old and now.keys() - old.keys() == {
+        "d.png",
+        "new.png",
+    }
+    expected = np.where(scene_ids() > 0, scene_ids(), 3)
+    assert now["d.png"] == now["new.png"] == (expected.tolist(), [0, 1, 2])
+    listed = (tmp_path / "new" / "splits" / "all" / "labeled.txt").read_text().split()
+    assert sorted(listed) == sorted(now)
+    assert run("--stage", "validate", "--dataset", "custom", "--data-root", tmp_path / "new") == 0
+
+
+def test_new_annotations_take_the_place_of_old_ones_and_images_keep_their_part(base, tmp_path):
+    before = panoptic.load_folder(base, "all")
+    val = before.val.name(0).removesuffix(".png")
+    (train,) = {"a", "b"} - {val} if val in "ab" else {"a"}
+    root = corrected(base, tmp_path / "out", val, train)
+    for name in (val, train):  # the dog alone
+        rewrite(root / f"{name}.json", lambda content: content["shapes"].pop(0) and None)
+    dataset, result = join(base, root, **REST)
+    assert [dataset.val.name(0)] == [f"{val}.png"] and result["val"] == 1
+    for images in (dataset.val, dataset.train):
+        for name, (_, labels) in truths(images).items():
+            there = name.removesuffix(".png") in (val, train)
+            assert labels == ([1, 2] if there else [0, 1, 2]), name
+
+
+def test_an_image_without_annotation_keeps_the_one_that_it_had(base, tmp_path):
+    root = corrected(base, tmp_path / "out", "a", "d")
+    (root / "a.json").unlink()
+    dataset, _ = join(base, root, **REST)
+    before = panoptic.load_folder(base, "all")
+    both = truths(dataset.train) | truths(dataset.val)
+    assert both["a.png"] == (truths(before.train) | truths(before.val))["a.png"]
+
+
+def test_stuff_of_the_data_set_is_stuff_though_labelme_cannot_say_so(tmp_path):
+    base = tmp_path / "base"
+    source = write_labelme(tmp_path / "source")
+    importer.import_folder("labelme", source, base, stuff="dog", **REST)
+    dataset, _ = join(base, corrected(base, tmp_path / "out", "d"), **REST)
+    assert dataset.taxonomy.things == (True, False, False)
+    (tmp_path / "cats").mkdir()
+    only = corrected(base, tmp_path / "cats", "d")
+    rewrite(only / "d.json", lambda content: content["shapes"].pop(1) and None)
+    dataset, _ = join(base, only, "two", **REST)  # no stuff is in it, and none need be
+    assert truths(dataset.train)["d.png"][1] == [0, 2]
+
+
+def test_lists_and_folders_of_the_data_set_stay(base, tmp_path):
+    before = panoptic.load_folder(base, "all")
+    name = before.train.name(before.labeled[0])
+    (base / "splits" / "one").mkdir()
+    (base / "splits" / "one" / "labeled.txt").write_text(f"{name}\n")
+    (base / "images" / "day1").mkdir()
+    (base / "images" / "d.png").rename(base / "images" / "day1" / "d.png")
+    content = json.loads((base / "panoptic_train.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].replace("d.png", "day1/d.png")
+    (base / "panoptic_train.json").write_text(json.dumps(content))
+    root = tmp_path / "out"
+    write_labelme(root / "day1", ("d",), bare=())
+    shutil.copy(base / "images" / "day1" / "d.png", root / "day1" / "d.png")
+    write_labelme(root / "day2", ("a",), bare=())  # no image of the data set
+    photo(root / "day2" / "a.png", seed=9)
+    dataset, result = join(base, root, **REST)
+    assert "day1/d.png" in truths(dataset.train) and "day2_a.png" in truths(dataset.train)
+    assert result["labeled"] == 4
+    assert [dataset.train.name(i) for i in panoptic.load_folder(tmp_path / "new", "one").labeled]
+
+
+def test_maps_of_images_of_one_stem_do_not_meet(base, tmp_path):
+    root = tmp_path / "out"
+    write_labelme(root, ("a",), bare=())
+    image = root / "a.png"
+    image.rename(root / "a.tiff")
+    photo(root / "a.tiff", seed=9)
+    rewrite(root / "a.json", lambda content: content.update(imagePath="a.tiff"))
+    dataset, _ = join(base, root, **REST)
+    both = truths(dataset.train) | truths(dataset.val)
+    before = panoptic.load_folder(base, "all")
+    assert both["a.png"] == (truths(before.train) | truths(before.val))["a.png"]
+    assert "a_tiff.tiff" in both
+
+
+def refused(base, root, words, **flags):
+    with pytest.raises(UserError, match=words):
+        join(base, root, "refused", **flags)
+    shutil.rmtree(base.parent / "refused", ignore_errors=True)
+
+
+def test_what_does_not_belong_to_the_data_set_is_refused(base, tmp_path):
+    root = corrected(base, tmp_path / "out", "d")
+    refused(
+        base, root, "'ground': is no class of .*base, which has cat, dog, rest", background="ground"
+    )
+    photo(root / "d.png", seed=77)
+    refused(base, root, "images/d.png: another picture than the one of this name", **REST)
+    refused(tmp_path / "source", root, "source: the panoptic JSON is missing", **REST)
+    refused(base / "images", root, "one of it and|the panoptic JSON is missing", **REST)
+
+
+def test_the_command_line_joins_and_has_no_share_for_validation_then(base, tmp_path, capsys):
+    root = corrected(base, tmp_path / "out", "d")
+    flags = ["--stage", "import", "--from", "labelme", "--input", root, "--background", "rest"]
+    flags += ["--join", base, "--out", tmp_path / "new"]
+    assert run(*flags, "--val-share", "0.5") == 2
+    assert "--val-share: " in capsys.readouterr().err
+    assert run(*flags) == 0
+    assert "3 labelled, 0 unlabelled and 1 validation images" in capsys.readouterr().out
