@@ -12,7 +12,7 @@ import textwrap
 
 from config import ALIASES, METHODS, PRESETS, Config, dashed
 from engine import flags
-from engine.flags import ALL, DATASETS, FLAGS, STAGES, reads, rows
+from engine.flags import ALL, DATASETS, FLAGS, STAGES, STORED, reads, rows
 from ground.errors import UserError, choose, nearest
 
 WIDTH = 110  # characters of a help page
@@ -164,11 +164,12 @@ def stage_page(stage: str, preset: Config) -> str:
         if stage in flag.stages:
             default = None if isinstance(flag.default, bool) else flag.default
             lines += _row(f"--{flag.name}", texts[flag.name], default)
+    usual = "the run's" if stage in STORED else ""
     for title, fields in numbers().items():
         read = [(name, text) for name, text in fields if name in reads(stage)]
         lines += ["", title] * bool(read)
         for name, text in read:
-            lines += _row(dashed(name), text, getattr(preset, name))
+            lines += _row(dashed(name), text, usual or getattr(preset, name))
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from engine.checkpoint import state_of
 from engine.method import Method
 from engine.optim import NotFinite
 from engine.run_log import memory_gb
-from engine.training import to_device
+from engine.training import WATCHED, to_device
 from ground.errors import UserError
 from readers.ground_truth import DataSet
 from readers.sixteen_bit import WHITE
@@ -103,8 +103,9 @@ def say_data(dataset: DataSet, split: str) -> None:
     )
 
 
-def say_repeated(what: str, count: int, do: Callable[[int], object], tried: int = IMAGES) -> None:
-    """Time do(k) for the first few of `count` things, and say how long all of them will take."""
+def say_repeated(what: str, count: int, do: Callable[[int], object], tried: int = IMAGES) -> float:
+    """Time do(k) for the first few of `count` things, and say how long all of them will take.
+    Returns the seconds of one."""
     times = []
     for k in range(min(tried + 1, count)):
         clock = time.perf_counter()
@@ -112,6 +113,13 @@ def say_repeated(what: str, count: int, do: Callable[[int], object], tried: int 
         times.append(time.perf_counter() - clock)
     each = statistics.median(times[1:] or times) if times else 0.0
     say(what, f"{duration(count * each)}: {count:,} images of {each:.2g} s")
+    return each
+
+
+def say_watching(images: int, each: float) -> None:
+    """What `report.watch` takes, beside the training. each: seconds of an image."""
+    text = f"{duration(WATCHED * images * each)}: {WATCHED} times or more {images} images"
+    say("watching", f"{text}, beside the training (--watch)")
 
 
 def say_memory(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from readers.splits import read_split
 
 # The JSON of a part (train, val) and a variant, below the root of a data set.
 PLACES = ("panoptic_{}{}", "annotations/panoptic_{}{}", "annotations/panoptic_{}2017{}")
+IMPORT = "; of annotations of other tools --stage import makes such a folder"
 
 
 class PanopticFolder(PanopticIndex, Images):
@@ -183,7 +184,9 @@ def load_folder(
         )
 
     train_json, val_json = (
-        _first(root, [f"{p.format(part, variant)}.json" for p in PLACES], "the panoptic JSON")
+        _first(
+            root, [f"{p.format(part, variant)}.json" for p in PLACES], "the panoptic JSON", IMPORT
+        )
         for part in ("train", "val")
     )
     taxonomy = read_taxonomy(train_json)
@@ -223,8 +226,8 @@ def has_maps(root: Path, variant: str = "") -> bool:
     return any(path.is_file() for path in paths)
 
 
-def _first(root: Path, candidates: list[str], what: str) -> Path:
+def _first(root: Path, candidates: list[str], what: str, advice: str = "") -> Path:
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
-    raise UserError(f"{root}: {what} is missing; looked for {', '.join(candidates)}")
+    raise UserError(f"{root}: {what} is missing; looked for {', '.join(candidates)}{advice}")

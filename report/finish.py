@@ -47,13 +47,7 @@ def finish(
     if course.later:
         return
     if course.dry_run:
-
-        def one(k):
-            evaluate(method, dataset, 1, title="")
-
-        rehearsal.say_repeated("evaluation", len(dataset.val), one)
-        if course.report:
-            _say_views(folder, method, method.batches(dataset), dataset)
+        _rehearse(method, dataset, folder, course)
         return
     if course.evaluate:
         metrics = evaluate(method, dataset)
@@ -64,9 +58,30 @@ def finish(
             write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
         columns = [column for metric in method.metrics for column in metric.columns]
         print(tables.table(list(metrics.items()), columns))
+        if said := _found(method, dataset, metrics):
+            print(said)
         print(f"{folder / 'metrics.json'}")
     if ranks.rank() == 0:
         write_report(method, dataset, folder, pictures, config)
+
+
+def _rehearse(method: Method, dataset: DataSet, folder: Path, course: Course) -> None:
+    def one(k):
+        evaluate(method, dataset, 1, title="")
+
+    each = rehearsal.say_repeated("evaluation", len(dataset.val), one)
+    if course.watch and course.evaluate:
+        rehearsal.say_watching(min(course.watch, len(dataset.val)), each)
+    if course.report:
+        _say_views(folder, method, method.batches(dataset), dataset)
+
+
+def _found(method: Method, dataset: DataSet, metrics: dict) -> str:
+    """How many things the paper's reading found."""
+    kinds = zip(dataset.taxonomy.short_names, dataset.taxonomy.things)
+    things = [name for name, thing in kinds if thing] * (method.cfg.labels == "panoptic")
+    said = tables.found(metrics.get(method.reading, {}), things)
+    return said and f"{method.reading}: {said}"
 
 
 def finish_warm_up(

@@ -47,3 +47,20 @@ def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
         cells = [f"{'n/a':>11}" if v is None else f"{100 * v:11.1f}" for v in figures]
         lines.append(f"{title:<{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def found(metrics: dict, things: list[str]) -> str:
+    """How many objects a reading found, in words: what PQ, a mean over classes, does not say.
+
+    metrics: of the reading, with counts by class;  things: names of the classes that are counted.
+    Empty where there is none.
+    """
+    counts = [metrics.get("per_class", {}).get(name, {}) for name in things]
+    counts = [count for count in counts if "tp" in count]
+    right, wrong, missed = (sum(c[key] for c in counts) for key in ("tp", "fp", "fn"))
+    if not right + missed:
+        return ""
+    return (
+        f"{right} of {right + missed} things are found (IoU above 0.5), and {wrong} more that are "
+        "none"
+    )

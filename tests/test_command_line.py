@@ -210,7 +210,10 @@ def test_a_dry_run_says_what_a_run_will_take_and_writes_nothing(small_mini, tmp_
         "4 labelled and 8 unlabelled images, 4 for validation" in out
         and "1 to 7: " in out
         and "4 images of" in out
+        and "10 times or more 4 images, beside the training (--watch)" in out
     )
+    assert run("--stage", "sup", "--dry-run", "--steps", 7, "--watch", 0, *runs) == 0
+    assert "watching" not in capsys.readouterr().out
     assert (
         run(
             "--stage",

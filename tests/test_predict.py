@@ -95,6 +95,14 @@ def test_figures_over_nothing_are_not_printed_as_0():
     assert tables.figure(metrics, ("miou",)) == 0.0
 
 
+def test_what_was_found_is_said_in_words_of_things_alone():
+    counts = {"cell": {"tp": 3, "fp": 1, "fn": 2}, "rod": {"tp": 0, "fp": 4, "fn": 1}}
+    metrics = {"per_class": {**counts, "glass": {"tp": 9, "fp": 9, "fn": 9}}}
+    said = "3 of 6 things are found (IoU above 0.5), and 5 more that are none"
+    assert tables.found(metrics, ["cell", "rod"]) == said
+    assert tables.found(metrics, []) == tables.found({}, ["cell"]) == ""
+
+
 def test_instances_of_a_class_differ_in_an_overlay_and_look_the_same_in_every_image(tmp_path):
     image, segment_map, labels = square()
     taxonomy = ground_truth.Taxonomy(("cat", "grass"), (True, False), (1, 2))
