@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 POINTS, TIPS = 240, 40  # of a curve: parts that it is drawn in, and parts that show their numbers
+FEW = 20  # numbers, each of which is a dot of its curve
 MAX_SKIPPED = 200  # skipped steps that are marked
 WIDTH, HEIGHT = 380, 220  # of a picture, in its own units, as are its margins
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 34
@@ -38,7 +39,7 @@ def chart(
     skipped: (step, text) of steps to mark;  begins: (step, text, curve) of steps from where on
     something is different, in one curve or (None) in all;  log: a logarithmic scale, if all is
     positive and spans decades;  span: steps that the axis shows at least. Returns: `rows` and
-    `columns` of the grid (place, label), `dots` (curve, x, y) of curves of one step, `paths` (kind,
+    `columns` of the grid (place, label), `dots` (curve, x, y) of short curves, `paths` (kind,
     curve, SVG path), `tips` (left side, text), `marks` (x, text) and `begins` (x, text, curve).
     """
     values = [value for _, _, numbers in curves for value in numbers]
@@ -55,9 +56,9 @@ def chart(
         average = _average(numbers, half)
         for i in _middles(numbers, TIPS):
             tips.setdefault(own[i], []).append(f"{name} {average[i]:.4g}")
-        if len(numbers) == 1:
-            dots.append((k, scale.x(own[0]), scale.y(float(numbers[0]))))
-        else:
+        if len(numbers) <= FEW:
+            dots += [(k, scale.x(x), scale.y(y)) for x, y in zip(own, numbers.tolist())]
+        if len(numbers) > 1:
             places = dict.fromkeys([0, *_middles(numbers, POINTS), len(numbers) - 1])
             smooth.append(("smooth", k, scale.path(own, average, places)))
         if half:

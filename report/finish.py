@@ -78,8 +78,7 @@ def _rehearse(method: Method, dataset: DataSet, folder: Path, course: Course) ->
 
 def _found(method: Method, dataset: DataSet, metrics: dict) -> str:
     """How many things the paper's reading found."""
-    kinds = zip(dataset.taxonomy.short_names, dataset.taxonomy.things)
-    things = [name for name, thing in kinds if thing] * (method.cfg.labels == "panoptic")
+    things = tables.things_of(dataset.taxonomy) if method.cfg.labels == "panoptic" else []
     said = tables.found(metrics.get(method.reading, {}), things)
     return said and f"{method.reading}: {said}"
 

@@ -1,8 +1,8 @@
 """Pictures of a run for its report: images, ground truth, what models say of them, pseudo-labels as
 training goes on, SAM's masks.
 
-The worst and the best validation images by their own PQ, and some unlabelled images. A picture is a
-small WebP with a panoptic map over it.
+The worst and the best validation images by their own PQ (all, where they are few), and some
+unlabelled images. A picture is a small WebP with a panoptic map over it.
 """
 
 import html
@@ -23,12 +23,13 @@ from inference import PSEUDO, Prediction
 from readers import mask_files
 from readers.ground_truth import DataSet, Taxonomy
 from report import drawing
-from report.tables import figure
+from report.tables import figure, found, things_of
 
 SAMPLE = 4  # validation images that are looked at, for every one that is shown
 SIDE = 320  # pixels, long side of a picture
 QUALITY = 80  # WebP
 SNAPSHOTS = 4  # unlabelled images that are followed through the training
+FEW_CLASSES = 2  # need no names in the pictures: their colours tell them apart
 SHOWN_SNAPSHOTS = 5  # steps of it that a card shows
 
 
@@ -62,7 +63,7 @@ def gallery(
     others: list[Other] = (),
 ) -> dict[str, list[Card]]:
     """Cards of validation images, SAMPLE * count of which are looked at: some of them at random,
-    and the `count` with the lowest and the highest PQ; and of some
+    and the `count` with the lowest and the highest PQ, or all if there are no more; and of some
     unlabelled images.
 
     reading: the one that PQ is of.   masks: of SAM;  folder: of the run, for its snapshots; if
@@ -83,6 +84,8 @@ def gallery(
         "worst": scored[: shown - shown // 2],
         "best": scored[::-1][: shown // 2],
     }
+    if len(scored) == shown:
+        parts = {"all": scored}
     cards = {
         f"{name} of {len(scored)}": [
             _validation(method, dataset, reading, i, quality, others) for quality, i in part
@@ -98,10 +101,15 @@ def gallery(
 
 def image_quality(method: Method, dataset: DataSet, i: int, answer: Prediction) -> float | None:
     """The method's first figure (PQ) of a validation image; None if there is none."""
+    _, where = method.metrics[0].columns[0]
+    return figure(image_result(method, dataset, i, answer), where)
+
+
+def image_result(method: Method, dataset: DataSet, i: int, answer: Prediction) -> dict:
+    """What the method's first metric says of one validation image."""
     score = method.metrics[0](dataset.taxonomy)
     score.add(answer, dataset.val.truth(i))
-    _, where = score.columns[0]
-    return figure(score.result(), where)
+    return score.result()
 
 
 def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, others) -> Card:
@@ -121,7 +129,9 @@ def _validation(method, dataset: DataSet, reading: str, i: int, quality: float, 
         caption = f"{html.escape(title)} <b>{number}</b>"
         cells.append((caption, webp(image, shown(answer, method.cfg), dataset.taxonomy)))
     heading, _ = method.metrics[0].columns[0]
-    return Card(dataset.val.name(i), f"{heading} {100 * quality:.1f}", cells)
+    things = things_of(dataset.taxonomy) if method.cfg.labels == "panoptic" else []
+    note = found(image_result(method, dataset, i, answers[reading]), things, short=True)
+    return Card(dataset.val.name(i), note or f"{heading} {100 * quality:.1f}", cells)
 
 
 def _unlabelled(method: Method, dataset: DataSet, i: int, masks: Path | None) -> Card:
@@ -201,7 +211,7 @@ def webp(image: Image.Image, segments=None, taxonomy=None, names: bool = True) -
     small = resize_part(Sample(image, layers), size, (0, 0, *size))
     shown = small.image
     if segments is not None:
-        labels = segments.labels
+        labels, names = segments.labels, names and len(taxonomy) > FEW_CLASSES
         shown = drawing.overlay(small.image, small.layers[0], labels, taxonomy, names=names)
     buffer = io.BytesIO()
     shown.save(buffer, "WEBP", quality=QUALITY)

@@ -21,14 +21,15 @@ from markupsafe import Markup
 
 from config import PHASES
 from engine.flags import preset_of
+from ground.errors import UserError
 from ground.files import write_atomic
 from inference import POSTERIORS
-from readers.ground_truth import DataSet
+from readers.ground_truth import DataSet, Taxonomy
 from report.charts import chart, curve
 from report.gallery import spread
 from report.groups import class_pixels
 from report.run_folder import FIELDS, Stored, commands, nearest_preset
-from report.tables import columns_of
+from report.tables import columns_of, found, things_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larger
@@ -81,9 +82,8 @@ def write(
         values = {"missing": missing, "reading": run.reading or "", "cards": album}
         values["colours"] = colours
         sections["images"] = values if missing or album else None
-        return page.render(run=run, about=about(run), sections=sections, **shown).encode(
-            "utf-8", "replace"
-        )
+        values = {"run": run, "about": about(run), "found": found_in(run), "sections": sections}
+        return page.render(**values, **shown).encode("utf-8", "replace")
 
     most = max(map(len, cards.values()), default=0)
     while len(written := content(most)) > MAX_BYTES and most:
@@ -125,6 +125,19 @@ def percent(value, digits: int = 1) -> str:
 def reading_title(reading: str) -> str:
     which, _, posterior = reading.partition("/")
     return f"{which}, {POSTERIORS[posterior]}" if posterior in POSTERIORS else reading
+
+
+def found_in(run: Stored) -> str:
+    """How many things the reading of the large figures found, in words; empty where they are not
+    counted or the run does not say which classes are things."""
+    stored = run.config.get("taxonomy")
+    result = run.readings.get(run.reading)
+    if not result or not isinstance(stored, dict) or run.config.get("labels") != "panoptic":
+        return ""
+    try:
+        return found(result, things_of(Taxonomy.from_config(stored, run.name)))
+    except UserError:  # of a file that somebody wrote
+        return ""
 
 
 def about(run: Stored) -> list[tuple[str, str]]:
@@ -238,6 +251,7 @@ def curves(run: Stored) -> dict:
         "steps": len(log),
         "skipped": len(skipped),
         "begins": begins,
+        "unlabelled_first": any(key.startswith("unlabeled/") for row in log[:1] for key in row),
         "time": duration(times[-1]) if times else "",
         "seconds_a_step": f"{np.median(np.diff([0.0, *times])):.2g}" if times else "",
     }

@@ -49,17 +49,24 @@ def table(rows: list[tuple[str, dict]], columns=COLUMNS) -> str:
     return "\n".join(lines)
 
 
-def found(metrics: dict, things: list[str]) -> str:
+def things_of(taxonomy) -> list[str]:
+    """Short names of the classes of a `Taxonomy` that are things."""
+    return [name for name, thing in zip(taxonomy.short_names, taxonomy.things) if thing]
+
+
+def found(metrics: dict, things: list[str], short: bool = False) -> str:
     """How many objects a reading found, in words: what PQ, a mean over classes, does not say.
 
-    metrics: of the reading, with counts by class;  things: names of the classes that are counted.
-    Empty where there is none.
+    metrics: of the reading, with counts by class;  things: names of the classes that are counted;
+    short: for a caption. Empty where there is none.
     """
     counts = [metrics.get("per_class", {}).get(name, {}) for name in things]
     counts = [count for count in counts if "tp" in count]
     right, wrong, missed = (sum(c[key] for c in counts) for key in ("tp", "fp", "fn"))
     if not right + missed:
         return ""
+    if short:
+        return f"{right} of {right + missed} things found, {wrong} wrong"
     return (
         f"{right} of {right + missed} things are found (IoU above 0.5), and {wrong} more that are "
         "none"

@@ -27,7 +27,7 @@ from engine.parser import parser
 from engine.resolve import resolve
 from mini import scenes
 from readers import sixteen_bit
-from report import gallery, page, run_folder
+from report import charts, gallery, page, run_folder
 from tests.helpers import TINY_FLAGS, fitting, run, wait_for, write_coco_folder
 
 EVIL = """<script>alert(1)</script>&"'"""
@@ -203,6 +203,7 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     folder.mkdir()
     shutil.copy(reported / "config.json", folder)
     assert "no metrics.json" in page_of(folder) and "no log.jsonl" in page_of(folder)
+    assert "--stage eval --weights</code> with its folder does it" in page_of(folder)
     for content, words in (
         ("".join(log[:1]), "1 step;"),
         ("".join(log)[:-30], "4 steps"),
@@ -246,6 +247,25 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     assert run(*dewa, "--out", tmp_path / "dewa") == 0
     assert report(tmp_path / "dewa") == 0
     assert "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
+
+
+def test_a_page_says_how_many_things_were_found(reported, tmp_path):
+    metrics = json.loads((reported / "metrics.json").read_text())
+    config = json.loads((reported / "config.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    for changed, said in (({}, True), ({"labels": "semantic"}, False)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+        found = re.search(r"\d+ of \d+ things are found", page_of(tmp_path))
+        assert bool(found) == said
+    whole = (reported / "report.html").read_text()
+    assert re.search(r"<h4>[^<]* <span>\d+ of \d+ things found, \d+ wrong", whole)
+
+
+def test_few_numbers_are_dots_of_their_curve():
+    short, long = ([*range(n)] for n in (5, charts.FEW + 1))
+    panel = charts.chart("PQ", "", [("a", short, [1.0] * 5), ("b", long, [2.0] * len(long))])
+    assert [k for k, *_ in panel["dots"]] == [0] * 5
+    assert [k for kind, k, _ in panel["paths"] if kind == "smooth"] == [0, 1]
 
 
 def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported, tmp_path):
@@ -310,7 +330,7 @@ def test_shares_of_a_preset_are_said_to_be_shares_and_a_class_without_a_label_ha
     assert "0.5 of the steps" in content  # of burn_in, which the run has in steps
     assert "taken for …" in content and "true class" in content
     colours = re.search('<p class="colours">(.*?)</p>', content, re.S)[1]
-    assert colours.count("swatch") == len(re.findall("thing</em>|stuff</em>", content))
+    assert colours.count('class="swatch"') == len(re.findall("thing</em>|stuff</em>", content))
 
 
 def test_a_page_of_classes_alone_has_no_columns_of_segments(tmp_path):

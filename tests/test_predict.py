@@ -100,6 +100,7 @@ def test_what_was_found_is_said_in_words_of_things_alone():
     metrics = {"per_class": {**counts, "glass": {"tp": 9, "fp": 9, "fn": 9}}}
     said = "3 of 6 things are found (IoU above 0.5), and 5 more that are none"
     assert tables.found(metrics, ["cell", "rod"]) == said
+    assert tables.found(metrics, ["cell"], short=True) == "3 of 5 things found, 1 wrong"
     assert tables.found(metrics, []) == tables.found({}, ["cell"]) == ""
 
 

@@ -1,5 +1,5 @@
 /* Tables sort: by a click on a heading, or by #sort=TABLE:COLUMN:asc after the address. Pictures
-   grow: by a click or Enter, until the next one or Esc. */
+   grow: by a click or Enter, until the next click or Esc; the arrow keys go to their neighbours. */
 const cellOf = (heading, row) => row?.cells[heading.cellIndex];
 const rowsOf = heading => [...heading.closest('table').tBodies[0].rows];
 function value(cell) {
@@ -21,15 +21,20 @@ function follow() {
   if (heading) sort(heading, way !== 'asc');
   return heading;
 }
-const grown = () => document.querySelector('img.grown');
-function grow(picture) {
+const grown = () => document.querySelector('figure.grown');
+const figures = () => [...document.querySelectorAll('.cells figure')];
+function grow(figure) {
   const before = grown();
   before?.classList.remove('grown');
-  if (picture && picture !== before) picture.classList.add('grown');
+  if (figure && figure !== before) figure.classList.add('grown');
+}
+function step(by) {
+  const all = figures(), next = all[all.indexOf(grown()) + by];
+  if (grown() && next) grow(next);
 }
 addEventListener('click', event => {
-  const picture = event.target.closest('.cells img');
-  if (picture || grown()) return grow(picture);
+  const figure = event.target.closest('.cells figure');
+  if (figure || grown()) return grow(figure);
   const heading = event.target.closest('th[data-key]');
   if (!heading) return;
   const number = heading.cellIndex && cellOf(heading, rowsOf(heading)[0])?.dataset.v !== undefined;
@@ -39,7 +44,9 @@ addEventListener('click', event => {
 });
 addEventListener('keydown', event => {
   if (event.key === 'Escape') grow(null);
-  if (event.key === 'Enter' && event.target.matches('.cells img')) grow(event.target);
+  if (event.key === 'ArrowRight') step(1);
+  if (event.key === 'ArrowLeft') step(-1);
+  if (event.key === 'Enter' && event.target.matches('.cells img')) grow(event.target.parentNode);
 });
 addEventListener('hashchange', follow);
 addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
