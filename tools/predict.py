@@ -376,9 +376,9 @@ class Pictures:
             write_atomic(self.json, json.dumps(content).encode())
         finally:
             release(self.output)
+        self._say(model.white)
         if rows:
             print(exchange.next_step(self.output, rows, model.taxonomy))
-        self._say(model.white)
         if self.faults:
             every = len(self.names) + self.unnamed
             rest = f"; the others are in {self.output}" if len(self.faults) < every else ""
@@ -477,7 +477,7 @@ class Pictures:
             if names:
                 print(
                     f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white "
-                    f"{white}: {listed([*map(brief, names)])}"
+                    f"{white} (4095 is that of 12 bits): {listed([*map(brief, names)])}"
                 )
         for fault in self.faults:
             print(f"warning: {fault}")
