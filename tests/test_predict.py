@@ -586,7 +586,7 @@ def test_a_run_sees_16_bit_pictures_by_its_own_white_point(small_run, tmp_path, 
     assert (
         "warning: " in dark[1]
         and "1 pictures that show next to nothing" in dark[1]
-        and "--white 65535: 'a.png'" in dark[1]
+        and "--white 65535 (4095 is that of 12 bits): 'a.png'" in dark[1]
     )
     assert (
         "1 pictures of 16 bits that lose what is brighter, by the run's --white 255"
