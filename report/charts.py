@@ -39,8 +39,9 @@ def chart(
     skipped: (step, text) of steps to mark;  begins: (step, text, curve) of steps from where on
     something is different, in one curve or (None) in all;  log: a logarithmic scale, if all is
     positive and spans decades;  span: steps that the axis shows at least. Returns: `rows` and
-    `columns` of the grid (place, label), `dots` (curve, x, y) of short curves, `paths` (kind,
-    curve, SVG path), `tips` (left side, text), `marks` (x, text) and `begins` (x, text, curve).
+    `columns` of the grid (place, label), `curves` (name, last of its average), `dots` (curve, x, y)
+    of short curves, `paths` (kind, curve, SVG path), `tips` (left side, text), `marks` (x, text)
+    and `begins` (x, text, curve).
     """
     values = [value for _, _, numbers in curves for value in numbers]
     if not values:
@@ -48,12 +49,13 @@ def chart(
     steps = [step for _, own, _ in curves for step in own] + [step for step, _ in skipped]
     steps += span
     scale = _Scale(steps, values, log)
-    dots, raw, smooth, tips = [], [], [], {}
+    dots, raw, smooth, tips, ends = [], [], [], {}, {}
     for k, (name, own, numbers) in enumerate(curves):
         if not numbers:
             continue
         numbers, half = np.array(numbers), len(numbers) // 40
         average = _average(numbers, half)
+        ends[k] = f"{average[-1]:.4g}"
         for i in _middles(numbers, TIPS):
             tips.setdefault(own[i], []).append(f"{name} {average[i]:.4g}")
         if len(numbers) <= FEW:
@@ -70,7 +72,7 @@ def chart(
         "title": title,
         "unit": unit,
         "log": scale.log,
-        "names": [name for name, _, _ in curves],
+        "curves": [(name, ends.get(k, "–")) for k, (name, _, _) in enumerate(curves)],
         "rows": [(scale.y(value), f"{value:.3g}") for value in scale.rows()],
         "columns": [(scale.x(step), f"{step:g}") for step in columns if step == int(step)],
         "dots": dots,

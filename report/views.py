@@ -105,7 +105,7 @@ def numbers(method: Method, batches: Batches, dataset: DataSet | None, labeled, 
     rows.append(("images", counts))
     sizes = [source.image(i).size for i in indices[:LOOKED_AT]]
     rows.append(("image size", f"{_sizes(sizes)} pixels (the first {len(sizes)} images)"))
-    rows.append(("views", f"{cfg.crop} x {cfg.crop} pixels, cut from {_shown(cfg)}"))
+    rows.append(("views", f"{cfg.crop} x {cfg.crop_size[0]} pixels, cut from {_shown(cfg)}"))
     if dataset is not None and cfg.magnification:
         rows.append(("objects", scale_text(dataset, cfg)))
     elif dataset is not None and len(found := widths(dataset)):

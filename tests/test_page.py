@@ -268,6 +268,12 @@ def test_few_numbers_are_dots_of_their_curve():
     assert [k for kind, k, _ in panel["paths"] if kind == "smooth"] == [0, 1]
 
 
+def test_a_curve_says_where_its_average_ends():
+    none, rising = [], [*range(200)]
+    panel = charts.chart("loss", "", [("a", rising, rising), ("b", none, none)])
+    assert panel["curves"] == [("a", "196.5"), ("b", "–")]  # of the last 6 of 199
+
+
 def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported, tmp_path):
     def words(metrics):
         (tmp_path / "metrics.json").write_text(json.dumps({"images": 2, **metrics}))
