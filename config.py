@@ -161,7 +161,8 @@ class Config:
     dewa_keep_empty: bool = True  # SAM masks that the crop emptied stay targets; off where
     #    crops show a small part of the image
     # data
-    crop: int = 640  # pixels, square training crop
+    crop: int = 640  # pixels, side of the square training crop
+    crop_height: int = 0  # pixels, of a crop that is less high than wide; 0 = crop
     dewa_crop: int = 0  # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
     scale_min: float = 0.5  # short side = crop * k, k from scale_min ...
     scale_max: float = 2.0  # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
@@ -201,6 +202,11 @@ class Config:
     seed: int = 0  # of everything random
     checkpoint_every: int = 1000  # steps
     log_every: int = 20  # steps between lines on the screen
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """(height, width) of a training view."""
+        return self.crop_height or self.crop, self.crop
 
     @property
     def magnification(self) -> float:

@@ -5,7 +5,7 @@ what came before it or on where a run was resumed.
 Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to
 2.0), and labelled images also get the SSD colour augmentation (official code only). Quarter turns
 are ours.
-Axes: H W pixels of an image, h w of a view, S of the crop, N segments, B images.
+Axes: H W pixels of an image, h w of a view, S T height and width of the crop, N segments, B images.
 Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
 Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`:
 training images of one size only.
@@ -54,7 +54,7 @@ def weak_view(
     """Random scale and crop, the SSD colour augmentation for labelled images, a flip, and with
     `turns` some quarter turns: (3, h, w) uint8, not padded, and its layers."""
     w, h = size = training_size(*sample.image.size, cfg, rng)
-    cw, ch = min(w, cfg.crop), min(h, cfg.crop)
+    cw, ch = min(w, cfg.crop), min(h, cfg.crop_size[0])
     x, y = rng.randint(0, w - cw), rng.randint(0, h - ch)
     sample = resize_part(sample, size, (x, y, x + cw, y + ch))
     image = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1).contiguous()
@@ -268,10 +268,10 @@ def to_target(segment_map: np.ndarray, labels: np.ndarray, crowd: np.ndarray) ->
     return Target(labels, torch.from_numpy(lut[segment_map]))
 
 
-def instance_target(masks: list[np.ndarray], labels: np.ndarray, crowd, side: int) -> Target:
-    """The same of masks that may overlap, (h, w) each, at most (side, side)."""
+def instance_target(masks: list[np.ndarray], labels: np.ndarray, crowd, size) -> Target:
+    """The same of masks that may overlap, (h, w) each, at most of size (S, T)."""
     kept = [k for k, mask in enumerate(masks) if not crowd[k] and mask.any()]
-    padded = torch.zeros(len(kept), side, side, dtype=torch.bool)
+    padded = torch.zeros(len(kept), *size, dtype=torch.bool)
     for row, k in zip(padded, kept):
         height, width = masks[k].shape
         row[:height, :width] = torch.from_numpy(masks[k].copy())  # layers may be turned views
@@ -281,15 +281,15 @@ def instance_target(masks: list[np.ndarray], labels: np.ndarray, crowd, side: in
 def labeled_view(
     image: Image.Image, truth: Truth, cfg: Config, rng, colour: bool = True
 ) -> tuple[Tensor, Target]:
-    """The weak view of a labelled image, (3, S, S), and its target, as cfg.labels wants it."""
+    """The weak view of a labelled image, (3, S, T), and its target, as cfg.labels wants it."""
     truth = truth.by_class() if cfg.labels == "semantic" else truth
     layers = [truth.segment_map] if truth.masks is None else list(truth.masks)
     view, layers = weak_view(Sample(image, layers), cfg, rng, colour)
     if truth.masks is None:
-        target = to_target(pad(layers[0], cfg.crop, 0), truth.labels, truth.crowd)
+        target = to_target(pad(layers[0], cfg.crop_size, 0), truth.labels, truth.crowd)
     else:
-        target = instance_target(layers, truth.labels, truth.crowd, cfg.crop)
-    return pad_image(view, cfg.crop), target
+        target = instance_target(layers, truth.labels, truth.crowd, cfg.crop_size)
+    return pad_image(view, cfg.crop_size), target
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -436,25 +436,26 @@ class SemiSupervisedBatches(Batches):
         return train.name(i), weak, strong_view(weak, self.cfg, rng)
 
     def _stacked(self, pairs: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """The weak views and the strong ones, each (len(pairs), 3, S, S)."""
-        side = self.cfg.crop
+        """The weak views and the strong ones, each (len(pairs), 3, S, T)."""
+        size = self.cfg.crop_size
         if not pairs:
-            return (torch.empty(0, 3, side, side, dtype=torch.uint8),) * 2
+            return (torch.empty(0, 3, *size, dtype=torch.uint8),) * 2
         weak, strong = zip(*pairs)
         return (
-            torch.stack([pad_image(view, side) for view in weak]),
-            torch.stack([pad_image(view, side) for view in strong]),
+            torch.stack([pad_image(view, size) for view in weak]),
+            torch.stack([pad_image(view, size) for view in strong]),
         )
 
 
-def pad_image(image: Tensor, side: int) -> Tensor:
-    """(3, h, w) -> (3, side, side), grey at the right and at the bottom."""
-    return F.pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=PAD_VALUE)
+def pad_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, h, w) -> (3, *size), grey at the right and at the bottom."""
+    (height, width), (_, h, w) = size, image.shape
+    return F.pad(image, (0, width - w, 0, height - h), value=PAD_VALUE)
 
 
-def pad(a: np.ndarray, side: int, value: int) -> np.ndarray:
-    """(h, w, ...) -> (side, side, ...)."""
-    out = np.full((side, side, *a.shape[2:]), value, a.dtype)
+def pad(a: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
+    """(h, w, ...) -> (*size, ...)."""
+    out = np.full((*size, *a.shape[2:]), value, a.dtype)
     out[: a.shape[0], : a.shape[1]] = a
     return out
 

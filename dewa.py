@@ -94,7 +94,9 @@ class DewaBatches(Batches):
     """
 
     def __init__(self, dataset: MaskedImages, cfg: Config, steps: int):
-        super().__init__(replace(cfg, crop=cfg.dewa_crop or cfg.crop), steps)
+        if cfg.dewa_crop:
+            cfg = replace(cfg, crop=cfg.dewa_crop, crop_height=0)
+        super().__init__(cfg, steps)
         self.dataset = dataset
 
     def __getitem__(self, step: int) -> Labeled:
@@ -102,20 +104,19 @@ class DewaBatches(Batches):
         for slot in self.slots(self.cfg.dewa_batch):
             i = self.pick(self.dataset.indices, step, slot, self.cfg.dewa_batch)
             image, masks = self._view(i, self.rng(step, slot))
-            images.append(pad_image(image, self.cfg.crop))
+            images.append(pad_image(image, self.cfg.crop_size))
             targets.append(Target(torch.zeros(len(masks), dtype=torch.int64), masks=masks))
             names.append(self.dataset.images.name(i))
         return Labeled(torch.stack(images), targets, names)
 
     def _view(self, i: int, rng) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weak view of an image, (3, h, w), and its masks (N, crop, crop) bool."""
+        """A weak view of an image, (3, h, w), and its masks (N, S, T) bool, of the crop."""
         source = self.dataset.images
         image, name = source.image(i), source.name(i)
         masks = read_masks(self.dataset.folder, name, image.size[::-1], source.digest(i))
         layers = list(np.moveaxis(masks, 2, 0))  # one by one: each is in one piece
         image, layers = weak_view(Sample(image, layers), self.cfg, rng, colour=True)
-        side = self.cfg.crop
-        masks = torch.zeros(len(layers), side, side, dtype=torch.bool)
+        masks = torch.zeros(len(layers), *self.cfg.crop_size, dtype=torch.bool)
         for mask, layer in zip(masks, layers):
             mask[: layer.shape[0], : layer.shape[1]] = torch.from_numpy(layer.copy())
         if not self.cfg.dewa_keep_empty:

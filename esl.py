@@ -342,9 +342,9 @@ class ESL(Baseline):
 
 def mix_grids(maps: Tensor, unlabeled: Unlabeled) -> Tensor:
     """CutMix of maps (B + M, h, w): of B images and, behind them, of the M partners."""
-    count, side = len(unlabeled.weak), unlabeled.weak.shape[-1]
+    count, _, *size = unlabeled.weak.shape
     boxed = [k for k, box in enumerate(unlabeled.boxes) if box is not None]
-    empty, full = maps.new_zeros(count, 1, side, side), maps.new_ones(len(boxed), 1, side, side)
+    empty, full = maps.new_zeros(count, 1, *size), maps.new_ones(len(boxed), 1, *size)
     inside = nearest(mix_images(empty, full, unlabeled.boxes)[:, 0], maps.shape[-2:]) > 0
     partners = maps[:count].clone()
     partners[boxed] = maps[count:]

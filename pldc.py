@@ -438,5 +438,5 @@ class InstanceBatches(SemiSupervisedBatches):
     def _two_views(self, rng) -> tuple[str, Tensor, Tensor]:
         train, i = self.dataset.train, rng.choice(self.dataset.unlabeled)
         weak, _ = weak_view(Sample(train.image(i), []), self.cfg, rng)
-        weak = pad_image(weak, self.cfg.crop)
+        weak = pad_image(weak, self.cfg.crop_size)
         return train.name(i), weak, strong_view(weak, self.cfg, rng)

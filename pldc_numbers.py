@@ -4,8 +4,8 @@ PL-DC: Tables I and III of its supplement; Guided Distillation: its own configur
 is silent its public code is followed: the rate falls once (at 0.9231 of the steps; with 1 % of COCO
 at 0.58), CLIP's weights are OpenAI's, the backbone's torchvision's.
 Differs from the paper: the supervised baseline, whose length and milestones are not said, has those
-of the method (on `mini` if --steps says so). Of Guided Distillation on Cityscapes the crop is
-square.
+of the method (on `mini` if --steps says so). Guided Distillation has PL-DC's views on Cityscapes,
+too; its public code has --crop-height 512 --scale-min 0.5 --scaled-side short.
 """
 
 # Mask2Former on a frozen ResNet-50

@@ -51,7 +51,8 @@ poly | milestones | it counts with --schedule multistep
 multistep | poly_power | it counts with --schedule poly
 no jitter | jitter jitter_hue | no colour is jittered; it counts with --jitter-prob above 0
 no layers | decoder_ffn | the decoder has no layers; it counts with --decoder-layers above 0
-own crop | crop | the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that one, or set it to 0
+own crop | crop crop_height | the warm-up crops to --dewa-crop {cfg.dewa_crop}; name that
+    one, or set it to 0
 no network | NETWORK | stable regions (--sam regions) have no network; it counts with --sam mini or
     vit_h
 no sam | sam NETWORK | it counts with --masks sam

@@ -13,8 +13,8 @@ BOUNDS = {
     "test_size test_max eval_batch points_per_side points_per_batch checkpoint_every log_every",
     (0, INF): "seen_width object_width window backbone_lr_multiplier decoder_layers class_weight "
     "mask_weight dice_weight no_object_weight lambda_u burn_in burn_in_warm lr weight_decay "
-    "epochs aux_weight contrast_weight contrast_start poly_power dewa_crop white workers "
-    "clip_margin guided_steps",
+    "epochs aux_weight contrast_weight contrast_start poly_power dewa_crop crop_height white "
+    "workers clip_margin guided_steps",
     (0.1, INF): "blur_radius",
     (0, 1): "cutmix_min cutmix_max eta part_momentum anchor_share momentum "
     "anchor_confidence ohem importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
@@ -59,9 +59,13 @@ RULES = {
         lambda x, c: x <= 1 or x % 1 == 0,
         "a share of the steps, below 1, or a whole number of steps",
     ),
-    "crop dewa_crop window": (
+    "crop crop_height dewa_crop window": (
         lambda x, c: x % 32 == 0 or c.network == "deeplab" and c.backbone != "mini",
         "a multiple of 32, the coarsest stride",
+    ),
+    "crop_height": (
+        lambda x, c: x == 0 or x <= c.crop and not c.turns,
+        "0 (square) where views are turned (--turns), elsewhere no more than --crop {0.crop}",
     ),
     "labels": (
         lambda x, c: x == "semantic" or c.network != "deeplab",

@@ -287,7 +287,7 @@ def test_masks_that_overlap_move_along_with_their_image():
         plain, (x, y, z) = data.weak_view(
             data.Sample(picture, list(masks)), cfg, random.Random(seed), colour=True
         )
-        assert torch.equal(image, data.pad_image(plain, 64))
+        assert torch.equal(image, data.pad_image(plain, (64, 64)))
         kept = [k for k, layer in zip((2, 0, 1), (x, y, z)) if layer.any()]
         assert target.labels.tolist() == kept and target.masks.shape == (len(kept), 64, 64)
         assert np.array_equal(target.masks[0, : x.shape[0], : x.shape[1]].numpy(), x)

@@ -1,18 +1,26 @@
 """What a network will see, before a run: --dry-run --report."""
 
 import base64
+import dataclasses
 import json
+import math
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from config import MINI
+from data import PAD_VALUE, labeled_view
 from engine.method import find
 from engine.parser import parser
 from engine.resolve import resolve
 from mean_teacher import mix_images
+from readers.ground_truth import Truth
 from report import views
-from tests.helpers import fitting, run, run_folder, write_coco_folder
+from tests.helpers import fitting, log_of, run, run_folder, write_coco_folder
 from tests.test_page import Outline
 
 SSL = ["--stage", "ssl", "--steps", 6, "--dry-run"]
@@ -69,6 +77,7 @@ def test_the_views_are_those_of_the_steps_of_the_run(small_mini):
         ("--stage ssl --method pldc", 4 * 3 + 2 * 3, "Every image comes twice"),
         ("--stage ssl --method esl --cutmix-prob 0", 2 * 3 + 2 * 3, "of 2 views"),
         ("--stage dewa --points-per-side 2 --pred-iou-thresh 0", 4 * 3, "2 with masks"),
+        ("--stage sup --crop 96 --crop-height 64", 4 * 3, "96 x 64 pixels, cut from"),
     ],
 )
 def test_every_kind_of_target_has_its_page(flags, pictures, said, small_mini, tmp_path):
@@ -79,6 +88,32 @@ def test_every_kind_of_target_has_its_page(flags, pictures, said, small_mini, tm
     assert there == pictures and said in text
     assert ("SAM masks" in text) == ("dewa" in flags)
     assert ("Unlabelled images" in text) == ("ssl" in flags)
+
+
+def test_a_crop_may_be_less_high_than_wide():
+    bands = np.repeat(np.arange(96)[:, None] // 14, 96, 1).astype(np.int32)  # 0, void, to 6
+    picture = Image.fromarray(np.stack([30 * bands.astype(np.uint8)] * 3, -1))
+    truth = Truth(bands, np.arange(6), np.bincount(bands.ravel())[1:], np.zeros(6, bool))
+    wide = dataclasses.replace(MINI, crop=64, crop_height=32, scale_min=1.5, scale_max=1.5)
+    for seed in range(6):  # 96 x 96, as it is
+        image, target = labeled_view(picture, truth, wide, random.Random(seed), colour=False)
+        assert image.shape == (3, 32, 64)
+        shown = torch.cat([torch.tensor([0]), 30 * (target.labels + 1)])[target.segment_map.long()]
+        assert torch.equal(shown, image[0].long()) and 2 <= len(image.unique()) <= 4
+    small = dataclasses.replace(wide, scale_min=0.3, scale_max=0.3)  # 19 x 19, padded
+    image, target = labeled_view(picture, truth, small, random.Random(0), colour=False)
+    assert image.shape == (3, 32, 64) and target.segment_map.shape == (32, 64)
+    for side in (np.s_[19:], np.s_[:, 19:]):
+        assert not target.segment_map[side].any() and (image[0][side] == PAD_VALUE).all()
+
+
+@pytest.mark.parametrize("method", ["dear", "pldc", "guided", "esl", "hard"])
+def test_every_method_learns_from_such_views(method, small_mini, tmp_path):
+    steps = ["--steps", 3, "--burn-in", 1, "--no-eval", "--crop", 96, "--crop-height", 64]
+    assert run("--stage", "ssl", "--method", method, *steps, "--out", tmp_path) == 0
+    rows = log_of(tmp_path)
+    assert all(math.isfinite(row["loss"]) for row in rows) and len(rows) == 3
+    assert any(name.startswith("unlabeled") for name in rows[-1])
 
 
 def test_a_page_of_ones_own_images_says_how_wide_objects_are(tmp_path):
