@@ -1,9 +1,9 @@
 """Images and class maps: a class for every pixel, and no segments.
 
 A folder of one's own holds images/ and labels/ with maps of the same names (PNG, the number of a
-class at every pixel, 255 for none), and classes.txt or classes.json. Training and validation are
-folders below both (train, val), or val.txt names the validation images. An image without a map is
-unlabelled.
+class at every pixel, 255 for none), and classes.txt or classes.json; what these call void is none.
+Training and validation are folders below both (train, val), or val.txt names the validation images.
+An image without a map is unlabelled.
 """
 
 import collections
@@ -15,7 +15,7 @@ from typing import Callable
 import numpy as np
 
 from ground.errors import UserError, refuse
-from readers.ground_truth import IGNORE, DataSet, Taxonomy, Truth
+from readers.ground_truth import IGNORE, VOID_NAMES, DataSet, Taxonomy, Truth
 from readers.panoptic import PanopticFolder
 from readers.pictures import Images, brief, file_digest, open_image, pictures
 from readers.splits import read_split
@@ -75,7 +75,8 @@ class ClassMaps(Images):
             complain(
                 UserError(
                     f"{path}: value {value} is no class; expected one of "
-                    f"{len(self.taxonomy)} classes (see classes.txt), or {NONE} for none",
+                    f"{len(self.taxonomy)} classes (see classes.txt, which may call it void), or "
+                    f"{NONE} for none",
                     "value",
                 )
             )
@@ -180,7 +181,8 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
     """Classes of a folder, and the class of every value.
 
     classes.txt: a name a line for the values 0, 1, ..., or lines VALUE:NAME.   classes.json: a list
-    of names, an object {"VALUE": "NAME"}, or COCO's list of categories with id and name.
+    of names, an object {"VALUE": "NAME"}, or COCO's list of categories with id and name. Those of
+    VOID_NAMES are no classes.
     """
     path = next(root / name for name in CLASSES if (root / name).is_file())
     try:
@@ -198,6 +200,9 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
         raise UserError(f"{path}: expected values from 0 to 65535 without {NONE}, which is none")
     values = np.full(max(256, max(named) + 1) + 1, UNKNOWN, np.int32)  # the last: all larger ones
     values[NONE] = IGNORE
+    void = [value for value, name in named.items() if name.lower() in VOID_NAMES]
+    values[void] = IGNORE
+    named = {value: name for value, name in named.items() if value not in void}
     values[list(named)] = np.arange(len(named))
     return Taxonomy(tuple(named.values()), (False,) * len(named), tuple(named)), values
 

@@ -11,6 +11,8 @@ from ground.errors import UserError
 from readers.pictures import brief
 
 IGNORE = -1  # semantic ground truth: no class
+# What people call pixels of no class, in lists of classes.
+VOID_NAMES = frozenset("__ignore__ void unlabeled unlabelled ignore".split())
 
 
 @dataclass(frozen=True)

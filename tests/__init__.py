@@ -17,6 +17,7 @@ no GPU.
     test_fuzz            mutated files; `fuzz`
     test_readers         data sets, splits, pictures, masks
     test_importer        annotations of other tools
+    test_class_values    ... maps of classes: lists, colours, folders as they are downloaded
     test_joined          ... into a data set that is there
     test_yolo            ... in YOLO's format
     test_label_studio    ... of Label Studio

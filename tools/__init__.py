@@ -5,6 +5,7 @@ own (`python -m tools.bench`).
     prepare         the paper's data sets
     prepare_instances   partitions of instances, and Cityscapes' maps as COCO's format
     importer        annotations of other tools as a data set
+    import_notes    ... what it says about them
     joined          ... into a data set that is there
     validate        all that is wrong with a data set
     predict         a run on pictures

@@ -282,8 +282,10 @@ def next_step(output: Path, rows: list[dict], taxonomy: Taxonomy) -> str:
     for _, name, _, polygons in stuff:
         flags += [] if polygons else ["--background", name]
     names = [short for number, _, short, polygons in stuff if polygons and number in seen]
+    unseen = [short for number, _, short, polygons in stuff if polygons and number not in seen]
     flags += ["--stuff", ",".join(names)] if names else []
     return (
         f"to correct them: labelme {shlex.quote(str(output / FOLDER))}; then: python dearli.py "
         f"--stage import --from labelme {shlex.join(flags)} --out NEW"
+        + (f" (and in --stuff what of this you draw: {', '.join(unseen)})" if unseen else "")
     )

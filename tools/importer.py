@@ -30,6 +30,13 @@ from readers import annotations
 from readers.annotations import REST, VOID, Classes, Instance, Record, Source, lay
 from readers.ground_truth import Taxonomy
 from readers.pictures import brief, image_header, name_fault
+from tools.import_notes import (
+    copies_of,
+    require_objects,
+    say_copies,
+    say_left_out,
+    say_pixels,
+)
 from tools.joined import Base
 from tools.prepare import encode
 
@@ -83,18 +90,18 @@ def import_folder(
     try:
         rows, dropped, renamed = convert_all(read, known, output, background, base)
         known.require_stuff()
-        voided = dropped.pop(VOIDED, 0)
+        notes += read.notes + say_left_out(dropped.pop(VOIDED, 0), renamed)
         dropped = read.passed + dropped
         why = "".join(f", {count} {what}" for what, count in dropped.items())
-        notes += read.notes + require_objects(rows, known, background, source, why)
-        notes += _notes(voided, renamed) + say_void(rows, known, background)
+        notes += require_objects(rows, known, background, source, why)
+        notes += say_pixels(rows, known, background)
         if base:
             rows, again = base.join(rows, known, background, output)
             notes.append(f"{again} images of {join} have new annotations")
         taxonomy, numbers = numbered(known, background) if base is None else base.classes
         val = divide(rows, val_share, seed, source, why)
-        result = finish(output, rows, val, taxonomy, numbers)
-        return {**result, "dropped": dict(dropped), "notes": notes}
+        done = finish(output, rows, val, taxonomy, numbers)
+        return {**done, "dropped": dict(dropped), "notes": notes + say_copies(rows, val)}
     finally:
         release(output)
 
@@ -173,64 +180,6 @@ def begin(output: Path, identity: dict) -> None:
         raise
 
 
-def require_objects(
-    rows: list[dict], classes: Classes, background: str, source: Path, why: str
-) -> list[str]:
-    """What is crowd, as notes. Raises: UserError if everything is, or nothing is there, so that
-    there is nothing to learn."""
-    crowd, count = Counter(), Counter()
-    for segment in (segment for row in rows for segment in row["segments"]):
-        if segment["category_id"] != background:
-            count[segment["category_id"]] += 1
-            crowd[segment["category_id"]] += segment["iscrowd"]
-    if not count:
-        raise UserError(f"{source}: not one instance with a pixel{why}; nothing to learn from")
-    if crowd == count:
-        raise UserError(
-            f"{source}: all {count.total()} instances are crowd (iscrowd 1), of which nothing is "
-            "learnt or measured; if they are single objects, set it to 0: "
-            'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' FILE.json; if they are stuff, name their '
-            "classes with --stuff"
-        )
-    if not crowd.total():
-        return []
-    only = [classes[key][0] for key in count if crowd[key] == count[key]]
-    return [
-        f"{crowd.total()} of {count.total()} instances are crowd, neither learnt nor "
-        f"measured{f'; nothing else is there of {brief(only)}' if only else ''}"
-    ]
-
-
-def _notes(voided: int, renamed: list[str]) -> list[str]:
-    notes = []
-    if voided:
-        notes.append(
-            f"{voided} regions are void, neither learnt nor measured: what is to be ignored, or "
-            "was annotated without a mask"
-        )
-    if renamed:
-        notes.append(
-            f"{len(renamed)} images are renamed, as another has their name but for the ending or "
-            f"the folder: {', '.join(renamed[:2])}"
-        )
-    return notes
-
-
-def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
-    """Where most of what was annotated is void, and nothing says that it is background."""
-    if background or not all(thing for _, thing, _ in classes.values()):
-        return []
-    annotated = [row for row in rows if row["segments"]]
-    pixels = sum(row["image"]["width"] * row["image"]["height"] for row in annotated)
-    drawn = sum(segment["area"] for row in annotated for segment in row["segments"])
-    if 2 * drawn > pixels:
-        return []
-    return [
-        f"{100 * (1 - drawn / pixels):.0f} % of the pixels of annotated images are in no instance, "
-        "and so void: neither learnt nor measured; --background NAME makes a class of them"
-    ]
-
-
 # ------------------------------------------------------------------------------------ images
 
 
@@ -295,24 +244,25 @@ def paint(
     order, the background last; and segments_info.
 
     Of a class of stuff all are one segment, and none is crowd. What is around an instance without a
-    pixel is void where there is nothing else.
+    pixel is void, and lies on what is larger, as masks do; of one area masks are on top.
     """
-    areas = [int(instance.draw()[2].sum()) for instance in instances]
-    layers, void = np.zeros(size, np.int32), len(instances) + 1
-    for instance, area in zip(instances, areas):
+    layers, order, void = np.zeros(size, np.int32), [], set()
+    for k, instance in enumerate(instances, 1):
+        area, draw = int(instance.draw()[2].sum()), instance.draw
         if not area and instance.around is not None and instance.category != REST:
-            lay(layers, instance.around(), void)
-            dropped[VOIDED] += 1
-    for k in sorted(range(len(instances)), key=lambda k: -areas[k]):
-        lay(layers, instances[k].draw(), k + 1)
-    seen = np.bincount(layers.ravel(), minlength=void + 1) > 0
-    _count(instances, areas, seen, dropped)
-    numbers = np.zeros(void + 1, np.int32)  # of segments, by layer; -1: void
-    numbers[void] = -1
+            void.add(k)
+            draw, area = instance.around, int(instance.around()[2].sum())
+        order.append((instance.slight, area, k in void, draw, k))
+    for *_, draw, k in sorted(order, key=lambda row: (not row[0], -row[1], not row[2])):
+        lay(layers, draw(), k)
+    seen = np.bincount(layers.ravel(), minlength=len(instances) + 1) > 0
+    areas = [0 if k in void else area for _, area, _, _, k in order]
+    _count(instances, areas, void, seen, dropped)
+    numbers = np.zeros(len(instances) + 1, np.int32)  # of segments, by layer; -1: void
     segments, merged = [], {}
     for k, instance in enumerate(instances, 1):
         category = instance.category
-        if category is VOID:
+        if category is VOID or k in void:
             numbers[k] = -1
         elif category != REST and seen[k]:
             if category not in merged:
@@ -328,10 +278,14 @@ def paint(
     return ids, _segments_info(ids, segments)
 
 
-def _count(instances: list[Instance], areas: list[int], seen: np.ndarray, dropped: Counter) -> None:
-    """Count the instances that become no segment."""
-    for instance, area, visible in zip(instances, areas, seen[1:]):
-        if instance.category is VOID:
+def _count(
+    instances: list[Instance], areas: list[int], void: set[int], seen: np.ndarray, dropped: Counter
+) -> None:
+    """Count the instances that become no segment. void: those without a mask of their own."""
+    for k, (instance, area, visible) in enumerate(zip(instances, areas, seen[1:]), 1):
+        if k in void and visible:
+            dropped[VOIDED] += 1
+        elif instance.category is VOID:
             dropped[VOIDED] += area > 0
         elif instance.category != REST:
             dropped["instances without a pixel"] += not area
@@ -378,9 +332,10 @@ def _flat(name: str, stems: dict[str, str], renamed: list[str], base: Base | Non
 def divide(rows: list[dict], share: float, seed: int, source: Path, why: str) -> set[str]:
     """Names of the validation images among the labelled ones: the source's own, or else the first
     round(share * number), at least 1 and not all, of numpy's permutation by `seed` of the names in
-    alphabetical order."""
+    alphabetical order; copies of one picture stay together."""
     parts = {row["image"]["file_name"]: row["part"] for row in rows if row["segments"]}
     names = sorted(parts)
+    copies = [*copies_of(names).values()]
     val = {name for name in names if parts[name] == "val"}
     if any(parts.values()):
         if not val or len(val) == len(names):
@@ -389,13 +344,14 @@ def divide(rows: list[dict], share: float, seed: int, source: Path, why: str) ->
                 f"validation images{why}; expected at least one of each"
             )
         return val
-    if len(names) < 2:
+    if len(copies) < 2:
         raise UserError(
-            f"{source}: {len(names)} images with a segment{why}; expected at least 2, one to train "
-            "on and one to validate on"
+            f"{source}: {len(copies)} images with a segment{why}; expected at least 2, one to "
+            "train on and one to validate on"
         )
-    count = min(len(names) - 1, max(1, round(share * len(names))))
-    return {names[k] for k in np.random.default_rng(seed).permutation(len(names))[:count]}
+    count = min(len(copies) - 1, max(1, round(share * len(copies))))
+    chosen = np.random.default_rng(seed).permutation(len(copies))[:count]
+    return {name for k in chosen for name in copies[k]}
 
 
 def numbered(classes: Classes, background: str) -> tuple[Taxonomy, dict]:

@@ -70,7 +70,8 @@ def _require_no_other(path: Path) -> None:
     if others:
         raise UserError(
             f"{path}: missing, though {others[0].name} is there; unpack the whole "
-            "gtFine_trainvaltest.zip"
+            "gtFine_trainvaltest.zip, or, where there are label ids alone, put images/ and masks/ "
+            "together and say --from masks --masks-are classes"
         )
 
 

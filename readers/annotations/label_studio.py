@@ -268,7 +268,8 @@ def _instances(regions: list[tuple], size: Size) -> list[Instance]:
         shapes.require_size(stated, size, claim, "export again with this image")
         draw = _drawing(kind, entry["value"], size, where)
         if kind in SHAPELESS:
-            instances.append(Instance(category, shapes.nothing, around=draw))
+            slight = kind != "rectangle"
+            instances.append(Instance(category, shapes.nothing, around=draw, slight=slight))
         else:
             instances.append(Instance(category, draw))
     return instances

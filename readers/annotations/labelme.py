@@ -160,8 +160,9 @@ def _instances(
         if passed:
             source.passed[passed] += 1
         if kind not in AREAL:
-            draw = partial(_stroke, kind) if kind in SHAPELESS else shapes.filled
-            instances.append(Instance(VOID, shapes.nothing, around=partial(draw, points, size)))
+            slight = kind in SHAPELESS
+            around = partial(partial(_stroke, kind) if slight else shapes.filled, points, size)
+            instances.append(Instance(VOID, shapes.nothing, around=around, slight=slight))
             continue
         if label not in UNNAMED and label not in classes:
             classes.add(label, label, where)

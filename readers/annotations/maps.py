@@ -16,11 +16,22 @@ from readers.pictures import FORMATS, brief, open_image
 FRAMED = (".tif", ".tiff", ".gif", ".webp")  # endings of files that may hold several images
 
 
-def read_map(path: Path, size: Size | None = None) -> tuple[np.ndarray, tuple | None]:
+def read_map(
+    path: Path, size: Size | None = None, colours: str = ""
+) -> tuple[np.ndarray, tuple | None]:
     """(H, W) whole numbers of a map (of a palette its indices; of three equal channels one), and
-    the palette's colour of 255. Raises: UserError if it is no such map, or not of this (H, W)."""
-    values, colour = _load_array(path) if path.suffix.lower() == ".npy" else _load_image(path)
-    values = _one_channel(values)
+    the palette's colour of 255.
+
+    colours: `all`: the numbers are colours, 65536 r + 256 g + b; `any`: where it has colours.
+    Raises: UserError if it is no such map, or not of this (H, W).
+    """
+    array = path.suffix.lower() == ".npy"
+    values, colour = _load_array(path) if array else _load_image(path, colours == "all")
+    values = values if colours == "all" else _one_channel(values)
+    if values.ndim == 3 and values.shape[2] == 3 and values.dtype == np.uint8:
+        values = values.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+        if not colours:
+            raise UserError(f"{path}: {_say_colours(values)}")
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise UserError(
             f"{path}: {values.dtype} of shape {values.shape}, expected a map of whole numbers with "
@@ -63,7 +74,19 @@ def _load_array(path: Path) -> tuple[np.ndarray, None]:
         raise UserError(f"{path}: not a readable array ({brief(str(error))})") from None
 
 
-def _load_image(path: Path) -> tuple[np.ndarray, tuple | None]:
+def _say_colours(values: np.ndarray) -> str:
+    found, counts = np.unique(values, return_counts=True)
+    common = [f"#{found[k]:06x} ({counts[k] / values.size:.0%})" for k in np.argsort(-counts)[:3]]
+    return (
+        f"has {len(found)} colours, as {', '.join(common)}; expected a map of whole numbers with "
+        "one channel; or what they mean: of classes --masks-are classes with --classes "
+        "'#804080:NAME,...' or a list of colours in masks/ (class_dict.csv, labelmap.txt); of "
+        "instances, each of its own colour, --masks-are instances"
+    )
+
+
+def _load_image(path: Path, coloured: bool = False) -> tuple[np.ndarray, tuple | None]:
+    """coloured: as (H, W, 3), whatever it is stored as."""
     image = open_image(path, None)
     if path.suffix.lower() in FRAMED:
         with Image.open(path, formats=FORMATS) as whole:
@@ -72,6 +95,8 @@ def _load_image(path: Path) -> tuple[np.ndarray, tuple | None]:
             raise UserError(
                 f"{path}: has {frames} frames, expected one map; save them as files of their own"
             )
+    if coloured:
+        return np.asarray(image.convert("RGB")), None
     if image.mode != "P":
         return np.asarray(image), None
     colours = image.getpalette() or ()

@@ -1,11 +1,12 @@
 """Folders of masks: images/NAME.* with masks/CLASS/NAME.* or masks/NAME.*, whose class is `object`,
 or one file an instance: masks/CLASS/NAME_3.*, masks/CLASS/NAME/*.*, masks/NAME/*.*; or both folders
-divided into train/ and val/.
+divided into train/ and val/, or val.txt names what is for validation; or masks beside their images.
 
 The values of a map are instances, classes, or nothing but black and white; what is not said is
 guessed from all maps of a class, and noted. Axes: H W pixels.
 """
 
+import os
 import re
 from collections import Counter, defaultdict
 from functools import partial
@@ -21,6 +22,7 @@ from readers.annotations.maps import draw_regions, draw_values, read_map
 from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Size
+from readers.annotations.values import LISTS, Values, read_values
 from readers.panoptic_json import MAX_ID
 from readers.pictures import brief
 
@@ -32,11 +34,6 @@ SUFFIX = re.compile(
     r"((mask|instance|inst|object|obj|cell)[_\-. ]*)?(?P<number>\d+))"
 )
 VOC_VOID = (224, 224, 192)  # colour of 255, void, in the palette of Pascal VOC
-# What the value 0 of a map of classes is often called, and what it is.
-NO_CLASS = {
-    **dict.fromkeys("_background_ background".split(), "_background_"),
-    **dict.fromkeys("void unlabeled unlabelled ignore".split(), "__ignore__"),
-}
 
 
 class _Mask(NamedTuple):
@@ -53,7 +50,7 @@ class _Mask(NamedTuple):
 
 def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") -> Source:
     """form: one of FORMS, or empty: guessed.   names: of the values of maps of classes, see
-    `_value_names`; or masks/classes.txt. Of a map of classes what `classes.stuff` names is stuff,
+    `values.read_values`. Of a map of classes what `classes.stuff` names is stuff,
     and of others each connected region is a thing; if it names none, all of them are stuff.
     """
     source = Source()
@@ -72,12 +69,16 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
             "--classes: names the values of maps of classes, masks/NAME.png, and there are none; "
             f"the folders of {folder / 'masks'} name the classes of others"
         )
-    values = _value_names(folder, names) if flat else {}
+    values = read_values(folder, names, MAX_ID - 2) if flat else Values({})
     forms = _forms(masks, form, values, source.notes)
     by_value = "classes" in forms.values()
     if by_value:
         _require_values(folder, masks, values)
-        named = {value: name for value, name in values.items() if name not in UNNAMED}
+        named = values.classes()
+        void = sorted(v for v, name in values.names.items() if name == "__ignore__" and v != 255)
+        if void:
+            shown = [f"#{v:06x}" if values.coloured else v for v in void]
+            source.notes.append(f"of these values nothing is learnt or measured: {brief(shown)}")
         source.notes.append(
             "classes that --stuff does not name are things, each connected region an instance"
             if classes.stuff
@@ -93,7 +94,7 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
     return source.settle(folder, [record for record, _ in files])
 
 
-def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) -> None:
+def _require_values(folder: Path, masks: list[_Mask], values: Values) -> None:
     """Raise UserError if not all masks are maps of classes, or nothing names their values."""
     odd = [mask.path for mask in masks if mask.label or mask.single]
     if odd:
@@ -101,11 +102,12 @@ def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) ->
             f"{odd[0]}: is of one class, or one instance, already, and maps of classes "
             "(masks/NAME.png) hold all; take one kind out, or change --masks-are"
         )
-    if not values:
+    if not values.names:
         raise UserError(
-            f"{folder / 'masks'}: maps of classes, and nothing says what the values mean; expected "
-            "--classes NAME,NAME,... for the values from 1 on (or 7:NAME,11:NAME,...), or "
-            "masks/classes.txt with a name a line"
+            f"{masks[0].path.parent}: maps of classes, and nothing says what the values mean; "
+            "expected --classes 0:NAME,1:NAME,... (void for what is none, '#804080:NAME,...' for "
+            f"colours), or these, a line each, in {folder / 'masks' / LISTS[0]}; lists of tools "
+            f"are read, too: {', '.join(LISTS[2:])}"
         )
 
 
@@ -115,16 +117,79 @@ def _require_values(folder: Path, masks: list[_Mask], values: dict[int, str]) ->
 def _images(folder: Path, source: Source) -> list[tuple[Record, list[_Mask]]]:
     """All images with their masks."""
     images, masks = folder / "images", folder / "masks"
+    if not images.is_dir() and not masks.is_dir() and (found := _beside(folder, source)):
+        return found
     names = list_files(images)
     tops = sorted({name.split("/")[0] for name in names})
     if any("/" not in name for name in names):
-        return _pairs(images, masks, "", source)
+        rows = _pairs(images, masks, _flat(images), "", source)
+        _divide(folder, rows)
+        return rows
     if not names or not {*tops} <= {*PARTS}:
+        fault = "no images in this folder" if images.is_dir() else "no such folder"
         raise UserError(
-            f"{images}: no images in this folder; expected images/NAME.* and "
-            f"masks/CLASS/NAME.png{_likely(folder)}{hint(folder, 'masks')}"
+            f"{images}: {fault}; expected images/NAME.* and masks/CLASS/NAME.png (folders that are "
+            f"called otherwise may be links){_likely(folder)}{hint(folder, 'masks')}"
         )
-    return [row for top in tops for row in _pairs(images / top, masks / top, PARTS[top], source)]
+    parts = _parts({images / top: PARTS[top] for top in tops})
+    return [
+        row
+        for place, part in parts.items()
+        for row in _pairs(place, masks / place.name, _flat(place), part, source)
+    ]
+
+
+def _parts(parts: dict[Path, str]) -> dict[Path, str]:
+    """What folders are for, or nothing where none is for validation: a share is drawn then."""
+    divided = "val" in parts.values()
+    return {path: part if divided or part == "test" else "" for path, part in parts.items()}
+
+
+def _flat(folder: Path) -> list[str]:
+    """Names of the pictures of a folder, without those of folders in it."""
+    return [name for name in list_files(folder) if "/" not in name]
+
+
+def _beside(folder: Path, source: Source) -> list[tuple[Record, list[_Mask]]]:
+    """Images with their masks beside them, NAME.jpg with NAME_mask.png or NAME.png, in the folder
+    or in train/, valid/ and test/; empty if there is none."""
+    parts = {path: PARTS[path.name] for path in sorted(folder.iterdir()) if path.name in PARTS}
+    found, count = [], 0
+    for place, part in (_parts(parts) or {folder: ""}).items():
+        names = _flat(place)
+        stems = {PurePosixPath(name).stem for name in names}
+        photos = {PurePosixPath(n).stem for n in names if PurePosixPath(n).suffix.lower() in LOSSY}
+        masks = []
+        for name in names:
+            path = PurePosixPath(name)
+            owner = _before_suffix(path.stem, dict.fromkeys(stems - {path.stem}))
+            if owner[0] and not owner[1] or path.suffix == ".png" and path.stem in photos:
+                masks.append(name)
+        images = [name for name in names if name not in masks]
+        count += len(masks)
+        found += _pairs(place, place, images, part, source, masks)
+    if not count:
+        return []
+    source.notes.append(f"{count} pictures are masks by their names, of the images beside them")
+    return found
+
+
+def _divide(folder: Path, rows: list[tuple[Record, list[_Mask]]]) -> None:
+    """By val.txt or valid.txt, a name of an image a line, if there is one."""
+    file = next((folder / n for n in ("val.txt", "valid.txt") if (folder / n).is_file()), None)
+    if file is None:
+        return
+    lines = [PurePosixPath(line.strip()).name for line in file.read_text("utf-8-sig").splitlines()]
+    chosen, known = {*lines} - {""}, set()
+    for record, _ in rows:
+        names = {record.name, PurePosixPath(record.name).stem}
+        known |= names
+        record.part = "val" if names & chosen else "train"
+    if odd := sorted(chosen - known):
+        raise UserError(
+            f"{file}: {brief(odd[0])} is no image of {folder / 'images'}; expected a name a line, "
+            "of the images for validation"
+        )
 
 
 def _likely(folder: Path) -> str:
@@ -139,16 +204,24 @@ def _likely(folder: Path) -> str:
     return ""
 
 
-def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
-    """The same of one folder of images."""
-    every = list_files(images)
-    names = [name for name in every if "/" not in name]
-    source.passed["images in folders of images/"] += len(every) - len(names)
+def _pairs(
+    images: Path,
+    masks: Path,
+    names: list[str],
+    part: str,
+    source: Source,
+    files: list[str] | None = None,
+) -> list[tuple]:
+    """The same of one folder of images. names: its images.   files: masks; None: all in `masks`."""
+    if files is None:
+        source.passed["images in folders of images/"] += len(list_files(images)) - len(names)
+        files = sorted(list_files(masks) + list_files(masks, ".npy"))
+    files = [PurePosixPath(file) for file in files]
     stems = defaultdict(list)
     for name in names:
         stems[PurePosixPath(name).stem].append(name)
+    stems = _without_endings(stems, files, source) or stems
     owners = {name: [name] for name in names} | stems  # masks are called a.png or a.jpg.png
-    files = [PurePosixPath(file) for file in sorted(list_files(masks) + list_files(masks, ".npy"))]
     inner = [file for file in files if len(file.parts) == 2]
     tops = {file.parts[0] for file in inner}
     by_image = tops <= stems.keys() and not all(file.stem in stems for file in inner)
@@ -182,6 +255,31 @@ def _pairs(images: Path, masks: Path, part: str, source: Source) -> list[tuple]:
     return [(Record(name, images / name, part=part), owned[name]) for name in names]
 
 
+def _without_endings(stems: dict, files: list[PurePosixPath], source: Source) -> dict | None:
+    """Images by the stem of their mask, where all masks have one ending more than their images, or
+    another: NAME_L.png of NAME.png, NAME_labelIds.png of NAME_leftImg8bit.png; else None."""
+    masks = [file.stem for file in files]
+    known = any(mask in stems or _before_suffix(mask, stems)[0] for mask in masks)
+    if known or len(masks) < 2 or len({*masks}) < len(masks):
+        return None
+    for ours in ("", *_common_endings(stems)):
+        bare = {stem.removesuffix(ours): names for stem, names in stems.items()}
+        for theirs in _common_endings(masks):
+            if all(mask.removesuffix(theirs) in bare for mask in masks):
+                instead = f" in place of {ours}" if ours else ""
+                note = f"masks are called as their images, with {theirs}{instead}"
+                source.notes += [note] if note not in source.notes else []
+                return {f"{stem}{theirs}": names for stem, names in bare.items()}
+    return None
+
+
+def _common_endings(names) -> list[str]:
+    """What all names end with, from a sign and with a letter: `_gtFine_labelIds`, `_labelIds`."""
+    whole = os.path.commonprefix([name[::-1] for name in names])[::-1]
+    signs = [m.start() for m in re.finditer(r"[_\-. ]+(?=.*[A-Za-z])", whole)]
+    return [whole[k:] for k in signs]
+
+
 def _before_suffix(stem: str, stems: dict) -> tuple[str, bool]:
     """The longest stem of an image that a mask's begins with, and whether the rest says that it is
     one instance; empty if there is none with a SUFFIX."""
@@ -195,49 +293,7 @@ def _before_suffix(stem: str, stems: dict) -> tuple[str, bool]:
 # ----------------------------------------------------------------------------------- values
 
 
-def _value_names(folder: Path, names: str) -> dict[int, str]:
-    """Names of the values of a map of classes: from 1 on, or from 0 if the first is a background,
-    or called as NO_CLASS says, or from -1 if it is __ignore__; or `7:road,11:building`.
-
-    names: separated by commas; empty: the lines of classes.txt or labels.txt in masks/ or beside
-    it, if there is one. 0 and 255 are void where nothing names them (0 is the background, if there
-    is one).
-    """
-    places = "masks/classes.txt masks/labels.txt classes.txt labels.txt".split()
-    file = next((folder / name for name in places if (folder / name).is_file()), None)
-    if not names and file is None:
-        return {}
-    where = "--classes" if names else str(file)
-    try:
-        rows = names.split(",") if names else file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: not a readable list of class names ({brief(str(error))})"
-        ) from None
-    rows = [row.strip() for row in rows if row.strip()]
-    # A list of numbers and names may have a space or a comma between them. Some classes are called
-    # "2 wheeler": only if every line begins with a number, it is one.
-    pairs = [re.fullmatch(r"(\d+)\s*[:=]\s*(.+)", row) for row in rows]
-    if not any(pairs):
-        loose = [re.fullmatch(r"(\d+)\s*[\s,;]\s*(\D.*)", row) for row in rows]
-        pairs = loose if all(loose) else pairs
-    if any(pairs) and not all(pairs) or not rows:
-        raise UserError(
-            f"{where}: {brief(rows)}, expected a name for each value from 1 on, or value:name for "
-            "all of them"
-        )
-    if any(pairs):
-        named = [(int(pair[1]), pair[2].strip()) for pair in pairs]
-    else:
-        first = {"__ignore__": -1, **dict.fromkeys(NO_CLASS, 0)}.get(rows[0].lower(), 1)
-        named = [*enumerate(rows, first)]
-    if len(dict(named)) < len(named) or max(named)[0] >= MAX_ID - 1:
-        raise UserError(f"{where}: a value is named twice, or is none; expected distinct ones")
-    values = {0: "_background_", 255: "__ignore__"} | {k: name for k, name in named if k >= 0}
-    return {**values, 0: NO_CLASS.get(values[0].lower(), values[0])}
-
-
-def _forms(masks: list[_Mask], form: str, values: dict, notes: list[str]) -> dict[str, str]:
+def _forms(masks: list[_Mask], form: str, values: Values, notes: list[str]) -> dict[str, str]:
     """What the values mean, by class. A guess is a note; where the values could be classes as well
     as instances, it is an error."""
     forms = {}
@@ -254,7 +310,7 @@ def _forms(masks: list[_Mask], form: str, values: dict, notes: list[str]) -> dic
             forms[label] = "binary"
         elif form:
             forms[label] = form
-        elif not label and values:
+        elif not label and values.names:
             forms[label] = "classes"
             notes.append(
                 f"{where}: taken as maps of classes, since their values have names; else say "
@@ -274,6 +330,7 @@ def _guess(where: str, masks: list[_Mask], notes: list[str]) -> str:
     """instances or binary, from all maps of a class. Raises: UserError if they look like maps of
     classes."""
     grey, several, wide, voc, odd, seen = 0, False, False, False, [], Counter()
+    scattered, shown = 0, 0  # values in several places of their map, of all
     for mask in masks:
         stored, colour = read_map(mask.path)
         values = {*np.unique(stored).tolist()} - {0}
@@ -283,7 +340,9 @@ def _guess(where: str, masks: list[_Mask], notes: list[str]) -> str:
         wide |= stored.dtype.itemsize > 1
         several |= len(values) == 1 and len(draw_regions(stored)) > 1
         numbers = values - {255}
-        if numbers and (voc or numbers != {*range(1, len(numbers) + 1)}):
+        parts = _scattered(stored) if where == "masks" else 0
+        scattered, shown = scattered + parts, shown + len(values)
+        if numbers and (voc or numbers != {*range(1, len(numbers) + 1)} or 2 * parts > len(values)):
             odd.append(mask.path)
     if grey:
         notes.append(
@@ -301,6 +360,7 @@ def _guess(where: str, masks: list[_Mask], notes: list[str]) -> str:
             )
         return "binary"
     recurring = any(count > 1 for value, count in seen.items() if value != 255)
+    wide &= 3 * scattered < shown  # 16 bits are for many instances, which are in one piece
     if where == "masks" and odd and not wide and (voc or recurring):
         raise UserError(
             f"{odd[0]}: its values may be classes or instances (of these maps they are "
@@ -310,6 +370,12 @@ def _guess(where: str, masks: list[_Mask], notes: list[str]) -> str:
     other = "classes, with --classes" if where == "masks" else "binary"
     notes.append(f"{where}: every value is taken for an instance; else say --masks-are {other}")
     return "instances"
+
+
+def _scattered(stored: np.ndarray) -> int:
+    """How many values of a map, 0 and 255 apart, are in several places."""
+    draws = [draw for value, draw in draw_values(stored) if value not in (0, 255)]
+    return sum(len(draw_regions(draw()[2])) > 1 for draw in draws)
 
 
 def _is_soft(stored: np.ndarray) -> bool:
@@ -330,14 +396,16 @@ def _is_soft(stored: np.ndarray) -> bool:
 
 
 def _instances(
-    masks: list[_Mask], forms: dict, values: dict, classes: Classes, size: Size
+    masks: list[_Mask], forms: dict, values: Values, classes: Classes, size: Size
 ) -> list[Instance]:
     """Instances of the masks of one image."""
     instances = []
     for mask in masks:
         category = UNNAMED.get(mask.label, mask.label or "object")
         form = "instances" if mask.single else forms[mask.label]
-        stored, colour = read_map(mask.path, size)
+        by_class = form == "classes"
+        colours = "all" if by_class and values.coloured else "any" if form == "instances" else ""
+        stored, colour = read_map(mask.path, size, colours)
         void = {255: "__ignore__"} if colour == VOC_VOID else {}
         if mask.single:
             _require_one(mask, stored)
@@ -350,8 +418,9 @@ def _instances(
             )
         if form == "binary":
             instances += [Instance(category, draw) for draw in draw_regions(stored)]
-        elif form == "classes":
-            instances += _classes_of(mask.path, stored, values | void, classes)
+        elif by_class:
+            names = values.names if values.coloured else values.names | void
+            instances += _classes_of(mask.path, stored, values._replace(names=names), classes)
         else:
             draws = [(value, draw) for value, draw in draw_values(stored) if value]
             instances += [Instance(VOID if v in void else category, draw) for v, draw in draws]
@@ -372,16 +441,25 @@ def _require_one(mask: _Mask, stored: np.ndarray) -> None:
         )
 
 
-def _classes_of(path: Path, stored: np.ndarray, values: dict, classes: Classes) -> list[Instance]:
+def _classes_of(path: Path, stored: np.ndarray, values: Values, classes: Classes) -> list[Instance]:
     """Instances of a map of classes."""
     instances = []
+    if values.doubtful and not stored.all():
+        names = [*values.classes().values()]
+        raise UserError(
+            f"{path}: {np.mean(stored == 0):.0%} of its pixels are 0, and the first name, "
+            f"{names[0]}, may be of 0 or of 1; write 0:{names[0]},1:{names[1]},..., or, where 0 is "
+            f"no class, background,{names[0]},... (void instead: nothing is learnt there)"
+        )
     for value, draw in draw_values(stored):
-        if value not in values:
+        if value not in values.names:
+            shown = f"colour #{value:06x}" if values.coloured else f"value {value}"
+            named = [f"#{v:06x}" if values.coloured else v for v in sorted(values.names)]
             raise UserError(
-                f"{path}: has the value {value}, which has no name; named are "
-                f"{brief(sorted(values))}; name it with --classes, or in classes.txt"
+                f"{path}: has the {shown}, which has no name; named are {brief(named)}; name it "
+                "with --classes, or in its list, as void if it is no class"
             )
-        category = UNNAMED.get(values[value], value)
+        category = UNNAMED.get(values.names[value], values.keys.get(value, value))
         thing = category in classes and classes[category][1]
         draws = draw_regions(stored == value) if thing else [draw]
         instances += [Instance(category, draw) for draw in draws]

@@ -21,13 +21,14 @@ UNNAMED = {"__ignore__": VOID, "_background_": REST}  # for labelme's own conver
 @dataclass
 class Instance:
     """category: a key of Classes, VOID or REST.   draw: its pixels.
-    around: what it covers at most; void, below all instances, if it has no pixel of its own (a box
-    without a mask, a line)."""
+    around: what it covers at most; void, if it has no pixel of its own (a box without a mask).
+    slight: that is a line or a dot, and only void where nothing else is."""
 
     category: str | int | None
     draw: Draw
     crowd: bool = False
     around: Draw | None = None
+    slight: bool = False
 
 
 @dataclass

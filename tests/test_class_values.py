@@ -1,0 +1,210 @@
+"""Maps of classes as they are downloaded: lists of names and colours, folders and endings of names,
+and what an import says of them.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from readers import class_maps, panoptic
+from tests.helpers import photo
+from tests.test_importer import import_refused, masks_scene, write_labelme
+from tools import importer
+
+IDS = np.repeat(np.arange(4, dtype=np.uint8), 30).reshape(10, 12)  # a fourth each, from the top
+COLOURS = np.array([(0, 0, 0), (128, 64, 128), (70, 70, 70), (0, 0, 142)], np.uint8)
+ROWS = {"background": 0, "road": 1, "house": 2, "car": 3}
+
+
+def taken(root, **flags):
+    """The data set that an import of maps makes, and what it says; each in a folder of its own."""
+    output = root.parent / f"out{len([*root.parent.iterdir()])}"
+    result = importer.import_folder("masks", root, output, **flags)
+    return panoptic.load_folder(output, "all"), result
+
+
+def areas(truth, taxonomy):
+    """{class: pixels}, void included."""
+    names = [taxonomy.names[k] for k in truth.labels]
+    count = dict(zip(names, truth.areas.tolist()))
+    return count | ({"": void} if (void := int((truth.segment_map == 0).sum())) else {})
+
+
+def listed(form, names):
+    """The lines of a list of colours as some tool writes it."""
+    heads = {
+        "{0},{1},{2},{3}": "name,r,g,b",
+        "{0}:{1},{2},{3}::": "# label:color_rgb:parts:actions",
+    }
+    lines = [form.format(name, *COLOURS[k]) for name, k in names.items()]
+    return "\n".join([*([heads[form]] if form in heads else []), *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "file, form",
+    [
+        ("class_dict.csv", "{0},{1},{2},{3}"),
+        ("masks/labelmap.txt", "{0}:{1},{2},{3}::"),
+        ("label_colors.txt", "{1} {2} {3}\t{0}"),
+    ],
+)
+@pytest.mark.parametrize("palette", [False, True])
+def test_colours_are_classes_where_a_list_says_which(file, form, palette, tmp_path):
+    root = tmp_path / "s"
+    if palette:
+        masks_scene(root, "{}.png", IDS, palette=COLOURS.ravel().tolist())
+    else:
+        masks_scene(root, "{}.png", COLOURS[IDS])
+    (root / file).write_text(listed(form, ROWS))
+    dataset, result = taken(root, stuff="road,house")
+    assert dataset.taxonomy.names == ("road", "house", "car")
+    assert dataset.taxonomy.things == (False, False, True)
+    found = areas(dataset.train.truth(0), dataset.taxonomy)
+    assert found == {"road": 30, "house": 30, "car": 30, "": 30}
+    (root / file).write_text(listed(form, {"none": 0, "road": 1, "house": 2, "Void": 3}))
+    dataset, result = taken(root)
+    found = areas(dataset.train.truth(0), dataset.taxonomy)
+    assert found == {"none": 30, "road": 30, "house": 30, "": 30}
+    assert any("of these values nothing is learnt" in note for note in result["notes"])
+    (root / file).write_text(listed(form, {"none": 0, "road": 1, "house": 2}))
+    import_refused("masks", root, r"has the colour #00008e, which has no name; .*as void")
+
+
+def test_colours_may_be_named_on_the_command_line_and_are_else_shown(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", COLOURS[IDS])
+    import_refused(
+        "masks", root, r"a.png: has 4 colours, as #000000 \(25%\).*--classes '#804080:NAME"
+    )
+    named = "#804080:road,#464646:void,#00008E:car"
+    result = importer.import_folder(
+        "masks", root, tmp_path / "o", masks_are="classes", classes=named, stuff="road"
+    )
+    assert result["instances"] == {"road": 3, "car": 3}
+    result = importer.import_folder("masks", root, tmp_path / "i", masks_are="instances")
+    assert result["instances"] == {"object": 9}  # every colour but black
+
+
+def test_values_that_are_called_void_are_none_whatever_they_are(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    for lines, expected in (
+        ("0:sky\n1:road\n2:house\n3:void\n", {"sky": 30, "road": 30, "house": 30, "": 30}),
+        ("0:sky\n1:unlabelled\n2:ignore\n3:car\n", {"sky": 30, "car": 30, "": 60}),
+        (
+            "Pixel Value, Class\n0, background\n1, a\n2, b\n3, c\n",
+            {"a": 30, "b": 30, "c": 30, "": 30},
+        ),
+    ):
+        (root / "_classes.csv").write_text(lines)
+        dataset, _ = taken(root)
+        assert areas(dataset.train.truth(0), dataset.taxonomy) == expected
+    import_refused(
+        "masks", root, r"25% of its pixels are 0, and the first name, x, may", classes="x,y,z"
+    )
+
+
+def test_void_is_none_in_a_folder_of_class_maps_too(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky\nvoid\nroad\ncar\n")
+    for part in ("train", "val"):
+        photo(tmp_path / "images" / part / "a.png")
+        (tmp_path / "labels" / part).mkdir(parents=True)
+        Image.fromarray(IDS).save(tmp_path / "labels" / part / "a.png")
+    dataset = class_maps.load(tmp_path, "all")
+    assert dataset.taxonomy.names == ("sky", "road", "car")
+    truth = dataset.train.truth(0)
+    assert truth.areas.tolist() == [30, 30, 30] and (truth.segment_map == 0).sum() == 30
+
+
+def test_one_is_asked_where_values_are_in_several_places_of_every_map(tmp_path):
+    houses = np.zeros((10, 12), np.uint8)
+    houses[1:3, 1:3] = houses[1:3, 6:9] = houses[6:8, 3:5] = 1
+    houses[5, :2] = houses[5, 8:] = houses[9, 3:6] = 2
+    root = masks_scene(tmp_path / "s", "{}.png", houses)
+    import_refused("masks", root, r"its values may be classes or instances")
+    result = importer.import_folder("masks", root, tmp_path / "o", masks_are="instances")
+    assert result["instances"] == {"object": 6}
+
+
+@pytest.mark.parametrize("form", ["{}_mask.png", "{}.png"])
+@pytest.mark.parametrize("parts", [("train", "valid", "test"), ("train",), ("",)])
+def test_masks_may_lie_beside_their_images(form, parts, tmp_path):
+    root = tmp_path / "s"
+    for part in parts:
+        for k, name in enumerate(("a_1", "a_2", "b")):
+            photo(root / part / f"{name}.jpg", seed=k)
+            Image.fromarray(IDS).save(root / part / form.format(name))
+        (root / part / "_classes.csv").write_text(
+            "Pixel Value, Class\n 0, unlabeled\n 1, road\n 2, house\n 3, car\n"
+        )
+        photo(root / part / "c.jpg")
+    dataset, result = taken(root)
+    count = len(parts) // 2
+    assert result["labeled"] == (3 if count else 2) and result["unlabeled"] == 1
+    assert areas(dataset.train.truth(0), dataset.taxonomy) == {
+        "road": 30,
+        "house": 30,
+        "car": 30,
+        "": 30,
+    }
+    assert any("pictures are masks by their names" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize(
+    "image, mask, said",
+    [
+        ("{}.png", "{}_L.png", "with _L"),
+        ("{}_leftImg8bit.png", "{}_gtFine_labelIds.png", "with _gtFine_labelIds in place of"),
+    ],
+)
+def test_masks_may_have_an_ending_of_their_own(image, mask, said, tmp_path):
+    root = tmp_path / "s"
+    (root / "masks").mkdir(parents=True)
+    for k in range(4):
+        photo(root / "images" / image.format(f"x_{k}"), seed=k)
+        if k < 3:
+            Image.fromarray(IDS).save(root / "masks" / mask.format(f"x_{k}"))
+    dataset, result = taken(root, classes="background,road,house,car")
+    assert result["labeled"] == 2 and result["unlabeled"] == 1 and result["val"] == 1
+    assert any(said in note for note in result["notes"])
+    Image.fromarray(IDS).save(root / "masks" / "odd.png")
+    import_refused("masks", root, "rename it", classes="background,road,house,car")
+
+
+def test_a_list_says_what_is_for_validation(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    (root / "masks" / "classes.txt").write_text("background\nroad\nhouse\ncar\n")
+    (root / "val.txt").write_text("b\n")
+    dataset, _ = taken(root)
+    assert dataset.val.names.tolist() == ["b.png"] and len(dataset.unlabeled) == 1
+    (root / "val.txt").write_text("images/q.png\n")
+    import_refused("masks", root, r"val.txt: .*q.png.* is no image")
+
+
+def test_copies_of_a_picture_are_on_one_side(tmp_path):
+    names = [f"{k}_jpg.rf.{copy}{k}a" for k in range(6) for copy in "012"]
+    root = write_labelme(tmp_path / "s", names, ())
+    for seed in range(4):
+        out = tmp_path / f"o{seed}"
+        result = importer.import_folder("labelme", root, out, val_share=0.34, seed=seed)
+        assert result["val"] == 6 and result["labeled"] == 12
+        sides = [
+            {
+                image["file_name"].split(".rf.")[0]
+                for image in json.loads(path.read_text())["images"]
+            }
+            for path in (out / "panoptic_train.json", out / "panoptic_val.json")
+        ]
+        assert not sides[0] & sides[1]
+        assert any("6 pictures have several copies" in note for note in result["notes"])
+
+
+def test_things_that_cover_most_pixels_are_asked_about(tmp_path):
+    def square(label, side):
+        return {"label": label, "points": [[0, 0], [side, side]], "shape_type": "rectangle"}
+
+    root = write_labelme(tmp_path / "s", "abc", (), [square("wall", 9), square("door", 2)])
+    result = importer.import_folder("labelme", root, tmp_path / "o")
+    assert any("if they are stuff" in note and "--stuff wall" in note for note in result["notes"])
+    result = importer.import_folder("labelme", root, tmp_path / "p", stuff="wall")
+    assert not any("if they are stuff" in note for note in result["notes"])

@@ -1,0 +1,121 @@
+"""What an import says about what it found: notes, and the error that there is nothing to learn."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Iterable
+
+from ground.errors import UserError
+from readers.annotations import Classes
+from readers.pictures import brief
+
+
+def require_objects(
+    rows: list[dict], classes: Classes, background: str, source: Path, why: str
+) -> list[str]:
+    """What is crowd, as notes. Raises: UserError if everything is, or nothing is there, so that
+    there is nothing to learn."""
+    crowd, count = Counter(), Counter()
+    for segment in (segment for row in rows for segment in row["segments"]):
+        if segment["category_id"] != background:
+            count[segment["category_id"]] += 1
+            crowd[segment["category_id"]] += segment["iscrowd"]
+    if not count:
+        raise UserError(f"{source}: not one instance with a pixel{why}; nothing to learn from")
+    if crowd == count:
+        raise UserError(
+            f"{source}: all {count.total()} instances are crowd (iscrowd 1), of which nothing is "
+            "learnt or measured; if they are single objects, set it to 0: "
+            'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' FILE.json; if they are stuff, name their '
+            "classes with --stuff"
+        )
+    if not crowd.total():
+        return []
+    only = [classes[key][0] for key in count if crowd[key] == count[key]]
+    return [
+        f"{crowd.total()} of {count.total()} instances are crowd, neither learnt nor "
+        f"measured{f'; nothing else is there of {brief(only)}' if only else ''}"
+    ]
+
+
+def say_left_out(voided: int, renamed: list[str]) -> list[str]:
+    """Regions without a class, and images that have other names."""
+    notes = []
+    if voided:
+        notes.append(
+            f"{voided} regions are void, neither learnt nor measured: what is to be ignored, or "
+            "was annotated without a mask"
+        )
+    if renamed:
+        notes.append(
+            f"{len(renamed)} images are renamed, as another has their name but for the ending or "
+            f"the folder: {', '.join(renamed[:2])}"
+        )
+    return notes
+
+
+def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
+    """Where most of what was annotated is void, and nothing says that it is background."""
+    if background or not all(thing for _, thing, _ in classes.values()):
+        return []
+    annotated = [row for row in rows if row["segments"]]
+    pixels = sum(row["image"]["width"] * row["image"]["height"] for row in annotated)
+    drawn = sum(segment["area"] for row in annotated for segment in row["segments"])
+    if 2 * drawn > pixels:
+        return []
+    return [
+        f"{100 * (1 - drawn / pixels):.0f} % of the pixels of annotated images are in no instance, "
+        "and so void: neither learnt nor measured; --background NAME makes a class of them"
+    ]
+
+
+def say_pixels(rows: list[dict], classes: Classes, background: str) -> list[str]:
+    """What covers most of the pixels, and may not be meant so."""
+    return say_void(rows, classes, background) + say_stuff(rows, classes, background)
+
+
+def say_stuff(rows: list[dict], classes: Classes, background: str) -> list[str]:
+    """Things that look like stuff: a large part of all pixels, and hardly ever two in an image."""
+    area, count = Counter(), Counter()
+    for segment in (segment for row in rows for segment in row["segments"]):
+        area[segment["category_id"]] += segment["area"]
+        count[segment["category_id"]] += 1
+    annotated = [row for row in rows if row["segments"]]
+    pixels = sum(row["image"]["width"] * row["image"]["height"] for row in annotated)
+    few = 1.2 * len(annotated)
+    large = [
+        classes[key][0]
+        for key in area
+        if key != background and classes[key][1] and area[key] > pixels / 5 and count[key] <= few
+    ]
+    if not large or len(classes) < 2:
+        return []
+    return [
+        f"{brief(large)}: things that cover more than a fifth of all pixels, about one an image; "
+        f"if they are stuff, as a wall or the sky is, say --stuff {','.join(large)}"
+    ]
+
+
+def say_copies(rows: list[dict], val: set[str]) -> list[str]:
+    """Pictures of which there are several copies, and those that are on both sides."""
+    groups = copies_of(row["image"]["file_name"] for row in rows)
+    several = [names for names in groups.values() if len(names) > 1]
+    if not several:
+        return []
+    both = [names for names in several if 0 < len(val.intersection(names)) < len(names)]
+    text = f"{len(several)} pictures have several copies (NAME.rf.HASH, made by Roboflow)"
+    if both:
+        text += (
+            f", and of {len(both)} the validation images have some and the training images others, "
+            f"so figures are too good: {brief(both[0])}"
+        )
+    return [f"{text}; export without augmentation for honest numbers of images"]
+
+
+def copies_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of pictures by what they are copies of: Roboflow calls augmented copies of one
+    NAME.rf.HASH."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\.rf\.[0-9A-Za-z]+(\.\w+)$", r"\1", name), []).append(name)
+    return groups
