@@ -323,10 +323,10 @@ class Pldc(MeanTeacher):
         # DICC
         weight = 0.0 if t is None else clip_weight(t, self.burn_in, cfg.ssl_steps)
         if weight and len(query) and self.clip is not None:
-            seen = resize(masks[None], image.shape[-2:])[0]
-            label = correct_classes(
-                probs / probs.sum(-1, keepdim=True), self.clip(image, seen), weight
-            )
+            seen = self.seen(masks, sizes)
+            there = (seen > 0).flatten(1).any(1)  # all of a mask may lie in the padding
+            probs = probs[there] / probs[there].sum(-1, keepdim=True)
+            label[there] = correct_classes(probs, self.clip(image, seen[there]), weight)
         # PMUA
         trust = certainty(masks) if cfg.pixel_certainty else None
         return Target(label, masks=masks > 0, certainty=trust)
@@ -340,7 +340,8 @@ class Pldc(MeanTeacher):
             features = [m[k : k + 1] for m in maps]
             view = images[k : k + 1, :, : size[0], : size[1]]
             (target,) = self.pseudo_labels(features, (padded, size, size), t, view)
-            masks = resize(target.masks[None].float(), output)[0] > 0.5
+            seen = self.seen(target.masks, (padded, size, size)) > 0
+            masks = resize(seen[None].float(), output)[0] > 0.5
             scores, added = torch.ones(len(target)), None
             if sums:
                 added = torch.zeros(len(self.taxonomy), *output)
@@ -353,6 +354,10 @@ class Pldc(MeanTeacher):
     def draw(self, mask_logits: Tensor, sizes) -> Tensor:
         """Logits of masks on the grid that pseudo-labels have."""
         return resize_masks(mask_logits, *sizes)
+
+    def seen(self, masks: Tensor, sizes) -> Tensor:
+        """Masks of that grid, above 0 inside, at the size of the image."""
+        return masks
 
 
 class Guided(Pldc):
@@ -401,6 +406,10 @@ class Guided(Pldc):
 
     def draw(self, mask_logits: Tensor, sizes) -> Tensor:
         return mask_logits
+
+    def seen(self, masks: Tensor, sizes) -> Tensor:
+        # Enlarged as they are, not as logits, of which a single weak cell would be gone.
+        return resize_masks((masks > 0).float(), *sizes) - 0.5
 
 
 # ----------------------------------------------------------------------------------------- batches

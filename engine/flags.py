@@ -225,7 +225,7 @@ def _fields(text: str) -> dict[str, tuple[str, ...]]:
 FIELDS = _fields("""
 CLIP: backbone pretrained
 DEEPLAB: output_stride atrous aux_weight
-DEEPLAB_TRAINING: network DEEPLAB ohem ohem_kept momentum epochs colour
+DEEPLAB_TRAINING: network DEEPLAB ohem ohem_kept momentum epochs
 SOFT: eta contrast_weight teacher_norm cutmix_min cutmix_max
 PROJECTOR: projection projector
 BANK: parts part_momentum queue
@@ -250,7 +250,7 @@ TRAINING: CLIP DECODER crop crop_height scale_min scale_max SCALE turns optimize
     oversample importance workers seed checkpoint_every log_every eval_batch milestones scaled_side
 MASKS: sam NETWORK white seed
 DEWA: TRAINING SIZES dewa_steps dewa_batch dewa_crop dewa_keep_empty
-SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch
+SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch colour
 NAMER: clip_view clip_margin clip_model clip_pretrained
 INSTANCES: class_threshold mask_threshold coupled NAMER pixel_certainty ema_first guided_steps
 SEMI: SUPERVISED jitter jitter_hue grayscale_prob blur_prob blur_radius ssl_steps unlabeled_batch
@@ -268,8 +268,7 @@ report: STUDENT labels seed DEEPLAB contrast_weight PROJECTOR BANK
 zeroshot: CLIP SIZES MASKS clip_scale labels NAMER
 export: CLIP GRAPH no_object_weight seed network
 demo: MASKS DEWA SEMI burn_in_warm
-ladder: MASKS DEWA SEMI burn_in_warm INSTANCES DEEPLAB ohem ohem_kept momentum epochs colour SOFT
-    CONTRAST
+ladder: MASKS DEWA SEMI burn_in_warm INSTANCES DEEPLAB ohem ohem_kept momentum epochs SOFT CONTRAST
 alpha: SEMI
 mini-clip: seed
 mini-sam: seed

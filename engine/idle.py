@@ -41,6 +41,8 @@ by width | test_max scaled_side | images are shown by the width of their objects
     --seen-width 0
 no blur | blur_radius | nothing is blurred; it counts with --blur-prob above 0
 no instances | INSTANCES | no instance is a pseudo-label here; it counts with --method {instances}
+instances | colour | --method {args.method} has no such views; it counts with --stage sup, or with
+    --method {mixing}
 instances | cutmix_prob | --method {args.method} mixes no images; it counts with --method {mixing}
 coupled | class_threshold mask_threshold | it counts with --coupled 0
 not guided | guided_steps | it counts with --method guided
@@ -90,7 +92,7 @@ GROUPS = {
         n: FIELDS[n]
         for n in ("NETWORK NAMER SIZES MERGING GRAPH INSTANCES QUERIES SOFT CONTRAST".split())
     },
-    "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept", "colour"),
+    "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept"),
     "WARM_UP": tuple(MAKES["ssl"]),
 }
 

@@ -73,9 +73,9 @@ class InstanceFolder(PanopticFolder):
         self.sizes = np.array([images[key][1] for key in keys], np.int64).reshape(-1, 2)
         rows = [row for key in keys for row in of_image[key]]
         self.starts = np.cumsum([0, *(len(of_image[key]) for key in keys)])
-        columns = [(number, k, round(area), crowd) for number, k, area, crowd, _ in rows]
+        columns = [(number, k, round(area or 0), crowd) for number, k, area, crowd, _ in rows]
         self.segments = np.array(columns, np.int64).reshape(-1, 4)
-        self.areas = np.array([area for _, _, area, _, _ in rows], np.float64)
+        self.areas = np.array([area for _, _, area, _, _ in rows], np.float64)  # NaN: not stated
         # One piece of memory, which loader processes share.
         texts = [json.dumps(form).encode() for *_, form in rows]
         self.ends = np.cumsum([0, *map(len, texts)])
@@ -128,7 +128,7 @@ class InstanceFolder(PanopticFolder):
             masks = masks[kept]
         own = rows.start + np.array(kept, np.int64)
         segments, areas, pixels = self.segments[own], self.areas[own], masks.sum((1, 2))
-        areas = np.where(areas > 0, areas, pixels)
+        areas = np.where(np.isnan(areas), pixels, areas)
         segment_map = np.zeros((height, width), np.int32)
         for k in np.argsort(-pixels, kind="stable"):
             segment_map[masks[k]] = k + 1
@@ -161,7 +161,7 @@ def _images(entries: list, wrong: Wrong) -> dict:
             key, name = entry["id"], entry["file_name"]
             size = entry.get("height", 0), entry.get("width", 0)
             twice = key in images or name in names
-            sound = all(type(side) is int and side >= 0 for side in size)
+            sound = all(type(side) in (int, float) and 0 <= side == int(side) for side in size)
         except (KeyError, TypeError, AttributeError):
             text = f"images[{place}] is {brief(entry)}, expected an object with id and file_name"
             wrong("malformed", text)
@@ -172,7 +172,7 @@ def _images(entries: list, wrong: Wrong) -> dict:
         if fault:
             wrong("image twice" if twice else "name", f"image {brief(key)}: {brief(name)} {fault}")
             continue
-        images[key] = name, size
+        images[key] = name, (int(size[0]), int(size[1]))
         names.add(name)
     return images
 
@@ -186,7 +186,7 @@ def _sound(entries: list, images: dict, taxonomy: Taxonomy, wrong: Wrong) -> lis
     for place, a in enumerate(entries):
         try:
             key, number, category = a["image_id"], a["id"], a["category_id"]
-            area, crowd, form = a.get("area", 0), a.get("iscrowd", 0), a.get("segmentation")
+            area, crowd, form = a.get("area"), a.get("iscrowd", 0), a.get("segmentation")
             there, k = key in images, classes.get(category)
         except (KeyError, TypeError, AttributeError):
             wrong(
@@ -208,7 +208,7 @@ def _sound(entries: list, images: dict, taxonomy: Taxonomy, wrong: Wrong) -> lis
             wrong("malformed", f"annotation {brief(number)} {fault}")
             continue
         used.add(number)
-        rows.append((key, number, k, float(area), int(crowd), form))
+        rows.append((key, number, k, area, int(crowd), form))
     return rows
 
 
@@ -216,7 +216,8 @@ def _fault(number, area, crowd, form) -> str:
     """What is wrong with an annotation; empty: nothing that can be seen without its image."""
     if type(number) is not int or abs(number) >= 1 << 62:
         return "has an id that is no whole number"
-    if type(area) not in (int, float) or not 0 <= area < 1 << 40:
+    stated = 0 if area is None else area
+    if type(stated) not in (int, float) or not 0 <= stated < 1 << 40:
         return f"has area {brief(area)}, expected a number of pixels"
     if crowd not in (0, 1):
         return f"has iscrowd {brief(crowd)}, expected 0 or 1"
@@ -225,7 +226,9 @@ def _fault(number, area, crowd, form) -> str:
             "has no segmentation; expected polygons or run lengths: a box alone teaches no mask, "
             "so draw one, or take it out"
         )
-    if isinstance(form, dict) or isinstance(form, list) and all(map(_is_list, form)):
+    if isinstance(form, list) and all(map(_is_list, form)):
+        return "" if max(map(len, form)) >= 6 else "has no polygon of 3 points: no mask"
+    if isinstance(form, dict):
         return ""
     return f"has segmentation {brief(form)}, expected a list of polygons, or run lengths"
 

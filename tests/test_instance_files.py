@@ -118,8 +118,19 @@ def test_an_area_that_is_not_stated_is_that_of_the_mask(tmp_path):
     rows = annotations()
     for row in rows:
         del row["area"], row["iscrowd"]
-    truth = load_instances(write_instances(tmp_path, rows), "all").train.truth(0)
+    truth = load_instances(write_instances(tmp_path / "a", rows), "all").train.truth(0)
     assert truth.areas.tolist() == truth.masks.sum((1, 2)).tolist() and not truth.crowd.any()
+    rows[0]["area"], rows[1]["area"] = 0, None  # as COCOeval: 0 is stated
+    truth = load_instances(write_instances(tmp_path / "b", rows), "all").train.truth(0)
+    assert truth.areas.tolist() == [0, *truth.masks.sum((1, 2))[1:].tolist()]
+
+
+def test_sizes_that_are_whole_numbers_may_be_written_as_fractions(tmp_path):
+    def edit(content):
+        for image in content["images"]:
+            image.update(height=40.0, width=50.0)
+
+    assert load_instances(edited(tmp_path, edit), "all").train.truth(0).masks.shape[1:] == (40, 50)
 
 
 def test_classes_of_validation_are_joined_by_name(tmp_path):
@@ -166,7 +177,8 @@ FAULTS = {
         lambda a: a.update(segmentation=polygon(2, 3, 20, 3000)),
         "annotation 70: points .* of 50 x 40",
     ),
-    "odd": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5]]), "annotation 70: points"),
+    "odd": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 70: points"),
+    "line": (lambda a: a.update(segmentation=[[1, 2, 3, 4], []]), "annotation 70 has no polygon"),
     "words": (lambda a: a.update(segmentation=[["a", "b"] * 3]), "annotation 70: points"),
     "short": (
         lambda a: a.update(segmentation={"size": [40, 50], "counts": [5, 7]}),

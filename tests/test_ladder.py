@@ -50,7 +50,10 @@ def test_rungs_are_the_methods_themselves_at_equal_lengths():
 
 def test_flags_change_the_rungs_of_the_method_that_they_are_of():
     cfg = numbers("--stage", "ladder", "--method", "pldc", "--steps", "9", "--burn-in", "3")
-    guided, own = ladder.ladder("pldc", "mini")[0][1:3]
+    first, alone, guided, own = ladder.ladder("pldc", "mini")[0][:4]
+    assert (
+        not first.config(cfg).colour and alone.config(cfg).lambda_u == 0 < own.config(cfg).lambda_u
+    )
     assert [rung.config(cfg).ssl_steps for rung in (guided, own)] == [12, 9]
     assert [rung.config(cfg).burn_in for rung in (guided, own)] == [3, 3]
     assert guided.config(cfg).guided_steps == 2

@@ -433,6 +433,30 @@ def test_guided_distillation_asks_for_the_class_and_some_area_on_the_mask_grid(
     assert len(method.pseudo_labels(None, ((64, 64),) * 3, 2, torch.zeros(2, 3, 64, 64))[0]) == 1
 
 
+def test_guided_distillation_shows_clip_and_people_its_masks_without_the_padding(small_mini):
+    method = made(pldc.Guided)
+    cells = torch.full((3, 32, 40), -0.5)  # of 128 x 160 pixels, of which the image has 96 x 100
+    cells[0, 4:14, 4:14], cells[1, 20, 20], cells[2, 2, 38] = 3.0, 0.05, 3.0  # the last: padding
+    seen = method.seen(cells, ((128, 160), (96, 100), (96, 100))) > 0
+    rows, columns = seen[0].any(1).sum(), seen[0].any(0).sum()
+    assert seen.shape == (3, 96, 100) and rows == columns == 40 and seen[1].any()
+    assert not seen[2].any()
+    posterior = torch.zeros(3, 13)
+    posterior[:, 1], posterior[:, 2], posterior[:, 12] = 0.6, 0.3, 0.1
+    asked = []
+
+    def clip(image, masks):
+        asked.append(masks > 0)
+        return torch.eye(12)[5].expand(len(masks), -1)
+
+    method.clip = clip
+    cells[1] += 0.6  # enough of an area to be kept
+    sizes = (128, 160), (96, 100), (96, 100)
+    target = method.instances(posterior, cells, torch.zeros(3, 96, 100), sizes, method.burn_in)
+    assert len(target) == 3 and len(asked[0]) == 2 and bool(asked[0].flatten(1).any(1).all())
+    assert target.labels.tolist() == [5, 5, 1]  # CLIP has half the weight, and is surer
+
+
 def test_a_step_learns_two_views_of_each_label_and_what_the_teacher_says(small_mini, monkeypatch):
     method, seen = made(class_threshold=0.85, mask_threshold=0.9), {}
     answers(method, monkeypatch)

@@ -119,11 +119,13 @@ def ladder(method: str | None, preset: str) -> tuple[tuple[Rung, ...], str]:
 def _pldc(preset: str) -> tuple[Rung, ...]:
     mine = {**vars(PRESETS[preset]), **METHODS["pldc"].on(preset)}
     product = round(mine["class_threshold"] * mine["mask_threshold"], 3)
-    first, own, guided = "Mask2Former, supervised", "PL-DC", _items("guided", preset)
+    first, alone = "Mask2Former, supervised", "  in PL-DC's views"
+    own, guided = "PL-DC", _items("guided", preset)
     return (
-        Rung(first, "sup", name="sup-instances"),
+        Rung(first, "sup", name="sup-instances", numbers=(("colour", False),)),
+        Rung(alone, "pldc", changes=(("lambda_u", 0.0),), over=(first,)),
         Rung("Guided Distillation", "guided", over=(first,), on_top=True, numbers=guided),
-        Rung(own, "pldc", over=(first, "Guided Distillation")),
+        Rung(own, "pldc", over=(first, alone, "Guided Distillation")),
         Rung("  without DDTF", "pldc", changes=(("coupled", product),), over=(own,)),
         Rung("  without DICC", "pldc", changes=(("clip_view", "none"),), over=(own,)),
         Rung("  without PMUA", "pldc", changes=(("pixel_certainty", False),), over=(own,)),
