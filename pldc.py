@@ -314,7 +314,8 @@ class Pldc(MeanTeacher):
     def instances(self, posterior, mask_logits, image, sizes, t: int | None) -> Target:
         """Those of one image. posterior: (Q, K+1); mask_logits: (Q, h, w); image: (3, H, W)."""
         cfg = self.cfg
-        # DDTF. Only masks of which the class is good enough are drawn at full size (m <= 1).
+        # DDTF. A mask whose class is too weak can pass neither filter (c m >= t needs c >= t), so
+        # it is not drawn at full size.
         sure = posterior[:, :-1].amax(-1) >= (cfg.coupled or cfg.class_threshold)
         posterior, masks = posterior[sure], self.draw(mask_logits[sure], sizes)
         thresholds = cfg.class_threshold, cfg.mask_threshold

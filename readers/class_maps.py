@@ -65,7 +65,8 @@ class ClassMaps(Images):
         stored = np.asarray(open_image(path, None))
         if stored.ndim != 2 or stored.dtype.kind not in "ui":
             raise UserError(
-                f"{path}: expected one channel of class numbers, got {stored.shape} {stored.dtype}",
+                f"{path}: expected one channel of class numbers, got {stored.shape} {stored.dtype} "
+                "(colours are read by --stage import --from masks)",
                 "unreadable",
             )
         stored = PanopticFolder._upright(self, stored, i, path)
