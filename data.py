@@ -375,8 +375,6 @@ class Batches(torch.utils.data.Dataset):
 class LabeledBatches(Batches):
     """Labelled images with ground truth, for stages sup and ssl."""
 
-    colour = True  # the SSD augmentation
-
     def __init__(self, dataset: DataSet, cfg: Config, steps: int):
         super().__init__(cfg, steps)
         self.dataset = dataset
@@ -387,8 +385,7 @@ class LabeledBatches(Batches):
         for slot in self.slots(cfg.labeled_batch):
             i = self.pick(indices, step, slot, cfg.labeled_batch)
             rng, truth = self.rng(step, slot), train.truth(i)
-            colour = self.colour and cfg.colour
-            image, target = labeled_view(train.image(i), truth, cfg, rng, colour)
+            image, target = labeled_view(train.image(i), truth, cfg, rng, cfg.colour)
             images.append(image)
             targets.append(target)
             names.append(train.name(i))

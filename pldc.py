@@ -39,7 +39,6 @@ from config import Config
 from data import (
     PAD_VALUE,
     Labeled,
-    LabeledBatches,
     Sample,
     SemiSupervisedBatches,
     Unlabeled,
@@ -416,18 +415,15 @@ class Guided(Pldc):
 # ----------------------------------------------------------------------------------------- batches
 
 
-class PlainBatches(LabeledBatches):
-    colour = False
-
-
 class InstanceBatches(SemiSupervisedBatches):
     """Labelled images in `views` views (weak; weak and strong, side by side), and unlabelled ones
     in both. No CutMix. Views are padded before they are made strong.
     """
 
     def __init__(self, dataset, cfg: Config, steps: int, warm: bool, views: int):
-        super().__init__(dataset, replace(cfg, cutmix_prob=0.0), steps, warm)
-        self.labeled, self.views = PlainBatches(dataset, cfg, steps), views
+        cfg = replace(cfg, cutmix_prob=0.0, colour=False)
+        super().__init__(dataset, cfg, steps, warm)
+        self.views = views
 
     def __getitem__(self, step: int) -> tuple[Labeled, Unlabeled | None]:
         labeled, unlabeled = super().__getitem__(step)
