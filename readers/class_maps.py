@@ -194,16 +194,16 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
             f"{path}: not a list of classes ({str(error)[:80]}); expected a name a line, or "
             "VALUE:NAME (JSON: a list of names, or an object of them by value)"
         ) from None
+    listed, void = [*named], [k for k, name in named.items() if name.lower() in VOID_NAMES]
+    named = {value: name for value, name in named.items() if value not in void}
     firsts = [name.split(",")[0].strip() for name in named.values()]
     if not named or "" in firsts or len(set(firsts)) < len(firsts):
         raise UserError(f"{path}: expected at least one name, all of them distinct, none empty")
-    if not all(0 <= value < 65536 and value != NONE for value in named):
+    if not all(0 <= value < 65536 for value in listed) or NONE in named:
         raise UserError(f"{path}: expected values from 0 to 65535 without {NONE}, which is none")
-    values = np.full(max(256, max(named) + 1) + 1, UNKNOWN, np.int32)  # the last: all larger ones
+    values = np.full(max(256, max(listed) + 1) + 1, UNKNOWN, np.int32)  # the last: all larger ones
     values[NONE] = IGNORE
-    void = [value for value, name in named.items() if name.lower() in VOID_NAMES]
     values[void] = IGNORE
-    named = {value: name for value, name in named.items() if value not in void}
     values[list(named)] = np.arange(len(named))
     return Taxonomy(tuple(named.values()), (False,) * len(named), tuple(named)), values
 

@@ -36,8 +36,7 @@ class InstanceFolder(PanopticFolder):
     unlabelled; of validation images all are: on one without instance all that is found is wrong.
     An image is turned as its EXIF block says, and its masks are those of the image as it is shown.
 
-    ids: of the images, as in the JSON.   areas: (S,) as stated, where `segments` has whole numbers;
-    0 = the JSON does not say.
+    ids: of the images, as in the JSON.   areas: (S,) as stated, NaN where they are not.
     Args: content: of the JSON, as `read_json` gives it.   The others: as of `PanopticFolder`.
     """
 
@@ -161,7 +160,7 @@ def _images(entries: list, wrong: Wrong) -> dict:
             key, name = entry["id"], entry["file_name"]
             size = entry.get("height", 0), entry.get("width", 0)
             twice = key in images or name in names
-            sound = all(type(side) in (int, float) and 0 <= side == int(side) for side in size)
+            sound = all(type(s) in (int, float) and 0 <= s < 1 << 31 and s % 1 == 0 for s in size)
         except (KeyError, TypeError, AttributeError):
             text = f"images[{place}] is {brief(entry)}, expected an object with id and file_name"
             wrong("malformed", text)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ground.errors import UserError
 from readers import class_maps, panoptic
 from tests.helpers import photo
 from tests.test_importer import import_refused, masks_scene, write_labelme
@@ -110,6 +111,10 @@ def test_void_is_none_in_a_folder_of_class_maps_too(tmp_path):
         photo(tmp_path / "images" / part / "a.png")
         (tmp_path / "labels" / part).mkdir(parents=True)
         Image.fromarray(IDS).save(tmp_path / "labels" / part / "a.png")
+    (tmp_path / "classes.txt").write_text("void\nignore\n")
+    with pytest.raises(UserError, match="expected at least one name"):
+        class_maps.load(tmp_path, "all")
+    (tmp_path / "classes.txt").write_text("0:sky\n1:void\n2:road\n3:car\n9:void\n255:void\n")
     dataset = class_maps.load(tmp_path, "all")
     assert dataset.taxonomy.names == ("sky", "road", "car")
     truth = dataset.train.truth(0)
@@ -208,3 +213,126 @@ def test_things_that_cover_most_pixels_are_asked_about(tmp_path):
     assert any("if they are stuff" in note and "--stuff wall" in note for note in result["notes"])
     result = importer.import_folder("labelme", root, tmp_path / "p", stuff="wall")
     assert not any("if they are stuff" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize("names", ["road,void,car", "road,void"])
+def test_what_is_proposed_has_the_names_in_their_places(names, tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", np.minimum(IDS, 2))
+    import_refused("masks", root, "write 0:road,1:void,.*background,road,void", classes=names)
+    result = importer.import_folder(
+        "masks", root, tmp_path / "o", classes="road,car", background="lawn"
+    )  # who says what the rest is has said what 0 is
+    assert result["instances"] == {"road": 3, "car": 3, "lawn": 3}
+
+
+def test_a_background_that_is_void_is_said(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    names = "background,road,house,car"
+    _, result = taken(root, classes=names)
+    assert any("background of --classes is void" in note for note in result["notes"])
+    _, result = taken(root, classes=names, background="ground")
+    assert not any("is void" in note for note in result["notes"])
+    assert result["instances"]["ground"] == 3
+
+
+def test_lists_of_tools_are_read_in_their_own_form_alone(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", np.where(two_regions(), IDS, 0).astype(np.uint8))
+    (root / "labelmap.txt").write_text("item {\n  id: 1\n  name: 'cell'\n}\n")
+    result = importer.import_folder("masks", root, tmp_path / "o")
+    assert "object" in result["instances"]  # TensorFlow's file is no list of colours
+    (root / "class_dict.csv").write_text(listed("{0},{1},{2},{3}", ROWS))
+    import_refused("masks", root, r"#010101.*say --classes 0:NAME.*or say --masks-are instances")
+
+
+def two_regions():
+    there = np.zeros((10, 12), bool)
+    there[:4], there[6:] = True, True
+    return there
+
+
+def test_lists_of_parts_that_differ_are_refused_and_that_of_a_test_set_is_not_asked(tmp_path):
+    root = tmp_path / "s"
+    names = {"train": "road\n2, house", "valid": "road\n2, house", "test": "house\n2, road"}
+    for k, (part, text) in enumerate(names.items()):
+        photo(root / part / "a.jpg", seed=k)
+        Image.fromarray(np.minimum(IDS, 2)).save(root / part / "a_mask.png")
+        (root / part / "_classes.csv").write_text(f"Pixel Value, Class\n0, void\n1, {text}\n")
+    dataset, _ = taken(root)
+    found = areas(dataset.train.truth(0), dataset.taxonomy)
+    assert found == {"road": 30, "house": 60, "": 30}
+    (root / "valid" / "_classes.csv").write_text("0, void\n1, house\n2, road\n")
+    import_refused(
+        "masks", root, r"valid/_classes.csv: names other values than .*train/_classes.csv"
+    )
+
+
+def test_every_mask_beside_an_image_is_one_and_other_pictures_are_counted(tmp_path):
+    """As BUSI names them: NAME_mask.png, NAME_mask_1.png; and a list in a folder of its own."""
+    root, whole = tmp_path / "s", two_regions()
+    whole[:4] = False
+    for k in range(3):
+        photo(root / f"benign ({k}).png", seed=k)
+        Image.fromarray(255 * whole.astype(np.uint8)).save(root / f"benign ({k})_mask.png")
+    Image.fromarray(255 * whole[::-1].astype(np.uint8)).save(root / "benign (1)_mask_1.png")
+    photo(root / "unlabeled" / "u.jpg", seed=7)
+    photo(root / "more" / "v.jpg", seed=8)
+    (root / "masks").mkdir()
+    (root / "masks" / "README.txt").write_text("none here")
+    dataset, result = taken(root)
+    assert result["labeled"] + result["val"] == 3 and result["unlabeled"] == 1
+    assert result["instances"] == {"object": 4}
+    assert result["dropped"]["pictures of other folders"] == 1
+
+
+def test_a_list_for_validation_may_be_as_others_write_it(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    names = "background,road,house,car"
+    for text in ("b", "images/b.jpg masks/b.png\n", "# mine\nimages\\b.png\n"):
+        (root / "val.txt").write_text(text)
+        dataset, result = taken(root, classes=names)
+        assert dataset.val.names.tolist() == ["b.png"]
+        assert any("val.txt names are for validation" in note for note in result["notes"])
+    (root / "val.txt").write_bytes("b.png".encode("utf-16"))
+    import_refused("masks", root, "val.txt: not a readable list", classes=names)
+    (root / "val.txt").write_text("\n")
+    import_refused("masks", root, "val.txt: names no image", classes=names)
+
+
+def test_colours_that_nobody_can_be_sure_of_are_refused(tmp_path):
+    named = "#000000:none,#804080:road,#464646:house,#00008e:car"
+    clear = np.dstack([COLOURS[IDS], np.where(IDS, 255, 0).astype(np.uint8)])
+    root = masks_scene(tmp_path / "clear", "{}.png", clear)
+    import_refused("masks", root, "pixels that are clear", classes=named)
+    root = masks_scene(tmp_path / "wide", "{}.png", IDS.astype(np.uint16) * 300)
+    import_refused("masks", root, "uint16 .* and the list has colours", classes=named)
+    root = masks_scene(tmp_path / "array", "{}.npy", IDS.astype(np.int64))
+    import_refused("masks", root, "int64 .* and the list has colours", classes=named)
+    root = masks_scene(tmp_path / "mixed", "{}.png", COLOURS[IDS])
+    import_refused("masks", root, "expected a colour and a name", classes="#804080:road,2:car")
+
+
+def test_vocs_border_is_void_in_maps_of_colours_too(tmp_path):
+    shown = COLOURS[IDS]
+    shown[4] = (224, 224, 192)
+    root = masks_scene(tmp_path / "s", "{}.png", shown)
+    dataset, _ = taken(root, masks_are="instances")
+    assert (dataset.train.truth(0).segment_map[4] == 0).all()
+    assert len(dataset.train.truth(0).labels) == 3
+
+
+def test_a_palette_of_black_and_white_is_numbers_where_these_are_named(tmp_path):
+    for name, palette in (("white", [255] * 3 + [0] * 3), ("black", [0] * 3 + [255] * 3)):
+        root = masks_scene(tmp_path / name, "{}.png", np.minimum(IDS, 1), palette=palette)
+        dataset, _ = taken(root, classes="0:a,1:b")
+        assert areas(dataset.train.truth(0), dataset.taxonomy) == {"a": 30, "b": 90}
+
+
+def test_an_ending_is_known_from_the_other_part(tmp_path):
+    root = tmp_path / "s"
+    for part, count in (("train", 3), ("val", 1)):
+        (root / "masks" / part).mkdir(parents=True)
+        for k in range(count):
+            photo(root / "images" / part / f"{part}{k}.png", seed=k)
+            Image.fromarray(IDS).save(root / "masks" / part / f"{part}{k}_L.png")
+    _, result = taken(root, classes="background,road,house,car")
+    assert (result["labeled"], result["val"]) == (3, 1)

@@ -1143,7 +1143,7 @@ def test_a_map_of_classes_is_read_with_its_names_and_is_never_guessed_to_be_inst
     result = importer.import_folder("masks", ade, tmp_path / "listed")
     assert (
         result["instances"]["c3"] == result["instances"]["c15"] == 3
-        and "masks: taken as maps of classes, since their values have names" in result["notes"][0]
+        and "masks: taken as maps of classes, since " in result["notes"][0]
     )
     (ade / "classes.txt").write_text("background\n" + names)
     assert importer.import_folder("masks", ade, tmp_path / "from-zero")["instances"]["c3"] == 3

@@ -131,6 +131,10 @@ def test_sizes_that_are_whole_numbers_may_be_written_as_fractions(tmp_path):
             image.update(height=40.0, width=50.0)
 
     assert load_instances(edited(tmp_path, edit), "all").train.truth(0).masks.shape[1:] == (40, 50)
+    for side in (float("inf"), float("nan"), 40.5, True):
+        root = edited(tmp_path, lambda content: content["images"][0].update(height=side))
+        with pytest.raises(UserError, match="as height and width, expected whole numbers"):
+            load_instances(root, "all")
 
 
 def test_classes_of_validation_are_joined_by_name(tmp_path):

@@ -345,9 +345,10 @@ def divide(rows: list[dict], share: float, seed: int, source: Path, why: str) ->
             )
         return val
     if len(copies) < 2:
+        several = f", in {len(names)} copies" if len(names) > len(copies) else ""
         raise UserError(
-            f"{source}: {len(copies)} images with a segment{why}; expected at least 2, one to "
-            "train on and one to validate on"
+            f"{source}: {len(copies)} images with a segment{several}{why}; expected at least 2, "
+            "one to train on and one to validate on"
         )
     count = min(len(copies) - 1, max(1, round(share * len(copies))))
     chosen = np.random.default_rng(seed).permutation(len(copies))[:count]

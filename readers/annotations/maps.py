@@ -13,25 +13,35 @@ from ground.errors import UserError
 from readers.annotations.shapes import Draw, Patch, Size
 from readers.pictures import FORMATS, brief, open_image
 
+VOC_VOID = (224, 224, 192)  # the colour of what is void in Pascal VOC, 255 of its palette
 FRAMED = (".tif", ".tiff", ".gif", ".webp")  # endings of files that may hold several images
 
 
 def read_map(
-    path: Path, size: Size | None = None, colours: str = ""
-) -> tuple[np.ndarray, tuple | None]:
+    path: Path, size: Size | None = None, colours: str = "", indices: bool = False
+) -> tuple[np.ndarray, set[int]]:
     """(H, W) whole numbers of a map (of a palette its indices; of three equal channels one), and
-    the palette's colour of 255.
+    which of them Pascal VOC's colour says to be void.
 
     colours: `all`: the numbers are colours, 65536 r + 256 g + b; `any`: where it has colours.
+    indices: of a palette of black and white, too; else these are 0 and 255.
     Raises: UserError if it is no such map, or not of this (H, W).
     """
-    array = path.suffix.lower() == ".npy"
-    values, colour = _load_array(path) if array else _load_image(path, colours == "all")
+    if path.suffix.lower() == ".npy":
+        values, void = _load_array(path), set()
+    else:
+        values, void = _load_image(path, colours == "all", indices)
     values = values if colours == "all" else _one_channel(values)
     if values.ndim == 3 and values.shape[2] == 3 and values.dtype == np.uint8:
-        values = values.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+        weights = np.array([65536, 256, 1], np.int32)
+        values, void = values.astype(np.int32) @ weights, {int(weights @ VOC_VOID)}
         if not colours:
             raise UserError(f"{path}: {_say_colours(values)}")
+    elif colours == "all":
+        raise UserError(
+            f"{path}: {values.dtype} of shape {values.shape}, and the list has colours; expected "
+            "three channels of 8 bits, or --classes 0:NAME,1:NAME,... for whole numbers"
+        )
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise UserError(
             f"{path}: {values.dtype} of shape {values.shape}, expected a map of whole numbers with "
@@ -42,7 +52,7 @@ def read_map(
             f"{path}: {values.shape[1]} x {values.shape[0]} pixels, but its image has {size[1]} x "
             f"{size[0]} (turned as EXIF says); expected one size"
         )
-    return values, colour
+    return values, void
 
 
 def draw_values(values: np.ndarray) -> list[tuple[int, Draw]]:
@@ -67,9 +77,9 @@ def _numbers(numbers: np.ndarray) -> list[tuple[int, Draw]]:
     return [(n, partial(draw, n, where)) for n, where in places if where]
 
 
-def _load_array(path: Path) -> tuple[np.ndarray, None]:
+def _load_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False), None
+        return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: not a readable array ({brief(str(error))})") from None
 
@@ -80,13 +90,13 @@ def _say_colours(values: np.ndarray) -> str:
     return (
         f"has {len(found)} colours, as {', '.join(common)}; expected a map of whole numbers with "
         "one channel; or what they mean: of classes --masks-are classes with --classes "
-        "'#804080:NAME,...' or a list of colours in masks/ (class_dict.csv, labelmap.txt); of "
+        "'#804080:NAME,...' or a list of colours beside them (class_dict.csv, labelmap.txt); of "
         "instances, each of its own colour, --masks-are instances"
     )
 
 
-def _load_image(path: Path, coloured: bool = False) -> tuple[np.ndarray, tuple | None]:
-    """coloured: as (H, W, 3), whatever it is stored as."""
+def _load_image(path: Path, coloured: bool, indices: bool) -> tuple[np.ndarray, set[int]]:
+    """coloured: as (H, W, 3), if it has 8 bits.   indices: as of `read_map`."""
     image = open_image(path, None)
     if path.suffix.lower() in FRAMED:
         with Image.open(path, formats=FORMATS) as whole:
@@ -95,12 +105,19 @@ def _load_image(path: Path, coloured: bool = False) -> tuple[np.ndarray, tuple |
             raise UserError(
                 f"{path}: has {frames} frames, expected one map; save them as files of their own"
             )
-    if coloured:
-        return np.asarray(image.convert("RGB")), None
+    if coloured and not image.mode.startswith(("I", "F")):
+        shown = np.asarray(image.convert("RGBA"))
+        if (shown[..., 3] < 255).any():
+            raise UserError(
+                f"{path}: has pixels that are clear, whose colour nobody sees; save it without "
+                "transparency"
+            )
+        return shown[..., :3], set()
     if image.mode != "P":
-        return np.asarray(image), None
+        return np.asarray(image), set()
     colours = image.getpalette() or ()
-    return _black_and_white(image), tuple(colours[-3:]) if len(colours) == 768 else None
+    void = {255} if len(colours) == 768 and tuple(colours[-3:]) == VOC_VOID else set()
+    return np.asarray(image) if indices else _black_and_white(image), void
 
 
 def _one_channel(values: np.ndarray) -> np.ndarray:

@@ -76,12 +76,14 @@ class Classes(dict):
     its name. No two are called alike, and none as the background.
 
     stuff: names, separated by commas, of classes that are no things whatever a reader says.
-    inherited: names of such classes that need not occur.
+    inherited: names of such classes that need not occur.   background: the class of all pixels of
+    no other, or empty.
     """
 
     def __init__(self, stuff: str = "", background: str = ""):
         super().__init__()
         self.stuff = {name.strip() for name in stuff.split(",")} - {"", background}
+        self.background = background
         self.inherited: set[str] = set()
         self.owners: dict[str, str] = {}  # whose a first name is
         if background:

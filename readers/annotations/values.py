@@ -11,76 +11,114 @@ from readers.annotations.files import PARTS
 from readers.ground_truth import VOID_NAMES
 from readers.pictures import brief
 
-# Lists, by name: one's own, CamVid's, CVAT's, and Roboflow's (which lies in train/).
-LISTS = "classes.txt labels.txt class_dict.csv label_colors.txt labelmap.txt _classes.csv".split()
+OWN = ("classes.txt", "labels.txt")  # lists that people write
+# Those of tools: of colours (CamVid's, CVAT's), or of numbers (Roboflow's, which lies in train/).
+COLOUR_LISTS = ("class_dict.csv", "label_colors.txt", "labelmap.txt")
+NUMBER_LISTS = ("_classes.csv",)
 REST_NAMES = frozenset("_background_ background".split())  # of the value 0, or of black
-HEADER = re.compile(r"# .*|name\s*,\s*r(ed)?\s*,.*|pixel value\s*,.*", re.IGNORECASE)
+HEADER = re.compile(
+    r"# .*|name\s*,\s*r(ed)?\s*,.*|r(ed)?\s*,\s*g.*|pixel value\s*,.*|(id|value)\s*,\s*name.*",
+    re.IGNORECASE,
+)
 _RGB = r"(?P<r>\d{1,3})%s(?P<g>\d{1,3})%s(?P<b>\d{1,3})"
 COLOURED = [  # a line of a list of colours
-    re.compile(r"#(?P<hex>[0-9a-fA-F]{6})\s*[:=]\s*(?P<name>.+)"),
+    re.compile(r"#(?P<hex>[0-9a-fA-F]{6})\s*[:=,\s]\s*(?P<name>.+)"),
     re.compile(r"(?P<name>[^:]+):" + _RGB % (",", ",") + r"(:.*)?"),  # label:color_rgb:parts:...
-    re.compile(r"(?P<name>.+?)\s*,\s*" + _RGB % ((r"\s*,\s*",) * 2)),
-    re.compile(_RGB % ((r"\s+",) * 2) + r"\s+(?P<name>\D.*)"),
+    re.compile(r"(?P<name>.*?\D)\s*,\s*" + _RGB % ((r"\s*,\s*",) * 2)),
+    re.compile(_RGB % ((r"\s*[\s,]\s*",) * 2) + r"\s*[\s,]\s*(?P<name>\D.*)"),
 ]
 
 
 class Values(NamedTuple):
-    """names: of each value;   coloured: the values are colours, 65536 r + 256 g + b.
-    keys: what each becomes in `Classes`: a value itself, of a colour its place in the list.
-    doubtful: the list began at 1 without a word, so the value 0 may be its first class."""
+    """What a list says.
+
+    names: of each value, `__ignore__` for void and `_background_`.   coloured: the values are
+    colours, 65536 r + 256 g + b.   keys: what each becomes in `Classes`: a value itself, of a
+    colour its place in the list.   where: the list.   doubtful: names as they were given, of a list
+    that began at 1 without a word, so that its first may be of 0; else empty.   rest: the list
+    names the background itself.
+    """
 
     names: dict[int, str]
     coloured: bool = False
     keys: dict[int, int] = {}
-    doubtful: bool = False
+    where: str = ""
+    doubtful: tuple[str, ...] = ()
+    rest: bool = False
 
     def classes(self) -> dict[int, str]:
         """Name by key, of the values that are classes."""
         void = {"__ignore__", "_background_"}
         return {self.keys[v]: name for v, name in self.names.items() if name not in void}
 
+    def shown(self, value: int) -> str:
+        return f"#{value:06x}" if self.coloured else str(value)
+
 
 def read_values(folder: Path, names: str, largest: int) -> Values:
     """The meaning of values: a name for each from 1 on; from 0 on if the first is a background or
     void; or `7:road,11:building`, or `#804080:road,...`.
 
-    names: separated by commas; empty: the lines of a list of LISTS in masks/, or beside it, if
-    there is one. What is called void is void, whatever its value. 0 and 255, or black, are nothing
-    (0 the background, if there is one) where nothing names them. Raises: UserError for a list that
-    does not say it, or values above `largest`.
+    names: separated by commas; empty: the lines of a list in masks/, or beside it, or in train/ and
+    valid/, if there is one. What is called void is void, whatever its value. 0 and 255, or black,
+    are nothing (0 the background, if there is one) where nothing names them. Raises: UserError for
+    a list that does not say it, for lists of parts that differ, or for values above `largest`.
     """
-    places = [f"{part}{name}" for part in ("masks/", "", *_parts(folder)) for name in LISTS]
-    file = next((folder / name for name in places if (folder / name).is_file()), None)
-    if not names and file is None:
-        return Values({})
-    where = "--classes" if names else str(file)
-    rows = names.split(",") if names else _lines(file)
-    rows = [row.strip() for row in rows if row.strip()]
-    for form in COLOURED:
-        found = [form.fullmatch(row) for row in rows]
-        if rows and all(found):
-            return _settled([(_colour(row), row["name"]) for row in found], where, 0xFFFFFF, True)
-    named, doubtful = _numbered(rows, where)
-    return _settled(named, where, largest, doubtful=doubtful)
+    if names:
+        return _meaning(names.split(","), "--classes", largest)
+    lists = (*OWN, *COLOUR_LISTS, *NUMBER_LISTS)
+    for place in (folder / "masks", folder):
+        for file in (place / name for name in lists):
+            if file.is_file() and (values := _of_file(file, largest)):
+                return values
+    found = []
+    for place in sorted(folder.iterdir()):
+        if PARTS.get(place.name) in ("train", "val"):
+            files = [place / name for name in lists if (place / name).is_file()]
+            found += [values for file in files if (values := _of_file(file, largest))]
+    for values in found[1:]:
+        if values.names != found[0].names:
+            raise UserError(
+                f"{values.where}: names other values than {found[0].where}; expected one list for "
+                "all parts, or --classes"
+            )
+    return found[0] if found else Values({})
 
 
-def _parts(folder: Path) -> list[str]:
-    return [f"{path.name}/" for path in sorted(folder.iterdir()) if path.name in PARTS]
-
-
-def _lines(file: Path) -> list[str]:
-    """Without lines that are headings."""
+def _of_file(file: Path, largest: int) -> Values | None:
+    """None for a file that is called like a tool's list and is none."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: not a readable list of class names ({brief(str(error))})"
         ) from None
-    return [line for line in lines if not HEADER.fullmatch(line.strip())]
+    rows = [line for line in lines if not HEADER.fullmatch(line.strip())]
+    if file.name in COLOUR_LISTS and not _coloured([row.strip() for row in rows if row.strip()]):
+        return None
+    return _meaning(rows, str(file), largest)
 
 
-def _colour(row: re.Match) -> int:
-    parts = row.groupdict()
+def _meaning(rows: list[str], where: str, largest: int) -> Values:
+    rows = [row.strip() for row in rows if row.strip()]
+    if colours := _coloured(rows):
+        return _settled(colours, False, where, 0xFFFFFF, coloured=True)
+    if odd := [row for row in rows if re.match(r"#[0-9a-fA-F]{6}\b", row)]:
+        raise UserError(f"{where}: {brief(odd[0])}; expected a colour and a name in every line")
+    return _settled(*_numbered(rows, where), where, largest)
+
+
+def _coloured(rows: list[str]) -> list[tuple[int, str]]:
+    """(colour, name) of lines that all are of one form; else none."""
+    for form in COLOURED:
+        found = [form.fullmatch(row) for row in rows]
+        if rows and all(found):
+            return [(_colour(row.groupdict()), row["name"].strip()) for row in found]
+    return []
+
+
+def _colour(parts: dict[str, str]) -> int:
+    """Of the groups of a line; -1 if it is none."""
     if "hex" in parts:
         return int(parts["hex"], 16)
     r, g, b = (int(parts[key]) for key in "rgb")
@@ -107,15 +145,24 @@ def _numbered(rows: list[str], where: str) -> tuple[list[tuple[int, str]], bool]
     return [*enumerate(rows, first)], first == 1 and len(rows) > 1
 
 
-def _settled(named: list, where: str, largest: int, coloured=False, doubtful=False) -> Values:
+def _settled(
+    named: list[tuple[int, str]],
+    doubtful: bool,
+    where: str,
+    largest: int,
+    coloured: bool = False,
+) -> Values:
     values = [value for value, _ in named]
     if len({*values}) < len(values) or max(values) > largest or (coloured and min(values) < 0):
         raise UserError(f"{where}: a value is named twice, or is none; expected distinct ones")
     names = {0: "_background_"} if coloured else {0: "_background_", 255: "__ignore__"}
+    rest = False
     for value, name in named:
+        background = value == 0 and name.lower() in REST_NAMES
+        rest |= background
         void = name.lower() in VOID_NAMES
-        rest = value == 0 and name.lower() in REST_NAMES
-        names[value] = "__ignore__" if void else "_background_" if rest else name
+        names[value] = "__ignore__" if void else "_background_" if background else name
     names.pop(-1, None)  # of labelme's lists, which begin with it
     keys = {value: k for k, value in enumerate(values, 1)} if coloured else {v: v for v in names}
-    return Values(names, coloured, {0: 0} | keys, doubtful)
+    given = tuple(name for _, name in named) if doubtful else ()
+    return Values(names, coloured, {0: 0} | keys, where, given, rest)
