@@ -423,8 +423,8 @@ def changes(numbers: dict, preset: Config) -> dict:
 DEEPLAB_FIELDS = set(
     "network output_stride atrous aux_weight ohem ohem_kept eta contrast_weight contrast_start "
     "parts part_momentum kmeans_pixels queue anchor_share anchor_confidence anchors_max negatives "
-    "contrast_temperature projection projector teacher_norm cutmix_min cutmix_max momentum epochs "
-    "colour".split()
+    "contrast_temperature projection projector teacher_norm cutmix_min cutmix_max momentum "
+    "epochs".split()
 )
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
@@ -434,7 +434,7 @@ BEFORE = {
     **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},
     **{"class_threshold": 0.85, "mask_threshold": 0.9, "coupled": 0.0, "guided_steps": 0},
     **{"clip_view": "crop", "clip_margin": 0.0, "clip_model": "", "clip_pretrained": ""},
-    **{"pixel_certainty": True, "ema_first": True},
+    **{"pixel_certainty": True, "ema_first": True, "colour": True, "crop_height": 0},
     **{f.name: f.default for f in fields(Config) if f.name in DEEPLAB_FIELDS},
 }
 

@@ -866,7 +866,9 @@ def test_random_blobs_that_touch_come_back_through_import(kind, tmp_path):
     taxonomy = ground_truth.Taxonomy(names, things, (1, 2, 3, 4))
     rows = write_exchange(tmp_path, maps, taxonomy)
     assert exchange.next_step(tmp_path, rows, taxonomy).endswith(" --stuff sky,grass --out NEW")
-    assert "--stuff" not in exchange.next_step(tmp_path, [], taxonomy)  # import would refuse it
+    unseen = exchange.next_step(tmp_path, [], taxonomy)
+    assert "--stuff" not in unseen  # import would refuse it
+    assert "to be named as well if you draw it: sky, grass\nto correct them: " in unseen
     least, count = import_exchange(kind, tmp_path, maps, taxonomy, stuff="sky,grass")
     assert least >= 0.95 and count == sum(len(labels) for _, labels in maps.values())
 

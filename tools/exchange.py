@@ -273,8 +273,9 @@ def _csv(header: list[str], rows: Iterable[list]) -> str:
 
 
 def next_step(output: Path, rows: list[dict], taxonomy: Taxonomy) -> str:
-    """A line that says how corrected files come back: with the names of stuff, which labelme does
-    not tell from things."""
+    """How corrected files come back, as the command of the last line: with the names of stuff,
+    which labelme does not tell from things. Import refuses names that no file has, so the line
+    above it has those that were not predicted."""
     seen = {s["category_id"] for row in rows for s in row["annotation"]["segments_info"]}
     flags = ["--input", str(output / FOLDER)]
     classes = [*zip(taxonomy.ids, taxonomy.names, taxonomy.short_names, drawn(taxonomy))]
@@ -284,8 +285,11 @@ def next_step(output: Path, rows: list[dict], taxonomy: Taxonomy) -> str:
     names = [short for number, _, short, polygons in stuff if polygons and number in seen]
     unseen = [short for number, _, short, polygons in stuff if polygons and number not in seen]
     flags += ["--stuff", ",".join(names)] if names else []
+    more = (
+        f"stuff that was not predicted, to be named as well if you draw it: {', '.join(unseen)}\n"
+    )
     return (
-        f"to correct them: labelme {shlex.quote(str(output / FOLDER))}; then: python dearli.py "
+        (more if unseen else "")
+        + f"to correct them: labelme {shlex.quote(str(output / FOLDER))}; then: python dearli.py "
         f"--stage import --from labelme {shlex.join(flags)} --out NEW"
-        + (f" (and in --stuff what of this you draw: {', '.join(unseen)})" if unseen else "")
     )

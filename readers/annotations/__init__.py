@@ -2,9 +2,9 @@
 `tools/importer.py`): a file a format, and what they share in `records.py` (images, names, files),
 `shapes.py` (points to pixels), `maps.py` (whole numbers and colours to pixels) and `others.py`
 (what other tools write, and which export of theirs to choose); `pairs.py` and `values.py` find the
-masks of an image and what their values mean, for `masks.py`. A reader takes the folder and the `Classes` to
-fill; it raises UserError for whatever is not what its format says, when an image's turn comes at
-the latest.
+masks of an image and what their values mean, for `masks.py`. A reader takes the folder and the
+`Classes` to fill; it raises UserError for whatever is not what its format says, when an image's
+turn comes at the latest.
 """
 
 from readers.annotations.cityscapes import CITYSCAPES, read_cityscapes
