@@ -94,8 +94,10 @@ class Source:
 
     def _as_instances(self, root: Path, cfg: Config) -> bool:
         """A folder may hold instances, panoptic maps or both: then it is as the labels want it."""
-        there = instance_json(root, "train", self.variant) is not None
-        return there and (cfg.labels == "instances" or not has_maps(root, self.variant))
+        there, maps = instance_json(root, "train", self.variant), has_maps(root, self.variant)
+        if cfg.labels == "instances":
+            return there is not None or not maps  # of neither, what instances want is said
+        return there is not None and not maps
 
     def load_images(self, cfg: Config):
         """What SAM segments and the decoder is warmed up on: the folder of images, and None; or all

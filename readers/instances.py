@@ -17,7 +17,7 @@ from ground import identity
 from ground.errors import UserError, refuse
 from readers.annotations import shapes
 from readers.ground_truth import DataSet, Taxonomy, Truth
-from readers.panoptic import PanopticFolder, image_folder
+from readers.panoptic import PanopticFolder, image_folder, require_root
 from readers.panoptic_json import Complain, Wrong, classes_in, joined, read_json
 from readers.pictures import brief, image_header, name_fault
 from readers.runs import from_runs
@@ -252,7 +252,15 @@ def load_instances(
     and images; arguments as of `readers.panoptic.load_folder`.
     """
     root = Path(root).expanduser()
+    require_root(root)
     paths = {part: instance_json(root, part, variant) for part in ("train", "val")}
+    if paths["train"] is None:
+        looked = ", ".join(f"{place.format('train', variant)}.json" for place in PLACES)
+        raise UserError(
+            f"{root}: has neither instances nor panoptic maps; looked for {looked}, and as much of "
+            f"panoptic_train{variant}; of annotations of other tools --stage import makes panoptic "
+            "maps, whose things --labels instances takes"
+        )
     if paths["val"] is None:
         looked = ", ".join(f"{place.format('val', variant)}.json" for place in PLACES)
         raise UserError(

@@ -178,11 +178,7 @@ def load_folder(
         complain: called with every fault that allows to read on (`PanopticFolder`).
     """
     root = Path(root).expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"{root}: no such folder; --data-root names a folder in COCO panoptic format"
-        )
-
+    require_root(root)
     train_json, val_json = (
         _first(
             root, [f"{p.format(part, variant)}.json" for p in PLACES], "the panoptic JSON", IMPORT
@@ -218,6 +214,13 @@ def _part(
     if missing and images.annotated:  # images without annotation need no maps
         raise missing
     return images
+
+
+def require_root(root: Path) -> None:
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder; --data-root names a folder in COCO panoptic format"
+        )
 
 
 def has_maps(root: Path, variant: str = "") -> bool:

@@ -280,6 +280,14 @@ def test_validation_without_a_file_says_where_it_was_looked_for(tmp_path):
         load_instances(write_instances(tmp_path, val=False), "all")
 
 
+def test_a_folder_without_either_says_what_instances_are_looked_for_in(tmp_path):
+    source = Source("custom", str(tmp_path), split="all")
+    with pytest.raises(UserError, match="looked for instances_train.json, .*--stage import makes"):
+        source.load(replace(MINI, labels="instances"))
+    with pytest.raises(UserError, match="looked for panoptic_train.json"):
+        source.load(MINI)
+
+
 def test_the_folder_decides_and_where_it_has_both_the_labels(tmp_path):
     source = Source("custom", str(write_instances(tmp_path / "a")), split="all")
     dataset = source.load(replace(MINI, labels="instances"))
