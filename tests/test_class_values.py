@@ -44,6 +44,24 @@ def listed(form, names):
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        ["background,0", "road,1", "house,2", "car,3"],
+        ["name;value", "car; 3", "road; 1", "house; 2"],
+        ["house: 2", "car: 3", "road: 1"],
+        ["class\tid", "road\t1", "house\t2", "car\t3"],
+    ],
+)
+def test_a_list_may_name_first_and_number_then(rows, tmp_path):
+    masks_scene(tmp_path / "s", "{}.png", IDS)
+    (tmp_path / "s" / "masks" / "classes.txt").write_text("\n".join(rows) + "\n")
+    dataset, _ = taken(tmp_path / "s", background="ground")
+    assert set(dataset.taxonomy.names) == {"ground", "road", "house", "car"}
+    counts = areas(dataset.train.truth(0), dataset.taxonomy)
+    assert counts == dict.fromkeys(("ground", "road", "house", "car"), 30)
+
+
+@pytest.mark.parametrize(
     "file, form",
     [
         ("class_dict.csv", "{0},{1},{2},{3}"),

@@ -17,7 +17,8 @@ COLOUR_LISTS = ("class_dict.csv", "label_colors.txt", "labelmap.txt")
 NUMBER_LISTS = ("_classes.csv",)
 REST_NAMES = frozenset("_background_ background".split())  # of the value 0, or of black
 HEADER = re.compile(
-    r"# .*|name\s*,\s*r(ed)?\s*,.*|r(ed)?\s*,\s*g.*|pixel value\s*,.*|(id|value)\s*,\s*name.*",
+    r"# .*|name\s*,\s*r(ed)?\s*,.*|r(ed)?\s*,\s*g.*|pixel value\s*,.*"
+    r"|(id|value|index)\s*[,;\t]\s*(name|class|label).*|(name|class|label)\s*[,;\t]\s*(id|value|index)",
     re.IGNORECASE,
 )
 _RGB = r"(?P<r>\d{1,3})%s(?P<g>\d{1,3})%s(?P<b>\d{1,3})"
@@ -133,6 +134,10 @@ def _numbered(rows: list[str], where: str) -> tuple[list[tuple[int, str]], bool]
     if not any(pairs):
         loose = [re.fullmatch(r"(\d+)\s*[\s,;]\s*(\D.*)", row) for row in rows]
         pairs = loose if all(loose) else pairs
+    if not any(pairs):
+        turned = [re.fullmatch(r"(\D.*?)\s*[,;:=\t]\s*(\d+)", row) for row in rows]
+        if rows and all(turned):  # the name first
+            return [(int(pair[2]), pair[1].strip()) for pair in turned], False
     if any(pairs) and not all(pairs) or not rows:
         raise UserError(
             f"{where}: {brief(rows)}, expected a name for each value from 1 on, or value:name for "
