@@ -12,6 +12,7 @@ it; it uses `config` and `ground`, and knows no network.
     panoptic_json   its JSON: classes, and the segments of each image
     runs            masks as run lengths
     class_maps      images with a class for every pixel, a folder of one's own
+    name_lists      lists of classes as people write them
     semantic_sets   PASCAL VOC and Cityscapes so
     mask_files      SAM's masks on disk, and what they were made of
     instances       instances that overlap, and the things of other data sets

@@ -16,6 +16,7 @@ import numpy as np
 
 from ground.errors import UserError, refuse
 from readers.ground_truth import IGNORE, VOID_NAMES, DataSet, Taxonomy, Truth
+from readers.name_lists import HEADER, numbered
 from readers.panoptic import PanopticFolder
 from readers.pictures import Images, brief, file_digest, open_image, pictures
 from readers.splits import read_split
@@ -188,7 +189,7 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
     path = next(root / name for name in CLASSES if (root / name).is_file())
     try:
         text = path.read_text(encoding="utf-8-sig")
-        named = _of_json(json.loads(text)) if path.suffix == ".json" else _of_lines(text)
+        named = _of_json(json.loads(text)) if path.suffix == ".json" else _of_lines(text, path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: not a list of classes ({str(error)[:80]}); expected a name a line, or "
@@ -208,12 +209,11 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
     return Taxonomy(tuple(named.values()), (False,) * len(named), tuple(named)), values
 
 
-def _of_lines(text: str) -> dict[int, str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    pairs = [line.partition(":") for line in lines]
-    if lines and all(value.strip().isdecimal() and colon for value, colon, _ in pairs):
-        return _distinct([(int(value), name.strip()) for value, _, name in pairs])
-    return dict(enumerate(lines))
+def _of_lines(text: str, where: Path) -> dict[int, str]:
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not HEADER.fullmatch(line)]
+    pairs = numbered(lines, str(where))
+    return dict(enumerate(lines)) if pairs is None else _distinct(pairs)
 
 
 def _of_json(content) -> dict[int, str]:

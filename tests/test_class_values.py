@@ -10,6 +10,7 @@ from PIL import Image
 
 from ground.errors import UserError
 from readers import class_maps, panoptic
+from readers.annotations.values import read_values
 from tests.helpers import photo
 from tests.test_importer import import_refused, masks_scene, write_labelme
 from tools import importer
@@ -41,6 +42,54 @@ def listed(form, names):
     }
     lines = [form.format(name, *COLOURS[k]) for name, k in names.items()]
     return "\n".join([*([heads[form]] if form in heads else []), *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["sky 2", "road 1", "house 3"],
+        ["sky (2)", "road (1)", "house (3)"],
+        ["sky,2", "road", "house,3"],
+        ["2,sky,#00ff00", "1,road,#ff0000", "3,house,#0000ff"],
+        ["0:ground,1:road,2:sky,3:house"],
+        ["1:road", "2: sky 7 8 9", "3:house"],
+    ],
+)
+def test_lines_of_which_it_cannot_be_told_are_refused(rows, tmp_path):
+    masks_scene(tmp_path / "s", "{}.png", IDS)
+    (tmp_path / "s" / "classes.txt").write_text("\n".join(rows) + "\n")
+    import_refused("masks", tmp_path / "s", "classes.txt: .*; expected a name in every line, or")
+    with pytest.raises(UserError, match="classes.txt: .*; expected a name in every line, or"):
+        class_maps.read_classes(tmp_path / "s")
+
+
+@pytest.mark.parametrize("rows", [["1,road", "3,car"], ["id,name", "1,road", "3,car"], ["car 3"]])
+def test_a_folder_of_class_maps_reads_such_lists_as_an_import_does(rows, tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(rows) + "\n")
+    taxonomy, values = class_maps.read_classes(tmp_path)
+    if len(rows) > 1:
+        assert taxonomy.names == ("road", "car") and values[[1, 3]].tolist() == [0, 1]
+    else:
+        assert taxonomy.names == ("car 3",)  # one name alone may end in a number
+
+
+def test_names_may_hold_numbers_and_lists_be_in_quotes(tmp_path):
+    for rows, names in (
+        (["class 1", "class 2"], {1: "class 1", 2: "class 2"}),
+        (["2 wheeler", "car", "Boeing 737"], {1: "2 wheeler", 2: "car", 3: "Boeing 737"}),
+        (['"road",2', '"sky, blue sky",1'], {2: "road", 1: "sky, blue sky"}),
+        (["2. sky", "1. road"], {2: "sky", 1: "road"}),
+        (["1 - road", "2 - sky"], {1: "road", 2: "sky"}),
+    ):
+        (tmp_path / "classes.txt").write_text("\n".join(rows) + "\n")
+        assert read_values(tmp_path, "", 255).classes() == names
+
+
+def test_maps_that_all_show_the_same_values_are_asked_about(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", np.where(two_regions(), IDS, 0).astype(np.uint8))
+    import_refused("masks", root, r"may be classes or instances .*\[1, 2, 3\]")
+    (root / "classes.json").write_text('["road", "house", "car"]')
+    import_refused("masks", root, r"classes.json: not read with maps; write .* VALUE:NAME a line")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +168,10 @@ def test_values_that_are_called_void_are_none_whatever_they_are(tmp_path):
         dataset, _ = taken(root)
         assert areas(dataset.train.truth(0), dataset.taxonomy) == expected
     import_refused(
-        "masks", root, r"25% of its pixels are 0, and the first name, x, may", classes="x,y,z"
+        "masks",
+        root,
+        r"25% of its pixels are 0, and the first name of --classes, x, may",
+        classes="x,y,z",
     )
 
 
@@ -256,7 +308,7 @@ def test_a_background_that_is_void_is_said(tmp_path):
 def test_lists_of_tools_are_read_in_their_own_form_alone(tmp_path):
     root = masks_scene(tmp_path / "s", "{}.png", np.where(two_regions(), IDS, 0).astype(np.uint8))
     (root / "labelmap.txt").write_text("item {\n  id: 1\n  name: 'cell'\n}\n")
-    result = importer.import_folder("masks", root, tmp_path / "o")
+    result = importer.import_folder("masks", root, tmp_path / "o", masks_are="instances")
     assert "object" in result["instances"]  # TensorFlow's file is no list of colours
     (root / "class_dict.csv").write_text(listed("{0},{1},{2},{3}", ROWS))
     import_refused("masks", root, r"#010101.*say --classes 0:NAME.*or say --masks-are instances")

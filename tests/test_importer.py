@@ -1988,7 +1988,7 @@ def test_maps_of_instances_that_are_named_as_one_instance_are_refused(tmp_path):
     import_refused("masks", root, r"a_1.png: is one instance by its name, .* holds 2 values .*1, 2")
     for name in "abc":
         (root / "masks" / f"{name}_1.png").rename(root / "masks" / f"{name}_mask.png")
-    dataset, _ = imported("masks", root)
+    dataset, _ = imported("masks", root, masks_are="instances")
     assert np.array_equal(dataset.train.truth(0).segment_map, scene_ids())
 
 

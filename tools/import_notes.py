@@ -11,7 +11,7 @@ from readers.pictures import brief
 
 
 def require_objects(
-    rows: list[dict], classes: Classes, background: str, source: Path, why: str
+    rows: list[dict], classes: Classes, background: str, source: Path, why: str, voided: int
 ) -> list[str]:
     """What is crowd, as notes. Raises: UserError if everything is, or nothing is there, so that
     there is nothing to learn."""
@@ -21,7 +21,11 @@ def require_objects(
             count[segment["category_id"]] += 1
             crowd[segment["category_id"]] += segment["iscrowd"]
     if not count:
-        raise UserError(f"{source}: not one instance with a pixel{why}; nothing to learn from")
+        lost = f", {voided} regions that are void, as boxes without a mask are" if voided else ""
+        raise UserError(
+            f"{source}: not one instance with a pixel{why}{lost}; nothing to learn from"
+            f"{'; draw masks, or export polygons' if voided else ''}"
+        )
     if crowd == count:
         raise UserError(
             f"{source}: all {count.total()} instances are crowd (iscrowd 1), of which nothing is "
@@ -38,9 +42,14 @@ def require_objects(
     ]
 
 
-def say_left_out(voided: int, renamed: list[str]) -> list[str]:
-    """Regions without a class, and images that have other names."""
+def say_left_out(voided: int, empty: int, renamed: list[str]) -> list[str]:
+    """Regions without a class, annotations without any, and images that have other names."""
     notes = []
+    if empty:
+        notes.append(
+            f"{empty} images whose annotation has no object are unlabelled; --background NAME "
+            "makes them labelled ones, of background alone"
+        )
     if voided:
         notes.append(
             f"{voided} regions are void, neither learnt nor measured: what is to be ignored, or "
@@ -71,7 +80,21 @@ def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
 
 def say_pixels(rows: list[dict], classes: Classes, background: str) -> list[str]:
     """What covers most of the pixels, and may not be meant so."""
-    return say_void(rows, classes, background) + say_stuff(rows, classes, background)
+    alike = say_alike([name for name, _, _ in classes.values()])
+    return alike + say_void(rows, classes, background) + say_stuff(rows, classes, background)
+
+
+def say_alike(names: list[str]) -> list[str]:
+    """Names that differ in nothing that somebody would mean by it."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"[\s_-]+", "", name).lower(), []).append(name)
+    same = [group for group in groups.values() if len(group) > 1]
+    return [
+        f"{', '.join(map(brief, group))}: classes whose names differ in case, spaces or hyphens "
+        "alone; if they are one, rename them in the annotations"
+        for group in same
+    ]
 
 
 def say_stuff(rows: list[dict], classes: Classes, background: str) -> list[str]:

@@ -42,6 +42,7 @@ from tools.prepare import encode
 
 SHOWN_CLASSES = 12  # in the summary
 VOIDED = "void"  # in a count of what is left out: regions, until they become a note
+EMPTY = "empty"  # the same of images whose annotation has no object
 
 
 def import_folder(
@@ -62,15 +63,14 @@ def import_folder(
         kind: a key of READERS.    source: is only read.
         output: a new folder, or one of an interrupted import.
         background: name of a class, stuff, for all pixels without instance; empty: they are void.
-        val_share: of the labelled images for validation, 0 to 1, where the source has no division.
-        seed: of their choice.    stuff: names of classes, separated by commas.
+        val_share: of the labelled images for validation, where the source has no division, drawn
+            by `seed`.    stuff: names of classes, separated by commas.
         masks_are: of kind `masks`, what values mean, one of FORMS; empty: guessed.
         classes: of kind `masks`, names of the values of maps of classes.
         join: a data set that they are for (`tools.joined`), which has validation images already.
     Returns: {"labeled", "unlabeled", "val": images, "instances": {class: number}, "dropped":
         {reason: number}, "notes": [what was guessed, joined, followed]}.
-    Raises: UserError in one line for whatever cannot be read or is no annotation of this kind, or
-        if `output` holds something else.
+    Raises: UserError for what cannot be read, or if `output` holds something else.
     """
     source, output = Path(source), Path(output)
     _require_flags(kind, background, val_share, masks_are, classes)
@@ -90,10 +90,11 @@ def import_folder(
     try:
         rows, dropped, renamed = convert_all(read, known, output, background, base)
         known.require_stuff()
-        notes += read.notes + say_left_out(dropped.pop(VOIDED, 0), renamed)
+        voided, empty = dropped.pop(VOIDED, 0), dropped.pop(EMPTY, 0)
+        notes += read.notes + say_left_out(voided, empty, renamed)
         dropped = read.passed + dropped
         why = "".join(f", {count} {what}" for what, count in dropped.items())
-        notes += require_objects(rows, known, background, source, why)
+        notes += require_objects(rows, known, background, source, why, voided)
         notes += say_pixels(rows, known, background)
         if base:
             rows, again = base.join(rows, known, background, output)
@@ -223,6 +224,7 @@ def convert(
         instances = record.read((height, width))
         stuff = {key for key, (_, thing, _) in classes.items() if not thing}
         ids, segments = paint(instances, (height, width), background, dropped, stuff)
+        dropped[EMPTY] += not instances and not background
     if segments:
         buffer = io.BytesIO()
         encode(ids).save(buffer, "PNG")

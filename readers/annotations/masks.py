@@ -139,6 +139,7 @@ def _guess(where: str, masks: list[Mask], notes: list[str]) -> str:
     """instances or binary, from all maps of a class. Raises: UserError if they look like maps of
     classes."""
     grey, several, wide, voc, odd, seen = 0, False, False, False, [], Counter()
+    sets: Counter[frozenset] = Counter()
     scattered, shown = 0, 0  # values in several places of their map, of all
     for k, mask in enumerate(masks):
         stored, void = read_map(mask.path)
@@ -150,6 +151,7 @@ def _guess(where: str, masks: list[Mask], notes: list[str]) -> str:
         several |= len(values) == 1 and len(draw_regions(stored)) > 1
         numbers = values - {255}
         parts = 0
+        sets[frozenset(numbers)] += 1
         if where == "masks" and k < LOOKED_AT and len(values) <= MOST:
             parts = _scattered(stored)
             scattered, shown = scattered + parts, shown + len(values)
@@ -173,6 +175,10 @@ def _guess(where: str, masks: list[Mask], notes: list[str]) -> str:
     recurring = any(count > 1 for value, count in seen.items() if value != 255)
     # 16 bits are for many instances, which are in one piece
     wide &= shown == 0 or 3 * scattered < shown
+    # images rarely have equally many instances; most show the same classes
+    usual, count = sets.most_common(1)[0] if len(masks) > 2 else ((), 0)
+    if len(usual) > 1 and 2 * count > len(masks):
+        odd.append(masks[0].path)
     if where == "masks" and odd and not wide and (voc or recurring):
         raise UserError(
             f"{odd[0]}: its values may be classes or instances (of these maps they are "
@@ -262,10 +268,13 @@ def _classes_of(path: Path, stored: np.ndarray, values: Values, classes: Classes
     instances = []
     if values.doubtful and not classes.background and not stored.all():
         first, second = values.doubtful[:2]
+        share = np.mean(stored == 0)
+        each = "" if values.where == "--classes" else " (in a file a line each)"
         raise UserError(
-            f"{path}: {np.mean(stored == 0):.0%} of its pixels are 0, and the first name, {first}, "
-            f"may be of 0 or of 1; write 0:{first},1:{second},..., or, where 0 is no class, "
-            f"background,{first},{second},..."
+            f"{path}: {f'{share:.0%}' if share >= 0.01 else '< 1%'} of its pixels are 0, and the "
+            f"first name of {values.where}, {first}, may be of 0 or of 1; write "
+            f"0:{first},1:{second},..., or, where 0 is no class, "
+            f"background,{first},{second},...{each}"
         )
     for value, draw in draw_values(stored):
         if value not in values.names:

@@ -9,18 +9,14 @@ from typing import NamedTuple
 from ground.errors import UserError
 from readers.annotations.files import PARTS
 from readers.ground_truth import VOID_NAMES
+from readers.name_lists import HEADER, numbered
 from readers.pictures import brief
 
-OWN = ("classes.txt", "labels.txt")  # lists that people write
+OWN = ("classes.txt", "labels.txt", "classes.csv")  # lists that people write
 # Those of tools: of colours (CamVid's, CVAT's), or of numbers (Roboflow's, which lies in train/).
 COLOUR_LISTS = ("class_dict.csv", "label_colors.txt", "labelmap.txt")
 NUMBER_LISTS = ("_classes.csv",)
 REST_NAMES = frozenset("_background_ background".split())  # of the value 0, or of black
-HEADER = re.compile(
-    r"# .*|name\s*,\s*r(ed)?\s*,.*|r(ed)?\s*,\s*g.*|pixel value\s*,.*"
-    r"|(id|value|index)\s*[,;\t]\s*(name|class|label).*|(name|class|label)\s*[,;\t]\s*(id|value|index)",
-    re.IGNORECASE,
-)
 _RGB = r"(?P<r>\d{1,3})%s(?P<g>\d{1,3})%s(?P<b>\d{1,3})"
 COLOURED = [  # a line of a list of colours
     re.compile(r"#(?P<hex>[0-9a-fA-F]{6})\s*[:=,\s]\s*(?P<name>.+)"),
@@ -69,6 +65,13 @@ def read_values(folder: Path, names: str, largest: int) -> Values:
         return _meaning(names.split(","), "--classes", largest)
     lists = (*OWN, *COLOUR_LISTS, *NUMBER_LISTS)
     for place in (folder / "masks", folder):
+        if (place / "classes.json").is_file() and not any(
+            (place / name).is_file() for name in lists
+        ):
+            raise UserError(
+                f"{place / 'classes.json'}: not read with maps; write the same into "
+                f"{place / OWN[0]}, VALUE:NAME a line"
+            )
         for file in (place / name for name in lists):
             if file.is_file() and (values := _of_file(file, largest)):
                 return values
@@ -128,23 +131,8 @@ def _colour(parts: dict[str, str]) -> int:
 
 def _numbered(rows: list[str], where: str) -> tuple[list[tuple[int, str]], bool]:
     """(value, name) of lines, and whether they began at 1 though none says so."""
-    # A list of numbers and names may have a space or a comma between them. Some classes are called
-    # "2 wheeler": only if every line begins with a number, it is one.
-    pairs = [re.fullmatch(r"(\d+)\s*[:=]\s*(.+)", row) for row in rows]
-    if not any(pairs):
-        loose = [re.fullmatch(r"(\d+)\s*[\s,;]\s*(\D.*)", row) for row in rows]
-        pairs = loose if all(loose) else pairs
-    if not any(pairs):
-        turned = [re.fullmatch(r"(\D.*?)\s*[,;:=\t]\s*(\d+)", row) for row in rows]
-        if rows and all(turned):  # the name first
-            return [(int(pair[2]), pair[1].strip()) for pair in turned], False
-    if any(pairs) and not all(pairs) or not rows:
-        raise UserError(
-            f"{where}: {brief(rows)}, expected a name for each value from 1 on, or value:name for "
-            "all of them"
-        )
-    if any(pairs):
-        return [(int(pair[1]), pair[2].strip()) for pair in pairs], False
+    if (pairs := numbered(rows, where)) is not None:
+        return pairs, False
     name = rows[0].lower()
     first = -1 if name == "__ignore__" else int(name not in VOID_NAMES | REST_NAMES)
     return [*enumerate(rows, first)], first == 1 and len(rows) > 1
@@ -159,7 +147,10 @@ def _settled(
 ) -> Values:
     values = [value for value, _ in named]
     if len({*values}) < len(values) or max(values) > largest or (coloured and min(values) < 0):
-        raise UserError(f"{where}: a value is named twice, or is none; expected distinct ones")
+        twice = [brief(name) for value, name in named if values.count(value) > 1]
+        none = [brief(name) for v, name in named if v > largest or coloured and v < 0]
+        what = f"{', '.join(twice[:3])} have one value" if twice else f"{none[0]} has none that is"
+        raise UserError(f"{where}: {what}; expected distinct ones up to {largest}")
     names = {0: "_background_"} if coloured else {0: "_background_", 255: "__ignore__"}
     rest = False
     for value, name in named:
