@@ -32,7 +32,7 @@ import json
 from config import METHODS
 from engine.checks import check, require_there
 from engine.flags import MAKES
-from engine.parser import help_page, parser, stopped
+from engine.parser import help_page, parser, show, stopped
 from ground import packages
 from ground.errors import UserError, choose
 
@@ -418,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         if args.help or args.version:
-            print(help_page(args) if args.help else packages.version(__version__))
+            show(help_page(args) if args.help else packages.version(__version__))
             return 0
         said = args.method
         check(args)
@@ -454,7 +454,7 @@ def run(args) -> int:
     try:
         request = resolve(args)
         if args.print_config:
-            print(json.dumps(dataclasses.asdict(request["cfg"]), indent=1))
+            show(json.dumps(dataclasses.asdict(request["cfg"]), indent=1))
             return 0
         with contextlib.redirect_stdout(sys.stdout if first_rank() else io.StringIO()):
             call(args.stage, request)

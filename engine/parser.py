@@ -7,7 +7,9 @@ those that it reads, with the comments beside them (`numbers`). Imports no libra
 import argparse
 import dataclasses
 import inspect
+import os
 import re
+import sys
 import textwrap
 
 from config import ALIASES, METHODS, PRESETS, Config, dashed
@@ -205,6 +207,14 @@ def _row(name: str, text: str, default) -> list[str]:
         text += f" [{'yes' if default is True else default}]"
     first, *rest = textwrap.wrap(text, WIDTH - 28)
     return [f"  {name:<25} {first}", *(f"  {'':<25} {line}" for line in rest)]
+
+
+def show(page: str) -> None:
+    """Print a page, of which whoever reads it may have enough before its end (`| head`)."""
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stopped(args: argparse.Namespace | None) -> str:
