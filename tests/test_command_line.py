@@ -977,6 +977,6 @@ def test_a_palette_is_the_data_sets_own_or_the_safe_one(small_mini):
 @pytest.mark.skipif(os.name == "nt", reason="no such pipe")
 @pytest.mark.parametrize("flags", ["--help", "--print-config --dataset mini --stage sup"])
 def test_a_page_of_which_somebody_has_read_enough_is_no_error(flags):
-    line = f"{shlex.quote(sys.executable)} dearli.py {flags} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    line = f"{shlex.quote(sys.executable)} dearli.py {flags} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr == "" and done.returncode == 0 and done.stdout.count("\n") == 1
+    assert done.stderr == "" and done.returncode == 0
