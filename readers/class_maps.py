@@ -16,7 +16,7 @@ import numpy as np
 
 from ground.errors import UserError, refuse
 from readers.ground_truth import IGNORE, VOID_NAMES, DataSet, Taxonomy, Truth
-from readers.name_lists import HEADER, numbered
+from readers.name_lists import lines_of, numbered
 from readers.panoptic import PanopticFolder
 from readers.pictures import Images, brief, file_digest, open_image, pictures
 from readers.splits import read_split
@@ -210,8 +210,7 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
 
 
 def _of_lines(text: str, where: Path) -> dict[int, str]:
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not HEADER.fullmatch(line)]
+    lines = lines_of(text)
     pairs = numbered(lines, str(where))
     return dict(enumerate(lines)) if pairs is None else _distinct(pairs)
 

@@ -254,18 +254,17 @@ def load_instances(
     root = Path(root).expanduser()
     require_root(root)
     paths = {part: instance_json(root, part, variant) for part in ("train", "val")}
+    places = {p: ", ".join(f"{place.format(p, variant)}.json" for place in PLACES) for p in paths}
     if paths["train"] is None:
-        looked = ", ".join(f"{place.format('train', variant)}.json" for place in PLACES)
         raise UserError(
-            f"{root}: has neither instances nor panoptic maps; looked for {looked}, and as much of "
-            f"panoptic_train{variant}; of annotations of other tools --stage import makes panoptic "
-            "maps, whose things --labels instances takes"
+            f"{root}: has neither instances nor panoptic maps; looked for {places['train']}, and "
+            f"as much of panoptic_train{variant}; of annotations of other tools --stage import "
+            "makes panoptic maps, whose things --labels instances takes"
         )
     if paths["val"] is None:
-        looked = ", ".join(f"{place.format('val', variant)}.json" for place in PLACES)
         raise UserError(
             f"{root}: has {paths['train'].relative_to(root)}, and none of validation images; "
-            f"looked for {looked}; {IMPORT} divides one JSON"
+            f"looked for {places['val']}; {IMPORT} divides one JSON"
         )
     folders = {part: image_folder(root, part) for part in paths}
     taxonomy, train, val = read_pair(paths, folders, complain)

@@ -5,7 +5,7 @@ import re
 from ground.errors import UserError
 from readers.pictures import brief
 
-HEADER = re.compile(  # the first line of tables
+_HEADER = re.compile(  # the first line of tables
     r"# .*|name\s*,\s*r(ed)?\s*,.*|r(ed)?\s*,\s*g.*|pixel value\s*,.*"
     r"|(id|value|index)\s*[,;\t]\s*(name|class|label).*|(name|class|label)\s*[,;\t]\s*(id|value|index)",
     re.IGNORECASE,
@@ -22,12 +22,18 @@ ODD = re.compile(
 FORMS = "expected a name in every line, or VALUE:NAME in every line"
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines that say something: without quotes, empty ones, and the head of a table."""
+    rows = [row.strip() for row in text.splitlines()]
+    rows = [row.replace('"', "") if row.count('"') % 2 == 0 else row for row in rows]
+    return [row for row in rows if row and not _HEADER.fullmatch(row)]
+
+
 def numbered(rows: list[str], where: str) -> list[tuple[int, str]] | None:
     """(value, name) of lines that say both, in either order; None of lines that are names.
 
     Raises: UserError for lines of which it cannot be told.
     """
-    rows = [row.replace('"', "") if row.count('"') % 2 == 0 else row for row in rows]
     for form, value, name in ((FIRST, 1, 2), (LAST, 2, 1)):
         found = [form.fullmatch(row) for row in rows]
         if rows and all(found):

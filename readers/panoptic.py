@@ -217,6 +217,7 @@ def _part(
 
 
 def require_root(root: Path) -> None:
+    """Raise UserError unless there is such a folder."""
     if not root.is_dir():
         raise UserError(
             f"{root}: no such folder; --data-root names a folder in COCO panoptic format"

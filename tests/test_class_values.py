@@ -77,6 +77,7 @@ def test_names_may_hold_numbers_and_lists_be_in_quotes(tmp_path):
     for rows, names in (
         (["class 1", "class 2"], {1: "class 1", 2: "class 2"}),
         (["2 wheeler", "car", "Boeing 737"], {1: "2 wheeler", 2: "car", 3: "Boeing 737"}),
+        (['"road"', '"sky"'], {1: "road", 2: "sky"}),
         (['"road",2', '"sky, blue sky",1'], {2: "road", 1: "sky, blue sky"}),
         (["2. sky", "1. road"], {2: "sky", 1: "road"}),
         (["1 - road", "2 - sky"], {1: "road", 2: "sky"}),

@@ -78,8 +78,8 @@ def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
     ]
 
 
-def say_pixels(rows: list[dict], classes: Classes, background: str) -> list[str]:
-    """What covers most of the pixels, and may not be meant so."""
+def say_doubtful(rows: list[dict], classes: Classes, background: str) -> list[str]:
+    """What may not be meant so: names that are alike, and what covers most of the pixels."""
     alike = say_alike([name for name, _, _ in classes.values()])
     return alike + say_void(rows, classes, background) + say_stuff(rows, classes, background)
 

@@ -34,8 +34,8 @@ from tools.import_notes import (
     copies_of,
     require_objects,
     say_copies,
+    say_doubtful,
     say_left_out,
-    say_pixels,
 )
 from tools.joined import Base
 from tools.prepare import encode
@@ -63,8 +63,8 @@ def import_folder(
         kind: a key of READERS.    source: is only read.
         output: a new folder, or one of an interrupted import.
         background: name of a class, stuff, for all pixels without instance; empty: they are void.
-        val_share: of the labelled images for validation, where the source has no division, drawn
-            by `seed`.    stuff: names of classes, separated by commas.
+        val_share: from 0 to 1, of the labelled images for validation, drawn by `seed`, where the
+            source has no division.    stuff: names of classes, separated by commas.
         masks_are: of kind `masks`, what values mean, one of FORMS; empty: guessed.
         classes: of kind `masks`, names of the values of maps of classes.
         join: a data set that they are for (`tools.joined`), which has validation images already.
@@ -95,7 +95,7 @@ def import_folder(
         dropped = read.passed + dropped
         why = "".join(f", {count} {what}" for what, count in dropped.items())
         notes += require_objects(rows, known, background, source, why, voided)
-        notes += say_pixels(rows, known, background)
+        notes += say_doubtful(rows, known, background)
         if base:
             rows, again = base.join(rows, known, background, output)
             notes.append(f"{again} images of {join} have new annotations")

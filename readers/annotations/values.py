@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ground.errors import UserError
 from readers.annotations.files import PARTS
 from readers.ground_truth import VOID_NAMES
-from readers.name_lists import HEADER, numbered
+from readers.name_lists import lines_of, numbered
 from readers.pictures import brief
 
 OWN = ("classes.txt", "labels.txt", "classes.csv")  # lists that people write
@@ -92,13 +92,12 @@ def read_values(folder: Path, names: str, largest: int) -> Values:
 def _of_file(file: Path, largest: int) -> Values | None:
     """None for a file that is called like a tool's list and is none."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        rows = lines_of(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: not a readable list of class names ({brief(str(error))})"
         ) from None
-    rows = [line for line in lines if not HEADER.fullmatch(line.strip())]
-    if file.name in COLOUR_LISTS and not _coloured([row.strip() for row in rows if row.strip()]):
+    if file.name in COLOUR_LISTS and not _coloured(rows):
         return None
     return _meaning(rows, str(file), largest)
 
