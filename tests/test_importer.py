@@ -1997,3 +1997,23 @@ def test_the_folder_that_was_meant_is_named(tmp_path):
     (root / "masks").rename(root / "labels")
     import_refused("masks", root, r"s/masks: no such folder; .*; if .*labels holds them, call it")
     import_refused("masks", root / "images", rf"did you mean --input {root}\?")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    import_refused("masks", root, rf"folder of class maps already: train with --data-root {root}$")
+    (root / "labels").rename(root / "Masks")
+    import_refused("masks", root, r"no such folder; .*; did you mean .*/Masks\? call it masks")
+
+
+def test_masks_that_are_white_where_nothing_is_are_noticed(tmp_path):
+    def notes(name, mask):
+        root = tmp_path / name
+        for k, image in enumerate("abcd"):
+            photo(root / "images" / f"{image}.png", seed=k)
+            (root / "masks").mkdir(exist_ok=True)
+            Image.fromarray(mask).save(root / "masks" / f"{image}.png")
+        _, result = imported("masks", root, background="rest")
+        return [note for note in result["notes"] if "invert" in note]
+
+    cat = np.where(scene_mask("cat"), 255, 0).astype(np.uint8)
+    assert notes("right", cat) == []
+    (note,) = notes("wrong", 255 - cat)
+    assert "fills more than half of the image in 4 of 4" in note and "invert them" in note

@@ -144,6 +144,15 @@ def test_what_does_not_belong_to_the_data_set_is_refused(base, tmp_path):
     refused(
         base, root, "'ground': is no class of .*base, which has cat, dog, rest", background="ground"
     )
+    masks = write_masks(tmp_path / "plain", value=255)
+    for path in (masks / "masks" / "cat").iterdir():
+        path.rename(masks / "masks" / path.name)
+    shutil.rmtree(masks / "masks" / "cat")
+    shutil.rmtree(masks / "masks" / "dog")
+    with pytest.raises(
+        UserError, match="'object': is no class of .*into masks/CLASS/, as masks/ca"
+    ):
+        importer.import_folder("masks", masks, tmp_path / "none", join=base, **REST)
     photo(root / "d.png", seed=77)
     refused(base, root, "images/d.png: another picture than the one of this name", **REST)
     refused(tmp_path / "source", root, "source: the panoptic JSON is missing", **REST)

@@ -78,10 +78,12 @@ def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
     ]
 
 
-def say_doubtful(rows: list[dict], classes: Classes, background: str) -> list[str]:
+def say_doubtful(rows: list[dict], classes: Classes, background: str, kind: str) -> list[str]:
     """What may not be meant so: names that are alike, and what covers most of the pixels."""
+    where = rows, classes, background
     alike = say_alike([name for name, _, _ in classes.values()])
-    return alike + say_void(rows, classes, background) + say_stuff(rows, classes, background)
+    inverted = say_inverted(*where) if kind == "masks" else []
+    return alike + say_void(*where) + say_stuff(*where) + inverted
 
 
 def say_alike(names: list[str]) -> list[str]:
@@ -116,6 +118,26 @@ def say_stuff(rows: list[dict], classes: Classes, background: str) -> list[str]:
     return [
         f"{brief(large)}: things that cover more than a fifth of all pixels, about one an image; "
         f"if they are stuff, as a wall or the sky is, say --stuff {','.join(large)}"
+    ]
+
+
+def say_inverted(rows: list[dict], classes: Classes, background: str) -> list[str]:
+    """One class of things that fills most of most images as a single region, as a background does
+    whose masks are white where nothing is."""
+    things = [key for key, (_, thing, _) in classes.items() if thing and key != background]
+    annotated = [row for row in rows if row["segments"]]
+    if len(things) != 1:
+        return []
+    full = 0
+    for row in annotated:
+        areas = [s["area"] for s in row["segments"] if s["category_id"] == things[0]]
+        full += 2 * max(areas, default=0) > row["image"]["width"] * row["image"]["height"]
+    if 2 * full <= len(annotated):
+        return []
+    name = classes[things[0]][0]
+    return [
+        f"{brief(name)}: one region of it fills more than half of the image in {full} of "
+        f"{len(annotated)}; if its masks are white where nothing is, invert them"
     ]
 
 

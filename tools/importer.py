@@ -95,7 +95,7 @@ def import_folder(
         dropped = read.passed + dropped
         why = "".join(f", {count} {what}" for what, count in dropped.items())
         notes += require_objects(rows, known, background, source, why, voided)
-        notes += say_doubtful(rows, known, background)
+        notes += say_doubtful(rows, known, background, kind)
         if base:
             rows, again = base.join(rows, known, background, output)
             notes.append(f"{again} images of {join} have new annotations")

@@ -11,6 +11,7 @@ from pathlib import Path
 from ground.errors import UserError
 from ground.files import place
 from readers.annotations import Classes
+from readers.annotations.masks import PLAIN
 from readers.ground_truth import Taxonomy
 from readers.panoptic import load_folder
 from readers.panoptic_json import read_json
@@ -115,9 +116,12 @@ class Base:
         numbers = {key: known.get(Classes.first_name(name)) for key, name in named.items()}
         unknown = sorted(named[key] for key, number in numbers.items() if number is None)
         if unknown:
+            mend = "rename it in the annotations, or in --background"
+            if unknown == [PLAIN]:
+                mend = f"put the masks of a class into masks/CLASS/, as masks/{next(iter(known))}/"
             raise UserError(
                 f"{brief(unknown[0])}: is no class of {self.folder}, which has "
-                f"{', '.join(known)}; rename it in the annotations, or in --background"
+                f"{', '.join(known)}; {mend}"
             )
         return numbers
 

@@ -22,6 +22,7 @@ from readers.annotations.values import COLOUR_LISTS, NUMBER_LISTS, OWN, Values, 
 from readers.panoptic_json import MAX_ID
 from readers.pictures import brief
 
+PLAIN = "object"  # the class of a mask without a word of one
 FORMS = ("instances", "classes", "binary")  # what the values of a map may mean
 LOOKED_AT, SIDE, MOST = 20, 512, 255  # maps, their side in pixels, and values of one: `_scattered`
 
@@ -56,7 +57,7 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
         named = values.classes()
         source.notes += _say_classes(values, classes)
     else:
-        labels = {mask.label or "object" for mask in masks} - UNNAMED.keys()
+        labels = {mask.label or PLAIN for mask in masks} - UNNAMED.keys()
         named = {label: label for label in sorted(labels)}
     for key, name in named.items():
         classes.add(key, name, str(folder / "masks"), not by_value or bool(classes.stuff))
@@ -222,7 +223,7 @@ def _instances(
     """Instances of the masks of one image."""
     instances = []
     for mask in masks:
-        category = UNNAMED.get(mask.label, mask.label or "object")
+        category = UNNAMED.get(mask.label, mask.label or PLAIN)
         form = "instances" if mask.single else forms[mask.label]
         by_class = form == "classes"
         colours = "all" if by_class and values.coloured else "any" if form == "instances" else ""

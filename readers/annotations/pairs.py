@@ -13,6 +13,7 @@ from ground.errors import UserError
 from readers.annotations.files import PARTS, list_files
 from readers.annotations.others import hint
 from readers.annotations.records import Record, Source
+from readers.class_maps import CLASSES
 from readers.pictures import brief
 
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # endings of files that keep no exact values
@@ -76,6 +77,11 @@ def likely(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if (folder.parent / "images").is_dir() and folder.name in ("images", "masks"):
         return f"; did you mean --input {folder.parent}?"
+    spelt = [name for name in names if name.lower() in ("images", "masks") and name != name.lower()]
+    if spelt:
+        return f"; did you mean {folder / spelt[0]}? call it {spelt[0].lower()}"
+    if {"images", "labels"} <= {*names} and any((folder / name).exists() for name in CLASSES):
+        return f"; it is a folder of class maps already: train with --data-root {folder}"
     others = [name for name in names if name not in ("images", "masks") and name not in PARTS]
     if "images" in names and "masks" not in names and len(others) == 1:
         return f"; if {folder / others[0]} holds them, call it masks"
