@@ -8,6 +8,7 @@ runs/try-alpha`: masks of the decoder, classes of CLIP alone.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Iterable, Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from data import Sample, resize_part
 from engine.method import Method
 from engine.windows import in_windows, predict_in_windows, shown_size
 from ground import ranks
+from ground.ahead import ahead
 from inference import Prediction
 from readers.ground_truth import DataSet
 
@@ -41,9 +43,8 @@ def evaluate(
     mine = range(ranks.rank(), count, ranks.count())
     hidden = ranks.rank() > 0 or not title
     with tqdm(total=len(mine), desc=title, unit="image", dynamic_ncols=True, disable=hidden) as bar:
-        for group in _groups(images, mine, cfg):
-            truths = [images.truth(i) for i in group]
-            pictures = [images.image(i) for i in group]
+        for group, read in ahead(_groups(images, mine, cfg), partial(_read, images)):
+            pictures, truths = read()
             for k, reading, prediction in _answers(method, pictures, method.readings):
                 for score in scores[reading]:
                     score.add(prediction, truths[k])
@@ -113,6 +114,10 @@ def predict_image(
     """What readings say of one RGB image, at its size. t, semantic: as in `Method.predict`."""
     answers = _answers(method, [image], readings, t, semantic)
     return {reading: prediction for _, reading, prediction in answers}
+
+
+def _read(images, group: list[int]) -> tuple[list[Image.Image], list]:
+    return [images.image(i) for i in group], [images.truth(i) for i in group]
 
 
 def _groups(images, indices, cfg: Config):

@@ -7,6 +7,7 @@ only.
     files           files written whole or not at all; one writer at a time in a folder
     tensor_files    files of tensors, hashed and read without executing anything
     identity        digests: what a stored thing was made of
+    ahead           the next thing is read while this one is worked on
     ranks           several processes as one
     colours         of classes and instances, for all eyes
 """

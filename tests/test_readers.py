@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 import data
 import dearli
+from ground.ahead import ahead
 from ground.errors import UserError
 from mini import microcosm
 from readers import checks, large, mask_files, panoptic, papers, pictures
@@ -818,3 +820,33 @@ def test_fault_33_segment_ids_use_all_three_bytes(tmp_path):
     ids = np.array([[0, 1, 255, 256], [65_535, 65_536, 70_000, (1 << 24) - 1]], np.int32)
     prepare.encode(ids).save(tmp_path / "ids.png")
     assert np.array_equal(panoptic.segment_ids(tmp_path / "ids.png"), ids)
+
+
+def test_the_next_thing_is_read_while_this_one_is_worked_on_and_no_other():
+    begun, go_on = [], threading.Event()
+
+    def read(item):
+        begun.append(item)
+        if item == 1:
+            assert go_on.wait(10)  # the caller has item 0 before item 1 is read
+        if item == 2:
+            raise UserError("two")
+        return 10 * item
+
+    things = ahead(iter(range(4)), read)
+    item, get = next(things)
+    go_on.set()
+    assert (item, get()) == (0, 0)
+    item, get = next(things)
+    assert (item, get()) == (1, 10)
+    assert begun in ([0, 1], [0, 1, 2])  # the one after, and no more
+    item, get = next(things)
+    with pytest.raises(UserError, match="two"):  # where it is asked for
+        get()
+    assert [(item, get()) for item, get in things] == [(3, 30)]
+    assert list(ahead([], read)) == [] and begun == [0, 1, 2, 3]
+    threads = threading.active_count()
+    things = ahead(range(9), lambda item: item)
+    next(things)
+    things.close()  # as whoever is stopped does
+    assert threading.active_count() == threads

@@ -29,8 +29,7 @@ do not meet):
                               results; the other files have those of at least --least-score, each
                               where no surer one hides it, and semantic/ is 0 where there is none
 
-Maps are as large as the picture as it is shown: turned as its EXIF block says. Every other file is
-written whole or not at all.
+Maps are as large as the picture as it is shown: turned as its EXIF block says.
 """
 
 import contextlib
@@ -54,6 +53,7 @@ from engine.method import Method
 from engine.request import Machine, Source
 from engine.run_log import append
 from engine.stored import Stored, restore
+from ground.ahead import ahead
 from ground.errors import UserError, choose
 from ground.files import claim, release, write_atomic
 from ground.identity import listed
@@ -363,8 +363,10 @@ class Pictures:
             rows = ({"info": info}, *self.rows.values())
             write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
             with open(self.log, "ab", buffering=0) as log:
-                for name in tqdm(todo, desc="predict", unit="image", dynamic_ncols=True):
-                    self._predict(model, name, log)
+                opened = ahead(todo, lambda n: open_image(self.source / n, white=model.white))
+                total = {"total": len(todo), "unit": "image", "dynamic_ncols": True}
+                for name, read in tqdm(opened, "predict", **total):
+                    self._predict(model, name, read, log)
             rows = [self.rows[name] for name in sorted(self.rows)]
             content = {
                 "info": info,
@@ -401,11 +403,11 @@ class Pictures:
                 "another folder with --out, or begin anew with --force"
             )
 
-    def _predict(self, model: Predictor, name: str, log) -> None:
+    def _predict(self, model: Predictor, name: str, read, log) -> None:
         path = self.source / name
         try:
             try:
-                image = open_image(path, white=model.white)
+                image = read()
             except UserError as error:
                 if not large.is_large(error, path):
                     raise
@@ -484,9 +486,7 @@ class Pictures:
 
 
 def _read(log: Path) -> tuple[dict, dict]:
-    """What panoptic.jsonl knows: what predicted, and the finished pictures by name. A line that was
-    cut short is left out.
-    """
+    """What panoptic.jsonl knows: what predicted, and the finished pictures by name, whole lines."""
     info, rows = {"sha256": "nothing"}, {}
     for line in log.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
