@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from readers.panoptic import encode
 from tests.helpers import REAL_DATA
-from tools import bench, bench_data
+from tools import bench, bench_data, bench_growth
 from tools.bench_works import Place, Skipped
 
 
@@ -59,3 +60,18 @@ def test_both_sides_of_an_evaluation_come_to_the_same_figure(row, small, tmp_pat
         values.append(evaluate(0))
         assert evaluate(1) == values[-1]
     assert 0.05 < values[0] < 0.95 and values[0] == pytest.approx(values[1], abs=1e-9)
+
+
+def test_a_large_picture_is_predicted_with_objects_in_every_window(tmp_path):
+    place = Place(None, tmp_path)
+    objects = [bench_growth.our_windows(place, side)(0) for side in (600, 1500)]
+    # 12 a window of 512 pixels, in windows that overlap by half: most of them are seen again
+    assert 12 < objects[0] < objects[1] and objects[1] > 60
+    with tifffile.TiffFile(tmp_path / "panoptic.tif") as file:
+        assert file.pages[0].shape == (1500, 1500)
+
+
+def test_masks_that_are_there_are_not_made_again(small, tmp_path):
+    again = bench_growth.masks_again(Place(None, tmp_path), 4)
+    assert [again(t) for t in (0, 1)] == [1, 1]
+    assert len(list((tmp_path / "masks").glob("*.json"))) == 4

@@ -20,6 +20,7 @@ own (`python -m tools.bench`).
     bench           time and memory, beside others' code
     bench_works     what it measures of models, and of SAM
     bench_data      ... of reading and of evaluation
+    bench_growth    ... of what grows, along each axis
     bench_gpu       the same for one device, by one command: a GPU, or a CPU at the smallest sizes
     bench_gpu_works     its steps at full size
     bench_gpu_paths     its stages, beside the CPU's

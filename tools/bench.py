@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools import bench_data
 from tools import bench_works as works
+from tools.bench_growth import GROWTH
 
 BF16 = torch.bfloat16
 
@@ -103,19 +104,6 @@ SIDES = {
 WORKS = {
     name: Work(title, int(repeats), *SIDES[name])
     for name, repeats, title in (row.split(maxsplit=2) for row in TITLES.strip().splitlines())
-}
-ONE = partial(works.our_step, images=1)  # the step whose cost grows: 1 labelled + 1 unlabelled
-GROWTH = {  # axis: the maker, the name of its number, values
-    "images of the data set: a labelled batch": (
-        bench_data.our_loading,
-        "images",
-        (100, 10_000, 100_000),
-    ),
-    "classes: a step": (ONE, "classes", (20, 150, 1_000)),
-    "queries: a step": (ONE, "queries", (100, 200, 400)),
-    "segments an image: a step": (ONE, "segments", (5, 50, 300)),
-    "pixels of the crop's side: a step": (ONE, "side", (256, 512, 640)),
-    "views, labelled and as many unlabelled: a step": (works.our_step, "images", (1, 2, 4)),
 }
 
 
@@ -245,10 +233,10 @@ def works_table(names: list[str], measure: Callable) -> dict:
 def growth_tables(measure: Callable) -> dict:
     """Time and memory along each axis, beside the arithmetic."""
     results = {}
-    for axis, (make, number, values) in GROWTH.items():
+    for axis, (repeats, make, number, values) in GROWTH.items():
         print(f"\n| {axis} | seconds | arithmetic alone | peak GB |\n|---|---|---|---|", flush=True)
         for n in values:
-            (r,) = measure(Work(axis, 2, partial(make, **{number: n})))
+            (r,) = measure(Work(axis, repeats, partial(make, **{number: n})))
             results[f"{axis} {n}"] = {"ours": r}
             seconds = r.get("seconds", r.get("failed"))
             print(
