@@ -13,7 +13,7 @@ from ground.colours import shade
 from readers.ground_truth import Taxonomy
 
 SIDES = (640, 2560)  # pixels; the long side of an overlay lies between them
-PAINT = 0.6  # share of the colour of a segment, the rest is the image
+PAINT = 0.6  # share of the colour of a segment, the rest is the light of the image
 # of the stripes of void: pixels of the long side for each pixel between them, and their share
 STRIPE, STRIPED, STRIPE_GREY = 40, 0.25, (105, 105, 105)
 ROOM = 0.6  # share of a name that must lie on its segment
@@ -67,9 +67,10 @@ def overlay(
     for k, label in enumerate(np.asarray(labels).tolist(), 1):
         colours[k] = shade(taxonomy.colours[label], instances.get(label, 0))
         instances[label] = instances.get(label, 0) + 1
-    grey = ImageEnhance.Brightness(image.convert("L").convert("RGB")).enhance(0.4)
-    canvas = Image.blend(image, Image.fromarray(colours[drawn]), PAINT)
-    void = drawn == 0
+    # over its light alone: water painted over sand in its colours would be neither
+    light = image.convert("L").convert("RGB")
+    canvas = Image.blend(light, Image.fromarray(colours[drawn]), PAINT)
+    void, grey = drawn == 0, ImageEnhance.Brightness(light).enhance(0.4)
     canvas.paste(grey, mask=Image.fromarray(void))
     canvas.paste(STRIPE_GREY, mask=Image.fromarray(void & _stripes(drawn.shape)))
     width = max(1, round(max(size) / 600))
@@ -118,16 +119,14 @@ def picture(
     for c, title in enumerate(titles):
         middle = (gap + c * (side + gap) + side / 2, head / 2)
         draw.text(middle, title, "black", _font("", 18), anchor="mm")
-    drawn = []
     for r, (image, maps) in enumerate(rows):
         cells = [overlay(image, *answer, taxonomy, side=side) for answer in maps]
-        drawn += zip(cells, maps)
         for c, cell in enumerate([ImageOps.contain(image, (side, side)), *cells]):
             canvas.paste(cell, (gap + c * (side + gap), head + r * (side + gap)))
     names = written(tuple(taxonomy.short_names), tuple(taxonomy.ids))
-    for k, (label, colour) in enumerate(zip(labels, _swatches(drawn, labels))):
+    for k, label in enumerate(labels):
         x, y = gap + k % per_line * entry[0], end + 6 + k // per_line * entry[1]
-        draw.rectangle((x, y, x + 16, y + 14), colour, "black")
+        draw.rectangle((x, y, x + 16, y + 14), swatch(taxonomy.colours[label]), "black")
         text = f"{names[label]} ({'thing' if taxonomy.things[label] else 'stuff'})"
         draw.text((x + 22, y + 7), text, "black", _font(font_of(names[label]), 13), anchor="lm")
     if caption:
@@ -136,19 +135,9 @@ def picture(
     canvas.save(path)
 
 
-def _swatches(cells: list[tuple[Image.Image, tuple]], labels: list[int]) -> list[tuple]:
-    """The colour of each class as it is drawn: the median of its pixels.
-
-    cells: overlays with the maps (segment_map, labels) that they are of.
-    """
-    colours, classes = [], []
-    for cell, (segment_map, own) in cells:
-        small = Image.fromarray(segment_map.astype(np.int32)).resize(cell.size, NEAREST)
-        classes.append(np.append(-1, own).astype(int)[np.asarray(small)].ravel())
-        colours.append(np.asarray(cell).reshape(-1, 3))
-    classes, colours = np.concatenate(classes), np.concatenate(colours)
-    medians = (np.median(colours[classes == label], axis=0) for label in labels)
-    return [tuple(int(c) for c in median) for median in medians]
+def swatch(colour: tuple) -> tuple[int, int, int]:
+    """A colour as it is drawn, over a middle grey."""
+    return tuple(round(PAINT * c + (1 - PAINT) * 128) for c in colour)
 
 
 @functools.lru_cache(maxsize=64)
