@@ -1,6 +1,7 @@
 """Curves over steps as values of a picture, which the page draws as SVG: places, labels, tips."""
 
 import math
+import re
 
 import numpy as np
 
@@ -33,15 +34,17 @@ def chart(
     log: bool = False,
     begins: list = (),
     span: tuple[int, ...] = (),
+    window: int = 0,
 ) -> dict | None:
     """One panel; None without a number.
 
     skipped: (step, text) of steps to mark;  begins: (step, text, curve) of steps from where on
     something is different, in one curve or (None) in all;  log: a logarithmic scale, if all is
-    positive and spans decades;  span: steps that the axis shows at least. Returns: `rows` and
-    `columns` of the grid (place, label), `curves` (name, last of its average), `dots` (curve, x, y)
-    of short curves, `paths` (kind, curve, SVG path), `tips` (left side, text), `marks` (x, text)
-    and `begins` (x, text, curve).
+    positive and spans decades;  span: steps that the axis shows at least;  window: numbers of which
+    the mean is drawn at the last of them, 1: no mean, 0: a twentieth of those of the curve.
+    Returns: `rows` and `columns` of the grid (place, label), `curves` (name, last mean), `dots`
+    (curve, x, y) of short curves, `paths` (kind, curve, SVG path), `tips` (left side, text),
+    `marks` (x, text) and `begins` (x, text, curve).
     """
     values = [value for _, _, numbers in curves for value in numbers]
     if not values:
@@ -53,17 +56,17 @@ def chart(
     for k, (name, own, numbers) in enumerate(curves):
         if not numbers:
             continue
-        numbers, half = np.array(numbers), len(numbers) // 40
-        average = _average(numbers, half)
-        ends[k] = f"{average[-1]:.4g}"
+        numbers, width = np.array(numbers), window or max(1, len(numbers) // 20)
+        average = _average(numbers, width)
+        ends[k] = f"{average[-1]:.3g}"
         for i in _middles(numbers, TIPS):
-            tips.setdefault(own[i], []).append(f"{name} {average[i]:.4g}")
+            tips.setdefault(own[i], []).append(f"{name} {average[i]:.3g}")
         if len(numbers) <= FEW:
             dots += [(k, scale.x(x), scale.y(y)) for x, y in zip(own, numbers.tolist())]
         if len(numbers) > 1:
             places = dict.fromkeys([0, *_middles(numbers, POINTS), len(numbers) - 1])
             smooth.append(("smooth", k, scale.path(own, average, places)))
-        if half:
+        if width > 1:
             raw.append(("raw", k, scale.path(own, numbers, _peaks(numbers))))
     columns = ticks(scale.first, scale.last) if len(set(steps)) > 1 else [scale.first]
     shift = (WIDTH - LEFT - RIGHT) / TIPS / 2
@@ -73,7 +76,7 @@ def chart(
         "unit": unit,
         "log": scale.log,
         "curves": [(name, ends.get(k, "–")) for k, (name, _, _) in enumerate(curves)],
-        "rows": [(scale.y(value), f"{value:.3g}") for value in scale.rows()],
+        "rows": [(scale.y(value), _short(value)) for value in scale.rows()],
         "columns": [(scale.x(step), f"{step:g}") for step in columns if step == int(step)],
         "dots": dots,
         "paths": raw + smooth,
@@ -125,12 +128,18 @@ def ticks(low: float, high: float, number: int = 4) -> list[float]:
     return [k * unit for k in range(first, last + 1)]
 
 
-def _average(values: np.ndarray, half: int) -> np.ndarray:
-    """The moving average over `half` numbers to either side, fewer at the ends."""
-    place, total = np.arange(len(values)), np.cumsum(np.append(0.0, values))
-    stop, start = np.minimum(place + half + 1, len(values)), np.maximum(place - half, 0)
+def _average(values: np.ndarray, width: int) -> np.ndarray:
+    """Of each number and those before it, `width` in all, the mean; at the beginning of fewer."""
+    stop, total = np.arange(1, len(values) + 1), np.cumsum(np.append(0.0, values))
+    start = np.maximum(stop - width, 0)
     # sums of far larger numbers are rounded: an average is never outside of its numbers
     return np.clip((total[stop] - total[start]) / (stop - start), values.min(), values.max())
+
+
+def _short(value: float) -> str:
+    """A label that has room: 0.0006 is 6e-4."""
+    text = f"{value:.3g}"
+    return re.sub(r"(\.0)?e\+?(-?)0*", r"e\2", f"{value:.1e}") if len(text) > 5 else text
 
 
 def _parts(values: np.ndarray, count: int) -> list[np.ndarray]:

@@ -25,10 +25,11 @@ from ground.errors import UserError
 from ground.files import write_atomic
 from inference import POSTERIORS
 from readers.ground_truth import DataSet, Taxonomy
+from report import drawing
 from report.charts import chart, curve
 from report.gallery import spread
 from report.groups import class_pixels
-from report.run_folder import FIELDS, Stored, commands, nearest_preset
+from report.run_folder import FIELDS, Stored, commands, nearest_preset, usual_posterior
 from report.tables import columns_of, found, things_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,6 +37,7 @@ MAX_BYTES = 15_000_000  # of the page; pictures are left out until it is no larg
 FREQUENCY_IMAGES = 200  # labelled images, at most, that class frequencies are counted on
 MAX_HEAT, MAX_CONFUSIONS = 28, 20  # classes of the heat map, rows of the list
 COUNTED = ("labelled", "unlabelled", "validation")  # images, in the sessions of a run
+MEASURED = {"white", "object_width"}  # of the images, where the preset has no number
 KINDS = {"instances": "ap", "segments": "all"}  # what is measured, by what a result then has
 PER_CLASS = {  # figures and counts of a class
     "instances": (("ap", "ap50", "ap75"), ("instances",)),
@@ -75,11 +77,14 @@ def write(
     }
 
     taxonomy = dataset.taxonomy if dataset and cards else None
-    colours = list(zip(taxonomy.short_names, taxonomy.colours)) if taxonomy else []
+    painted = map(drawing.swatch, taxonomy.colours) if taxonomy else ()
+    colours = list(zip(taxonomy.short_names, painted)) if taxonomy else []
 
     def content(most: int) -> bytes:
         album = {name: group[:most] for name, group in cards.items() if group[:most]}
         values = {"missing": missing, "reading": run.reading or "", "cards": album}
+        cells = (cell for card in album.get("unlabelled", ()) for cell in card.cells)
+        values["masked"] = any("SAM masks" in caption for caption, _ in cells)
         values["colours"] = colours
         sections["images"] = values if missing or album else None
         values = {"run": run, "about": about(run), "found": found_in(run), "sections": sections}
@@ -238,17 +243,21 @@ def curves(run: Stored) -> dict:
             why = f"{row['skipped']}; {', '.join(map(str, row.get('images', [])))}"
             skipped.append((row["step"], f"step {row['step']} was skipped: {why}"))
     begins = _begins(log)
-    watching = f"percent, on the first {watched.get('images', '?')} validation images"
+    images = watched.get("images", "?")
+    watching = f"percent, on the first {images} validation images alone: not those of the table"
     (heading, _), *_ = columns_of(run.readings.values())
-    span = _span(log)
-    charts = [chart(heading, watching, quality, begins=begins, span=span)]
+    span, window = _span(log), max(1, len(log) // 20)
+    charts = [chart(heading, watching, quality, begins=begins, span=span, window=1)]
     for name, lines in panels.items():
         title, unit = CURVES.get(name, (name, ""))
-        charts.append(chart(title, unit, lines, skipped, name == "grad_norm", begins, span))
+        own = 1 if name == "lr" else window  # what has no noise is shown as it is
+        charts.append(chart(title, unit, lines, skipped, name == "grad_norm", begins, span, own))
     _, _, times = curve("time", log, "time")
     return {
         "charts": list(filter(None, charts)),
         "steps": len(log),
+        "window": window,
+        "panels": {name for name, lines in panels.items() if lines},
         "skipped": len(skipped),
         "begins": begins,
         "unlabelled_first": any(key.startswith("unlabeled/") for row in log[:1] for key in row),
@@ -290,7 +299,8 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
         pixels = class_pixels(dataset, images)
         shares = (pixels / max(pixels.sum(), 1)).tolist()
         taxonomy = dataset.taxonomy
-        look = dict(zip(taxonomy.short_names, zip(shares, taxonomy.colours, taxonomy.things)))
+        painted = map(drawing.swatch, taxonomy.colours)
+        look = dict(zip(taxonomy.short_names, zip(shares, painted, taxonomy.things)))
     measured = next((kind for kind, key in KINDS.items() if key in result), "classes")
     keys, number = PER_CLASS[measured]
     rows, confusion = [], result.get("confusion", ())
@@ -304,7 +314,7 @@ def classes(run: Stored, dataset: DataSet | None) -> dict | None:
             figures[-1] = None
         rows.append((name, *look.get(name, (None, None, None)), figures, counts))
     rows.sort(key=lambda row: -(row[1] or 0))
-    counted = {"counted": len(images), "labeled": labeled}
+    counted = {"counted": len(images), "labeled": labeled, "reading": run.reading}
     return {"rows": rows, "measured": measured, **counted}
 
 
@@ -353,14 +363,23 @@ def _usual(key: str, value, usual: dict):
 
 
 def configuration(run: Stored) -> dict:
-    """Its numbers beside those of the nearest preset: what differs, and what is the same."""
+    """Its numbers beside those of the nearest preset: what differs, what is the same, and what is
+    no choice: images, first weights, and what was measured of them."""
     if not run.config:
         return {"preset": None}
     preset, changed = nearest_preset(run.config)
     numbers = preset_of(preset, run.config.get("network", "mask2former"))
     usual = {key: getattr(numbers, key) for key in FIELDS}
+    usual["teacher_posterior"] = usual_posterior(run.config.get("stage"))
     rows = [(key, _readable(value), _usual(key, value, usual)) for key, value in run.config.items()]
-    same = [row for row in rows if row[0] in usual and row[0] not in changed]
-    empty = [row for row in rows if row[0] not in usual and row[1] in ("", "–")]
-    differing = [row for row in rows if row not in same + empty and row[0] != "taxonomy"]
-    return {"preset": preset, "differing": differing, "same": same, "commands": commands(run)}
+    measured = {key for key in MEASURED if not usual[key]}
+    chosen = [row for row in rows if row[0] in usual.keys() - measured]
+    differing = [row for row in chosen if row[0] in changed and row[1] != row[2]]
+    made_of = [row for row in rows if row not in chosen and row[1] not in ("", "–", 0)]
+    return {
+        "preset": preset,
+        "differing": differing,
+        "same": [row for row in chosen if row not in differing],
+        "made_of": [(key, value) for key, value, _ in made_of if key != "taxonomy"],
+        "commands": commands(run),
+    }

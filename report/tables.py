@@ -66,8 +66,8 @@ def found(metrics: dict, things: list[str], short: bool = False) -> str:
     if not right + missed:
         return ""
     if short:
-        return f"{right} of {right + missed} things found, {wrong} wrong"
+        return f"{right} of {right + missed} things found, {wrong} without a match"
     return (
-        f"{right} of {right + missed} things are found (IoU above 0.5), and {wrong} more that are "
-        "none"
+        f"{right} of {right + missed} things are found (IoU above 0.5); {wrong} answers match "
+        "none: drawn badly, of another class, several in one, or not there"
     )

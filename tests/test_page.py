@@ -258,7 +258,7 @@ def test_a_page_says_how_many_things_were_found(reported, tmp_path):
         found = re.search(r"\d+ of \d+ things are found", page_of(tmp_path))
         assert bool(found) == said
     whole = (reported / "report.html").read_text()
-    assert re.search(r"<h4>[^<]* <span>\d+ of \d+ things found, \d+ wrong", whole)
+    assert re.search(r"<h4>[^<]* <span>\d+ of \d+ things found, \d+ without a match", whole)
 
 
 def test_few_numbers_are_dots_of_their_curve():
@@ -271,7 +271,20 @@ def test_few_numbers_are_dots_of_their_curve():
 def test_a_curve_says_where_its_average_ends():
     none, rising = [], [*range(200)]
     panel = charts.chart("loss", "", [("a", rising, rising), ("b", none, none)])
-    assert panel["curves"] == [("a", "196.5"), ("b", "–")]  # of the last 6 of 199
+    assert panel["curves"] == [("a", "194"), ("b", "–")]  # of the last 10, 190 to 199
+    jump = [1.0] * 100 + [3.0] * 100
+    panel = charts.chart("loss", "", [("a", rising, jump)], window=50)
+    smooth = next(path for kind, _, path in panel["paths"] if kind == "smooth")
+    places = [tuple(map(float, place.split())) for place in smooth[1:].split("L")]
+    middle = (charts.LEFT + charts.WIDTH - charts.RIGHT) / 2
+    before = [y for x, y in places if x < middle]
+    # what has not happened yet moves no mean: the curve is flat until the jump
+    assert len(set(before)) == 1 and len({y for x, y in places if x > middle}) > 40
+    panel = charts.chart("rate", "", [("a", rising, [0.0006 - 3e-6 * t for t in rising])], window=1)
+    assert panel["curves"] == [("a", "3e-06")] and {kind for kind, *_ in panel["paths"]} == {
+        "smooth"
+    }
+    assert [label for _, label in panel["rows"]] == ["0", "2e-4", "4e-4", "6e-4"]
 
 
 def test_words_are_explained_where_they_stand_and_only_those_of_the_run(reported, tmp_path):
@@ -328,7 +341,7 @@ def test_all_curves_of_a_run_have_one_axis_of_steps(tmp_path):
     (tmp_path / "pq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in watched))
     pq, loss = page.curves(run_folder.read(tmp_path))["charts"]
     assert pq["columns"] == loss["columns"]
-    assert pq["unit"] == "percent, on the first 8 validation images"
+    assert pq["unit"] == ("percent, on the first 8 validation images alone: not those of the table")
 
 
 def test_shares_of_a_preset_are_said_to_be_shares_and_a_class_without_a_label_has_none(reported):
@@ -524,11 +537,21 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
                 "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
                 " && document.images.length"
             )
-            == 4 * 5 + 3 * 3 + 3 * 6  # some, worst and best; unlabelled; training
+            == 2 * 5 + 3 * 3 + 3 * 6  # all for validation; unlabelled; training
         )
         assert browser.ask("document.scripts.length") == 1 and any(
             EVIL in name for name in browser.ask(names)
         )
+        place = (
+            "[...document.querySelectorAll('.cells figure')].findIndex(f => f.matches('.grown'))"
+        )
+        click = "document.querySelector('.ways [aria-label={}]').click()".format
+        browser.ask("document.querySelector('.cells img').click()")
+        places = [browser.ask(place)]
+        for way in ("next", "next", "previous", "close"):
+            browser.ask(click(way))
+            places.append(browser.ask(place))
+        assert places == [0, 1, 2, 1, -1] and browser.ask("document.activeElement.tagName") == "IMG"
         for width, scheme in ((320, "dark"), (1200, "light")):
             browser(
                 "Emulation.setDeviceMetricsOverride",

@@ -1,5 +1,5 @@
 /* Tables sort: by a click on a heading, or by #sort=TABLE:COLUMN:asc after the address. Pictures
-   grow: by a click or Enter, until the next click or Esc; the arrow keys go to their neighbours. */
+   grow: by a click, Enter or Space, until the next one or Esc; arrows go to their neighbours. */
 const cellOf = (heading, row) => row?.cells[heading.cellIndex];
 const rowsOf = heading => [...heading.closest('table').tBodies[0].rows];
 function value(cell) {
@@ -23,16 +23,26 @@ function follow() {
 }
 const grown = () => document.querySelector('figure.grown');
 const figures = () => [...document.querySelectorAll('.cells figure')];
+const ways = document.createElement('div'); /* for fingers, who have no arrow keys */
+ways.className = 'ways';
+ways.innerHTML = [['previous', '‹'], ['close', '×'], ['next', '›']]
+  .map(([name, sign]) => `<button type="button" aria-label="${name}">${sign}</button>`).join('');
 function grow(figure) {
   const before = grown();
   before?.classList.remove('grown');
-  if (figure && figure !== before) figure.classList.add('grown');
+  ways.remove();
+  if (!figure || figure === before) return before?.scrollIntoView({block: 'nearest'});
+  figure.classList.add('grown');
+  figure.append(ways);
+  figure.querySelector('img').focus({preventScroll: true});
 }
 function step(by) {
   const all = figures(), next = all[all.indexOf(grown()) + by];
   if (grown() && next) grow(next);
 }
 addEventListener('click', event => {
+  const way = event.target.closest('.ways button')?.ariaLabel;
+  if (way && way !== 'close') return step(way === 'next' ? 1 : -1);
   const figure = event.target.closest('.cells figure');
   if (figure || grown()) return grow(figure);
   const heading = event.target.closest('th[data-key]');
@@ -46,7 +56,10 @@ addEventListener('keydown', event => {
   if (event.key === 'Escape') grow(null);
   if (event.key === 'ArrowRight') step(1);
   if (event.key === 'ArrowLeft') step(-1);
-  if (event.key === 'Enter' && event.target.matches('.cells img')) grow(event.target.parentNode);
+  if ('Enter '.includes(event.key) && event.target.matches('.cells img')) {
+    grow(event.target.parentNode);
+    event.preventDefault();
+  }
 });
 addEventListener('hashchange', follow);
 addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
