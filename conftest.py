@@ -14,7 +14,9 @@ from report import drawing
 from tests.helpers import run
 from tools import prepare
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# one where several processes share the tests, as pytest-xdist makes them
+alone = "PYTEST_XDIST_WORKER" not in os.environ
+torch.set_num_threads(min(2, os.cpu_count() or 1) if alone else 1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deeplab_presets
 from config import (
+    DEMO,
     INSTANCE_DATASETS,
     METHODS,
     PAPERS_DATASETS,
@@ -294,6 +295,8 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
     cfg = preset_of(args.preset or args.dataset, network)
     if stored is not None:
         cfg = replace(cfg, **numbers_of(stored))
+    elif args.stage == "demo" and cfg == PRESETS["mini"]:
+        cfg = replace(cfg, **DEMO)
     elif args.stage == "sup":
         cfg = replace(cfg, teacher_posterior="decoder")
     elif args.method or names_instances(args):

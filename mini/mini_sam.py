@@ -35,71 +35,77 @@ from config import MINI
 from ground.tensor_files import load_foundation
 from mini import microcosm
 from mini.mini_clip import save
+from pretrained import sam_fast
 from pretrained.sam import MaskGenerator
 
 WEIGHTS = Path(__file__).parent / "weights" / "mini_sam.safetensors"
 # pixels, side of the images the encoder takes (a larger image is resized by segment_anything)
 SIDE = 128
-GRID = 16  # G, cells, side of the embedding: stride 8
+GRID = 32  # G, cells, side of the embedding: stride 4
 WIDTH = 64  # channels of embedding and decoder (SAM: 256)
 SLOTS = 3  # masks for an ambiguous point: part, whole, the better of both
 COMMAND = "python dearli.py --stage mini-sam"
 SCENES = 4000  # training images, drawn once and kept
-# Phases of training. affinity_on: weight of the loss that needs no decoder (`Affinity`), falling
-# linearly to 0 except where it is alone.
+# Phases of training. prompts: the decoder learns, too; the weight of the loss that needs none
+# (`Affinity`) then falls linearly to 0.
 PHASES = (
-    dict(name="encoder", steps=300, images=8, points=12, lr=2e-3, prompts=False, affinity_on=True),
-    dict(name="all", steps=900, images=4, points=12, lr=2e-3, prompts=True, affinity_on=True),
-    dict(
-        name="refine", steps=7000, images=4, points=12, lr=1.5e-3, prompts=True, affinity_on=False
-    ),
+    dict(name="encoder", steps=4000, images=8, points=24, lr=2e-3, prompts=False),
+    dict(name="all", steps=3000, images=4, points=9, lr=1.5e-3, prompts=True),
 )
 
 
-class Block(nn.Module):
-    """ConvNeXt's residual block, with a layer scale that lets it start."""
+def convolution(width: int, out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+    )
 
-    def __init__(self, dim: int, kernel: int = 7, expand: int = 3):
+
+class Block(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, width: int):
         super().__init__()
-        self.spatial = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-        self.norm = nn.GroupNorm(1, dim)
-        self.expand, self.reduce = nn.Conv2d(dim, expand * dim, 1), nn.Conv2d(expand * dim, dim, 1)
-        self.scale = nn.Parameter(torch.full((dim, 1, 1), 0.3))
+        self.first, self.second = convolution(width, width), convolution(width, width)[:2]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.reduce(F.gelu(self.expand(self.norm(self.spatial(x)))))
+        return F.relu(x + self.second(self.first(x)))
 
 
 class ConvEncoder(nn.Module):
-    """Images (B, 3, S, S), normalised -> embedding (B, WIDTH, G, G)."""
+    """Images (B, 3, S, S), normalised -> embedding (B, WIDTH, G, G): a small U-Net.
+
+    Outlines are read at stride 4, and who belongs to whom at strides 8 and 16.
+    """
 
     img_size = SIDE  # `Sam` and `SamPredictor` read it
 
-    def __init__(
-        self, dims: tuple[int, int, int] = (32, 64, 128), depths: tuple[int, int] = (2, 5)
-    ):
+    def __init__(self, widths: tuple[int, int, int] = (48, 96, 144)):
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, dims[0], 3, 2, 1),
-            nn.GroupNorm(1, dims[0]),
-            nn.GELU(),
-            nn.Conv2d(dims[0], dims[1], 3, 2, 1),
-        )  # stride 4
-        self.detail = nn.Sequential(*[Block(dims[1], kernel=5) for _ in range(depths[0])])
-        self.down = nn.Sequential(
-            nn.GroupNorm(1, dims[1]), nn.Conv2d(dims[1], dims[2], 2, 2)
-        )  # stride 8
-        self.context = nn.Sequential(*[Block(dims[2]) for _ in range(depths[1])])
+        fine, middle, coarse = widths
+        self.down = nn.ModuleList(  # to strides 4, 8, 16
+            [
+                nn.Sequential(
+                    convolution(3, fine // 2, 2), convolution(fine // 2, fine, 2), Block(fine)
+                ),
+                nn.Sequential(convolution(fine, middle, 2), Block(middle)),
+                nn.Sequential(convolution(middle, coarse, 2), Block(coarse), Block(coarse)),
+            ]
+        )
+        self.narrow = nn.ModuleList([nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)])
+        self.up = nn.ModuleList([Block(middle), Block(fine)])  # at strides 8, 4
         self.neck = nn.Sequential(
-            nn.Conv2d(dims[2], WIDTH, 1, bias=False),
+            nn.Conv2d(fine, WIDTH, 3, padding=1, bias=False),
             LayerNorm2d(WIDTH),  # as SAM's
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
-            LayerNorm2d(WIDTH),
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.detail(self.stem(image.contiguous(memory_format=torch.channels_last)))
-        return self.neck(self.context(self.down(x)))
+        x, seen = image.contiguous(memory_format=torch.channels_last), []
+        for level in self.down:
+            x = level(x)
+            seen.append(x)
+        for narrow, block, finer in zip(self.narrow, self.up, seen[-2::-1]):
+            x = block(finer + F.interpolate(narrow(x), scale_factor=2.0))
+        return self.neck(x)
 
 
 def build() -> Sam:
@@ -113,7 +119,11 @@ def build() -> Sam:
             iou_head_depth=3,
             iou_head_hidden_dim=WIDTH,
             transformer=TwoWayTransformer(
-                depth=2, embedding_dim=WIDTH, mlp_dim=2 * WIDTH, num_heads=4
+                depth=1,
+                embedding_dim=WIDTH,
+                mlp_dim=2 * WIDTH,
+                num_heads=2,
+                attention_downsample_rate=1,
             ),
         ),
         pixel_mean=[115.0, 115.0, 115.0],
@@ -164,10 +174,10 @@ def train(
     torch.manual_seed(seed)
     numbers = tqdm(range(scenes), desc="mini SAM scenes", mininterval=5)
     pool = [microcosm.scene("sam", i) for i in numbers]
-    sam, affinity, started = build().train(), Affinity(), time.time()
+    sam, started = build().train(), time.time()
     for phase in phases:
         rng = np.random.default_rng((seed, *phase["name"].encode()))
-        train_phase(sam, affinity, pool, rng, warmup, SimpleNamespace(**phase))
+        train_phase(sam, Affinity(), pool, rng, warmup, SimpleNamespace(**phase))
     quality = {
         "command": COMMAND,
         "steps": {phase["name"]: phase["steps"] for phase in phases},
@@ -201,10 +211,8 @@ def train_phase(
         asked = [sample_points(s, phase.points, rng) for s in picked]
         image = torch.stack([torch.from_numpy(s.image) for s in picked])  # (B, S, S, 3) uint8
         embedding = sam.image_encoder(sam.preprocess(image.permute(0, 3, 1, 2)))
-        loss = torch.zeros(())
-        if phase.affinity_on:
-            share = 1 - step / steps if phase.prompts else 1.0
-            loss = loss + share * affinity(embedding, sam.prompt_encoder.get_dense_pe(), asked)
+        share = 1 - step / steps if phase.prompts else 1.0
+        loss = share * affinity(embedding, sam.prompt_encoder.get_dense_pe(), asked)
         if phase.prompts:
             answers = sum(prompt_loss(sam, e, *prompt) for e, prompt in zip(embedding, asked))
             loss = loss + answers / images
@@ -266,26 +274,26 @@ class Affinity(nn.Module):
     off. Thrown away afterwards.
     """
 
-    def __init__(self, dim: int = 24):
+    def __init__(self, dim: int = 32):
         super().__init__()
-        self.project = nn.Sequential(
-            nn.Conv2d(WIDTH, 2 * WIDTH, 1), nn.GELU(), nn.Conv2d(2 * WIDTH, 2 * dim, 1)
-        )
-        self.dim, self.bias = dim, nn.Parameter(torch.tensor([2.0, 2.0]))
+        self.project, self.dim = nn.Conv2d(WIDTH, 2 * dim, 1), dim
+        self.bias = nn.Parameter(torch.tensor([2.0, 2.0]))
 
     def forward(
         self, embedding: Tensor, pe: Tensor, prompts: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """embedding (B, WIDTH, G, G), pe (1, WIDTH, G, G), prompts of `sample_points` -> scalar."""
-        code = self.project(embedding + pe).unflatten(1, (2, self.dim))  # (B, 2, dim, G, G)
-        cell = SIDE // GRID
+        stride = SIDE // GRID
+        codes = self.project(embedding + pe).flatten(2).unflatten(1, (2, self.dim))  # (B, 2, D, S)
         loss = 0.0
-        for one, (xy, masks) in zip(code, prompts):
-            x, y = (xy / cell).long().unbind(1)
-            at_point = one[:, :, y, x].permute(2, 0, 1)  # (P, 2, dim)
-            distance = (at_point[..., None, None] - one[None]).square().mean(2)  # (P, 2, G, G)
+        for code, (xy, masks) in zip(codes, prompts):
+            x, y = (xy / stride).long().unbind(1)
+            asked = code[:, :, y * GRID + x].transpose(1, 2)  # (2, P, D)
+            squares = asked.square().sum(2)[:, :, None] + code.square().sum(1)[:, None]
+            distance = (squares - 2 * asked @ code) / self.dim  # (2, P, S)
             logits = self.bias[:, None, None] - 4 * distance
-            loss = loss + mask_loss(logits, F.avg_pool2d(masks.float(), cell)).mean()
+            target = F.avg_pool2d(masks.float(), stride).transpose(0, 1)  # (2, P, G, G)
+            loss = loss + mask_loss(logits.unflatten(2, (GRID, GRID)), target).mean()
         return loss / len(prompts)
 
 
@@ -308,15 +316,8 @@ def prompt_loss(sam: Sam, embedding: Tensor, xy: Tensor, masks: Tensor) -> Tenso
 
 def decode(sam: Sam, embedding: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
     """Answers to points (P, 2) in an embedding (WIDTH, G, G): (P, 3, H, H) logits, (P, 3) IoUs."""
-    foreground = torch.ones(len(xy), 1, dtype=torch.int)
-    sparse, dense = sam.prompt_encoder(points=(xy[:, None], foreground), boxes=None, masks=None)
-    return sam.mask_decoder(
-        image_embeddings=embedding[None],
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=True,
-    )
+    tokens, cells, iou = sam_fast.asked(sam, embedding[None], xy)
+    return sam_fast.draw(sam.mask_decoder, tokens, cells), iou
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 segment_anything repeats the image for every point. Here what depends on no point (the image, up to
 the first layer's answer) is computed once, and an answer that its own predicted IoU rejects is not
-drawn. The stage of the masks takes 0.69 of its time on the miniature world, 0.85 with a ViT-B, 8 x
-8 points and every third answer drawn.
+drawn. With a ViT-B, 8 x 8 points and every third answer drawn it takes 0.85 of the time.
 Differs from `MaskDecoder.forward`: nothing but rounding.
 Axes: N points, T tokens a point, M masks, S = G G cells of the embedding, C channels.
 """
@@ -22,6 +21,19 @@ def answers(sam: Sam, embedding: Tensor, xy: Tensor, least: float) -> tuple[Tens
     Args: embedding (1, C, G, G);  xy (N, 2), in pixels of the resized image.
     Returns: for M masks the index of the point, the predicted IoU, and logits (M, 4G, 4G).
     """
+    tokens, cells, predicted = asked(sam, embedding, xy)
+    of_point, answer = (predicted > least).nonzero(as_tuple=True)
+    points, place = of_point.unique(return_inverse=True)
+    logits = draw(sam.mask_decoder, tokens[points], cells[points])
+    return of_point, predicted[of_point, answer], logits[place, answer]
+
+
+def asked(sam: Sam, embedding: Tensor, xy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (N, 2) in an embedding (1, C, G, G) -> what is drawn of, and predicted IoUs (N, 3).
+
+    Drawn (`draw`) of tokens (N, 3, C) and cells (N, S, C): the first of the four mask tokens is for
+    prompts of several points.
+    """
     decoder = sam.mask_decoder
     labels = torch.ones(len(xy), 1, dtype=torch.int, device=xy.device)
     prompts, no_mask = sam.prompt_encoder(points=(xy[:, None], labels), boxes=None, masks=None)
@@ -30,12 +42,7 @@ def answers(sam: Sam, embedding: Tensor, xy: Tensor, least: float) -> tuple[Tens
     cells = (embedding + no_mask[:1]).flatten(2).transpose(1, 2)  # (1, S, C)
     positions = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2)
     tokens, cells = two_way(decoder.transformer, tokens, cells, positions)
-    # (N, 3); the first of the four is for prompts of several points
-    predicted = decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
-    of_point, answer = (predicted > least).nonzero(as_tuple=True)
-    asked, place = of_point.unique(return_inverse=True)
-    logits = draw(decoder, tokens[asked, 2:5], cells[asked])
-    return of_point, predicted[of_point, answer], logits[place, answer]
+    return tokens[:, 2:5], cells, decoder.iou_prediction_head(tokens[:, 0])[:, 1:]
 
 
 def two_way(

@@ -308,7 +308,7 @@ def test_the_two_commands_make_their_own_environment_in_an_ignored_folder(kind, 
         use
         == {
             "run": ".venv/bin/python dearli.py",
-            "test": ".venv/bin/python -m pytest -q",
+            "test": ".venv/bin/python -m pytest -q -n auto --maxprocesses 4",
         }[kind]
     )
     ignored = (ROOT / ".gitignore").read_text().splitlines()

@@ -42,11 +42,11 @@ def test_the_mini_sam_is_remade_by_one_call(tmp_path):
     from mini import mini_sam
 
     phases = (
-        dict(name="encoder", steps=1, images=1, points=3, lr=2e-3, prompts=False, affinity_on=True),
-        dict(name="refine", steps=2, images=2, points=3, lr=2e-3, prompts=True, affinity_on=True),
+        dict(name="encoder", steps=1, images=1, points=3, lr=2e-3, prompts=False),
+        dict(name="all", steps=2, images=2, points=3, lr=2e-3, prompts=True),
     )
     quality = mini_sam.train(tmp_path / "sam.safetensors", phases=phases, scenes=2, test_images=1)
-    assert quality["steps"] == {"encoder": 1, "refine": 2} and 0 <= quality["recall50"] <= 1
+    assert quality["steps"] == {"encoder": 1, "all": 2} and 0 <= quality["recall50"] <= 1
     assert (
         mini_sam.evaluate(mini_sam.load(tmp_path / "sam.safetensors"), images=1)["masks_max"]
         == quality["masks_max"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 
 import numpy as np
@@ -366,9 +365,15 @@ def test_demo_and_ladder_end_with_tables_and_a_picture(small_mini, tmp_path, cap
         "dearli": 2,
     }
     # equal semi-supervised steps, the warm-up on top; the control has its steps instead
-    lengths = {run: len(log_of(tmp_path / f"mini-{run}-4")) for run in content["results"]}
+    runs = tmp_path / "ladder"
+    lengths = {run: len(log_of(runs / f"mini-{run}-4")) for run in content["results"]}
     assert lengths == {"sup": 4, "ssl": 4, "dear": 4, "dear-control": 6, "dearli": 4}
-    assert len(log_of(tmp_path / "mini-dewa")) == 2
+    assert len(log_of(runs / "mini-dewa")) == 2
+    # a run that is there is not made longer: it would be of no length at all
+    assert run("--stage", "ladder", "--seeds", 2, *sizes, "--ssl-steps", 5) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "a run with --sup-steps 4, where the table has 5; choose another folder" in message
+    assert [len(log_of(runs / f"mini-{run}-4")) for run in lengths] == list(lengths.values())
 
 
 class Few(Source):
@@ -390,11 +395,12 @@ def test_runs_in_processes_of_their_own_are_those_made_one_after_the_other(tmp_p
         # hundreds of pictures in reports say nothing of the processes
         return dearli.trainer(source, place, Machine(), Course(watch=1, report_images=1))
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes: sums in the same order
     one, two = (
         ladder.run_rungs(trainer("4", tmp_path / str(jobs)), rungs, jobs) for jobs in (1, 2)
     )
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(threads)
     assert one == two and len(one) == 2
     with pytest.raises(UserError, match="unknown split '400' of data set mini"):
         ladder.run_rungs(trainer("400", tmp_path / "3"), rungs, 2)

@@ -248,7 +248,7 @@ def _masks_of_both(picture: np.ndarray, cfg: Config) -> tuple[list[dict], list[d
     [
         {},
         dict(points_per_side=5, points_per_batch=7, mask_nms_thresh=0.9),
-        dict(pred_iou_thresh=0.6, stability_thresh=0.7),
+        dict(pred_iou_thresh=0.6, stability_thresh=0.7, points_per_side=6),
         dict(pred_iou_thresh=-1.0, stability_thresh=0.0, points_per_side=3),
     ],
 )
@@ -321,8 +321,9 @@ def test_a_sam_with_its_own_vision_transformer_is_asked_alike_in_either_precisio
 
 def test_a_picture_of_which_every_mask_is_rejected_has_none():
     picture = microcosm.scene("val", 3).image
-    assert _masks_of_both(picture, dataclasses.replace(MINI, pred_iou_thresh=9.0)) == ([], [])
-    assert _masks_of_both(picture, dataclasses.replace(MINI, stability_thresh=1.1)) == ([], [])
+    for change in (dict(pred_iou_thresh=9.0), dict(stability_thresh=1.1)):
+        cfg = dataclasses.replace(MINI, points_per_side=4, **change)
+        assert _masks_of_both(picture, cfg) == ([], [])
 
 
 def test_boxes_of_masks_by_hand_and_of_an_empty_one():
@@ -335,10 +336,11 @@ def test_masks_with_an_encoder_in_bf16_are_nearly_those_of_fp32():
     from mini import mini_sam
 
     sam, found = mini_sam.load(), []
+    cfg = dataclasses.replace(MINI, points_per_side=8)
     for i in range(4):
         picture = microcosm.scene("val", i).image
         exact, rounded = (
-            [one["segmentation"] for one in MaskGenerator(sam, MINI, precision).generate(picture)]
+            [one["segmentation"] for one in MaskGenerator(sam, cfg, precision).generate(picture)]
             for precision in (torch.float32, torch.bfloat16)
         )
         found.extend(mini_sam.iou_matrix(exact, rounded).max(1))
@@ -354,7 +356,11 @@ def test_answers_without_the_repeated_image_are_those_of_segment_anythings_decod
     xy = torch.rand(9, 2, generator=torch.Generator().manual_seed(0)) * size
     with torch.no_grad():
         embedding = loaded.image_encoder(loaded.preprocess(picture))
-        logits, iou = mini_sam.decode(loaded, embedding[0], xy)  # (9, 3, 64, 64), (9, 3)
+        asked = xy[:, None], torch.ones(9, 1, dtype=torch.int)
+        sparse, dense = loaded.prompt_encoder(points=asked, boxes=None, masks=None)
+        place = loaded.prompt_encoder.get_dense_pe()
+        logits, iou = loaded.mask_decoder(embedding, place, sparse, dense, multimask_output=True)
+        assert logits.shape == (9, 3, size, size)
         for least in (-9.0, iou.median().item()):
             points, ious, masks = answers(loaded, embedding, xy, least)
             drawn = (iou > least).nonzero(as_tuple=True)

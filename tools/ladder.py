@@ -23,7 +23,7 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from config import METHODS, PRESETS, Config
+from config import METHODS, PRESETS, Config, dashed
 from engine import masks
 from engine.begin import Begun, beginning, identity, settle
 from engine.checks import require_semi_supervised
@@ -189,6 +189,7 @@ class Trainer:
         course = dataclasses.replace(
             self.course, resume=True, steps=_length(rung, numbers), given=given, later=later
         )
+        require_length(folder, numbers)
         metrics = self.finished(rung, numbers, course, folder)
         if metrics is not None:
             return metrics
@@ -222,7 +223,6 @@ class Trainer:
         same = (
             about.keys() <= stored.keys()
             and not differing(stored, expected)
-            and all(stored[k] == expected[k] for k in ("sup_steps", "ssl_steps", "dewa_steps"))
             and metrics.get("evaluated_on") == source.evaluated_on
         )
         return metrics if same else None
@@ -234,6 +234,20 @@ class Trainer:
             if rung.kind == "dearli":
                 folders.add(self.place.folder(self.source, "dewa", cfg.seed))
         return {folder / "log.jsonl" for folder in folders}
+
+
+def require_length(folder: Path, cfg: Config) -> None:
+    """Raise UserError if a run is there that was begun for another number of steps: made longer, it
+    would not be the run of a table."""
+    if not (folder / "config.json").exists():
+        return
+    stored = json.loads((folder / "config.json").read_text())
+    for name in ("sup_steps", "ssl_steps", "dewa_steps"):
+        if stored.get(name) != getattr(cfg, name):
+            raise UserError(
+                f"{folder}: a run with {dashed(name)} {stored.get(name)}, where the table has "
+                f"{getattr(cfg, name)}; choose another folder with --runs, or delete this one"
+            )
 
 
 def _work(rung: Rung) -> str:
@@ -323,10 +337,12 @@ def table(
     rungs: tuple[Rung, ...], name: str, train: Trainer, cfg: Config, count: int, jobs: int
 ) -> Path:
     """Every rung over `count` seeds: two tables, and the raw figures in NAME.json."""
-    source, place = train.source, train.place
     require_rungs(cfg, rungs)
-    top = place.out or place.runs
+    top = train.place.out or train.place.runs
     require_writable(top)
+    # apart from the demo's and from those of single stages, which may be of other lengths
+    place = dataclasses.replace(train.place, runs=train.place.runs / "ladder")
+    source, train = train.source, dataclasses.replace(train, place=place)
     if any(rung.kind == "dearli" for rung in rungs):
         masks.make(source, place.masks(source), train.machine, cfg)  # all seeds share them
     seeds = list(range(cfg.seed, cfg.seed + count))
