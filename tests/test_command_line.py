@@ -885,7 +885,7 @@ def test_runs_side_by_side_end_with_the_table_that_began_them(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    logs = lambda: [p for p in tmp_path.glob("*/log.jsonl") if p.stat().st_size > 500]  # noqa: E731
+    logs = lambda: [p for p in tmp_path.rglob("log.jsonl") if p.stat().st_size > 500]  # noqa: E731
     try:
         wait_for(lambda: len(logs()) == 2, 120)
         process.kill()
