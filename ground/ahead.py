@@ -12,14 +12,12 @@ def ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, Calla
     One thread reads, in order, and is at most one item ahead: beside the caller's there is no more
     than one in memory. Decoding releases the lock of the interpreter.
     """
-    items = iter(items)
     with ThreadPoolExecutor(1, "ahead") as reader:
+        before = None
         for item in items:
-            now = item, reader.submit(read, item)
-            break
-        else:
-            return
-        for item in items:
-            now, (before, reading) = (item, reader.submit(read, item)), now
-            yield before, reading.result
-        yield now[0], now[1].result
+            now = item, reader.submit(read, item).result
+            if before:
+                yield before
+            before = now
+        if before:
+            yield before

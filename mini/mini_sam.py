@@ -55,6 +55,7 @@ PHASES = (
 
 
 def convolution(width: int, out: int, stride: int = 1) -> nn.Sequential:
+    """(B, width, h, w) -> (B, out, h / stride, w / stride), at least 0."""
     return nn.Sequential(
         nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
     )
@@ -268,7 +269,7 @@ def sample_points(
 
 
 class Affinity(nn.Module):
-    """First phase: make the cells of one region alike, and those of others not.
+    """Make the cells of one region alike, and those of others not: all of the first phase.
 
     Without it the decoder has nothing to select by, and several hundred steps pass before it takes
     off. Thrown away afterwards.
