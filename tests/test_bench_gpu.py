@@ -11,7 +11,7 @@ import torch
 
 from inference import panoptic_inference
 from tests.helpers import CPU
-from tools import bench_gpu
+from tools import bench_gpu, bench_works
 from tools import bench_gpu_others as others
 from tools import bench_gpu_paths as paths
 from tools import bench_gpu_works as works
@@ -94,15 +94,15 @@ def test_distances_and_agreement_by_hand():
 
 def test_made_answers_have_the_segments_that_they_promise():
     cfg, classes, most = works.step_size(works.Bench(CPU, True, None), "")
-    posterior, masks = works.made_answers(cfg, 3, classes, most)
+    posterior, masks = bench_works.made_answers(cfg, 3, most, classes)
     assert torch.allclose(posterior.sum(-1), torch.ones(3, cfg.num_queries))
     sizes = ((cfg.crop, cfg.crop),) * 3
     things = torch.ones(classes, dtype=torch.bool)
-    for k, n in enumerate(works.counts(3, most)):
+    for k, n in enumerate(bench_works.counts(3, most)):
         segment_map, labels, _ = panoptic_inference(posterior[k], masks[k], things, sizes)
         assert n * 0.7 <= len(labels) <= n, "few are too thin for a mask of a quarter of the size"
         assert (segment_map > 0).float().mean() > 0.8
-    assert works.counts(8, 60)[::7] == [5, 60]
+    assert bench_works.counts(8, 60)[::7] == [5, 60] and bench_works.counts(1, 20) == [20]
 
 
 def test_tf32_is_as_a_mode_says_and_as_before_after_it():

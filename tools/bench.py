@@ -81,7 +81,7 @@ index               1  a panoptic JSON of COCO's size
 SIDES = {
     "step": beside_official("step"),
     "step-bf16": beside_official("step", BF16),
-    "step-640": (partial(works.our_step, side=640, images=1, classes=150, segments=20),),
+    "step-640": (partial(works.our_step, side=640, images=1, classes=150, most=30),),
     "inference": beside_official("inference"),
     "inference-640": beside_official("inference", side=640, images=1),
     "inference-bf16": beside_official("inference", BF16),

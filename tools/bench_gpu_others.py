@@ -24,19 +24,8 @@ from ground import ranks
 from pretrained.sam import MaskGenerator
 from pretrained.sam_fast import answers
 from tools import bench_works as works
-from tools.bench_gpu_works import (
-    FP32,
-    Answering,
-    Bench,
-    cells,
-    distance,
-    made_answers,
-    made_batch,
-    mode,
-    step_size,
-    taxonomy,
-    verdict,
-)
+from tools.bench_gpu_works import FP32, Bench, distance, mode, step_size, taxonomy, verdict
+from tools.bench_works import Answering, cells, made_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 SAM_GOAL, OFFICIAL_GOAL = 1 / 3, 0.5  # of the peer's time
@@ -195,11 +184,10 @@ def _few_steps(bench: Bench, cfg: Config, precision: torch.dtype, steps: int) ->
     """Losses of the steps, gradients of the first, and weights after the last, each by name."""
     method = Answering(cfg, taxonomy(7), bench.device, precision)
     images, most = cfg.labeled_batch, 8
-    made = made_answers(cfg, images + -(-images // 2), 7, most)
-    method.made = tuple(x.to(bench.device) for x in made)
+    method.answer_with(images, most)
     found: dict[str, dict] = {"losses": {}, "gradients of step 1": {}}
     for t in range(steps):
-        batch = made_batch(cfg.crop, images, 7, most, t)
+        batch = made_batch(cfg.crop, images, most, t, 7)
         row = method.step(tuple(half.to(bench.device) for half in batch), t)
         found["losses"][t] = torch.tensor(row["loss"], dtype=torch.float64)
         if t == 0:
@@ -296,7 +284,7 @@ def official(bench: Bench) -> dict:
         raise works.Skipped(
             "the official code is measured on a CPU by --only step, without --device"
         )
-    size = dict(side=640, images=8, segments=30)
+    size = dict(side=640, images=8)
     with mode("fp32"):
         place = works.Place(bench.official, bench.folder, bench.device)
         theirs = works.official_step(place, **size)  # first: it may be skipped

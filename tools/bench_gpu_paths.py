@@ -30,7 +30,8 @@ from mini import microcosm, scenes
 from model import Segmenter, mask_logits
 from pretrained.segmenter import build
 from readers import mask_files
-from tools.bench_gpu_works import BF16, FP32, Bench, cells, counts, distance, mode, taxonomy
+from tools.bench_gpu_works import BF16, FP32, Bench, distance, mode, taxonomy
+from tools.bench_works import cells, counts
 
 # Of a decoder that a CPU trains in no time.
 TINY = """--pretrained random --hidden 32 --heads 2 --encoder-layers 1 --decoder-layers 2

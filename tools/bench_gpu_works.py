@@ -22,10 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 import mean_teacher
 from config import MINI, OFFICIAL, Config
-from matcher import Target
-from mean_teacher import MeanTeacher
 from readers.ground_truth import Taxonomy
-from tools import bench_works as works
+from tools.bench_works import SEGMENTS, Answering, made_batch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # The precisions of a row: autocast to, whether matrix products and convolutions may round fp32 to
@@ -37,7 +35,6 @@ MODES = {
     "bf16": (BF16, False, True),
 }
 MEMORY_GOAL, SHARE_GOAL = 24.0, 0.35  # GB of a ConvNeXt-L step; of the bf16 peak
-SEGMENTS = (5, 60)  # least and most, of a target
 
 
 @dataclass
@@ -119,59 +116,6 @@ def distance(x: Tensor, true: Tensor) -> float:
 # ------------------------------------------------------------------------------------ the step
 
 
-class Answering(MeanTeacher):
-    """DEAR whose teacher answers in full, as in a run, and is then given made answers: a teacher
-    of noise would find no segment, and what follows would cost nothing."""
-
-    made: tuple[Tensor, Tensor]
-
-    def teacher_answer(self, features, t):
-        of_noise = super().teacher_answer(features, t)
-        answer = tuple(x[: len(features[0])] for x in self.made)
-        assert [x.shape for x in answer] == [x.shape for x in of_noise]
-        return answer
-
-
-def cells(side: int, segments: int, g: torch.Generator) -> Tensor:
-    """(side, side) int32, 1 ... segments: every pixel is its nearest centre's."""
-    centres = torch.rand(segments, 2, generator=g) * side
-    axis = torch.arange(side, dtype=torch.float32)
-    squares = (axis[:, None] - centres.T[:, None, :]) ** 2  # (2, side, segments)
-    return (squares[0][:, None] + squares[1][None]).argmin(-1).int() + 1
-
-
-def counts(images: int, most: int) -> list[int]:
-    """Segments of the images of a batch, from the least to `most`."""
-    return np.linspace(SEGMENTS[0], most, images).round().astype(int).tolist()
-
-
-def made_batch(side: int, images: int, classes: int, most: int, seed: int):
-    """As `bench_works.made_batch`, with 5 to `most` segments an image."""
-    g = torch.Generator().manual_seed(seed)
-    labeled, unlabeled = works.made_batch(side, images, 1, seed, classes)
-    targets = [
-        Target(torch.randint(0, classes, (n,), generator=g), cells(side, n, g))
-        for n in counts(images, most)
-    ]
-    return replace(labeled, targets=targets), unlabeled
-
-
-def made_answers(cfg: Config, images: int, classes: int, most: int) -> tuple[Tensor, Tensor]:
-    """Posteriors (B, Q, K+1) and mask logits (B, Q, S/4, S/4) whose panoptic inference has 5 to
-    `most` segments, less the stuff that is joined."""
-    g = torch.Generator().manual_seed(9)
-    posterior = torch.full((images, cfg.num_queries, classes + 1), 0.01 / classes)
-    posterior[..., -1] = 0.99
-    masks = torch.full((images, cfg.num_queries, cfg.crop // 4, cfg.crop // 4), -6.0)
-    for k, n in enumerate(counts(images, most)):
-        owner = cells(cfg.crop // 4, n, g)
-        masks[k, :n] = torch.where(owner == torch.arange(1, n + 1)[:, None, None], 6.0, -6.0)
-        posterior[k, :n, -1] = 0.01
-        chosen = torch.randint(0, classes, (n,), generator=g)
-        posterior[k, torch.arange(n), chosen] = 0.98 + 0.01 / classes
-    return posterior, masks
-
-
 def taxonomy(classes: int) -> Taxonomy:
     things = tuple(k < classes * 3 // 5 for k in range(classes))
     return Taxonomy(tuple(f"class {k}" for k in range(classes)), things, tuple(range(classes)))
@@ -191,10 +135,8 @@ def step(bench: Bench, backbone: str, name: str) -> dict:
     images, repeats = cfg.labeled_batch, 1 if bench.small else 7
     with mode(name) as precision:
         method = Answering(cfg, taxonomy(classes), bench.device, precision)
-        # weak views and the partners of CutMix, of every other image
-        made = made_answers(cfg, images + -(-images // 2), classes, most)
-        method.made = tuple(x.to(bench.device) for x in made)
-        batches = [made_batch(cfg.crop, images, classes, most, seed) for seed in range(2)]
+        method.answer_with(images, most)
+        batches = [made_batch(cfg.crop, images, most, seed, classes) for seed in range(2)]
         batches = [tuple(half.to(bench.device) for half in batch) for batch in batches]
         rows = []
 

@@ -106,7 +106,9 @@ def masks_again(place: works.Place, images: int) -> Callable:
     return again
 
 
-ONE = partial(works.our_step, images=1)  # the step whose cost grows: 1 labelled + 1 unlabelled
+ONE = partial(
+    works.our_step, images=1, most=20
+)  # the step whose cost grows: 1 labelled + 1 unlabelled
 # axis: calls that count, the maker, the name of its number, values
 GROWTH = {
     "images of the data set: a labelled batch": (
@@ -121,6 +123,6 @@ GROWTH = {
         *(1, our_windows, "side"),
         (1_000, 4_000, 20_000),
     ),
-    "segments an image: a step": (2, ONE, "segments", (5, 50, 300)),
+    "segments an image: a step": (2, ONE, "most", (5, 50, 300)),
     "pixels of the crop's side: a step": (2, ONE, "side", (256, 512, 640)),
 }

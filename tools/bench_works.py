@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from clip_ensemble import ClipBackbone, Vocabulary
-from config import OFFICIAL
+from config import OFFICIAL, Config
 from data import Labeled, Unlabeled
 from engine import training
 from inference import panoptic_inference
@@ -39,6 +40,7 @@ OFFICIAL_CONFIG = (
 )
 OFFICIAL_DIM = 640  # joint space of convnext_base_w_320
 NAMES = tuple(f"class {k}" for k in range(1, CLASSES + 1))
+SEGMENTS = (5, 60)  # least and most, of a target and of a pseudo-label
 TAXONOMY = Taxonomy(NAMES, tuple(k < THINGS for k in range(CLASSES)), tuple(range(1, CLASSES + 1)))
 
 
@@ -58,8 +60,26 @@ class Place:
 # ------------------------------------------------------------------------------------- models
 
 
-class Made(MeanTeacher):
-    """DEAR with random weights; the embeddings of its classes are made up, too."""
+class Answering(MeanTeacher):
+    """DEAR whose teacher answers in full, as in a run, and is then given made answers: a teacher
+    of noise would find no segment, and what follows would cost nothing."""
+
+    made: tuple[Tensor, Tensor]
+
+    def teacher_answer(self, features, t):
+        of_noise = super().teacher_answer(features, t)
+        answer = tuple(x[: len(features[0])] for x in self.made)
+        assert [x.shape for x in answer] == [x.shape for x in of_noise]
+        return answer
+
+    def answer_with(self, images: int, most: int) -> None:
+        """Of so many weak views and the partners of their CutMix boxes, every other image's."""
+        made = made_answers(self.cfg, images + -(-images // 2), most, len(self.taxonomy))
+        self.made = tuple(x.to(self.device) for x in made)
+
+
+class Made(Answering):
+    """The same with random weights; the embeddings of its classes are made up, too."""
 
     def network(self, clip) -> Segmenter:
         torch.manual_seed(0)
@@ -137,27 +157,54 @@ def official_models(place: Place):
     return student, teacher, SemiSupTrainRunner
 
 
-def made_batch(side: int, images: int, segments: int, seed: int, classes: int = CLASSES):
+def cells(side: int, segments: int, g: torch.Generator) -> Tensor:
+    """(side, side) int32, 1 ... segments: every pixel is its nearest centre's."""
+    centres = torch.rand(segments, 2, generator=g) * side
+    axis = torch.arange(side, dtype=torch.float32)
+    squares = (axis[:, None] - centres.T[:, None, :]) ** 2  # (2, side, segments)
+    return (squares[0][:, None] + squares[1][None]).argmin(-1).int() + 1
+
+
+def counts(images: int, most: int) -> list[int]:
+    """Segments of the images of a batch, from the least to `most`, which one image has."""
+    least = SEGMENTS[0] if images > 1 else most
+    return np.linspace(least, most, images).round().astype(int).tolist()
+
+
+def made_batch(side: int, images: int, most: int, seed: int, classes: int = CLASSES):
     """Noise in the shape of a labelled and an unlabelled batch, which has every other CutMix box.
 
-    Targets are partitions into cells around random centres.
+    Targets are partitions into 5 to `most` cells.
     """
     g = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    targets = []
-    for _ in range(images):
-        centres = torch.rand(segments, 2, generator=g) * side
-        distances = torch.stack([(y - cy) ** 2 + (x - cx) ** 2 for cy, cx in centres])
-        labels = torch.randint(0, classes, (segments,), generator=g)
-        targets.append(Target(labels, distances.argmin(0).int() + 1))
+    targets = [
+        Target(torch.randint(0, classes, (n,), generator=g), cells(side, n, g))
+        for n in counts(images, most)
+    ]
     box = (side // 4, side // 2, side // 4, side // 2)
     boxes = [box if i % 2 == 0 else None for i in range(images)]
-    counts = (images, images, images, len(boxes[::2]), len(boxes[::2]))
+    numbers = (images, images, images, len(boxes[::2]), len(boxes[::2]))
     labeled, weak, strong, *partners = (
-        torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8) for n in counts
+        torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8) for n in numbers
     )
     names = [f"made {i}" for i in range(images)]
     return Labeled(labeled, targets, names), Unlabeled(weak, strong, boxes, *partners, names)
+
+
+def made_answers(cfg: Config, images: int, most: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Posteriors (B, Q, K+1) and mask logits (B, Q, S/4, S/4) whose panoptic inference has 5 to
+    `most` segments, less the stuff that is joined; no more than there are queries."""
+    g = torch.Generator().manual_seed(9)
+    posterior = torch.full((images, cfg.num_queries, classes + 1), 0.01 / classes)
+    posterior[..., -1] = 0.99
+    masks = torch.full((images, cfg.num_queries, cfg.crop // 4, cfg.crop // 4), -6.0)
+    for k, n in enumerate(counts(images, min(most, cfg.num_queries))):
+        owner = cells(cfg.crop // 4, n, g)
+        masks[k, :n] = torch.where(owner == torch.arange(1, n + 1)[:, None, None], 6.0, -6.0)
+        posterior[k, :n, -1] = 0.01
+        chosen = torch.randint(0, classes, (n,), generator=g)
+        posterior[k, torch.arange(n), chosen] = 0.98 + 0.01 / classes
+    return posterior, masks
 
 
 def official_batch(labeled: Labeled, unlabeled: Unlabeled) -> list[dict]:
@@ -189,11 +236,18 @@ def official_batch(labeled: Labeled, unlabeled: Unlabeled) -> list[dict]:
 
 
 def our_step(
-    place, side=256, images=2, classes=CLASSES, segments=10, queries=200, precision=torch.float32
+    place,
+    side=256,
+    images=2,
+    classes=CLASSES,
+    most=SEGMENTS[1],
+    queries=200,
+    precision=torch.float32,
 ) -> Callable:
     cfg = dataclasses.replace(OFFICIAL, crop=side, num_queries=queries)
     method = our_method(classes, cfg, precision, place.device)
-    batches = [made_batch(side, images, segments, t, classes) for t in range(5)]
+    method.answer_with(images, most)
+    batches = [made_batch(side, images, most, t, classes) for t in range(5)]
     batches = [tuple(half.to(place.device) for half in batch) for batch in batches]
 
     def step(t: int) -> None:
@@ -202,9 +256,11 @@ def our_step(
     return step
 
 
-def official_step(place, side=256, images=2, segments=10) -> Callable:
+def official_step(place, side=256, images=2, most=SEGMENTS[1]) -> Callable:
     student, teacher, runner = official_models(place)
-    batches = [made_batch(side, images, segments, t) for t in range(5)]
+    partners = -(-images // 2)
+    answer_officially(teacher, [slice(images, images + partners), slice(images)], side, most)
+    batches = [made_batch(side, images, most, t) for t in range(5)]
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=OFFICIAL.lr, weight_decay=OFFICIAL.weight_decay)
 
@@ -225,8 +281,27 @@ def official_step(place, side=256, images=2, segments=10) -> Callable:
     return step
 
 
+def answer_officially(model, parts: list[slice], side: int, most: int) -> None:
+    """As `Answering`, of an official model, whose ensemble of these answers with CLIP's noise has
+    the same classes. parts: of the made answers, for its calls in turn."""
+    cfg, images = dataclasses.replace(OFFICIAL, crop=side), max(part.stop for part in parts)
+    posterior, masks = made_answers(cfg, images, most, CLASSES)
+    turns = itertools.cycle(parts)
+
+    def answer(head, inputs, outputs):
+        part, like = next(turns), outputs["pred_logits"]
+        logits = 3 * posterior[part].log()  # sure enough to outweigh what CLIP says
+        made = {"pred_logits": logits.to(like.device), "pred_masks": masks[part].to(like.device)}
+        assert all(outputs[key].shape == value.shape for key, value in made.items())
+        return {**outputs, **made}
+
+    model.sem_seg_head.register_forward_hook(answer)
+
+
 def our_inference(place, side=256, images=2, precision=torch.float32) -> Callable:
-    method = our_method(precision=precision)
+    cfg = dataclasses.replace(OFFICIAL, crop=side)
+    method = our_method(cfg=cfg, precision=precision)
+    method.answer_with(images, SEGMENTS[1])
     teacher, x = method.models["teacher"], made_batch(side, images, 1, 0)[0].images
 
     @torch.no_grad()
@@ -239,6 +314,7 @@ def our_inference(place, side=256, images=2, precision=torch.float32) -> Callabl
 
 def official_inference(place, side=256, images=2) -> Callable:
     student = official_models(place)[0].eval()
+    answer_officially(student, [slice(images)], side, SEGMENTS[1])
     pictures = made_batch(side, images, 1, 0)[0].images
     rows = [dict(image=x, height=side, width=side) for x in pictures]
     return torch.no_grad()(lambda t: student(rows))
