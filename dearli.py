@@ -97,7 +97,7 @@ def stage_masks(source, place, machine, cfg, dry_run):
 def stage_dewa(source, place, machine, cfg, course, masks=None):
     """Decoder warm-up, L_loc on all SAM masks."""
     import dewa
-    from engine.begin import as_begun, begin, begun, require_place, scaled
+    from engine.begin import as_begun, begin, begun, require_place, scaled, warm_up_identity
     from engine.masks import provided, say_maker
     from engine.stored import require_foundation
     from pretrained.segmenter import build
@@ -118,12 +118,7 @@ def stage_dewa(source, place, machine, cfg, course, masks=None):
     with provided(source, place, machine, cfg, course, images, masks, prepare) as (there, those):
         made = made_of(there, images, those)
         say_maker(course.given, cfg, made)
-        about = {
-            "stage": "dewa",
-            "dataset": source.name,
-            "data": images.fingerprint(),
-            "masks": made,
-        }
+        about = warm_up_identity(source, images, made)
         run = begin(course, folder, cfg, about, source.dataset, before)
         method = dewa.Dewa(cfg, dewa.TAXONOMY, machine.device, machine.precision)
         student = method.models["student"]

@@ -97,6 +97,19 @@ def identity(source: Source, stage: str, taxonomy: Taxonomy) -> dict:
     }
 
 
+def warm_up_identity(source: Source, images, masks: dict | None) -> dict:
+    """The same of a warm-up, which has no classes and takes all images; of a folder of them
+    (--images) it stores the name only."""
+    return {
+        "stage": "dewa",
+        "dataset": source.name,
+        "data_root": "" if source.images else source.data_root,
+        "variant": "" if source.images else source.variant,
+        "data": images.fingerprint(),
+        "masks": masks,
+    }
+
+
 @dataclass(frozen=True)
 class Begun:
     """What is in the folder of a run that goes on. state: its newest checkpoint;  config: what it

@@ -15,7 +15,7 @@ MAY_CHANGE = set(
 )
 
 # What runs did not always store of their identity.
-LATER = {"taxonomy", "data", "truth", "init", "masks"}
+LATER = {"taxonomy", "data", "truth", "init", "masks", "data_root", "variant"}
 
 
 def differing(stored: dict, config: dict) -> list[str]:

@@ -19,7 +19,7 @@ from ground import ranks
 from ground.errors import UserError
 from ground.files import write_atomic
 from readers.ground_truth import DataSet, Taxonomy
-from report import page, run_folder, tables, views
+from report import page, run_folder, tables, views, warm_up
 from report.gallery import Other, gallery
 from report.groups import frequency_groups, group_quality
 
@@ -90,7 +90,7 @@ def finish_warm_up(
     if course.dry_run and course.report:
         _say_views(folder, method, batches)
     elif not course.dry_run and ranks.rank() == 0:
-        write_report(method, None, folder, Pictures(0, masks))
+        write_report(method, None, folder, Pictures(0, masks), batches=batches)
 
 
 def _say_views(folder: Path, method: Method, batches: Batches, dataset=None) -> None:
@@ -116,12 +116,15 @@ def write_report(
     folder: Path,
     pictures: Pictures,
     config: dict | None = None,
+    batches: Batches | None = None,
 ) -> None:
-    """report.html at the end of a stage. dataset: None, if there is nothing to be drawn."""
+    """report.html at the end of a stage. dataset: None of the warm-up, which has batches."""
     try:
         run = run_folder.read(folder, {**(config or {}), **dataclasses.asdict(method.cfg)})
         shown = dataset is not None and run.reading and pictures.count
         cards = draw_cards(method, dataset, run, pictures) if shown else {}
+        if batches is not None:
+            cards = warm_up.cards(method, batches)
         print(page.write(folder, [run], dataset, cards))
     except Exception as error:  # a picture of the run is not worth the run
         print(
@@ -153,27 +156,23 @@ def report_again(
     """report.html of a run, beside those of `compare`; without its data or its weights, what can be
     said without them.
 
-    safe: colours that colour-blind people
-    can tell apart.
+    safe: colours that colour-blind people can tell apart.
     """
     own = stored.path if stored.path.is_dir() else folder
     run, *others = [run_folder.read(path, stored.config) for path in (own, *compare)]
     source = dataclasses.replace(source, eval_on=run.metrics.get("evaluated_on", "val"))
     dataset, cards = None, {}
-    missing = "" if run.reading else "the run was not evaluated"
-    if stored.is_warm_up:
-        missing = "the warm-up knows no class"
+    missing = "" if run.reading or stored.is_warm_up else "the run was not evaluated"
     try:
-        dataset = source.load(cfg, config=stored.config, origin=stored.path)
-        dataset.taxonomy = repainted(dataset.taxonomy, safe)
-        if not missing and pictures.count:
-            method = restore(
-                stored,
-                settle(cfg, dataset),
-                dataset.taxonomy,
-                device,
-                source.name,
-            )
+        if stored.is_warm_up:
+            again = stored, source, cfg, device, pictures.masks
+            cards = warm_up.cards_again(*again) if pictures.count else {}
+        else:
+            dataset = source.load(cfg, config=stored.config, origin=stored.path)
+            dataset.taxonomy = repainted(dataset.taxonomy, safe)
+        if dataset and not missing and pictures.count:
+            own = settle(cfg, dataset), dataset.taxonomy
+            method = restore(stored, *own, device, source.name)
             beside = _others(others, cfg, dataset, device, source.name)
             cards = draw_cards(method, dataset, run, pictures, beside)
     except UserError as error:

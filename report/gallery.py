@@ -149,14 +149,20 @@ def _unlabelled(method: Method, dataset: DataSet, i: int, masks: Path | None) ->
 
 
 def all_masks(image: Image.Image, masks: np.ndarray) -> tuple[str, bytes]:
-    """masks: (H, W, N) bool; small ones on top."""
+    """A caption and a picture. masks: (H, W, N) bool; small ones on top."""
+    order = np.argsort(-masks.sum((0, 1)), kind="stable")
+    return f"{masks.shape[-1]} SAM masks", painted(image, masks[..., order])
+
+
+def painted(image: Image.Image, masks: np.ndarray) -> bytes:
+    """masks: (H, W, N) bool; later ones on top, each place in a colour of its own."""
     n = masks.shape[-1]
     stacked = np.zeros(masks.shape[:2], np.int32)
-    for place, k in enumerate(np.argsort(-masks.sum((0, 1)), kind="stable"), 1):
-        stacked[masks[..., k]] = place
+    for k in range(n):
+        stacked[masks[..., k]] = k + 1
     nameless = Taxonomy(("",) * n, (True,) * n, tuple(range(n)))
     answer = Prediction(stacked, np.arange(n), np.ones(n))
-    return f"{n} SAM masks", webp(image, answer, nameless, names=False)
+    return webp(image, answer, nameless, names=False)
 
 
 def snapshot(folder: Path, step: int, method: Method, dataset: DataSet) -> None:

@@ -27,7 +27,7 @@ from engine.parser import parser
 from engine.resolve import resolve
 from mini import scenes
 from readers import sixteen_bit
-from report import charts, gallery, page, run_folder
+from report import charts, gallery, page, run_folder, warm_up
 from tests.helpers import TINY_FLAGS, fitting, run, wait_for, write_coco_folder
 
 EVIL = """<script>alert(1)</script>&"'"""
@@ -246,7 +246,34 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     dewa = ["--stage", "dewa", "--images", images, "--masks", masks, "--steps", 1]
     assert run(*dewa, "--out", tmp_path / "dewa") == 0
     assert report(tmp_path / "dewa") == 0
-    assert "the warm-up knows no class" in (tmp_path / "dewa" / "report.html").read_text()
+    again = (tmp_path / "dewa" / "report.html").read_text()
+    assert "a folder of images (--images), which this stage does not read" in again
+
+
+def test_the_page_of_a_warm_up_shows_what_the_decoder_draws(reported, tmp_path, capsys):
+    root, masks, folder = reported.parent / "set", reported.parent / "set-masks", tmp_path / "dewa"
+    own = ["--dataset", "custom", "--preset", "mini", "--data-root", root, "--masks", masks]
+    assert run("--stage", "dewa", *own, "--steps", 1, "--out", folder) == 0
+    page = (folder / "report.html").read_bytes()
+    text = Outline(page.decode()).text
+    assert len(re.findall(r"\d+ of \d+ masks are drawn with an IoU of at least 0.5", text)) == 6
+    assert page.count(b"<img ") == 3 * 6 and "Without pictures" not in text
+    words = shlex.split(run_folder.commands(run_folder.read(folder))[-1])
+    assert "--images" not in words and words[words.index("--data-root") + 1] == str(root)
+    assert report(folder, "--masks", masks) == 0
+    assert (folder / "report.html").read_bytes() == page
+    assert report(folder, "--masks", tmp_path) == 0
+    assert "no SAM masks of 6 of 6 images" in (folder / "report.html").read_text()
+
+
+def test_masks_of_the_decoder_are_compared_by_their_overlap():
+    true = torch.zeros(2, 4, 4, dtype=torch.bool)
+    true[0, :2], true[1, 2:, :2] = True, True
+    drawn = torch.zeros(3, 4, 4, dtype=torch.bool)
+    drawn[0, :3], drawn[2, 2:, :2] = True, True
+    assert torch.allclose(
+        warm_up.overlaps(drawn, true), torch.tensor([[2 / 3, 2 / 14], [0, 0], [0, 1.0]])
+    )
 
 
 def test_a_page_says_how_many_things_were_found(reported, tmp_path):
@@ -552,6 +579,11 @@ def test_a_browser_shows_the_report_without_error_or_network_and_sorts_its_table
             browser.ask(click(way))
             places.append(browser.ask(place))
         assert places == [0, 1, 2, 1, -1] and browser.ask("document.activeElement.tagName") == "IMG"
+        wait_for(lambda: browser.ask("history.state") is None)
+        browser.ask("document.querySelector('.cells img').click()")
+        assert browser.ask(place) == 0 and browser.ask("history.state") == "grown"
+        browser.ask("history.back()")
+        wait_for(lambda: browser.ask(place) == -1)
         for width, scheme in ((320, "dark"), (1200, "light")):
             browser(
                 "Emulation.setDeviceMetricsOverride",

@@ -1,5 +1,5 @@
 /* Tables sort: by a click on a heading, or by #sort=TABLE:COLUMN:asc after the address. Pictures
-   grow: by a click, Enter or Space, until the next one or Esc; arrows go to their neighbours. */
+   grow: by a click, Enter or Space, until the next one, Esc or Back; arrows go to their neighbours. */
 const cellOf = (heading, row) => row?.cells[heading.cellIndex];
 const rowsOf = heading => [...heading.closest('table').tBodies[0].rows];
 function value(cell) {
@@ -31,7 +31,11 @@ function grow(figure) {
   const before = grown();
   before?.classList.remove('grown');
   ways.remove();
-  if (!figure || figure === before) return before?.scrollIntoView({block: 'nearest'});
+  if (!figure || figure === before) {
+    if (history.state === 'grown') history.back();
+    return before?.scrollIntoView({block: 'nearest'});
+  }
+  if (!before) history.pushState('grown', ''); /* for phones, whose Back then closes it */
   figure.classList.add('grown');
   figure.append(ways);
   figure.querySelector('img').focus({preventScroll: true});
@@ -61,6 +65,7 @@ addEventListener('keydown', event => {
     event.preventDefault();
   }
 });
+addEventListener('popstate', () => history.state !== 'grown' && grown() && grow(null));
 addEventListener('hashchange', follow);
 addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
 follow()?.scrollIntoView({block: 'center'});
