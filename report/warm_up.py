@@ -66,7 +66,8 @@ def cards_again(stored: Stored, source: Source, cfg, device, masks) -> dict[str,
     or weights."""
     if stored.config.get("dataset") != source.name and not stored.config.get("data_root"):
         raise UserError(
-            f"{stored.path}: began on a folder of images (--images), which this stage does not read"
+            f"{stored.path}: does not say where its images are (a folder of --images, or an older "
+            "run); of a data set, name it with --dataset and --data-root"
         )
     images, _ = source.load_images(cfg)
     if lacking := missing_masks(masks, images):

@@ -247,7 +247,7 @@ def test_runs_without_figures_log_or_weights_still_have_a_page(
     assert run(*dewa, "--out", tmp_path / "dewa") == 0
     assert report(tmp_path / "dewa") == 0
     again = (tmp_path / "dewa" / "report.html").read_text()
-    assert "a folder of images (--images), which this stage does not read" in again
+    assert "does not say where its images are (a folder of --images" in again
 
 
 def test_the_page_of_a_warm_up_shows_what_the_decoder_draws(reported, tmp_path, capsys):
