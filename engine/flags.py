@@ -152,7 +152,8 @@ FLAGS = (
     Flag("stuff", ("import",), ""),
     #    classes that are stuff, separated by commas: one segment of each in an image
     Flag("masks-are", ("import",), ""),
-    #    --from masks, what values mean: instances, classes, binary (else guessed, and said)
+    #    --from masks, what values mean: instances, classes, both (256 * class + instance), binary
+    #    (else guessed, and said)
     Flag("classes", ("import",), ""),
     #    --from masks, names of the values of maps of classes: NAME,NAME,... from 1 on, or
     #    7:NAME,11:NAME

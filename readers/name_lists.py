@@ -6,7 +6,7 @@ from ground.errors import UserError
 from readers.pictures import brief
 
 _HEADER = re.compile(  # the first line of tables
-    r"# .*|name\s*,\s*r(ed)?\s*,.*|r(ed)?\s*,\s*g.*|pixel value\s*,.*"
+    r"# .*|(name)?\s*[,;]\s*r(ed)?\s*[,;].*|r(ed)?\s*[,;]\s*g.*|pixel value\s*,.*"
     r"|(id|value|index)\s*[,;\t]\s*(name|class|label).*|(name|class|label)\s*[,;\t]\s*(id|value|index)",
     re.IGNORECASE,
 )

@@ -9,6 +9,7 @@ rooms below.
     groups          PQ of groups of classes (Figure 5)
     page            report.html, from a template in templates/
     views           what the network will see, before a run: --dry-run --report
+    warm_up         pictures of a warm-up
     run_folder      a run on disk, and the commands that make it again
     charts          its curves
     tables          the figures that people compare, for text and for pages

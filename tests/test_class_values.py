@@ -10,6 +10,7 @@ from PIL import Image
 
 from ground.errors import UserError
 from readers import class_maps, panoptic
+from readers.annotations import masks
 from readers.annotations.values import read_values
 from tests.helpers import photo
 from tests.test_importer import import_refused, masks_scene, write_labelme
@@ -407,3 +408,121 @@ def test_an_ending_is_known_from_the_other_part(tmp_path):
             Image.fromarray(IDS).save(root / "masks" / part / f"{part}{k}_L.png")
     _, result = taken(root, classes="background,road,house,car")
     assert (result["labeled"], result["val"]) == (3, 1)
+
+
+def coded(classes, instances):
+    """A map of 256 * class + instance, 16 bits."""
+    return (256 * np.asarray(classes, np.uint16) + np.asarray(instances, np.uint16)).astype(
+        np.uint16
+    )
+
+
+def test_class_and_instance_in_one_number_are_never_guessed_and_both_are_read(tmp_path):
+    """As Mapillary's and KITTI's: two cars that touch, and stuff that is no instance."""
+    number = np.zeros_like(IDS)
+    number[IDS == 3], number[:, 6:][IDS[:, 6:] == 3] = 1, 2
+    root = masks_scene(tmp_path / "s", "{}.png", coded(IDS + 7, number))
+    import_refused("masks", root, r"look like 256 \* class \+ instance.*--masks-are both")
+    names = "7:void,8:road,9:house,10:car"
+    for stuff, expected in (("road,house", {"road": 30, "house": 30}), ("", None)):
+        dataset, result = taken(root, masks_are="both", classes=names, stuff=stuff)
+        truth = dataset.train.truth(0)
+        assert sorted(truth.areas.tolist()) == [12, 18, 30, 30]
+        assert (truth.segment_map == 0).sum() == 30
+        if expected:
+            assert areas(truth, dataset.taxonomy).items() >= expected.items()
+            assert dataset.taxonomy.things == (False, False, True)
+        assert any("each number an instance" in note for note in result["notes"])
+    import_refused(
+        "masks", root, "has 2 values without a name, 8, 9;", masks_are="both", classes="7:a,10:b"
+    )
+    counted = np.arange(1, 601, dtype=np.uint16).reshape(20, 30)
+    assert not masks._is_coded({*counted.ravel().tolist()}), "so many instances are no classes"
+    tracked = {int(k) for k in np.random.default_rng(0).integers(1, 2000, 40)}
+    assert not masks._is_coded(tracked), "nor are numbers that objects keep from map to map"
+    assert masks._is_coded({7 * 256, 11 * 256, 24 * 256 + 2, 26 * 256 + 1, 26 * 256 + 3})
+
+
+def test_what_is_a_thing_in_the_data_set_stays_one_when_maps_of_classes_are_joined(tmp_path):
+    base = masks_scene(tmp_path / "base", "{}.png", IDS)
+    (base / "classes.txt").write_text("background\nroad\nhouse\ncar\n")
+    importer.import_folder("masks", base, tmp_path / "set", stuff="road", background="ground")
+    two = IDS.copy()
+    two[:, 5:7][two[:, 5:7] == 3] = 1  # the car falls into two
+    more = masks_scene(tmp_path / "more", "{}.png", two)
+    (more / "classes.txt").write_text("background\nroad\nhouse\ncar\n")
+    for flags in ({}, {"stuff": "road"}):
+        _, result = taken(more, join=tmp_path / "set", background="ground", **flags)
+        assert result["instances"]["car"] == 2 * 3 and result["instances"]["road"] == 3
+        assert any("things and stuff are as in the data set" in note for note in result["notes"])
+    wrong = {"join": tmp_path / "set", "background": "ground", "stuff": "car"}
+    import_refused("masks", more, "--stuff car: its objects are things in", **wrong)
+
+
+def test_the_background_may_be_the_only_stuff_of_maps_of_classes(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    (root / "classes.txt").write_text("background\nroad\nhouse\ncar\n")
+    dataset, _ = taken(root, background="ground", stuff="ground")
+    assert dict(zip(dataset.taxonomy.names, dataset.taxonomy.things)) == {
+        "road": True,
+        "house": True,
+        "car": True,
+        "ground": False,
+    }
+
+
+def test_a_mask_without_its_image_is_no_image(tmp_path):
+    root = tmp_path / "s"
+    for name in ("a", "b", "c"):
+        photo(root / f"{name}.jpg")
+        Image.fromarray(IDS).save(root / f"{name}_mask.png")
+    (root / "_classes.csv").write_text(
+        "Pixel Value, Class\n0, background\n1, road\n2, house\n3, car\n"
+    )
+    assert taken(root, background="ground")[1]["labeled"] == 2
+    (root / "c.jpg").unlink()
+    import_refused("masks", root, "c_mask.png: is called as a mask, and there is no image")
+
+
+def test_a_list_of_colours_may_number_its_rows_and_have_semicolons(tmp_path):
+    rows = [(name, *COLOURS[k]) for name, k in {**ROWS, "Void": 0}.items() if name != "background"]
+    for form, head in (("{k},{0},{1},{2},{3}", "id,name,r,g,b"), ("{0};{1};{2};{3}", ";r;g;b")):
+        root = masks_scene(tmp_path / head[:3], "{}.png", COLOURS[IDS])
+        lines = [head, *(form.format(*row, k=k) for k, row in enumerate(rows, 7))]
+        (root / "class_dict.csv").write_text("\n".join(lines))
+        dataset, _ = taken(root)
+        assert areas(dataset.train.truth(0), dataset.taxonomy) == {
+            **dict.fromkeys(("road", "house", "car"), 30),
+            "": 30,
+        }
+
+
+def test_numbers_whose_palettes_differ_from_map_to_map_are_refused(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS, palette=COLOURS.ravel().tolist())
+    (root / "classes.txt").write_text("background\nroad\nhouse\ncar\n")
+    assert taken(root, background="ground")[1]["labeled"] == 2
+    image = Image.fromarray(IDS, "P")
+    image.putpalette(COLOURS[[0, 2, 1, 3]].ravel().tolist())
+    image.save(root / "masks" / "b.png")
+    import_refused("masks", root, "its palette shows 1 as #464646, that of .* as #804080")
+
+
+def test_masks_of_pictures_that_exif_turns_are_said(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    (root / "classes.txt").write_text("background\nroad\nhouse\ncar\n")
+    assert not any("EXIF" in note for note in taken(root)[1]["notes"])
+    path = next((root / "images").glob("a.*"))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # by half a turn, so that the size stays
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+    notes = taken(root)[1]["notes"]
+    assert any("1 annotated images are turned as their EXIF says" in note for note in notes)
+
+
+def test_void_is_said_where_stuff_is_named_too(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", np.where(IDS == 3, 3, 0).astype(np.uint8))
+    for flags in ({}, {"stuff": "car"}):
+        notes = taken(root, masks_are="classes", classes="3:car", **flags)[1]["notes"]
+        assert any("75 % of the pixels of annotated images are in no segment" in n for n in notes)

@@ -63,9 +63,9 @@ def say_left_out(voided: int, empty: int, renamed: list[str]) -> list[str]:
     return notes
 
 
-def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
+def say_void(rows: list[dict], background: str) -> list[str]:
     """Where most of what was annotated is void, and nothing says that it is background."""
-    if background or not all(thing for _, thing, _ in classes.values()):
+    if background:
         return []
     annotated = [row for row in rows if row["segments"]]
     pixels = sum(row["image"]["width"] * row["image"]["height"] for row in annotated)
@@ -73,7 +73,7 @@ def say_void(rows: list[dict], classes: Classes, background: str) -> list[str]:
     if 2 * drawn > pixels:
         return []
     return [
-        f"{100 * (1 - drawn / pixels):.0f} % of the pixels of annotated images are in no instance, "
+        f"{100 * (1 - drawn / pixels):.0f} % of the pixels of annotated images are in no segment, "
         "and so void: neither learnt nor measured; --background NAME makes a class of them"
     ]
 
@@ -83,7 +83,8 @@ def say_doubtful(rows: list[dict], classes: Classes, background: str, kind: str)
     where = rows, classes, background
     alike = say_alike([name for name, _, _ in classes.values()])
     inverted = say_inverted(*where) if kind == "masks" else []
-    return alike + say_void(*where) + say_stuff(*where) + inverted
+    void = say_void(rows, background) if kind != "cityscapes" else []  # it takes no --background
+    return alike + void + say_stuff(*where) + inverted
 
 
 def say_alike(names: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ def import_folder(
     if join is not None:
         _require_apart(join, output)
         base = Base(join)
-        known.inherited = base.stuff - {background}
+        base.decide(known)
     notes = annotations.follow_links(source) + annotations.passed_over(source)
     forms = (masks_are, classes) if kind == "masks" else ()
     read = annotations.READERS[kind](source, known, *forms)

@@ -67,6 +67,16 @@ class Base:
         kinds = zip(self.taxonomy.short_names, self.taxonomy.things)
         return {name for name, thing in kinds if not thing}
 
+    def decide(self, classes: Classes) -> None:
+        """What is stuff is as it is here. Raises: UserError if --stuff says otherwise."""
+        if wrong := sorted(classes.stuff.intersection(self.taxonomy.short_names) - self.stuff):
+            raise UserError(
+                f"--stuff {wrong[0]}: its objects are things in {self.folder}, which says what is "
+                "stuff; leave the class out of --stuff"
+            )
+        classes.stuff -= self.stuff  # which need not occur
+        classes.inherited = self.stuff - {classes.background}
+
     def map_name(self, name: str) -> str:
         """Where the map of an image goes that was annotated now: the place of its old one, or one
         that no other has."""

@@ -8,29 +8,38 @@ not said is guessed from all maps of a class, and noted. Axes: H W pixels.
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 from scipy import ndimage
 
 from ground.errors import UserError
-from readers.annotations.maps import draw_regions, draw_values, read_map
+from readers.annotations.maps import draw_regions, draw_values, palette_of, read_map
 from readers.annotations.others import hint
 from readers.annotations.pairs import Mask, find_pairs, likely
-from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Source
+from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Size
 from readers.annotations.values import COLOUR_LISTS, NUMBER_LISTS, OWN, Values, read_values
 from readers.panoptic_json import MAX_ID
-from readers.pictures import brief
+from readers.pictures import brief, image_header
 
 PLAIN = "object"  # the class of a mask without a word of one
-FORMS = ("instances", "classes", "binary")  # what the values of a map may mean
+FORMS = ("instances", "classes", "both", "binary")  # what the values of a map may mean
+INSTANCES = 256  # `both`: a value is 256 * class + instance
+CODED = (
+    f"its values look like {INSTANCES} * class + instance, as those of Mapillary and KITTI (of "
+    "these maps they are {}); say --masks-are both, with --classes 7:NAME,8:NAME,... (stuff by "
+    "--stuff), or --masks-are instances"
+)
 LOOKED_AT, SIDE, MOST = 20, 512, 255  # maps, their side in pixels, and values of one: `_scattered`
+MIXED = 40  # colours without a name: nobody forgot so many
 
 
 def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") -> Source:
     """form: one of FORMS, or empty: guessed.   names: of the values of maps of classes, see
     `values.read_values`. Of a map of classes what `classes.stuff` names is stuff,
-    and of others each connected region is a thing; if it names none, all of them are stuff.
+    and of others each connected region is a thing; if it names none, all of them are stuff. What
+    they are joined to decides it for them.
     """
     source = Source()
     files = find_pairs(folder, source)
@@ -49,24 +58,41 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
             f"the folders of {folder / 'masks'} name the classes of others"
         )
     listed = flat and form not in ("instances", "binary")
-    values = read_values(folder, names, MAX_ID - 2) if listed else Values({})
+    largest = INSTANCES - 1 if form == "both" else MAX_ID - 2
+    values = read_values(folder, names, largest) if listed else Values({})
     forms = _forms(masks, form, values, source.notes)
-    by_value = "classes" in forms.values()
+    by_value = not {"classes", "both"}.isdisjoint(forms.values())
     if by_value:
         _require_values(folder, masks, values)
         named = values.classes()
-        source.notes += _say_classes(values, classes)
+        source.notes += _say_classes(values, classes, form == "both")
+        if form != "both" and not values.coloured:
+            _require_one_palette(masks)
     else:
         labels = {mask.label or PLAIN for mask in masks} - UNNAMED.keys()
         named = {label: label for label in sorted(labels)}
+    things = not by_value or form == "both" or classes.says_stuff
     for key, name in named.items():
-        classes.add(key, name, str(folder / "masks"), not by_value or bool(classes.stuff))
+        classes.add(key, name, str(folder / "masks"), things)
+    source.notes += _say_turned(record for record, own in files if own)
     for record, own in files:
         record.read = partial(_instances, own, forms, values, classes) if own else None
     return source.settle(folder, [record for record, _ in files])
 
 
-def _say_classes(values: Values, classes: Classes) -> list[str]:
+def _say_turned(records: Iterable[Record]) -> list[str]:
+    """Where masks may lie otherwise than their pictures, whose sizes need not tell it."""
+    turned = [record.name for record in records if image_header(record.image)[1] is not None]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} annotated images are turned as their EXIF says ({brief(turned[0])}), and "
+        "their masks are taken to be of the turned picture; of masks of the picture as it is "
+        "stored, take the EXIF out of the images"
+    ]
+
+
+def _say_classes(values: Values, classes: Classes, both: bool) -> list[str]:
     """What is void, and what are things."""
     void = sorted(v for v, name in values.names.items() if name == "__ignore__" and v != 255)
     notes = []
@@ -78,9 +104,14 @@ def _say_classes(values: Values, classes: Classes) -> list[str]:
             f"the background of {values.where} is void, neither learnt nor measured; --background "
             "NAME makes a class of it"
         )
-    things = "classes that --stuff does not name are things, each connected region an instance"
-    stuff = "classes without --stuff: each is stuff, one segment an image"
-    return [*notes, things if classes.stuff else stuff]
+    each = "each number an instance" if both else "each connected region an instance"
+    if classes.inherited is not None:
+        said = f"things and stuff are as in the data set that is joined; of a thing {each}"
+    elif both or classes.says_stuff:
+        said = f"classes that --stuff does not name are things, {each}"
+    else:
+        said = "classes without --stuff: each is stuff, one segment an image"
+    return [*notes, said]
 
 
 def _require_values(folder: Path, masks: list[Mask], values: Values) -> None:
@@ -98,6 +129,22 @@ def _require_values(folder: Path, masks: list[Mask], values: Values) -> None:
             f"colours), or these, a line each, in {folder / OWN[0]}; lists of tools are read, too: "
             f"{', '.join(COLOUR_LISTS + NUMBER_LISTS)}"
         )
+
+
+def _require_one_palette(masks: list[Mask]) -> None:
+    """Raise UserError where one number has different colours in two maps, as palettes have that a
+    program has made for each of them: it need not mean one class. Looks at some of the maps."""
+    colours: dict[int, tuple] = {}
+    for mask in masks[:: -(-len(masks) // LOOKED_AT)]:
+        for value, colour in palette_of(mask.path).items():
+            before = colours.setdefault(value, (colour, mask.path))
+            if before[0] != colour:
+                raise UserError(
+                    f"{mask.path}: its palette shows {value} as #{colour:06x}, that of "
+                    f"{before[1]} as #{before[0]:06x}, so the numbers may mean other classes in "
+                    "each; name the colours, --classes '#804080:NAME,...' or a list of them, or, "
+                    "if the numbers count, save the maps without palettes"
+                )
 
 
 # ----------------------------------------------------------------------------------- values
@@ -128,7 +175,7 @@ def _forms(masks: list[Mask], form: str, values: Values, notes: list[str]) -> di
             )
         else:
             forms[label] = _guess(where, maps, notes)
-    if forms.get("", "classes") != "classes":
+    if forms.get("", "classes") not in ("classes", "both"):
         notes.append(
             "masks: what is in no folder of a class is of the class `object`; to name it, put it "
             "into masks/NAME/"
@@ -141,10 +188,11 @@ def _guess(where: str, masks: list[Mask], notes: list[str]) -> str:
     classes."""
     grey, several, wide, voc, odd, seen = 0, False, False, False, [], Counter()
     sets: Counter[frozenset] = Counter()
-    scattered, shown = 0, 0  # values in several places of their map, of all
+    scattered, shown, coded = 0, 0, 0  # values in several places of their map, of all; maps
     for k, mask in enumerate(masks):
         stored, void = read_map(mask.path)
         values = {*np.unique(stored).tolist()} - {0}
+        coded += where == "masks" and _is_coded(values)
         seen.update(values)
         grey += mask.lossy or _is_soft(stored)
         voc |= bool(void)
@@ -158,6 +206,8 @@ def _guess(where: str, masks: list[Mask], notes: list[str]) -> str:
             scattered, shown = scattered + parts, shown + len(values)
         if numbers and (voc or numbers != {*range(1, len(numbers) + 1)} or 2 * parts > len(values)):
             odd.append(mask.path)
+    if 2 * coded > len(masks):
+        raise UserError(f"{masks[0].path}: {CODED.format(brief(sorted(seen)[:12]))}")
     if grey:
         notes.append(
             f"{where}: {grey} of {len(masks)} masks have grey levels between black and white, so "
@@ -189,6 +239,18 @@ def _guess(where: str, masks: list[Mask], notes: list[str]) -> str:
     other = "classes, with --classes" if where == "masks" else "binary"
     notes.append(f"{where}: every value is taken for an instance; else say --masks-are {other}")
     return "instances"
+
+
+def _is_coded(values: set[int]) -> bool:
+    """Whether the values of a map, without 0, are 256 * class + instance: of several classes, most
+    with a first instance, 0 or 1, none with very many, and not simply counted all."""
+    numbers: dict[int, list[int]] = {}
+    for value in sorted(values):
+        numbers.setdefault(value // INSTANCES, []).append(value % INSTANCES)
+    if len(numbers) < 3 or values == {*range(1, len(values) + 1)}:
+        return False
+    first = sum(own[0] < 2 for own in numbers.values())
+    return 2 * first > len(numbers) and all(own[-1] < INSTANCES / 2 for own in numbers.values())
 
 
 def _scattered(stored: np.ndarray) -> int:
@@ -225,7 +287,7 @@ def _instances(
     for mask in masks:
         category = UNNAMED.get(mask.label, mask.label or PLAIN)
         form = "instances" if mask.single else forms[mask.label]
-        by_class = form == "classes"
+        by_class = form in ("classes", "both")
         colours = "all" if by_class and values.coloured else "any" if form == "instances" else ""
         indices = by_class and not values.coloured and values.names[255] == "__ignore__"
         stored, void = read_map(mask.path, size, colours, indices)
@@ -243,7 +305,7 @@ def _instances(
         elif by_class:
             own = {} if values.coloured else dict.fromkeys(void, "__ignore__")
             own = values._replace(names=values.names | own)
-            instances += _classes_of(mask.path, stored, own, classes)
+            instances += _classes_of(mask.path, stored, own, classes, form == "both")
         else:
             draws = [(value, draw) for value, draw in draw_values(stored) if value]
             instances += [Instance(VOID if v in void else category, draw) for v, draw in draws]
@@ -264,12 +326,16 @@ def _require_one(mask: Mask, stored: np.ndarray) -> None:
         )
 
 
-def _classes_of(path: Path, stored: np.ndarray, values: Values, classes: Classes) -> list[Instance]:
-    """Instances of a map of classes."""
+def _classes_of(
+    path: Path, stored: np.ndarray, values: Values, classes: Classes, both: bool
+) -> list[Instance]:
+    """Instances of a map of classes. both: they are numbered in it, too."""
     instances = []
-    if values.doubtful and not classes.background and not stored.all():
+    named = stored // INSTANCES if both else stored
+    _require_named(path, named, values)
+    if values.doubtful and not classes.background and not named.all():
         first, second = values.doubtful[:2]
-        share = np.mean(stored == 0)
+        share = np.mean(named == 0)
         each = "" if values.where == "--classes" else " (in a file a line each)"
         raise UserError(
             f"{path}: {f'{share:.0%}' if share >= 0.01 else '< 1%'} of its pixels are 0, and the "
@@ -277,22 +343,37 @@ def _classes_of(path: Path, stored: np.ndarray, values: Values, classes: Classes
             f"0:{first},1:{second},..., or, where 0 is no class, "
             f"background,{first},{second},...{each}"
         )
-    for value, draw in draw_values(stored):
-        if value not in values.names:
-            what, known = "colour" if values.coloured else "value", sorted(values.names)
-            grey = values.coloured and value % 65793 == 0  # r = g = b
-            raise UserError(
-                f"{path}: has the {what} {values.shown(value)}, which has no name; {values.where} "
-                f"names {brief([values.shown(v) for v in known])}; name it there, as void if it is "
-                "no class"
-                + ("; if the maps hold numbers, say --classes 0:NAME,1:NAME,..." if grey else "")
-                + ", or say --masks-are instances"
-            )
+    for number, draw in draw_values(stored):
+        value = number // INSTANCES if both else number
         category = UNNAMED.get(values.names[value], values.keys.get(value, value))
         thing = category in classes and classes[category][1]
-        draws = draw_regions(stored == value) if thing else [draw]
+        draws = draw_regions(stored == value) if thing and not both else [draw]
         instances += [Instance(category, draw) for draw in draws]
     return instances
+
+
+def _require_named(path: Path, stored: np.ndarray, values: Values) -> None:
+    """Raise UserError for values, or colours, without a name."""
+    unnamed = [value for value in np.unique(stored).tolist() if value not in values.names]
+    if not unnamed:
+        return
+    what, known = "colour" if values.coloured else "value", sorted(values.names)
+    grey = values.coloured and all(value % 65793 == 0 for value in unnamed)  # r = g = b
+    shown = ", ".join(map(values.shown, unnamed[:12])) + ", ..." * (len(unnamed) > 12)
+    several = f"{len(unnamed)} {what}s without a name, {shown}"
+    text = f"{path}: has " + (
+        several if len(unnamed) > 1 else f"the {what} {shown}, which has no name"
+    )
+    raise UserError(
+        f"{text}; {values.where} names {brief([values.shown(v) for v in known])}; name "
+        f"{'them' if len(unnamed) > 1 else 'it'} there, as void if it is no class"
+        + ("; if the maps hold numbers, say --classes 0:NAME,1:NAME,..." if grey else "")
+        + (
+            "; so many come of smoothed edges: make the maps without interpolation"
+            * (len(unnamed) > MIXED)
+        )
+        + ", or say --masks-are instances"
+    )
 
 
 def _white(stored: np.ndarray, lossy: bool) -> np.ndarray:

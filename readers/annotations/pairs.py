@@ -116,9 +116,11 @@ def _beside(folder: Path, source: Source) -> Rows:
     mask."""
     parts = {path: PARTS[path.name] for path in sorted(folder.iterdir()) if path.name in PARTS}
     rows, count, used, endings = [], 0, 0, []
+    named = {place: _flat(place) for place in _parts(parts) or [folder]}
+    found = {place: _masks_among(names) for place, names in named.items()}
+    _require_images(named, found)
     for place, part in (_parts(parts) or {folder: ""}).items():
-        names = _flat(place)
-        masks = _masks_among(names)
+        names, masks = named[place], found[place]
         images = [name for name in names if name not in masks]
         count, used = count + len(masks), used + len(names)
         rows += _pairs(place, images, place, sorted(masks), part, source, endings)
@@ -141,6 +143,24 @@ def _masks_among(names: list[str]) -> set[str]:
     photos = {_stem(name) for name in names if PurePosixPath(name).suffix.lower() in LOSSY}
     png = {name for name in names if name.lower().endswith(".png") and _stem(name) in photos}
     return png | {name for name in names if _before(SUFFIX_BESIDE, _stem(name), stems)[0]}
+
+
+def _require_images(named: dict[Path, list[str]], masks: dict[Path, set[str]]) -> None:
+    """Raise UserError for a picture that is called as the masks are, and is of no image."""
+    words = set()
+    for place, names in masks.items():
+        stems = {_stem(name) for name in named[place]}
+        for stem in map(_stem, names):
+            tail = SUFFIX_BESIDE.fullmatch(stem[len(_before(SUFFIX_BESIDE, stem, stems)[0]) :])
+            words |= {tail[1]} if tail else set()
+    alike = re.compile(rf".*[_\-. ]+({'|'.join(sorted(words))})([_\-. ]*\d+)?") if words else None
+    for place, names in named.items():
+        lost = [n for n in names if alike and n not in masks[place] and alike.fullmatch(_stem(n))]
+        if lost:
+            raise UserError(
+                f"{place / lost[0]}: is called as a mask, and there is no image that it is of; put "
+                "that beside it, rename it, or take it out of the folder"
+            )
 
 
 def _divide(folder: Path, rows: Rows, source: Source) -> None:

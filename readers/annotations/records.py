@@ -75,16 +75,18 @@ class Classes(dict):
     """Name, thing flag and colour (or None) of each class, by key: its id where it has one, or else
     its name. No two are called alike, and none as the background.
 
-    stuff: names, separated by commas, of classes that are no things whatever a reader says.
-    inherited: names of such classes that need not occur.   background: the class of all pixels of
-    no other, or empty.
+    stuff: names, separated by commas, of classes that are no things whatever a reader says; the
+    background is none of them, though it may be all that is named.   inherited: names of stuff of a
+    data set that they are for, whose other classes are things, whatever anybody says; None without
+    one.   background: the class of all pixels of no other, or empty.
     """
 
     def __init__(self, stuff: str = "", background: str = ""):
         super().__init__()
         self.stuff = {name.strip() for name in stuff.split(",")} - {"", background}
+        self.says_stuff = bool(stuff.strip(" ,"))
         self.background = background
-        self.inherited: set[str] = set()
+        self.inherited: set[str] | None = None
         self.owners: dict[str, str] = {}  # whose a first name is
         if background:
             self._claim(background, "--background", "the background,")
@@ -92,7 +94,8 @@ class Classes(dict):
     def add(self, key, name, where: str, thing: bool = True, colour: tuple | None = None) -> None:
         """Raises: UserError if the name is none, or its first synonym is taken."""
         first = self._claim(name, where, "the class")
-        self[key] = (name, thing and first not in self.stuff | self.inherited, colour)
+        own = thing and first not in self.stuff
+        self[key] = (name, own if self.inherited is None else first not in self.inherited, colour)
 
     def require_stuff(self) -> None:
         """Raise UserError if a class that is named as stuff is none."""

@@ -21,7 +21,11 @@ _RGB = r"(?P<r>\d{1,3})%s(?P<g>\d{1,3})%s(?P<b>\d{1,3})"
 COLOURED = [  # a line of a list of colours
     re.compile(r"#(?P<hex>[0-9a-fA-F]{6})\s*[:=,\s]\s*(?P<name>.+)"),
     re.compile(r"(?P<name>[^:]+):" + _RGB % (",", ",") + r"(:.*)?"),  # label:color_rgb:parts:...
-    re.compile(r"(?P<name>.*?\D)\s*,\s*" + _RGB % ((r"\s*,\s*",) * 2)),
+    # a number that says nothing of the maps may come first
+    re.compile(
+        r"\d+\s*[,;]\s*(?P<name>[^,;]*[^\d,;\s][^,;]*?)\s*[,;]\s*" + _RGB % ((r"\s*[,;]\s*",) * 2)
+    ),
+    re.compile(r"(?P<name>.*?\D)\s*[,;]\s*" + _RGB % ((r"\s*[,;]\s*",) * 2)),
     re.compile(_RGB % ((r"\s*[\s,]\s*",) * 2) + r"\s*[\s,]\s*(?P<name>\D.*)"),
 ]
 
