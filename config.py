@@ -166,10 +166,11 @@ class Config:
     dewa_crop: int = 0  # pixels, the same in the warm-up; 0 = crop (COCO: 640, the paper says 512)
     scale_min: float = 0.5  # short side = crop * k, k from scale_min ...
     scale_max: float = 2.0  # ... to scale_max in steps of 0.1 (the paper says 0.1 to 2.0)
-    seen_width: float = 0.0  # pixels: how wide the median object is shown, in views (times k) and
-    #    in windows; 0 = the paper's rule, whole images by their short side (crop * k, test_size)
-    object_width: float = 0.0  # pixels: the median object in the images as they are, as diameter of
-    #    a disc of its area; 0 = measured on the labelled images
+    seen_width: float = 0.0  # pixels: how wide an object of object_width is shown, in views (times
+    #    k) and in windows; 0 = the paper's rule, whole images by their short side (crop * k,
+    #    test_size)
+    object_width: float = 0.0  # pixels: a small object in the images as they are, a quarter is
+    #    smaller, as diameter of a disc of its area; 0 = measured on the labelled images
     window: int = 0  # pixels as shown: images larger than that are predicted in windows that
     #    overlap by half, and stitched; 0 = whole images
     turns: bool = False  # views are also turned by quarter turns: for images without an up, as
@@ -304,7 +305,7 @@ CUSTOM = replace(
     num_queries=40,
     num_points=2048,
     lr=1e-3,
-    seen_width=22.0,
+    seen_width=18.0,
     window=128,
     merging="masks",
     least_quality=0.85,

@@ -72,7 +72,7 @@ def weak_view(
 
 def training_size(w: int, h: int, cfg: Config, rng: random.Random) -> tuple[int, int]:
     """(w, h) of an image of that size in a training view, before the crop: short side (or long
-    side, `scaled_side`) = crop * k, or with `seen_width` the median object k times as wide as
+    side, `scaled_side`) = crop * k, or with `seen_width` a small object k times as wide as
     that."""
     k = rng.choice(range(round(10 * cfg.scale_min), round(10 * cfg.scale_max) + 1))
     if cfg.magnification:

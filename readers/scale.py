@@ -7,6 +7,11 @@ from readers.ground_truth import DataSet
 from readers.panoptic import PanopticFolder
 from readers.pictures import image_header
 
+# Percentile of the widths that counts. Small objects are what is missed, and a median swings with
+# the images that happen to be labelled: on nuclei it is 14 pixels of 16 images and 21 of 64, where
+# the lower quartile is 11 and 12.
+SMALL = 25
+
 
 def widths(dataset: DataSet) -> np.ndarray:
     """(n,) pixels: the equivalent diameters (of discs of their areas) of all labelled things. Crowd
@@ -35,8 +40,8 @@ def _size(images, i: int) -> tuple[int, int]:
 
 
 def object_width(dataset: DataSet, cfg: Config) -> float:
-    """The `object_width` of a configuration, measured on the labelled images: the median of the
-    things, but no more than lets the median image fill a window.
+    """The `object_width` of a configuration, measured on the labelled images: the lower quartile of
+    the things, but no more than lets the median image fill a window.
 
     Without things, where stuff wants to be seen in its surroundings, it is what shows the median
     image with the short side `test_size`. 0 without labelled images.
@@ -49,7 +54,7 @@ def object_width(dataset: DataSet, cfg: Config) -> float:
         short = float(np.median([min(size) for size in sides]))
         return round(cfg.seen_width * short / cfg.test_size, 2)
     most = cfg.seen_width * float(np.median([max(size) for size in sides])) / max(cfg.window, 1)
-    width = float(np.median(found))
+    width = float(np.percentile(found, SMALL))
     return round(min(width, most) if cfg.window else width, 2)
 
 
@@ -65,9 +70,10 @@ def scale_text(dataset: DataSet, cfg: Config) -> str:
         shown += f", in windows of {side} pixels ({cfg.window} as shown)"
     if not len(found):
         return f"no labelled object is a thing; {shown}"
-    low, middle, high = np.percentile(found, (10, 50, 90))
+    small, middle, high = np.percentile(found, (SMALL, 50, 90))
     return (
-        f"labelled objects are {middle:.0f} pixels wide (the median; a tenth below {low:.0f}, a "
-        f"tenth above {high:.0f}) and are seen {middle * cfg.magnification:.0f} wide: {shown}; "
+        f"labelled objects are {middle:.0f} pixels wide (the median; a quarter below {small:.0f}, a "
+        f"tenth above {high:.0f}), and those of {small:.0f} are seen "
+        f"{small * cfg.magnification:.0f} wide: {shown}; "
         f"--object-width and --seen-width change it"
     )

@@ -281,16 +281,16 @@ def measured(cfg, size, *images):
     return object_width(dataset, cfg), dataset
 
 
-def test_objects_are_as_wide_as_discs_of_their_area_and_the_median_counts():
+def test_objects_are_as_wide_as_discs_of_their_area_and_the_smaller_ones_count():
     cfg = replace(CUSTOM, seen_width=20.0, object_width=0.0, window=128)
     ten, twenty, forty = (np.pi * r * r for r in (5, 10, 20))
     first = [(DISC, ten, 0), (DISC, forty, 0), (SKY, 9999, 0)]
     second = [(BAR, twenty, 0), (DISC, 1e6, 1), (DISC, twenty, 0)]  # one of them is crowd
     width, dataset = measured(cfg, (900, 700), first, second)
-    assert width == 20 and np.allclose(sorted(widths(dataset)), [10, 20, 20, 40])
-    cfg = replace(cfg, object_width=width)
-    assert cfg.magnification == 1 and "are 20 pixels wide" in scale_text(dataset, cfg)
-    assert "in windows of 128 pixels" in scale_text(dataset, cfg)
+    assert width == 17.5 and np.allclose(sorted(widths(dataset)), [10, 20, 20, 40])
+    cfg = replace(cfg, object_width=width, seen_width=35.0)
+    assert cfg.magnification == 2 and "are 20 pixels wide" in scale_text(dataset, cfg)
+    assert "in windows of 64 pixels (128 as shown)" in scale_text(dataset, cfg)
 
 
 def test_large_objects_are_shown_as_large_as_lets_the_image_fill_a_window():
