@@ -278,6 +278,7 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
             )
     elif "weights" not in start.state or start.state["weights"].kind != "dewa":
         stored.require_classes(start, len(dataset.taxonomy))
+    say_other_scale(start, method.cfg)
     student = method.models["student"]
     class_rows = getattr(student, "class_rows", ())
     order = stored.class_order(start, dataset.taxonomy, dataset.name, class_rows)
@@ -287,6 +288,20 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
     print(init["taken"])
     if "teacher" in method.models:
         stored.take(*what, method.models["teacher"], str(start.path), may_differ, order)
+
+
+def say_other_scale(start: Stored, cfg: Config) -> None:
+    """A warning where what a run starts from saw objects by a tenth larger or smaller."""
+    there = [start.config.get(name) or 0 for name in ("seen_width", "object_width")]
+    if not (all(there) and cfg.magnification):
+        return
+    before = there[0] / there[1]
+    if not 0.9 < before / cfg.magnification < 1.1:
+        print(
+            f"warning: {start.path}: saw images {before:.2f} times as large as they are, this run "
+            f"sees them {cfg.magnification:.2f} times; for one scale say in both which images are "
+            "labelled (--split), or --object-width PIXELS"
+        )
 
 
 def warm_up_there(

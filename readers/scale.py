@@ -72,8 +72,8 @@ def scale_text(dataset: DataSet, cfg: Config) -> str:
         return f"no labelled object is a thing; {shown}"
     small, middle, high = np.percentile(found, (SMALL, 50, 90))
     return (
-        f"labelled objects are {middle:.0f} pixels wide (the median; a quarter below {small:.0f}, a "
-        f"tenth above {high:.0f}), and those of {small:.0f} are seen "
+        f"labelled objects are {middle:.0f} pixels wide (the median; a quarter below {small:.0f}, "
+        f"a tenth above {high:.0f}), and those of {small:.0f} are seen "
         f"{small * cfg.magnification:.0f} wide: {shown}; "
         f"--object-width and --seen-width change it"
     )

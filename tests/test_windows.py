@@ -3,6 +3,7 @@ so whatever is wrong is wrong about the stitching.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,11 @@ from PIL import Image
 
 from config import CUSTOM, MINI
 from data import Sample, weak_view
+from engine import begin
 from engine.evaluation import predict_image
 from engine.idle import idle
 from engine.parser import parser
+from engine.stored import Stored
 from engine.windows import Grid, Stitcher, in_windows, predict_in_windows, shown_size
 from inference import Prediction
 from readers.ground_truth import DataSet, Taxonomy, Truth
@@ -298,6 +301,20 @@ def test_large_objects_are_shown_as_large_as_lets_the_image_fill_a_window():
     width, _ = measured(cfg, (640, 480), [(DISC, np.pi * 150**2, 0)])
     assert shown_size(640, 480, replace(cfg, object_width=width)) == (128, 96)
     assert not in_windows((640, 480), replace(cfg, object_width=width))
+
+
+def test_a_run_says_that_what_it_starts_from_saw_another_scale(capsys):
+    cfg = replace(CUSTOM, seen_width=20.0, object_width=10.0)
+    for config, said in (
+        ({"seen_width": 20.0, "object_width": 10.5}, False),
+        ({"seen_width": 20.0, "object_width": 15.0}, True),
+        ({"seen_width": 0.0, "object_width": 0.0}, False),
+        ({}, False),
+    ):
+        begin.say_other_scale(Stored(Path("warm"), {"config": config}), cfg)
+        told = capsys.readouterr().out
+        assert ("warm: saw images 1.33 times" in told and "2.00 times" in told) == said
+        assert bool(told) == said
 
 
 def test_stuff_alone_is_shown_by_the_short_side_of_evaluation():
