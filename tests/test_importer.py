@@ -827,6 +827,47 @@ def test_categories_of_files_are_joined_by_name_and_unused_ones_of_a_taken_name_
     )
 
 
+def test_a_category_that_one_file_lacks_and_another_uses_is_said(tmp_path):
+    root = write_layout(tmp_path / "s", {"train/_annotations.coco.json": ["a.png"]}, (1, 2))
+    write_layout(root, {"valid/_annotations.coco.json": ["b.png"]}, (1, 2))
+    photo(root / "train" / "a.png"), photo(root / "valid" / "b.png")
+
+    def without_dog(content):
+        content["categories"] = [c for c in content["categories"] if c["name"] != "dog"]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
+
+    rewrite(root / "valid" / "_annotations.coco.json", without_dog)
+    _, result = imported("coco-instances", root, background="rest")
+    assert told(result) == [
+        "valid/_annotations.coco.json: has no category ['dog'], which others use; if such objects "
+        "are in its images, they are not annotated, and its figures are wrong"
+    ]
+
+
+def test_names_that_differ_in_case_or_unicode_form_alone_are_found_and_said(tmp_path):
+    names = ["IN/Ä.PNG", "b.png"]
+    root = write_layout(tmp_path / "s", {"annotations.json": names})
+    photo(root / "images" / "in" / "A\u0308.png"), photo(root / "images" / "b.png", seed=1)
+    dataset, result = imported("coco-instances", root)
+    assert told(result) == [
+        "annotations.json: 1 images have names that differ from those of the files in case or "
+        "Unicode form alone: 'IN/Ä.PNG' is A\u0308.png"
+    ]
+    assert len(dataset.train) == len(dataset.val) == 1
+    photo(root / "images" / "In" / "ä.png")
+    import_refused("coco-instances", root, "'IN/Ä.PNG' is .* as well as .*; put the folder into")
+
+
+@pytest.mark.parametrize("kind", ["coco-instances", "yolo", "masks"])
+def test_a_part_that_is_imported_alone_names_those_beside_it(kind, tmp_path):
+    writer = {"coco-instances": write_coco, "yolo": write_yolo, "masks": write_masks}[kind]
+    root = writer(tmp_path / "train")
+    (tmp_path / "valid").mkdir()
+    _, result = imported(kind, root)
+    note = f"{root} alone is read, not valid beside it; --input {tmp_path} reads all of them"
+    assert note in result["notes"]
+
+
 def test_pictures_that_no_json_lists_are_unlabelled_images_where_listed_ones_lie(tmp_path):
     root = write_coco(tmp_path / "s")
     for name in (

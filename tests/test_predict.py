@@ -804,7 +804,8 @@ def test_the_command_that_predict_prints_brings_its_files_back(small_run, tmp_pa
     Image.open(pictures / "b.png").resize((96, 64)).save(pictures / "turned.jpg", exif=exif)
     assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "to correct" in line]
-    labelme, command = line.removeprefix("to correct them: labelme ").split("; then: python ")
+    then = "; then, with --join DIR into the data set DIR: python "
+    labelme, command = line.removeprefix("to correct them: labelme ").split(then)
     script, *flags, to, new = shlex.split(command)
     assert labelme == str(out / "labelme") and script == "dearli.py"
     assert (to, new) == ("--out", "NEW") and dearli.main([*flags, to, str(tmp_path / "one")]) == 0

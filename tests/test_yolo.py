@@ -256,6 +256,10 @@ YOLO_FAULTS = [
     (yaml("nc: 3\nnames: [cat, dog]\n"), r"data.yaml: nc 3, but 2 names"),
     (yaml("kpt_shape: [17, 3]\nnames: [cat, dog]\n"), r"its labels are poses, not masks"),
     (
+        lambda root: (root / "train" / "labels" / "classes.txt").write_text("cat\ncow\n"),
+        r"train/labels/classes.txt: class 1 is 'cow', but 'dog' in data.yaml; take out the one",
+    ),
+    (
         lambda root: (root / "other.yaml").write_text("names: [x]"),
         r"'data.yaml', 'other.yaml'\] have `names`",
     ),

@@ -290,6 +290,7 @@ def next_step(output: Path, rows: list[dict], taxonomy: Taxonomy) -> str:
     )
     return (
         (more if unseen else "")
-        + f"to correct them: labelme {shlex.quote(str(output / FOLDER))}; then: python dearli.py "
+        + f"to correct them: labelme {shlex.quote(str(output / FOLDER))}; then, with --join DIR "
+        "into the data set DIR: python dearli.py "
         f"--stage import --from labelme {shlex.join(flags)} --out NEW"
     )

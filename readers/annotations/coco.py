@@ -9,6 +9,7 @@ without a mask, is void. Axes: H W pixels.
 import os
 import posixpath
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,7 @@ def read_coco(folder: Path, classes: Classes) -> Source:
     source, pictures = Source(), list_files(folder)
     files = _load(folder, source.notes)
     _name_classes(files, classes, source.notes)
+    source.notes += _missing_classes(folder, files)
     records: dict[str, Record] = {}  # by real path
     roots: dict[str, str] = {}  # folders of listed images, and of which part they are
     for file in sorted(files, key=lambda file: ["", "val", "train", "test"].index(file.part)):
@@ -104,9 +106,9 @@ def _load(folder: Path, notes: list[str]) -> list[_File]:
     if not near or len(parts) < len(near) or len(parts) > 1 and not whole:
         listed = [name if depth[name] else posixpath.basename(name) for name in near]
         raise UserError(
-            f"{folder}: {brief(listed)} in it and its `annotations`; expected "
-            "instances_train*.json and instances_val*.json, or one JSON alone, or a pair in train/ "
-            f"and valid/{hint(folder, 'coco-instances')}"
+            f"{folder}: {brief(listed) if listed else 'no JSON'} in it and its `annotations`; "
+            "expected instances_train*.json and instances_val*.json, or one JSON alone, or a pair "
+            f"in train/ and valid/{hint(folder, 'coco-instances')}"
         )
     if set(parts) == {"train", "test"}:
         parts["val"] = parts.pop("test")
@@ -155,6 +157,22 @@ def _name_classes(files: list[_File], classes: Classes, notes: list[str]) -> Non
         joined |= own
 
 
+def _missing_classes(folder: Path, files: list[_File]) -> list[str]:
+    """Lines that say which categories a file does not have and others use: none of their objects is
+    annotated there, so what is seen of them counts as something else."""
+    used = {name for file in files for _, name in _used(file)} - UNNAMED.keys()
+    lines = []
+    for file in files:
+        missing = sorted(used - {category["name"] for category in file.content["categories"]})
+        if missing:
+            lines.append(
+                f"{file.path.relative_to(folder).as_posix()}: has no category {brief(missing)}, "
+                "which others use; if such objects are in its images, they are not annotated, and "
+                "its figures are wrong"
+            )
+    return lines
+
+
 def _used(file: _File) -> set[tuple[int, str]]:
     """(id, name) of the categories that annotations name. Raises: UserError if one is no
     category."""
@@ -192,7 +210,7 @@ def _records(file: _File, pictures: list[str], source: Source) -> Iterator[tuple
     """Records of a JSON, and the folder that each was found in."""
     path, annotations = file.path, _by_image(file)
     _require_pixels(path, file.content["annotations"])
-    places, names = _folders(file), {}
+    places, names, respelled = _folders(file), {}, []
     for place, entry in enumerate(file.content["images"]):
         try:
             key, stated = entry["id"], entry["file_name"]
@@ -214,9 +232,16 @@ def _records(file: _File, pictures: list[str], source: Source) -> Iterator[tuple
                 f"images[{place}]"
             )
         image, root = _find(file, name, uploaded, places, pictures)
+        if image.name != posixpath.basename(name):
+            respelled.append(f"{brief(stated)} is {image.name}")
         own = annotations.pop(key, None)
         read = partial(_instances, file, name, size, own, source) if own else None
         yield Record(name, image, read, file.part), root
+    if respelled:
+        source.notes.append(
+            f"{path.name}: {len(respelled)} images have names that differ from those of the files "
+            f"in case or Unicode form alone: {', '.join(respelled[:2])}"
+        )
     if annotations:
         key, left = next(iter(annotations.items()))
         raise UserError(
@@ -300,6 +325,9 @@ def _find(
         if there:
             return folder / there[0] / spelling, there[0]
     alike = [picture for picture in pictures if f"/{picture}".endswith(f"/{name}")]
+    if not alike:  # as on a disk that does not tell a from A, and takes one way to write ä for all
+        end = _folded(name)
+        alike = [picture for picture in pictures if _folded(picture).endswith(end)]
     if file.part:
         own = [picture for picture in alike if _part(posixpath.dirname(picture)) == file.part]
         alike = own or alike
@@ -310,7 +338,12 @@ def _find(
             f"{', '.join(str(folder / place) for place in places[1:])}; put the images there, or "
             f"take {brief(name)} from {file.path.name}"
         )
-    return folder / alike[0], alike[0].removesuffix(name).strip("/") or "."
+    root = alike[0].split("/")[: -1 - name.count("/")]
+    return folder / alike[0], "/".join(root) or "."
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", f"/{name}").casefold()
 
 
 def _require_one(file: _File, name: str, images: list[Path]) -> None:

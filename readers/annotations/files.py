@@ -48,6 +48,20 @@ def follow_links(folder: Path) -> list[str]:
     return [f"{len(listed)} linked folders are followed: {', '.join(listed[:3])}{more}"]
 
 
+def neighbours(folder: Path) -> list[str]:
+    """A line that says that the source is one part of a division, and the others are not read."""
+    here = folder.resolve()
+    own = PARTS.get(here.name.lower())
+    others = [path for path in here.parent.iterdir() if own and path.is_dir()]
+    others = [path.name for path in others if PARTS.get(path.name.lower(), own) != own]
+    if not others:
+        return []
+    return [
+        f"{folder} alone is read, not {', '.join(sorted(others))} beside it; --input "
+        f"{here.parent} reads all of them"
+    ]
+
+
 def passed_over(folder: Path) -> list[str]:
     """A line that says which files are neither pictures nor any text or array of annotations."""
     _, others = _everything(folder)

@@ -38,6 +38,7 @@ def read_yolo(folder: Path, classes: Classes) -> Source:
     source, pictures = Source(), list_files(folder)
     file, content = _description(folder)
     keys = _name_classes(folder / file, content, classes)
+    _require_one_list(folder, file, content["names"])
     if content.keys() & {"train", "val", "test"}:
         parts = _stated_parts(folder, file, content, pictures, source.notes)
     else:
@@ -117,6 +118,23 @@ def _name_classes(path: Path, content: dict, classes: Classes) -> Keys:
             classes.add(number, name, f"{path}: names[{number}]")
             keys[number] = number
     return keys
+
+
+def _require_one_list(folder: Path, file: str, names: list[str] | dict) -> None:
+    """Raise UserError if a classes.txt, in the folder of this file or below, calls a number
+    otherwise than `names`: nobody but its owner knows by which of them the labels were made."""
+    stated = dict(enumerate(names) if isinstance(names, list) else names.items())
+    stated = {int(number): name.strip() for number, name in stated.items()}
+    home = posixpath.dirname(file)
+    for other in list_files(folder, "classes.txt"):
+        apart = other == file or not f"/{other}".startswith(f"/{home}".rstrip("/") + "/")
+        lines = [] if apart else _lines(folder / other, "list of classes")
+        for number, (_, line) in enumerate(lines):
+            if stated.get(number, line.strip()) != line.strip():
+                raise UserError(
+                    f"{folder / other}: class {number} is {brief(line.strip())}, but "
+                    f"{brief(stated[number])} in {file}; take out the one that is wrong"
+                )
 
 
 # ----------------------------------------------------------------------------------- images
