@@ -75,3 +75,16 @@ def test_masks_that_are_there_are_not_made_again(small, tmp_path):
     again = bench_growth.masks_again(Place(None, tmp_path), 4)
     assert [again(t) for t in (0, 1)] == [1, 1]
     assert len(list((tmp_path / "masks").glob("*.json"))) == 4
+
+
+def test_bf16_is_left_out_where_the_cpu_has_no_instructions_for_it(monkeypatch):
+    for able in (True, False):
+        monkeypatch.setattr(bench, "multiplies_bf16", lambda able=able: able)
+        for row in ("step", "pq"):
+            bench.require_instructions(bench.WORKS[row].ours)
+        for row in ("step-bf16", "inference-640-bf16"):
+            if able:
+                bench.require_instructions(bench.WORKS[row].ours)
+            else:
+                with pytest.raises(Skipped, match="no instructions for bf16"):
+                    bench.require_instructions(bench.WORKS[row].ours)

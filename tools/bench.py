@@ -19,7 +19,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -32,6 +31,8 @@ from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.request import multiplies_bf16
+from engine.sessions import cpu
 from tools import bench_data
 from tools import bench_works as works
 from tools.bench_growth import GROWTH
@@ -120,6 +121,7 @@ def serve(make: Callable, official: Path | None, threads: int, pipe) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # hotcoco's
     try:
         with tempfile.TemporaryDirectory() as folder:
+            require_instructions(make)
             call = make(works.Place(official, Path(folder)))
             pipe.send(call if isinstance(call, dict) else 0.0)
             while (t := pipe.recv()) is not None:
@@ -135,6 +137,12 @@ def serve(make: Callable, official: Path | None, threads: int, pipe) -> None:
     except BaseException as error:
         pipe.send({"failed": f"failed: {type(error).__name__}: {error}"})
         raise
+
+
+def require_instructions(make: Callable) -> None:
+    """Raise Skipped where the CPU can do bf16 only step by step, at many times fp32's cost."""
+    if getattr(make, "keywords", {}).get("precision") is BF16 and not multiplies_bf16():
+        raise works.Skipped("not measured: this CPU has no instructions for bf16")
 
 
 def arithmetic(make: Callable, call: Callable) -> dict:
@@ -166,6 +174,8 @@ def measured(work: Work, official: Path | None, threads: int, repeats: int | Non
         theirs.close()  # so that the end of the process, however it comes, ends the waiting
         sides.append((process, ours, {"all": []}))
         hear(*sides[-1])
+        if "skipped" in sides[0][-1]:  # then a peer says nothing
+            break
     count = repeats or work.repeats
     for t in (*range(count + 1), None):
         for process, pipe, result in sides:
@@ -269,8 +279,7 @@ def main() -> int:
     if unknown:
         p.error(f"unknown work '{unknown[0]}'; available: {', '.join(WORKS)}")
     machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cpu": cpu(),
         "torch": torch.__version__,
         "threads": args.threads,
     }

@@ -28,6 +28,7 @@ from typing import Callable
 
 import torch
 
+from engine.sessions import cpu
 from tools import bench_gpu_others as others
 from tools import bench_gpu_paths as paths
 from tools import bench_gpu_works as works
@@ -183,8 +184,8 @@ def _hear(process, pipe, left: list[str], end: float, tell: Callable) -> list[st
 
 
 def machine(bench: works.Bench) -> dict:
-    said = {"device": str(bench.device), "cpu": platform.processor() or platform.machine()}
-    said |= {"cores": os.cpu_count(), "python": platform.python_version()}
+    said = {"device": str(bench.device), "cpu": cpu()}
+    said |= {"python": platform.python_version()}
     said["torch"] = torch.__version__
     if bench.on_gpu:
         of_gpu = torch.cuda.get_device_properties(bench.device)

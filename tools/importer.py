@@ -80,8 +80,7 @@ def import_folder(
         _require_apart(join, output)
         base = Base(join)
         base.decide(known)
-    notes = [*annotations.neighbours(source), *annotations.follow_links(source)]
-    notes += annotations.passed_over(source)
+    notes = annotations.survey(source)
     forms = (masks_are, classes) if kind == "masks" else ()
     read = annotations.READERS[kind](source, known, *forms)
     if kind != "labelme":  # which knows its classes when everything is read

@@ -9,7 +9,7 @@ turn comes at the latest.
 
 from readers.annotations.cityscapes import CITYSCAPES, read_cityscapes
 from readers.annotations.coco import read_coco
-from readers.annotations.files import follow_links, neighbours, passed_over
+from readers.annotations.files import survey
 from readers.annotations.label_studio import read_label_studio
 from readers.annotations.labelme import read_labelme
 from readers.annotations.masks import FORMS, read_masks
@@ -26,5 +26,4 @@ READERS = {
     "label-studio": read_label_studio,
 }
 __all__ = ["READERS", "FORMS", "CITYSCAPES", "REST", "VOID"]
-__all__ += ["Classes", "Instance", "Record", "Source", "follow_links", "lay"]
-__all__ += ["neighbours", "passed_over"]
+__all__ += ["Classes", "Instance", "Record", "Source", "lay", "survey"]

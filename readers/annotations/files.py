@@ -24,7 +24,7 @@ def list_files(folder: Path, ending: str | tuple[str, ...] = "") -> list[str]:
     return [name for name in others if name.lower().endswith(ending)] if ending else images
 
 
-def follow_links(folder: Path) -> list[str]:
+def _follow_links(folder: Path) -> list[str]:
     """Lines that say which links to folders are followed. Raises: UserError if a linked file leads
     out of the source and of every linked folder."""
     images, others = _everything(folder)
@@ -48,7 +48,12 @@ def follow_links(folder: Path) -> list[str]:
     return [f"{len(listed)} linked folders are followed: {', '.join(listed[:3])}{more}"]
 
 
-def neighbours(folder: Path) -> list[str]:
+def survey(folder: Path) -> list[str]:
+    """Lines on what of a source is read and what is not. Raises: as `_follow_links` does."""
+    return [*_neighbours(folder), *_follow_links(folder), *_passed_over(folder)]
+
+
+def _neighbours(folder: Path) -> list[str]:
     """A line that says that the source is one part of a division, and the others are not read."""
     here = folder.resolve()
     own = PARTS.get(here.name.lower())
@@ -62,7 +67,7 @@ def neighbours(folder: Path) -> list[str]:
     ]
 
 
-def passed_over(folder: Path) -> list[str]:
+def _passed_over(folder: Path) -> list[str]:
     """A line that says which files are neither pictures nor any text or array of annotations."""
     _, others = _everything(folder)
     odd = [name for name in others if os.path.splitext(name)[1].lower() not in READ]
