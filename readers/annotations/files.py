@@ -2,6 +2,7 @@
 or of the linked folder that it is in.
 """
 
+import contextlib
 import os
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,11 @@ def list_files(folder: Path, ending: str | tuple[str, ...] = "") -> list[str]:
     (with a dot, in small letters; one of several). A folder that is not there has none."""
     images, others = _everything(folder)
     return [name for name in others if name.lower().endswith(ending)] if ending else images
+
+
+def survey(folder: Path) -> list[str]:
+    """Lines on what of a source is read and what is not. Raises: as `_follow_links` does."""
+    return [*_neighbours(folder), *_follow_links(folder), *_passed_over(folder)]
 
 
 def _follow_links(folder: Path) -> list[str]:
@@ -48,17 +54,14 @@ def _follow_links(folder: Path) -> list[str]:
     return [f"{len(listed)} linked folders are followed: {', '.join(listed[:3])}{more}"]
 
 
-def survey(folder: Path) -> list[str]:
-    """Lines on what of a source is read and what is not. Raises: as `_follow_links` does."""
-    return [*_neighbours(folder), *_follow_links(folder), *_passed_over(folder)]
-
-
 def _neighbours(folder: Path) -> list[str]:
     """A line that says that the source is one part of a division, and the others are not read."""
     here = folder.resolve()
-    own = PARTS.get(here.name.lower())
-    others = [path for path in here.parent.iterdir() if own and path.is_dir()]
-    others = [path.name for path in others if PARTS.get(path.name.lower(), own) != own]
+    own, others = PARTS.get(here.name.lower()), []
+    if own:
+        with contextlib.suppress(OSError):  # nobody may list it
+            others = [path.name for path in here.parent.iterdir() if path.is_dir()]
+    others = [name for name in others if PARTS.get(name.lower(), own) != own]
     if not others:
         return []
     return [
