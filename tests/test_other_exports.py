@@ -54,3 +54,13 @@ def test_a_folder_of_another_format_of_ours_is_called_by_its_name(tmp_path):
     import_refused("labelme", write_coco(tmp_path / "x"), "say --from coco-instances")
     import_refused("coco-instances", write_labelme(tmp_path / "y", ("a",)), "say --from labelme")
     assert hint(tmp_path / "nowhere", "yolo") == ""
+
+
+@pytest.mark.parametrize("kind", ["yolo", "coco-instances"])
+def test_an_export_that_lies_deeper_is_named(kind, tmp_path):
+    export = SCENES[kind](tmp_path / "downloads" / "more" / "export")
+    if kind == "coco-instances":
+        (export / "annotations").mkdir()
+        (export / "annotations.json").rename(export / "annotations" / "instances_train.json")
+    words = rf"export/\S* is .*: did you mean --input {export}\?"
+    import_refused(kind, tmp_path / "downloads", words)

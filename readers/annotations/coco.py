@@ -108,7 +108,7 @@ def _load(folder: Path, notes: list[str]) -> list[_File]:
         raise UserError(
             f"{folder}: {brief(listed) if listed else 'no JSON'} in it and its `annotations`; "
             "expected instances_train*.json and instances_val*.json, or one JSON alone, or a pair "
-            f"in train/ and valid/{hint(folder, 'coco-instances')}"
+            f"in train/ and valid/{hint(folder, 'coco-instances', too_deep=not near)}"
         )
     if set(parts) == {"train", "test"}:
         parts["val"] = parts.pop("test")

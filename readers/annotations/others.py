@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from readers.annotations.files import list_files
+from readers.annotations.files import PARTS, list_files
 
 HEAD = 4000  # characters of a file that are looked at
 LOOKED_AT = 5  # files of an ending that are opened
@@ -109,10 +109,11 @@ SIGNS = (  # the first that fits is taken
 )
 
 
-def hint(folder: Path, reader: str, names: list[str] | None = None) -> str:
+def hint(folder: Path, reader: str, names: list[str] | None = None, too_deep: bool = False) -> str:
     """`; NAME is ...: what to choose`, or nothing if no file is of a known tool.
 
     reader: the one that found nothing, which is not proposed.   names: look at these files alone.
+    too_deep: the reader looks into no folders, so its own files in one are named, too.
     """
     names = list_files(folder, TEXTS + CLOSED) + list_files(folder) if names is None else names
     heads, opened = {}, {}
@@ -124,10 +125,20 @@ def hint(folder: Path, reader: str, names: list[str] | None = None) -> str:
     for sign in SIGNS:
         for name, head in heads.items():
             told = not sign.text or head is not None and re.search(sign.text, head)
-            mine = sign.choose == f"say --from {reader}"
+            mine, choose = sign.choose == f"say --from {reader}", sign.choose
+            if mine and too_deep and "/" in name:
+                mine, choose = False, f"did you mean --input {folder / _export_of(name)}?"
             if told and not mine and re.search(sign.file, name, re.IGNORECASE):
-                return f"; {name} is {sign.what}: {sign.choose}"
+                return f"; {name} is {sign.what}: {choose}"
     return ""
+
+
+def _export_of(name: str) -> Path:
+    """The folder of an export, of the path of a file in it."""
+    place = Path(name).parent
+    while place.name.lower() in (*PARTS, "annotations"):
+        place = place.parent
+    return place
 
 
 def _head(path: Path) -> str | None:

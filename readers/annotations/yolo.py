@@ -87,7 +87,8 @@ def _description(folder: Path) -> tuple[str, dict]:
         return name, {"names": [line.strip() for _, line in lines]}
     raise UserError(
         f"{folder}: no data.yaml with `names` and no classes.txt in this folder; expected an "
-        f"export in YOLO's format, with images/ and labels/{hint(folder, 'yolo')}"
+        f"export in YOLO's format, with images/ and labels/"
+        f"{hint(folder, 'yolo', too_deep=True)}"
     )
 
 
