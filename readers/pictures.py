@@ -281,6 +281,6 @@ def name_fault(name) -> str | None:
 
 def brief(value) -> str:
     """A value from a file, as a message can show it."""
-    text = f"'{value}'" if isinstance(value, str) else ascii(value)
+    text = f"'{value}'" if isinstance(value, str) else repr(value)
     text = UNPRINTABLE.sub("?", text)
     return text if len(text) <= 100 else f"{text[:100]}..."

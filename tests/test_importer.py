@@ -868,6 +868,86 @@ def test_a_part_that_is_imported_alone_names_those_beside_it(kind, tmp_path):
     assert note in result["notes"]
 
 
+def test_the_dialects_of_via_are_read(tmp_path):
+    root = write_coco(tmp_path / "2")
+
+    def via_2(content):
+        for a in content["annotations"]:
+            a["image_id"] = str(a["image_id"])
+
+    rewrite(root / "annotations.json", via_2)
+    dataset, result = imported("coco-instances", root)
+    assert result["labeled"] == 2 and np.array_equal(
+        dataset.train.truth(0).segment_map, scene_ids()
+    )
+    root = write_coco(tmp_path / "3")
+    rewrite(
+        root / "annotations.json",
+        lambda content: [image.update(width=-1, height=-1) for image in content["images"]] and None,
+    )
+    assert imported("coco-instances", root)[1]["labeled"] == 2
+
+
+def test_a_folder_of_validation_images_whose_json_is_not_there_is_said(tmp_path):
+    root = write_layout(tmp_path / "s", {"train/_annotations.coco.json": ["a.png", "b.png"]})
+    for name in ("train/a.png", "train/b.png", "valid/c.png"):
+        photo(root / name)
+    _, result = imported("coco-instances", root)
+    assert any(
+        note.startswith("valid holds pictures for validation, but no JSON lists them")
+        for note in result["notes"]
+    )
+
+
+def test_what_a_background_is_not_is_said(tmp_path):
+    root = write_coco(tmp_path / "s")
+    _, result = imported("coco-instances", root, background="Cat")
+    assert any(note.startswith("'cat', 'Cat': classes whose names") for note in result["notes"])
+    everything = write_masks(tmp_path / "all")
+    for path in everything.glob("masks/cat/*.png"):
+        Image.fromarray(np.full((10, 12), 7, np.uint8)).save(path)
+    _, result = imported("masks", everything, background="ground")
+    assert any(note.startswith("--background ground: no pixel") for note in result["notes"])
+
+
+def test_names_of_classes_are_readable_in_notes(tmp_path):
+    root = write_coco(tmp_path / "s")
+    names = {"cat": "道路", "dog": "fenêtre"}
+
+    def renamed(content):
+        for category in content["categories"]:
+            category["name"] = names[category["name"]]
+        for a in content["annotations"]:
+            a["iscrowd"] = int(a["category_id"] == 17)
+
+    rewrite(root / "annotations.json", renamed)
+    notes = imported("coco-instances", root)[1]["notes"]
+    assert any("nothing else is there of ['道路']" in note for note in notes), notes
+
+
+def test_a_file_or_a_folder_too_deep_is_answered_with_the_folder_that_was_meant(tmp_path):
+    root = write_coco(tmp_path / "coco")
+    import_refused("coco-instances", root / "annotations.json", f"is a file; .*its folder, {root}$")
+    import_refused("coco-instances", root / "images", rf"did you mean --input {root}\?")
+    (root / "annotations").mkdir()
+    (root / "annotations.json").rename(root / "annotations" / "instances_train.json")
+    import_refused("coco-instances", root / "annotations", rf"did you mean --input {root}\? Else")
+    root = write_yolo(tmp_path / "yolo")
+    for place in (root / "train", root / "train" / "images"):
+        import_refused("yolo", place, rf"did you mean --input {root}\?")
+
+
+def test_a_list_of_classes_that_lies_with_maps_of_instances_is_said(tmp_path):
+    root = write_masks(tmp_path / "s")
+    shutil.rmtree(root / "masks")
+    (root / "masks").mkdir()
+    for name in "abc":
+        save(f"masks/{name}.png", scene_ids().astype(np.uint8))(root)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    _, result = imported("masks", root, masks_are="instances")
+    assert any("classes.txt is not read: values are objects" in note for note in result["notes"])
+
+
 def test_pictures_that_no_json_lists_are_unlabelled_images_where_listed_ones_lie(tmp_path):
     root = write_coco(tmp_path / "s")
     for name in (
@@ -1040,14 +1120,16 @@ def test_stuff_is_one_segment_of_its_class_and_is_no_crowd(tmp_path):
     import_refused(
         "coco-instances",
         coco,
-        r"all 6 instances are crowd .*; if they are single objects, set it to 0: sed",
+        r"all 6 instances are crowd .*so if these are single objects, set it to 0: sed .*--stuff",
     )
     dataset, _ = imported("coco-instances", coco, stuff="cat, dog")  # all of it is stuff
     assert not any(dataset.taxonomy.things) and not dataset.train.truth(0).crowd.any()
     rewrite(coco / "annotations.json", lambda content: content["annotations"][0].update(iscrowd=0))
     result = importer.import_folder("coco-instances", coco, tmp_path / "some")
     assert told(result) == [
-        "5 of 6 instances are crowd, neither learnt nor measured; nothing else is there of ['dog']"
+        "5 of 6 instances are crowd, neither learnt nor measured; nothing else is there of "
+        "['dog'], so if these are single objects, set it to 0: sed -i "
+        """'s/"iscrowd": *1/"iscrowd": 0/g' FILE.json"""
     ]
 
 

@@ -47,7 +47,9 @@ def test_an_unlabelled_image_becomes_labelled_and_all_else_stays(base, tmp_path)
     dataset, result = join(base, corrected(base, tmp_path / "out", "d", "new"), **REST)
     assert dataset.taxonomy == before.taxonomy and truths(dataset.val) == truths(before.val)
     assert (result["labeled"], result["unlabeled"], result["val"]) == (4, 0, 1)
-    assert "1 images of" in result["notes"][-1] and "new annotations" in result["notes"][-1]
+    assert result["notes"][-1] == (
+        f"1 images of {base} have new annotations, and 1 are added to its 4"
+    )
     now, old = truths(dataset.train), truths(before.train)
     assert {name: now[name] for name in old} == old and now.keys() - old.keys() == {
         "d.png",
@@ -167,3 +169,28 @@ def test_the_command_line_joins_and_has_no_share_for_validation_then(base, tmp_p
     assert "--val-share: " in capsys.readouterr().err
     assert run(*flags) == 0
     assert "3 labelled, 0 unlabelled and 1 validation images" in capsys.readouterr().out
+
+
+def test_what_predict_wrote_is_imported_from_where_people_correct_it(base, tmp_path):
+    root = tmp_path / "predictions"
+    corrected(base, root / "labelme", "d")
+    shutil.copy(root / "labelme" / "d.png", root / "d.png")
+    content = {"images": [], "annotations": [], "categories": []}
+    (root / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"did you mean --input {root / 'labelme'}\?"):
+        join(base, root, **REST)
+    with pytest.raises(UserError, match=r"1 files in .*labelme are corrected \('d.json'\); take"):
+        importer.import_folder("coco-instances", root, tmp_path / "new", join=base, **REST)
+
+
+def test_things_that_look_like_stuff_are_not_doubted_where_the_data_set_has_decided(base, tmp_path):
+    def notes(**flags):
+        root = corrected(base, tmp_path / "out", "d", "new")
+        for path in root.glob("*.json"):
+            large = [[0, 0], [12, 0], [12, 9], [0, 9]]
+            rewrite(path, lambda content: content["shapes"][0].update(points=large) and None)
+        output = tmp_path / f"n{len(flags)}"
+        return importer.import_folder("labelme", root, output, **REST, **flags)["notes"]
+
+    assert any("say --stuff" in note for note in notes())
+    assert not any("say --stuff" in note for note in notes(join=base))

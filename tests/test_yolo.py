@@ -171,6 +171,7 @@ def test_an_empty_label_file_is_an_image_without_objects_and_a_missing_one_says_
     (empty,) = {"b.png"} & maps(dataset).keys()
     assert (maps(dataset)[empty] == 1).all() and "d.png" not in maps(dataset)
     assert [note[:40] for note in result["notes"]] == [
+        "there is no validation set; its images a",
         "1 images have an empty label file: annot",
         "1 images have no label file and are take",
     ]
@@ -205,6 +206,34 @@ def test_an_image_of_training_and_validation_is_for_validation_alone(tmp_path):
     dataset, result = imported("yolo", root)
     assert dataset.train.names.tolist() == ["a.png"] and len(dataset.val) == 2
     assert any("1 images of train are in another part" in note for note in result["notes"])
+
+
+def test_a_part_that_is_called_otherwise_than_the_yaml_says_is_not_lost(tmp_path):
+    root = write_yolo(tmp_path / "s")
+    (root / "data.yaml").write_text("train: train/images\nval: val/images\nnames: [cat, dog]\n")
+    for kind in ("images", "labels"):
+        (root / "valid" / kind).mkdir(parents=True)
+        for path in (root / "train" / kind).glob("c.*"):
+            path.rename(root / "valid" / kind / path.name)
+    words = r"data.yaml: val is 'val/images', which is not there, but valid/images has .*1 in all"
+    import_refused("yolo", root, words)
+    shutil.rmtree(root / "valid" / "images")
+    _, result = imported("yolo", root)
+    assert "there is no validation set; its images are drawn (--val-share)" in result["notes"]
+    assert "label files without an image: ['valid/labels/c.txt']" in result["notes"]
+
+
+def test_an_image_for_validation_without_objects_is_not_called_unlabelled(tmp_path):
+    root = write_yolo(tmp_path / "s")
+    (root / "data.yaml").write_text("train: train/images\nval: val/images\nnames: [cat, dog]\n")
+    for kind in ("images", "labels"):
+        (root / "val" / kind).mkdir(parents=True)
+        for path in [p for name in "bc" for p in (root / "train" / kind).glob(f"{name}.*")]:
+            path.rename(root / "val" / kind / path.name)
+    (root / "val" / "labels" / "c.txt").write_text("")
+    _, result = imported("yolo", root)
+    assert result["dropped"]["validation images without annotation"] == 1
+    assert not any("have no object are unlabelled" in note for note in result["notes"])
 
 
 def label(text):

@@ -35,9 +35,11 @@ from typing import Iterable
 
 import numpy as np
 
+from ground.errors import UserError
 from ground.files import place, write_atomic
 from readers.annotations.labelme import digest, is_untouched
 from readers.ground_truth import Taxonomy
+from readers.pictures import brief
 from readers.runs import to_runs
 from tools.outlines import outlines
 
@@ -120,6 +122,26 @@ def is_corrected(file: Path) -> bool:
         return False
     except (OSError, ValueError):
         return True
+
+
+def require_corrections(kind: str, folder: Path) -> None:
+    """Raise UserError if a folder is what predict wrote, and what people correct is in a folder of
+    it that --from `kind` does not read."""
+    predicted, inner = folder / FILES[0], folder / FOLDER
+    if not predicted.is_file() or not inner.is_dir():
+        return
+    if kind == "labelme":
+        raise UserError(
+            f"{folder}: what --stage predict wrote; the files to correct are in {inner}: did you "
+            f"mean --input {inner}?"
+        )
+    changed = sorted(file.name for file in inner.glob("*.json") if is_corrected(file))
+    if kind == "coco-instances" and changed:
+        raise UserError(
+            f"{predicted}: has what was predicted, but {len(changed)} files in {inner} are "
+            f"corrected ({brief(changed[0])}); take these by --from labelme --input {inner}, or "
+            "move that folder elsewhere"
+        )
 
 
 def centres(segment_map: np.ndarray, segments_info: list[dict], taxonomy: Taxonomy) -> str:

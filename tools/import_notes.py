@@ -9,6 +9,12 @@ from ground.errors import UserError
 from readers.annotations import Classes
 from readers.pictures import brief
 
+# CVAT marks what was painted so, too.
+SINGLE = (
+    "so if these are single objects, set it to 0: "
+    'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' FILE.json'
+)
+
 
 def require_objects(
     rows: list[dict], classes: Classes, background: str, source: Path, why: str, voided: int
@@ -29,16 +35,14 @@ def require_objects(
     if crowd == count:
         raise UserError(
             f"{source}: all {count.total()} instances are crowd (iscrowd 1), of which nothing is "
-            "learnt or measured; if they are single objects, set it to 0: "
-            'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' FILE.json; if they are stuff, name their '
-            "classes with --stuff"
+            f"learnt or measured, {SINGLE}; if they are stuff, name their classes with --stuff"
         )
     if not crowd.total():
         return []
     only = [classes[key][0] for key in count if crowd[key] == count[key]]
     return [
         f"{crowd.total()} of {count.total()} instances are crowd, neither learnt nor "
-        f"measured{f'; nothing else is there of {brief(only)}' if only else ''}"
+        f"measured{f'; nothing else is there of {brief(only)}, {SINGLE}' if only else ''}"
     ]
 
 
@@ -81,10 +85,22 @@ def say_void(rows: list[dict], background: str) -> list[str]:
 def say_doubtful(rows: list[dict], classes: Classes, background: str, kind: str) -> list[str]:
     """What may not be meant so: names that are alike, and what covers most of the pixels."""
     where = rows, classes, background
-    alike = say_alike([name for name, _, _ in classes.values()])
+    names = [name for name, _, _ in classes.values()]
+    alike = say_alike(names + [background] * (background != ""))
     inverted = say_inverted(*where) if kind == "masks" else []
     void = say_void(rows, background) if kind != "cityscapes" else []  # it takes no --background
-    return alike + void + say_stuff(*where) + inverted
+    return alike + void + say_unused(rows, background) + say_stuff(*where) + inverted
+
+
+def say_unused(rows: list[dict], background: str) -> list[str]:
+    """A background of which there is no pixel, as all have another class or are void."""
+    used = {segment["category_id"] for row in rows for segment in row["segments"]}
+    if not background or background in used:
+        return []
+    return [
+        f"--background {background}: no pixel is left for it, so the class is empty; leave the "
+        "flag out unless other images have it"
+    ]
 
 
 def say_alike(names: list[str]) -> list[str]:
@@ -114,7 +130,7 @@ def say_stuff(rows: list[dict], classes: Classes, background: str) -> list[str]:
         for key in area
         if key != background and classes[key][1] and area[key] > pixels / 5 and count[key] <= few
     ]
-    if not large or len(classes) < 2:
+    if not large or len(classes) < 2 or classes.inherited is not None:
         return []
     return [
         f"{brief(large)}: things that cover more than a fifth of all pixels, about one an image; "

@@ -30,6 +30,7 @@ from readers import annotations
 from readers.annotations import REST, VOID, Classes, Instance, Record, Source, lay
 from readers.ground_truth import Taxonomy
 from readers.pictures import brief, image_header, name_fault
+from tools import exchange
 from tools.import_notes import (
     copies_of,
     require_objects,
@@ -73,7 +74,7 @@ def import_folder(
     Raises: UserError for what cannot be read, or if `output` holds something else.
     """
     source, output = Path(source), Path(output)
-    _require_flags(kind, background, val_share, masks_are, classes)
+    _require_flags(kind, source, background, val_share, masks_are, classes)
     _require_apart(source, output)
     known, base = Classes(stuff, background), None
     if join is not None:
@@ -98,7 +99,7 @@ def import_folder(
         notes += say_doubtful(rows, known, background, kind)
         if base:
             rows, again = base.join(rows, known, background, output)
-            notes.append(f"{again} images of {join} have new annotations")
+            notes.append(again)
         taxonomy, numbers = numbered(known, background) if base is None else base.classes
         val = divide(rows, val_share, seed, source, why)
         done = finish(output, rows, val, taxonomy, numbers)
@@ -127,10 +128,13 @@ def summary(result: dict, output: Path) -> str:
 # ----------------------------------------------------------------------------- what is asked for
 
 
-def _require_flags(kind: str, background: str, share: float, masks_are: str, classes: str) -> None:
+def _require_flags(
+    kind: str, source: Path, background: str, share: float, masks_are: str, classes: str
+) -> None:
     """Raise UserError for a value that cannot be, or that this kind of annotations has no use
     for."""
     choose("kind of annotations", kind, annotations.READERS)
+    exchange.require_corrections(kind, source)
     if masks_are and masks_are not in annotations.FORMS:
         raise UserError(f"--masks-are {masks_are}: expected one of {', '.join(annotations.FORMS)}")
     if kind != "masks" and (masks_are or classes):
@@ -150,6 +154,8 @@ def _require_flags(kind: str, background: str, share: float, masks_are: str, cla
 
 
 def _require_apart(source: Path, output: Path) -> None:
+    if source.is_file():
+        raise UserError(f"{source}: is a file; --input names its folder, {source.parent}")
     if not source.is_dir():
         raise UserError(f"{source}: no such folder of annotated images")
     here, there = source.resolve(), output.resolve()
@@ -224,7 +230,7 @@ def convert(
         instances = record.read((height, width))
         stuff = {key for key, (_, thing, _) in classes.items() if not thing}
         ids, segments = paint(instances, (height, width), background, dropped, stuff)
-        dropped[EMPTY] += not instances and not background
+        dropped[EMPTY] += not instances and not background and record.part != "val"
     if segments:
         buffer = io.BytesIO()
         encode(ids).save(buffer, "PNG")

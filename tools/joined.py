@@ -88,9 +88,8 @@ class Base:
 
     def join(
         self, rows: list[dict], classes: Classes, background: str, output: Path
-    ) -> tuple[list[dict], int]:
-        """All rows, and how many of DIR's images have new segments. What is DIR's is placed in the
-        output.
+    ) -> tuple[list[dict], str]:
+        """All rows, and a line on what was joined. What is DIR's is placed in the output.
 
         rows: of what was annotated now; their images and maps are in the output.
         Raises: UserError if a class is none of DIR's, or an image is called like one of DIR's that
@@ -116,7 +115,11 @@ class Base:
         for path in sorted((self.folder / "splits").glob("*/*.txt")):
             if path.parent.name != "all":
                 place(path, output / "splits" / path.parent.name / path.name)
-        return list(joined.values()), again
+        more = len(joined) - len(self.rows)
+        return list(joined.values()), (
+            f"{again} images of {self.folder} have new annotations, and {more} are added to its "
+            f"{len(self.rows)}"
+        )
 
     def _numbers(self, classes: Classes, background: str) -> dict:
         """DIR's category ids, by key of the new classes."""

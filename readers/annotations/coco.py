@@ -209,6 +209,7 @@ def _idle(category: dict, categories: list[dict]) -> str:
 def _records(file: _File, pictures: list[str], source: Source) -> Iterator[tuple[Record, str]]:
     """Records of a JSON, and the folder that each was found in."""
     path, annotations = file.path, _by_image(file)
+    _join_ids(annotations, file.content["images"])
     _require_pixels(path, file.content["annotations"])
     places, names, respelled = _folders(file), {}, []
     for place, entry in enumerate(file.content["images"]):
@@ -216,6 +217,7 @@ def _records(file: _File, pictures: list[str], source: Source) -> Iterator[tuple
             key, stated = entry["id"], entry["file_name"]
             known = key in names
             size = entry.get("height"), entry.get("width")
+            size = (None, None) if size == (-1, -1) else size  # VIA 3 does not look at the pictures
         except (KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path}: images[{place}] is {brief(entry)}, expected an object with id and "
@@ -268,6 +270,14 @@ def _by_image(file: _File) -> dict[object, list[tuple[int, dict]]]:
                 f"{where} has category {brief(a['category_id'])}, which is not among the categories"
             )
     return annotations
+
+
+def _join_ids(annotations: dict[object, list], images: list) -> None:
+    """VIA 2 has whole numbers as ids of its images, and their text as image_id."""
+    numbers = {image.get("id") for image in images if isinstance(image, dict)}
+    for key in [key for key in annotations if isinstance(key, str) and key not in numbers]:
+        if key.isdecimal() and int(key) in numbers and int(key) not in annotations:
+            annotations[int(key)] = annotations.pop(key)
 
 
 def _require_pixels(path: Path, annotations: list[dict]) -> None:
@@ -333,10 +343,12 @@ def _find(
         alike = own or alike
     _require_one(file, name, [folder / picture for picture in alike])
     if not alike:
+        above = any((folder.parent / at / name).is_file() for at in places)
         raise UserError(
             f"{folder / places[0] / name}: no such file, nor in "
-            f"{', '.join(str(folder / place) for place in places[1:])}; put the images there, or "
-            f"take {brief(name)} from {file.path.name}"
+            f"{', '.join(str(folder / place) for place in places[1:])}; "
+            + (f"did you mean --input {folder.parent}? Else " if above else "")
+            + f"put the images there, or take {brief(name)} from {file.path.name}"
         )
     root = alike[0].split("/")[: -1 - name.count("/")]
     return folder / alike[0], "/".join(root) or "."
@@ -368,6 +380,13 @@ def _unlisted(
             passed[posixpath.dirname(picture) or "."] += 1
         else:
             yield Record(picture.removeprefix(at), folder / picture, None, part)
+    parts = {record.part for record in records.values()}
+    lost = [place for place in sorted(passed) if _part(place) == "val" and "val" not in parts]
+    if lost:
+        source.notes.append(
+            f"{lost[0]} holds pictures for validation, but no JSON lists them: get it, or those "
+            "for validation are drawn from the others (--val-share)"
+        )
     if passed:
         source.passed["pictures that no JSON lists"] += passed.total()
         source.notes.append(

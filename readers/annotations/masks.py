@@ -19,7 +19,14 @@ from readers.annotations.others import hint
 from readers.annotations.pairs import Mask, find_pairs, likely
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Size
-from readers.annotations.values import COLOUR_LISTS, NUMBER_LISTS, OWN, Values, read_values
+from readers.annotations.values import (
+    COLOUR_LISTS,
+    NUMBER_LISTS,
+    OWN,
+    Values,
+    read_values,
+    unused_lists,
+)
 from readers.panoptic_json import MAX_ID
 from readers.pictures import brief, image_header
 
@@ -60,6 +67,7 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
     listed = flat and form not in ("instances", "binary")
     largest = INSTANCES - 1 if form == "both" else MAX_ID - 2
     values = read_values(folder, names, largest) if listed else Values({})
+    source.notes += unused_lists(folder) if flat and not listed else []
     forms = _forms(masks, form, values, source.notes)
     by_value = not {"classes", "both"}.isdisjoint(forms.values())
     if by_value:

@@ -130,6 +130,16 @@ def hint(folder: Path, reader: str, names: list[str] | None = None, too_deep: bo
                 mine, choose = False, f"did you mean --input {folder / _export_of(name)}?"
             if told and not mine and re.search(sign.file, name, re.IGNORECASE):
                 return f"; {name} is {sign.what}: {choose}"
+    return _above(folder, reader) if too_deep else ""
+
+
+def _above(folder: Path, reader: str) -> str:
+    """The same of a file of the reader's own in one of two folders above."""
+    (sign,) = (sign for sign in SIGNS if sign.choose == f"say --from {reader}")
+    for place in folder.resolve().parents[:2]:
+        for path in sorted([*place.glob("*.*"), *place.glob("annotations/*.*")]):
+            if re.search(sign.file, path.name) and re.search(sign.text, _head(path) or ""):
+                return f"; {path} is {sign.what}: did you mean --input {place}?"
     return ""
 
 

@@ -18,6 +18,7 @@ COLOUR_LISTS = ("class_dict.csv", "label_colors.txt", "labelmap.txt")
 NUMBER_LISTS = ("_classes.csv",)
 REST_NAMES = frozenset("_background_ background".split())  # of the value 0, or of black
 _RGB = r"(?P<r>\d{1,3})%s(?P<g>\d{1,3})%s(?P<b>\d{1,3})"
+LISTS = (*OWN, *COLOUR_LISTS, *NUMBER_LISTS)
 COLOURED = [  # a line of a list of colours
     re.compile(r"#(?P<hex>[0-9a-fA-F]{6})\s*[:=,\s]\s*(?P<name>.+)"),
     re.compile(r"(?P<name>[^:]+):" + _RGB % (",", ",") + r"(:.*)?"),  # label:color_rgb:parts:...
@@ -67,22 +68,21 @@ def read_values(folder: Path, names: str, largest: int) -> Values:
     """
     if names:
         return _meaning(names.split(","), "--classes", largest)
-    lists = (*OWN, *COLOUR_LISTS, *NUMBER_LISTS)
     for place in (folder / "masks", folder):
         if (place / "classes.json").is_file() and not any(
-            (place / name).is_file() for name in lists
+            (place / name).is_file() for name in LISTS
         ):
             raise UserError(
                 f"{place / 'classes.json'}: not read with maps; write the same into "
                 f"{place / OWN[0]}, VALUE:NAME a line"
             )
-        for file in (place / name for name in lists):
+        for file in (place / name for name in LISTS):
             if file.is_file() and (values := _of_file(file, largest)):
                 return values
     found = []
     for place in sorted(folder.iterdir()):
         if PARTS.get(place.name) in ("train", "val"):
-            files = [place / name for name in lists if (place / name).is_file()]
+            files = [place / name for name in LISTS if (place / name).is_file()]
             found += [values for file in files if (values := _of_file(file, largest))]
     for values in found[1:]:
         if values.names != found[0].names:
@@ -91,6 +91,17 @@ def read_values(folder: Path, names: str, largest: int) -> Values:
                 "all parts, or --classes"
             )
     return found[0] if found else Values({})
+
+
+def unused_lists(folder: Path) -> list[str]:
+    """A line on lists that lie with maps whose values are no classes."""
+    found = [place / name for place in (folder / "masks", folder) for name in LISTS]
+    return [
+        f"{file} is not read: values are objects, all of one class; of 256 * class + instance say "
+        "--masks-are both, and of classes --masks-are classes"
+        for file in found
+        if file.is_file()
+    ][:1]
 
 
 def _of_file(file: Path, largest: int) -> Values | None:

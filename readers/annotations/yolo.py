@@ -39,19 +39,23 @@ def read_yolo(folder: Path, classes: Classes) -> Source:
     file, content = _description(folder)
     keys = _name_classes(folder / file, content, classes)
     _require_one_list(folder, file, content["names"])
+    texts = {*list_files(folder, ".txt")}
     if content.keys() & {"train", "val", "test"}:
-        parts = _stated_parts(folder, file, content, pictures, source.notes)
+        parts, gone = _stated_parts(folder, file, content, pictures, source.notes)
+        left = [name for name in pictures if name not in parts and _label_of(name) in texts]
+        _require_listed(folder / file, gone, left)
     else:
         parts = {name: _part(name) for name in pictures}
     parts = _division(file, parts, source.notes)
     _count_unlisted(pictures, parts, source)
-    texts = {*list_files(folder, ".txt")}
     labels = _labels(folder, parts, texts)
     _survey(folder, file, labels, len(parts), source)
     owned = {_label_of(name) for name in pictures}
     orphans = [text for text in texts - owned if "labels" in text.split("/")[:-1]]
     lost = [text for text in orphans if posixpath.basename(text) != "classes.txt"]
     source.passed["label files without an image"] += len(lost)
+    if lost:
+        source.notes.append(f"label files without an image: {brief(sorted(lost)[:3])}")
     records = []
     for name, part in parts.items():
         path = folder / labels[name] if name in labels else None
@@ -143,8 +147,9 @@ def _require_one_list(folder: Path, file: str, names: list[str] | dict) -> None:
 
 def _stated_parts(
     folder: Path, file: str, content: dict, pictures: list[str], notes: list[str]
-) -> dict[str, str]:
-    """Part of each picture that the YAML lists; the first of val, train, test that has it."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Part of each picture that the YAML lists, the first of val, train, test that has it; and what
+    is not where it says, by key."""
     home = posixpath.dirname(file)
     places = {posixpath.dirname(name) for name in (*pictures, *list_files(folder, ".txt"))}
     above = [place.split("/") for place in places]
@@ -152,13 +157,14 @@ def _stated_parts(
     known = places | {*list_files(folder, ".txt")}
     root = _found(content.get("path") or ".", [home, ""], places, whole=True)
     bases = [*dict.fromkeys([home if root is None else root, home, ""])]
-    listed = defaultdict(dict)
+    listed, gone = defaultdict(dict), {}
     for key in ("val", "valid", "validation", "train", "test"):
         stated = content.get(key) or []
         for value in stated if isinstance(stated, list) else [stated]:
             place = _found(value, bases, known)
             if place is None:
                 notes.append(f"{file}: {key} is {brief(value)}, which is not there")
+                gone[key] = brief(value)
                 continue
             if not f"/{place}".endswith(f"/{value.strip('./')}"):
                 notes.append(f"{file}: {key} is {brief(value)}; taken is {brief(place or '.')}")
@@ -179,7 +185,7 @@ def _stated_parts(
             f"{file}: all images of train are in val, too, so there is no division; those for "
             "validation are drawn (--val-share)"
         )
-        return dict.fromkeys(sorted(listed["val"]), "")
+        return dict.fromkeys(sorted(listed["val"]), ""), gone
     parts = {}
     for part in ("val", "train", "test"):
         twice = [name for name in listed[part] if parts.setdefault(name, part) != part]
@@ -188,7 +194,22 @@ def _stated_parts(
                 f"{file}: {len(twice)} images of {part} are in another part, too, and are left to "
                 f"that: {brief(twice[0])}"
             )
-    return dict(sorted(parts.items()))
+    return dict(sorted(parts.items())), gone
+
+
+def _require_listed(path: Path, gone: dict[str, str], left: list[str]) -> None:
+    """Raise UserError if a part is not where the YAML says, and pictures with labels are where it
+    says nothing of: then the part is called otherwise, and would be lost.
+
+    gone: what it says, by key.   left: pictures with labels that no part has.
+    """
+    for key, value in gone.items():
+        if left and PARTS[key] != "test":
+            raise UserError(
+                f"{path}: {key} is {value}, which is not there, but {posixpath.dirname(left[0])} "
+                f"has pictures with labels that no part lists, {len(left)} in all; mend {key}, or "
+                "take them out"
+            )
 
 
 def _found(stated, bases: list[str], known: Container[str], whole: bool = False) -> str | None:
@@ -241,7 +262,11 @@ def _division(file: str, parts: dict[str, str], notes: list[str]) -> dict[str, s
             f"{file}: the test set is taken for validation: there is a training set, and no other"
         )
         return {name: "val" if part == "test" else part for name, part in parts.items()}
-    return dict.fromkeys(parts, "") if used <= {"train", ""} else parts
+    if not used <= {"train", ""}:
+        return parts
+    if "train" in used:
+        notes.append("there is no validation set; its images are drawn (--val-share)")
+    return dict.fromkeys(parts, "")
 
 
 def _count_unlisted(pictures: list[str], parts: dict[str, str], source: Source) -> None:
