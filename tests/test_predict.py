@@ -797,6 +797,16 @@ def hard_maps():
     }
 
 
+def test_a_call_that_could_read_no_picture_is_in_nobodys_way(small_run, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"no image")
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 2
+    assert "1 of 1 pictures could not be read" in capsys.readouterr().err
+    shutil.copy(small_run / "pictures" / "a.png", pictures / "a.png")
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+
+
 def test_the_command_that_predict_prints_brings_its_files_back(small_run, tmp_path, capsys):
     pictures, out = shutil.copytree(small_run / "pictures", tmp_path / "pictures"), tmp_path / "out"
     exif = Image.Exif()

@@ -368,14 +368,13 @@ class Pictures:
                 for name, read in tqdm(opened, "predict", **total):
                     self._predict(model, name, read, log)
             rows = [self.rows[name] for name in sorted(self.rows)]
-            content = {
-                "info": info,
-                "images": [row["image"] for row in rows],
-                "annotations": [row["annotation"] for row in rows],
-                "categories": model.taxonomy.categories(),
-            }
-            exchange.write_folder(self.output, rows, model.taxonomy, info)
-            write_atomic(self.json, json.dumps(content).encode())
+            both = {f"{key}s": [row[key] for row in rows] for key in ("image", "annotation")}
+            content = {"info": info, **both, "categories": model.taxonomy.categories()}
+            if rows:
+                exchange.write_folder(self.output, rows, model.taxonomy, info)
+                write_atomic(self.json, json.dumps(content).encode())
+            else:  # nothing is there that a call after this one would have to go on with
+                self.log.unlink()
         finally:
             release(self.output)
         self._say(model.white)
