@@ -5,8 +5,8 @@ Source: the official training scripts: AdamW with Mask2Former's parameter groups
 clipping of the whole gradient. Norm layers and nn.Embedding weights have no weight decay; bare
 parameters (logit_scale, level_embed of the pixel decoder) do. A trained backbone learns at a
 fraction of the rate.
-Try: `python dearli.py --stage sup --steps 250 --clip-norm 0.01 --out runs/try-clip`: the paper's
-clipping, a hundredth of what this small decoder is given.
+Try: `python dearli.py --stage sup --steps 250 --clip-norm 1000000 --out runs/try-clip`: no
+clipping, which AdamW makes up for.
 """
 
 import math
