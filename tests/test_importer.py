@@ -938,11 +938,7 @@ def test_a_file_or_a_folder_too_deep_is_answered_with_the_folder_that_was_meant(
 
 
 def test_a_list_of_classes_that_lies_with_maps_of_instances_is_said(tmp_path):
-    root = write_masks(tmp_path / "s")
-    shutil.rmtree(root / "masks")
-    (root / "masks").mkdir()
-    for name in "abc":
-        save(f"masks/{name}.png", scene_ids().astype(np.uint8))(root)
+    root = write_instance_maps(tmp_path / "s")
     (root / "classes.txt").write_text("cat\ndog\n")
     _, result = imported("masks", root, masks_are="instances")
     assert any("classes.txt is not read: values are objects" in note for note in result["notes"])
@@ -2102,12 +2098,17 @@ def test_files_of_unknown_kinds_are_counted(tmp_path):
     ]
 
 
-def test_maps_of_instances_that_are_named_as_one_instance_are_refused(tmp_path):
-    root = write_masks(tmp_path / "s")
-    shutil.rmtree(root / "masks")
+def write_instance_maps(root, ending=""):
+    """As `write_masks`, with a map of all objects for each image."""
+    shutil.rmtree(write_masks(root) / "masks")
     (root / "masks").mkdir()
     for name in "abc":
-        save(f"masks/{name}_1.png", scene_ids().astype(np.uint8))(root)
+        save(f"masks/{name}{ending}.png", scene_ids().astype(np.uint8))(root)
+    return root
+
+
+def test_maps_of_instances_that_are_named_as_one_instance_are_refused(tmp_path):
+    root = write_instance_maps(tmp_path / "s", "_1")
     import_refused("masks", root, r"a_1.png: is one instance by its name, .* holds 2 values .*1, 2")
     for name in "abc":
         (root / "masks" / f"{name}_1.png").rename(root / "masks" / f"{name}_mask.png")

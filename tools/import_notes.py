@@ -9,7 +9,7 @@ from ground.errors import UserError
 from readers.annotations import Classes
 from readers.pictures import brief
 
-# CVAT marks what was painted so, too.
+# What makes single objects of crowd.
 SINGLE = (
     "so if these are single objects, set it to 0: "
     'sed -i \'s/"iscrowd": *1/"iscrowd": 0/g\' FILE.json'

@@ -98,8 +98,8 @@ def import_folder(
         notes += require_objects(rows, known, background, source, why, voided)
         notes += say_doubtful(rows, known, background, kind)
         if base:
-            rows, again = base.join(rows, known, background, output)
-            notes.append(again)
+            rows, joined = base.join(rows, known, background, output)
+            notes.append(joined)
         taxonomy, numbers = numbered(known, background) if base is None else base.classes
         val = divide(rows, val_share, seed, source, why)
         done = finish(output, rows, val, taxonomy, numbers)
