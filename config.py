@@ -147,7 +147,9 @@ class Config:
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power, or
     #    `multistep`, a tenth after each milestone
     milestones: str = "0.9231"  # of `multistep`: shares of the steps, with colons between them
-    lr: float = 1e-4  # at the first step
+    lr: float = 1e-4  # at the first step, or where --lr-warmup ends
+    lr_warmup: float = 0.0  # share of the steps in which the learning rate rises in a line, times
+    #    the schedule: without it many small objects lose queries early that never come back
     weight_decay: float = 0.05  # not on norms and embeddings
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
     poly_power: float = 0.9  # of the schedule
@@ -305,6 +307,7 @@ CUSTOM = replace(
     num_queries=40,
     num_points=2048,
     lr=1e-3,
+    lr_warmup=0.125,
     seen_width=16.2,
     window=128,
     merging="masks",
@@ -432,7 +435,7 @@ DEEPLAB_FIELDS = set(
 )
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
-    **{"white": 65535, "optimizer": "adamw", "schedule": "poly"},
+    **{"white": 65535, "optimizer": "adamw", "schedule": "poly", "lr_warmup": 0.0},
     **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
     **{"merging": "pixels", "least_quality": 0.0},
     **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},

@@ -1702,6 +1702,20 @@ def test_weight_decay_spares_norms_and_embeddings_only():
         assert named[name] == 0.0, name
 
 
+def test_the_learning_rate_rises_in_a_line_where_a_share_of_the_steps_says_so():
+    layer = nn.Linear(2, 1, bias=False)
+    for schedule in ("poly", "multistep"):
+        flat = dataclasses.replace(Config(), lr=2.0, schedule=schedule)
+        cfg = dataclasses.replace(flat, lr_warmup=0.25)
+        optimizer = optim.build_optimizer(layer, cfg)
+        plain = [optim.set_lr(optimizer, step, 40, flat) for step in range(40)]
+        rates = [optim.set_lr(optimizer, step, 40, cfg) for step in range(40)]
+        assert [a / b for a, b in zip(rates, plain)] == pytest.approx(
+            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, *[1.0] * 31]
+        )
+        assert optimizer.param_groups[0]["lr"] == rates[-1]
+
+
 def test_poly_schedule_and_clipping_of_the_whole_gradient():
     layer = nn.Linear(2, 1, bias=False)
     cfg = dataclasses.replace(Config(), lr=1.0, clip_norm=0.5)

@@ -248,8 +248,9 @@ INFERENCE: SIZES SCALE ANSWER least_score
 GRAPH: DECODER test_size white SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop crop_height scale_min scale_max SCALE turns optimizer schedule
-    backbone_lr_multiplier lr weight_decay clip_norm poly_power mask_weight dice_weight num_points
-    oversample importance workers seed checkpoint_every log_every eval_batch milestones scaled_side
+    backbone_lr_multiplier lr lr_warmup weight_decay clip_norm poly_power mask_weight dice_weight
+    num_points oversample importance workers seed checkpoint_every log_every eval_batch milestones
+    scaled_side
 MASKS: sam NETWORK white seed
 DEWA: TRAINING SIZES dewa_steps dewa_batch dewa_crop dewa_keep_empty
 SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch colour

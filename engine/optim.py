@@ -4,7 +4,8 @@ gradients.
 Source: the official training scripts: AdamW with Mask2Former's parameter groups, poly schedule,
 clipping of the whole gradient. Norm layers and nn.Embedding weights have no weight decay; bare
 parameters (logit_scale, level_embed of the pixel decoder) do. A trained backbone learns at a
-fraction of the rate.
+fraction of the rate. The rise of the learning rate (--lr-warmup) is not theirs, and off but in the
+preset `custom`.
 Try: `python dearli.py --stage sup --steps 250 --clip-norm 1000000 --out runs/try-clip`: no
 clipping, which AdamW makes up for.
 """
@@ -62,8 +63,12 @@ SCHEDULES = {"poly": poly, "multistep": multistep}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, cfg: Config) -> float:
-    """Set the learning rate of step t, from 0, by the schedule of `cfg.schedule`; returns it."""
+    """Set the learning rate of step t, from 0, by the schedule of `cfg.schedule`; returns it. In
+    the first `cfg.lr_warmup` of the steps it is (t + 1) / (their number) of that.
+    """
+    rise = cfg.lr_warmup * steps
     lr = cfg.lr * SCHEDULES[cfg.schedule](step, steps, cfg)
+    lr *= min((step + 1) / rise, 1.0) if rise else 1.0
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     return lr

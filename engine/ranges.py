@@ -16,7 +16,7 @@ BOUNDS = {
     "epochs aux_weight contrast_weight contrast_start poly_power dewa_crop crop_height white "
     "workers clip_margin guided_steps",
     (0.1, INF): "blur_radius",
-    (0, 1): "cutmix_min cutmix_max eta part_momentum anchor_share momentum "
+    (0, 1): "cutmix_min cutmix_max eta part_momentum anchor_share momentum lr_warmup "
     "anchor_confidence ohem importance ema_decay cutmix_prob grayscale_prob blur_prob jitter "
     "jitter_prob class_threshold mask_threshold coupled object_mask_threshold overlap_threshold "
     "least_score least_quality pred_iou_thresh stability_thresh mask_nms_thresh",
