@@ -149,7 +149,7 @@ class Config:
     milestones: str = "0.9231"  # of `multistep`: shares of the steps, with colons between them
     lr: float = 1e-4  # at the first step, or where --lr-warmup ends
     lr_warmup: float = 0.0  # share of the steps in which the learning rate rises in a line, times
-    #    the schedule: without it many small objects lose queries early that never come back
+    #    the schedule: at the full rate at once some runs lose queries that never come back
     weight_decay: float = 0.05  # not on norms and embeddings
     clip_norm: float = 0.01  # largest L2 norm of the whole gradient
     poly_power: float = 0.9  # of the schedule
