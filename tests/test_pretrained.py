@@ -361,7 +361,11 @@ def test_answers_without_the_repeated_image_are_those_of_segment_anythings_decod
         place = loaded.prompt_encoder.get_dense_pe()
         logits, iou = loaded.mask_decoder(embedding, place, sparse, dense, multimask_output=True)
         assert logits.shape == (9, 3, size, size)
-        for least in (-9.0, iou.median().item()):
+        # a threshold in the widest gap of the middle: rounding cannot carry a value over it
+        middle = iou.flatten().sort().values[9:18]
+        gap = middle.diff().argmax()
+        assert middle.diff()[gap] > 1e-3
+        for least in (-9.0, middle[gap : gap + 2].mean().item()):
             points, ious, masks = answers(loaded, embedding, xy, least)
             drawn = (iou > least).nonzero(as_tuple=True)
             assert torch.equal(points, drawn[0]) and 0 < len(points) <= 27
