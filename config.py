@@ -147,7 +147,7 @@ class Config:
     schedule: str = "poly"  # of the learning rate: `poly`, lr * (1 - t / steps) ** poly_power, or
     #    `multistep`, a tenth after each milestone
     milestones: str = "0.9231"  # of `multistep`: shares of the steps, with colons between them
-    lr: float = 1e-4  # at the first step, or where --lr-warmup ends
+    lr: float = 1e-4  # what the schedule begins with
     lr_warmup: float = 0.0  # share of the steps in which the learning rate rises in a line, times
     #    the schedule: at the full rate at once some runs lose queries that never come back
     weight_decay: float = 0.05  # not on norms and embeddings

@@ -4,8 +4,8 @@ gradients.
 Source: the official training scripts: AdamW with Mask2Former's parameter groups, poly schedule,
 clipping of the whole gradient. Norm layers and nn.Embedding weights have no weight decay; bare
 parameters (logit_scale, level_embed of the pixel decoder) do. A trained backbone learns at a
-fraction of the rate. The rise of the learning rate (--lr-warmup) is not theirs, and off but in the
-preset `custom`.
+fraction of the rate. The rise of the learning rate (--lr-warmup) is not theirs; the preset `custom`
+alone has it.
 Try: `python dearli.py --stage sup --steps 250 --clip-norm 1000000 --out runs/try-clip`: no
 clipping, which AdamW makes up for.
 """
