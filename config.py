@@ -189,6 +189,8 @@ class Config:
     #    them, `paper`, or as its public code has them, `code`
     white: int = 0  # 16-bit grey value that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8
     #    ... 16) that no 16-bit training image exceeds
+    stretch: bool = False  # each image is stretched by its own values, so that exposures are alike:
+    #    their 1st and 99.8th percentile become 0 and 255, whatever their bits, instead of white
     test_size: int = 640  # pixels, short side at evaluation
     test_max: int = 2560  # pixels, long side at evaluation
     workers: int = 4  # loader processes
@@ -315,6 +317,7 @@ CUSTOM = replace(
     scale_min=0.6,
     scale_max=1.5,
     turns=True,
+    stretch=True,
     test_size=256,
     eval_batch=16,
     sam="regions",
@@ -435,7 +438,13 @@ DEEPLAB_FIELDS = set(
 )
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
-    **{"white": 65535, "optimizer": "adamw", "schedule": "poly", "lr_warmup": 0.0},
+    **{
+        "white": 65535,
+        "stretch": False,
+        "optimizer": "adamw",
+        "schedule": "poly",
+        "lr_warmup": 0.0,
+    },
     **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
     **{"merging": "pixels", "least_quality": 0.0},
     **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},

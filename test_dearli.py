@@ -1398,7 +1398,7 @@ def test_the_white_point_is_that_of_all_training_images_and_jpegs_are_not_opened
     )
     images = pictures.ImageFolder(tmp_path / "set")
     assert exposure.white_point(images) == 4095 and "d.jpg" not in opened  # 2500 < 4096 = 2^12
-    exposure.see(0, images)
+    exposure.see(0, False, images)
     assert np.asarray(images.image(images.names.tolist().index("b.png")))[0, 1, 0] == 2500 >> 4
     assert (
         np.asarray(images.image(images.names.tolist().index("a.png")))[0, 1, 0] == 300 >> 4
@@ -1431,7 +1431,7 @@ def test_a_run_stores_the_white_point_that_it_was_trained_with(tmp_path, capsys)
     root = write_coco_folder(tmp_path / "set", images=2)
     size = Image.open(root / "images" / "train0.png").size
     png_of_16_bits(root / "images" / "train1.png", np.full(size[::-1], 900))
-    flags = ("--split", "1", "--steps", 1, "--no-eval")
+    flags = ("--split", "1", "--steps", 1, "--no-eval", "--no-stretch")
     assert run_folder("sup", root, *flags) == 0
     config = json.loads((tmp_path / "set-sup-1" / "config.json").read_text())
     assert config["white"] == 1023  # 900 < 1024 = 2^10

@@ -278,7 +278,7 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
             )
     elif "weights" not in start.state or start.state["weights"].kind != "dewa":
         stored.require_classes(start, len(dataset.taxonomy))
-    say_other_scale(start, method.cfg)
+    say_other_sight(start, method.cfg)
     student = method.models["student"]
     class_rows = getattr(student, "class_rows", ())
     order = stored.class_order(start, dataset.taxonomy, dataset.name, class_rows)
@@ -290,8 +290,15 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
         stored.take(*what, method.models["teacher"], str(start.path), may_differ, order)
 
 
-def say_other_scale(start: Stored, cfg: Config) -> None:
-    """A warning where what a run starts from saw objects by a tenth larger or smaller."""
+def say_other_sight(start: Stored, cfg: Config) -> None:
+    """A warning where what a run starts from saw objects by a tenth larger or smaller, or images of
+    another exposure."""
+    if start.config and start.config.get("stretch", False) != cfg.stretch:
+        ways = {True: "stretched", False: "as they are"}
+        print(
+            f"warning: {start.path}: saw images {ways[not cfg.stretch]}, this run sees them "
+            f"{ways[cfg.stretch]}; expected --stretch in both, or in neither"
+        )
     there = [start.config.get(name) or 0 for name in ("seen_width", "object_width")]
     if not (all(there) and cfg.magnification):
         return

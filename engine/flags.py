@@ -241,17 +241,18 @@ DECODER: train_backbone classifier num_queries hidden heads encoder_layers encod
     encoder_points decoder_layers decoder_ffn
 NETWORK: sam_weights points_per_side pred_iou_thresh stability_thresh mask_nms_thresh
     points_per_batch
-SIZES: test_size test_max white
+EXPOSURE: white stretch
+SIZES: test_size test_max EXPOSURE
 SCALE: seen_width object_width window
 ANSWER: MERGING alpha clip_scale teacher_posterior
 INFERENCE: SIZES SCALE ANSWER least_score
-GRAPH: DECODER test_size white SCALE ANSWER
+GRAPH: DECODER test_size EXPOSURE SCALE ANSWER
 STUDENT: CLIP DECODER INFERENCE
 TRAINING: CLIP DECODER crop crop_height scale_min scale_max SCALE turns optimizer schedule
     backbone_lr_multiplier lr lr_warmup weight_decay clip_norm poly_power mask_weight dice_weight
     num_points oversample importance workers seed checkpoint_every log_every eval_batch milestones
     scaled_side
-MASKS: sam NETWORK white seed
+MASKS: sam NETWORK EXPOSURE seed
 DEWA: TRAINING SIZES dewa_steps dewa_batch dewa_crop dewa_keep_empty
 SUPERVISED: TRAINING INFERENCE class_weight no_object_weight labels labeled_batch colour
 NAMER: clip_view clip_margin clip_model clip_pretrained
@@ -260,7 +261,7 @@ SEMI: SUPERVISED jitter jitter_hue grayscale_prob blur_prob blur_radius ssl_step
     lambda_u ema_decay burn_in cutmix_prob jitter_prob cutout
 prepare: workers
 import: seed
-validate: workers seed num_queries labels white test_size SCALE
+validate: workers seed num_queries labels EXPOSURE test_size SCALE
 masks: MASKS
 dewa: DEWA
 sup: SUPERVISED sup_steps DEEPLAB_TRAINING

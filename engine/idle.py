@@ -74,11 +74,12 @@ alphas | alpha | the rungs of --stage alpha set it themselves; use --stage ssl
 not mini | eval_on | only --dataset mini has images to tune on
 not custom | variant | it counts with --dataset custom
 mini | data_root | --dataset mini is drawn, not read; it counts with --dataset custom or another
-bytes | white | images of --dataset mini have 8 bits
+bytes | EXPOSURE | images of --dataset mini have 8 bits, and one exposure
 images | data_root variant split | the images are those of --images; it counts without
 overlapping | groups MERGING | instances do not compete for
     pixels; it counts with --labels panoptic
 pixels | least_quality | queries compete for pixels; it counts with --merging masks
+stretched | white | each image is stretched by its own values; it counts with --no-stretch
 partition | least_score | segments have no such score; it counts with --labels instances
 no eval | groups watch | nothing is evaluated; it counts without --no-eval
 no graph | which posterior GRAPH | it counts with --format onnx
@@ -90,7 +91,9 @@ IDLE = [row.split(" | ") for row in rows(_IDLE)]
 GROUPS = {
     **{
         n: FIELDS[n]
-        for n in ("NETWORK NAMER SIZES MERGING GRAPH INSTANCES QUERIES SOFT CONTRAST".split())
+        for n in (
+            "EXPOSURE NETWORK NAMER SIZES MERGING GRAPH INSTANCES QUERIES SOFT CONTRAST".split()
+        )
     },
     "DEEPLAB": (*FIELDS["DEEPLAB"], *FIELDS["PROJECTOR"], "ohem", "ohem_kept"),
     "WARM_UP": tuple(MAKES["ssl"]),
@@ -171,5 +174,6 @@ def _numbers(args: argparse.Namespace, cfg: Config) -> dict[str, bool]:
         "adamw": cfg.optimizer != "sgd",
         "overlapping": cfg.labels == "instances",
         "pixels": cfg.merging == "pixels",
+        "stretched": cfg.stretch,
         "partition": cfg.labels != "instances",
     }

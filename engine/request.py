@@ -84,7 +84,7 @@ class Source:
         else:
             load = load_instances if self._as_instances(root, cfg) else load_folder
             dataset = load(root, self.split, cfg.seed, self.variant, complain)
-        see(cfg.white, dataset.train, dataset.val)
+        see(cfg.white, cfg.stretch, dataset.train, dataset.val)
         return dataset
 
     def _has_class_maps_alone(self, root: Path) -> bool:
@@ -105,7 +105,7 @@ class Source:
         """
         if self.images:
             images = ImageFolder(self.images)
-            see(cfg.white, images)
+            see(cfg.white, cfg.stretch, images)
             return images, None
         dataset = self._read(cfg, refuse)  # whatever its labels are of
         images = dataset.train

@@ -42,7 +42,7 @@ COLOURS = (
 class MiniImages:
     """Scenes of one collection of the miniature world."""
 
-    white = WHITE  # they have 8 bits
+    white, stretch = WHITE, False  # they have 8 bits, and are drawn with one exposure
 
     def __init__(self, collection: str, count: int):
         self.collection, self.count, self.order = collection, count, None

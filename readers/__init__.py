@@ -7,6 +7,7 @@ it; it uses `config` and `ground`, and knows no network.
     large           those of more pixels than fit in memory, by parts
     sixteen_bit     stored values of 16 bits a channel, and how they become 8
     exposure        the white point of a set of 16-bit images
+    stretch         images of differing exposure
     scale           how wide the objects of a data set are
     panoptic        images and maps in COCO panoptic format
     panoptic_json   its JSON: classes, and the segments of each image

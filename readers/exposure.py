@@ -1,4 +1,4 @@
-"""The white point of a set of 16-bit images: the grey value that becomes 255."""
+"""How bright a set of images is seen: the grey value of 16 bits that becomes 255, or stretched."""
 
 import contextlib
 from pathlib import Path
@@ -56,12 +56,12 @@ def above_white(path: Path, white: int) -> float:
         return 0.0 if values is None else float((values > white).mean())
 
 
-def see(white: int, *sets) -> None:
+def see(white: int, stretch: bool, *sets) -> None:
     """Settle the white point of sets of images: the number given, or (0) the one of the first set,
-    which are those of training."""
-    white = white or white_point(sets[0])
+    which are those of training. Images that are stretched have none."""
+    white = WHITE if stretch else white or white_point(sets[0])
     for images in sets:
-        images.white = white
+        images.white, images.stretch = white, stretch
 
 
 def uses_little(image: Image.Image) -> bool:

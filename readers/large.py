@@ -13,23 +13,26 @@ from PIL import Image
 from ground.errors import UserError
 from readers.pictures import require_single
 from readers.sixteen_bit import WHITE, scaled
+from readers.stretch import counts, ramp
 
 KEPT = 2**28  # bytes of decoded tiles or strips that stay in memory
 PIECE = 2**27  # bytes of a tile or strip, at most
+BAND = 256  # rows whose values are counted at once
 ENDINGS = (".tif", ".tiff")
 
 
 class LargeImage:
     """The first page of a TIFF as 8-bit RGB, by parts; as `readers.pictures.open_image` has smaller
-    ones: alpha is dropped, of 16 bits 0 to `white` become 0 to 255.
+    ones: alpha is dropped, of 16 bits 0 to `white` become 0 to 255, or all is stretched by values
+    that are counted first, band by band.
 
     size: (W, H).
     Raises: UserError if it is no TIFF of 8 or 16 bits, grey or RGB; is stored in pieces that are
         too large to be decoded one by one; or has to be turned.
     """
 
-    def __init__(self, path: Path, white: int = WHITE):
-        self.path, self.white = Path(path), white
+    def __init__(self, path: Path, white: int = WHITE, stretch: bool = False):
+        self.path, self.shade = Path(path), None
         try:
             self.file = tifffile.TiffFile(path)
             self.page = self.file.pages[0]
@@ -55,6 +58,15 @@ class LargeImage:
                 "be read one by one; save it in tiles of 256 or 512 pixels",
                 "large",
             )
+        if stretch:
+            self.shade = ramp(self._counts())
+        elif self.page.dtype == np.uint16:
+            self.shade = scaled(white)
+
+    def _counts(self) -> np.ndarray:
+        width, height = self.size
+        bands = range(0, height, BAND)
+        return sum(counts(self._values((0, top, width, min(height, top + BAND)))) for top in bands)
 
     def _bytes(self) -> int:
         return self.page.samplesperpixel * self.page.dtype.itemsize
@@ -81,9 +93,15 @@ class LargeImage:
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         """The part (left, top, right, bottom), RGB."""
+        values = self._values(box)
+        values = values if self.shade is None else self.shade[values]
+        return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
+
+    def _values(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """(h, w) or (h, w, 3), as they are stored."""
         left, top, right, bottom = box
         if self.whole is not None:
-            return self._rgb(self.whole[top:bottom, left:right])
+            return _without_alpha(self.whole[top:bottom, left:right])
         height, width = self.tile
         across = -(-self.size[0] // width)
         samples = self.page.samplesperpixel
@@ -97,7 +115,7 @@ class LargeImage:
                 part[first - top : end - top, begin - left : last - left] = tile[
                     first - y : end - y, begin - x : last - x
                 ]
-        return self._rgb(part)
+        return _without_alpha(part)
 
     def _tile(self, index: int) -> np.ndarray:
         """(h, w, channels), decoded."""
@@ -127,12 +145,11 @@ class LargeImage:
             self.bytes -= self.kept.popitem(last=False)[1].nbytes
         return tile
 
-    def _rgb(self, values: np.ndarray) -> Image.Image:
-        if values.ndim == 3:
-            values = values[..., 0] if values.shape[2] == 1 else values[..., :3]
-        if values.dtype == np.uint16:
-            values = scaled(self.white)[values]
-        return Image.fromarray(np.ascontiguousarray(values)).convert("RGB")
+
+def _without_alpha(values: np.ndarray) -> np.ndarray:
+    if values.ndim == 2:
+        return values
+    return values[..., 0] if values.shape[2] == 1 else values[..., :3]
 
 
 def _words(error: Exception) -> str:

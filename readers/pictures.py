@@ -18,12 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from ground import identity
 from ground.errors import UserError
 from readers.sixteen_bit import WHITE, scaled, sixteen_bits
+from readers.stretch import counts, ramp
 
 # Pixels of an image or a map; Pillow warns from here on and refuses only twice as much.
 MAX_PIXELS = 89_000_000
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # What Pillow may decode: among its other formats are some that run programs (EPS) or follow links.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # endings of files that keep no exact values
 MAX_NAME = 255  # bytes of a file name; a path has at most 4 times as many characters
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 TURN = {k: Image.Transpose[name] for k, name in enumerate(TURNS.split(), 2)}  # by EXIF; 1 = none
@@ -35,10 +37,10 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 class Images:
     """Image files of one folder. folder: Path.   names: (M,) str, paths below it with slashes.
 
-    white: as in `open_image`; `readers.exposure.see` settles it.
+    white, stretch: as in `open_image`; `readers.exposure.see` settles them.
     """
 
-    white = WHITE
+    white, stretch = WHITE, False
     folder: Path
     names: np.ndarray
 
@@ -52,12 +54,14 @@ class Images:
         return self.folder / self.name(i)
 
     def image(self, i: int) -> Image.Image:
-        return open_image(self.path(i), white=self.white)
+        return open_image(self.path(i), white=self.white, stretch=self.stretch)
 
     def digest(self, i: int) -> str:
-        """SHA-256 of the file, and of the white point where one is known: with another one it is
-        another image."""
+        """SHA-256 of the file, and of what it is exposed by, a white point or its own values: with
+        another one it is another image."""
         digest = file_digest(self.path(i))
+        if self.stretch:
+            return identity.of_text(digest, "stretch")
         return digest if self.white == WHITE else identity.of_text(digest, f"white {self.white}")
 
     def fingerprint(self, indices=None) -> str:
@@ -159,13 +163,16 @@ def file_digest(path: Path) -> str:
 # ---------------------------------------------------------------------------------- opening images
 
 
-def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Image.Image:
+def open_image(
+    path: Path, mode: str | None = "RGB", white: int = WHITE, stretch: bool = False
+) -> Image.Image:
     """An image as 8-bit RGB, turned as EXIF says; with another mode a map, not turned; None: as it
     is stored (no palette is applied).
 
     Of an animation the first frame; an alpha channel is dropped. Of 16 bits a channel, 0 to `white`
     become 0 to 255, the same in every image of a data set, so that images stay comparable
-    (`readers.exposure.white_point`); what is above is 255, too.
+    (`readers.exposure.white_point`); what is above is 255, too. Or the image is stretched, whatever
+    its bits (`readers.stretch`).
     Raises: UserError with the path if it cannot be read, is larger than MAX_PIXELS, or is a TIFF of
         several images.
     """
@@ -173,15 +180,19 @@ def open_image(path: Path, mode: str | None = "RGB", white: int = WHITE) -> Imag
         if mode != "RGB":
             return image.convert(mode) if mode else image.copy()
         turn = _turn(image)
-        image = as_rgb(image, white)
+        image = as_rgb(image, white, stretch)
         return image if turn is None else image.transpose(turn)
 
 
-def as_rgb(image: Image.Image, white: int = WHITE) -> Image.Image:
+def as_rgb(image: Image.Image, white: int = WHITE, stretch: bool = False) -> Image.Image:
     """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has
     32 bits a channel, or a sign."""
-    values = sixteen_bits(image) if white != WHITE or image.mode.startswith(("I", "F")) else None
-    if values is not None:
+    asked = stretch or white != WHITE or image.mode.startswith(("I", "F"))
+    values = sixteen_bits(image) if asked else None
+    if stretch:
+        values = np.asarray(image.convert("RGB")) if values is None else values
+        image = Image.fromarray(ramp(counts(values))[values])
+    elif values is not None:
         image = Image.fromarray(scaled(white)[values])
     if image.mode != "RGB":
         return image.convert("RGB")

@@ -192,8 +192,8 @@ def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str) -> lis
                 raise UserError(f"{run.folder}: no weights, or not evaluated")
             stored = read(run.folder)
             own = dataclasses.replace(cfg, **numbers_of(stored.config))
-            if own.white not in (0, dataset.val.white):
-                raise UserError(f"{run.folder}: sees 16-bit images by another white point")
+            if own.white not in (0, dataset.val.white) or own.stretch != dataset.val.stretch:
+                raise UserError(f"{run.folder}: sees images by another exposure")
             own = settle(own, dataset)
             method = restore(stored, own, dataset.taxonomy, device, name)
             others.append(Other(run.name, method, run.reading))

@@ -13,6 +13,7 @@ no GPU.
     test_run             files of runs and of the official code: foreign, damaged, written back
     test_pldc            PL-DC and Guided Distillation
     test_ranks           several processes
+    test_stretch         images of differing exposure
     test_survival        runs that are stopped; `soak`
     test_fuzz            mutated files; `fuzz`
     test_readers         data sets, splits, pictures, masks

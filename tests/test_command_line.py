@@ -492,7 +492,7 @@ def test_fault_45_the_table_of_numbers_that_stages_read_is_what_they_read(
         *STORED,
         "zeroshot",
     ):  # of a folder: the miniature world has 8 bits, and is seen as a whole
-        found[name] |= {"white", *FIELDS["SCALE"]} & READS[name]
+        found[name] |= {*FIELDS["EXPOSURE"], *FIELDS["SCALE"]} & READS[name]
     found["validate"] |= {"test_size"}  # of a data set without things
     for name in found:
         found[name] -= {"labels"} - READS[name]  # asked, and answered by the run or the preset

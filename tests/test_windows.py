@@ -304,14 +304,14 @@ def test_large_objects_are_shown_as_large_as_lets_the_image_fill_a_window():
 
 
 def test_a_run_says_that_what_it_starts_from_saw_another_scale(capsys):
-    cfg = replace(CUSTOM, seen_width=20.0, object_width=10.0)
+    cfg = replace(CUSTOM, seen_width=20.0, object_width=10.0, stretch=False)
     for config, said in (
         ({"seen_width": 20.0, "object_width": 10.5}, False),
         ({"seen_width": 20.0, "object_width": 15.0}, True),
         ({"seen_width": 0.0, "object_width": 0.0}, False),
         ({}, False),
     ):
-        begin.say_other_scale(Stored(Path("warm"), {"config": config}), cfg)
+        begin.say_other_sight(Stored(Path("warm"), {"config": config}), cfg)
         told = capsys.readouterr().out
         assert ("warm: saw images 1.33 times" in told and "2.00 times" in told) == said
         assert bool(told) == said

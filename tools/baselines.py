@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
     require_truth(dataset, learn=learns)
     require_files(dataset.train, dataset.labeled if learns else [], "labelled")
     require_files(dataset.val, range(len(dataset.val)), "validation")
-    see(0, dataset.train, dataset.val)
+    see(0, False, dataset.train, dataset.val)
     content = {"baseline": args.baseline, "data": dataset.name, "split": args.split}
     start, objects = time.perf_counter(), otsu
     if learns:

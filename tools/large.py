@@ -45,7 +45,7 @@ def predict_large(
     go afterwards.   Returns: what that gives, and (W, H).
     Raises: UserError if it cannot be read by parts, or the run sees whole images only.
     """
-    picture = LargeImage(path, model.white)
+    picture = LargeImage(path, model.white, model.cfg.stretch)
     width, height = picture.size
     if not in_windows(picture.size, model.cfg):
         raise UserError(

@@ -19,7 +19,8 @@ the file, as JSON in the metadata `dearli`:
     categories            of the K classes, in their order: id, name (synonyms separated by commas),
                           isthing, color, as in COCO panoptic format
     merging, least_quality, object_mask_threshold, overlap_threshold    of panoptic inference
-    white                 the 16-bit grey value that becomes 255 (docs/data-sets.md)
+    white, stretch        the 16-bit grey value that becomes 255, or whether images are stretched
+                          (docs/data-sets.md)
     weights, which, posterior, alpha    where it comes from; alpha: the decoder's share, Eq. (6)
 
 Needs onnx and onnxscript. Where onnxruntime is there, too, its answer is compared with torch's
@@ -107,6 +108,7 @@ def about(model: Predictor, alpha: float, side: int) -> dict:
         "merging": cfg.merging,
         "least_quality": cfg.least_quality,
         "white": model.white,
+        "stretch": cfg.stretch,
         **model.about,
         "alpha": alpha,
     }

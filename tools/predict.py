@@ -15,7 +15,7 @@ do not meet):
     semantic/PATH/a.jpg.png   class + 1, the place among `categories` of the JSON; 8 bits, or 16
                               where there are more than 255 classes. By semantic inference, which
                               knows no void: 0 does not occur, and a class need not be that of the
-                              panoptic map
+                              panoptic map. classes.txt there says which value is which
     overlay/PATH/a.jpg.png    for the eye, see `report.drawing.overlay`
     panoptic.json             COCO panoptic format: ids of images are their names PATH/a.jpg, every
                               segment has a score, `info` says what predicted;
@@ -57,7 +57,7 @@ from ground.ahead import ahead
 from ground.errors import UserError, choose
 from ground.files import claim, release, write_atomic
 from ground.identity import listed
-from readers.exposure import above_white, uses_little
+from readers.exposure import CUT_OFF, above_white, uses_little
 from readers.ground_truth import Taxonomy
 from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
 from readers.sixteen_bit import WHITE
@@ -71,10 +71,9 @@ ROW = ("image", "annotation", "objects")  # of panoptic.jsonl; the last see `too
 # Of Config, that a prediction depends on.
 NUMBERS = (
     "alpha clip_scale merging least_quality object_mask_threshold overlap_threshold least_score "
-    "test_size test_max seen_width object_width window white"
+    "test_size test_max seen_width object_width window white stretch"
 ).split()
 ROWS = 2**24  # pixels of a map that are counted at once
-CUT_OFF = 0.01  # share of 16-bit values above the white point, said from here on
 
 
 @dataclass
@@ -142,16 +141,19 @@ class Predictor:
     def __init__(self, method: Method, reading: str, about: dict):
         self.method, self.reading = method, reading
         self.taxonomy, self.cfg = method.taxonomy, method.cfg
+        self.white = self.cfg.white or WHITE  # see `open_image`; an official file stores none
         which, posterior = reading.split("/")
         self.model = method.models[which].eval()
         self.about = {**about, "which": which, "posterior": posterior}
 
     def __call__(self, image) -> Prediction:
         """image: a path; or PIL, of any size and mode, not turned (`readers.pictures.open_image`
-        does that); or what `from_array` takes. 16 bits become 8 by the white point of the run."""
+        does that); or what `from_array` takes. 16 bits become 8 as in the run."""
         if isinstance(image, (str, os.PathLike)):
-            image = open_image(Path(image), white=self.white)
-        image = as_rgb(image if isinstance(image, Image.Image) else from_array(image), self.white)
+            image = self.open(Path(image))
+        elif not isinstance(image, Image.Image):
+            image = from_array(image)
+        image = as_rgb(image, self.white, self.cfg.stretch)
         answer = predict_image(self.method, image, [self.reading], semantic=True)[self.reading]
         if self.cfg.labels == "instances":
             sure = answer.sure(self.cfg.least_score)
@@ -161,10 +163,9 @@ class Predictor:
         arrays = answer.segment_map, answer.labels, answer.scores, answer.semantic
         return Prediction(image, *arrays, self.taxonomy)
 
-    @property
-    def white(self) -> int:
-        """Of 16-bit pictures, see `data.open_image`; an official file stores none."""
-        return self.cfg.white or WHITE
+    def open(self, path: Path) -> Image.Image:
+        """As the run sees its images."""
+        return open_image(path, white=self.white, stretch=self.cfg.stretch)
 
     def info(self) -> dict:
         """What a prediction depends on, beside the image. sha256: of weights and classes."""
@@ -363,7 +364,7 @@ class Pictures:
             rows = ({"info": info}, *self.rows.values())
             write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
             with open(self.log, "ab", buffering=0) as log:
-                opened = ahead(todo, lambda n: open_image(self.source / n, white=model.white))
+                opened = ahead(todo, lambda n: model.open(self.source / n))
                 total = {"total": len(todo), "unit": "image", "dynamic_ncols": True}
                 for name, read in tqdm(opened, "predict", **total):
                     self._predict(model, name, read, log)
@@ -377,7 +378,7 @@ class Pictures:
                 self.log.unlink()
         finally:
             release(self.output)
-        self._say(model.white)
+        self._say("" if model.cfg.stretch else f", by the run's --white {model.white}")
         if rows:
             print(exchange.next_step(self.output, rows, model.taxonomy))
         if self.faults:
@@ -463,22 +464,21 @@ class Pictures:
             "objects": objects,
         }
 
-    def _say(self, white: int) -> None:
-        """What was passed over, what looks wrong, and what could not be read."""
+    def _say(self, white: str) -> None:
+        """What was passed over, what looks wrong, and what could not be read. white: by which."""
         if self.others:
             print(
                 f"{self.source}: {len(self.others)} files passed over, by their endings no images: "
                 f"{listed([*map(brief, self.others)])}"
             )
-        little = "that show next to nothing, less than 1/16 of the range from 0 to 255"
         for names, what in (
-            (self.dark, little),
+            (self.dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
             (self.cut_off, "of 16 bits that lose what is brighter"),
         ):
             if names:
                 print(
-                    f"warning: {self.source}: {len(names)} pictures {what}, by the run's --white "
-                    f"{white} (4095 is that of 12 bits): {listed([*map(brief, names)])}"
+                    f"warning: {self.source}: {len(names)} pictures {what}{white}"
+                    f"{white and ' (4095 is that of 12 bits)'}: {listed([*map(brief, names)])}"
                 )
         for fault in self.faults:
             print(f"warning: {fault}")
