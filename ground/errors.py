@@ -27,7 +27,8 @@ def choose(what: str, value: str, available) -> str:
 
 def nearest(value: str, available) -> str:
     """A question to append to an error about a value that does not exist; empty if none is near."""
-    names = difflib.get_close_matches(value, available, 1)
+    begun = [name for name in available if value and name.startswith(value)]
+    names = difflib.get_close_matches(value, available, 1) or begun
     return f" (did you mean {names[0]}?)" if names else ""
 
 

@@ -526,3 +526,60 @@ def test_void_is_said_where_stuff_is_named_too(tmp_path):
     for flags in ({}, {"stuff": "car"}):
         notes = taken(root, masks_are="classes", classes="3:car", **flags)[1]["notes"]
         assert any("75 % of the pixels of annotated images are in no segment" in n for n in notes)
+
+
+def test_lists_that_contradict_each_other_are_refused(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    (root / "labels.txt").write_text("1:road\n2:house\n3:car\n")
+    (root / "classes.csv").write_text("value,name\n1,road\n2,house\n3,car\n")
+    assert set(taken(root)[0].taxonomy.names) == {"road", "house", "car"}
+    (root / "classes.csv").write_text("value,name\n1,house\n2,road\n3,car\n")
+    words = "classes.csv: names other values than .*labels.txt; take out the one that is wrong"
+    import_refused("masks", root, words)
+
+
+@pytest.mark.parametrize(
+    "file, rows, said",
+    [
+        ("class_dict.csv", "class,hex\nsky,#4682b4\n", "class_dict.csv is not understood: "),
+        ("labels.csv", "name,r,g,b\nsky,1,2,3\n", "labels.csv is not .* called class_dict.csv or"),
+        ("val.txt", "a.png\n", "_classes.csv$"),
+    ],
+)
+def test_a_list_that_is_there_and_not_read_is_named(file, rows, said, tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    (root / file).write_text(rows)
+    import_refused("masks", root, f"nothing says what the values mean.*{said}", masks_are="classes")
+
+
+@pytest.mark.parametrize("row", ["{name} {r} {g} {b}", "{r} {g} {b} {name}", "{name},{r},{g},{b}"])
+def test_a_colour_may_lie_before_or_behind_its_name(row, tmp_path):
+    colours = {"sky": (70, 130, 180), "class 2": (0, 0, 142)}
+    rows = [row.format(name=name, r=r, g=g, b=b) for name, (r, g, b) in colours.items()]
+    (tmp_path / "label_colors.txt").write_text("\n".join(rows) + "\n")
+    values = read_values(tmp_path, "", 255)
+    assert values.coloured and set(values.classes().values()) == {*colours}
+    assert {0x4682B4, 0x8E} <= values.names.keys()
+
+
+def test_pictures_without_masks_are_unlabelled_or_counted_wherever_they_lie(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    before = taken(root, classes="road,house,car")[1]
+    for place in ("unlabeled/x.png", "unlabeled/deep/y.png", "other/z.png", "w.png"):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        photo(root / place, (12, 10), len(place))
+    dataset, result = taken(root, classes="road,house,car")
+    assert result["unlabeled"] == before["unlabeled"] + 2
+    assert result["dropped"]["pictures outside of images/ and unlabeled/"] == 2
+    unlabelled = {dataset.train.name(i) for i in dataset.unlabeled}
+    assert {"x.png", "y.png"} <= unlabelled
+
+
+def test_masks_whose_names_are_composed_otherwise_belong_to_their_images(tmp_path):
+    root = masks_scene(tmp_path / "s", "{}.png", IDS)
+    there = sorted((root / "images").iterdir())[0]
+    mask = root / "masks" / f"{there.stem}.png"
+    there.rename(there.with_name(f"Stra\u00dfe \u00f6{there.suffix}"))
+    mask.rename(mask.with_name("Stra\u00dfe o\u0308.png"))
+    dataset, result = taken(root, classes="road,house,car")
+    assert result["labeled"] + result["val"] == len([*(root / "masks").glob("*.png")])

@@ -427,7 +427,12 @@ def test_labelme_shapes_groups_and_masks(tmp_path):
         "leaf",
     ] and dataset.taxonomy.names == ("disc", "leaf", "spot", "stem")
     assert (
-        result["dropped"] == {"points and lines": 4, "shapes labelled __ignore__": 2}
+        result["dropped"]
+        == {
+            "points and lines": 4,
+            "shapes labelled __ignore__": 2,
+            "instances without a pixel": 2,  # the small stem
+        }
         and result["instances"]["leaf"] == 4
     )
 
@@ -545,6 +550,7 @@ def test_what_is_ignored_or_has_no_mask_is_void_and_not_background(tmp_path):
         "shapes labelled __ignore__": 4,
         "shapes labelled _background_": 2,
         "points and lines": 6,
+        "instances without a pixel": 2,  # the dog
     }
     assert any(
         note.startswith("12 regions are void, neither learnt nor measured")
@@ -590,7 +596,7 @@ def test_coco_boxes_without_a_mask_and_ignored_objects_are_void(tmp_path):
     assert (
         np.array_equal(of["c.png"] == 0, scene_mask("cat")) and (of["c.png"] == 1).sum() == 20 - 2
     )
-    assert result["dropped"] == {"objects marked as to be ignored": 1}
+    assert result["dropped"] == {"objects marked as to be ignored": 1, "boxes without a mask": 2}
 
 
 def test_an_image_turned_by_exif_is_annotated_as_it_is_shown(tmp_path):
@@ -638,7 +644,7 @@ def test_coco_keeps_crowd_ids_and_its_own_division(tmp_path):
         1
     ).areas.tolist() == [16]
     assert result["dropped"] == {
-        "instances without a pixel": 1,
+        "boxes without a mask": 1,
         "validation images without annotation": 1,
     }
     assert [
@@ -2141,3 +2147,26 @@ def test_masks_that_are_white_where_nothing_is_are_noticed(tmp_path):
     assert notes("right", cat) == []
     (note,) = notes("wrong", 255 - cat)
     assert "fills more than half of the image in 4 of 4" in note and "invert them" in note
+
+
+def test_a_class_that_no_training_image_shows_is_said(tmp_path):
+    root = write_coco(tmp_path / "s")
+    content = json.loads((root / "annotations.json").read_text())
+    images = {image["id"]: image["file_name"] for image in content["images"]}
+    (root / "train2017").mkdir()
+    (root / "val2017").mkdir()
+    for part, names in (("train2017", ("a.png", "b.png")), ("val2017", ("c.png",))):
+        keys = {key for key, name in images.items() if name in names}
+        rows = [a for a in content["annotations"] if a["image_id"] in keys]
+        for row in rows if part == "train2017" else ():
+            if row["category_id"] == rows[0]["category_id"]:
+                row.update(segmentation=[], bbox=[0, 0, 6, 3])
+        own = [image for image in content["images"] if image["id"] in keys]
+        for name in names:
+            (root / "images" / name).rename(root / part / name)
+        text = json.dumps({**content, "images": own, "annotations": rows})
+        (root / f"instances_{part}.json").write_text(text)
+    (root / "annotations.json").unlink()
+    _, result = imported("coco-instances", root)
+    assert result["dropped"]["boxes without a mask"] == 2
+    assert "['cat']: in validation images alone, so nothing is learnt of it" in result["notes"]

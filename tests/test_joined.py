@@ -9,6 +9,7 @@ import pytest
 from ground.errors import UserError
 from readers import panoptic
 from tests.helpers import photo, rewrite, run
+from tests.test_class_maps import own_folder
 from tests.test_importer import scene_ids, write_labelme, write_masks
 from tools import importer
 
@@ -194,3 +195,15 @@ def test_things_that_look_like_stuff_are_not_doubted_where_the_data_set_has_deci
 
     assert any("say --stuff" in note for note in notes())
     assert not any("say --stuff" in note for note in notes(join=base))
+
+
+def test_new_truth_of_validation_images_is_said(base, tmp_path):
+    val = panoptic.load_folder(base, "all").val.name(0).removesuffix(".png")
+    _, result = join(base, corrected(base, tmp_path / "out", val), **REST)
+    assert "(1 of them validation images, which runs are measured by)" in result["notes"][-1]
+
+
+def test_class_maps_are_not_joined_and_what_to_do_is_said(base, tmp_path):
+    root = own_folder(tmp_path / "maps")
+    words = "holds class maps; expected COCO panoptic format"
+    refused(root, corrected(base, tmp_path / "out", "d"), words, **REST)

@@ -7,6 +7,7 @@ from typing import Iterable
 
 from ground.errors import UserError
 from readers.annotations import Classes
+from readers.ground_truth import Taxonomy
 from readers.pictures import brief
 
 # What makes single objects of crowd.
@@ -57,7 +58,7 @@ def say_left_out(voided: int, empty: int, renamed: list[str]) -> list[str]:
     if voided:
         notes.append(
             f"{voided} regions are void, neither learnt nor measured: what is to be ignored, or "
-            "was annotated without a mask"
+            "has no mask with a pixel"
         )
     if renamed:
         notes.append(
@@ -156,6 +157,23 @@ def say_inverted(rows: list[dict], classes: Classes, background: str) -> list[st
         f"{brief(name)}: one region of it fills more than half of the image in {full} of "
         f"{len(annotated)}; if its masks are white where nothing is, invert them"
     ]
+
+
+def say_division(rows: list[dict], val: set[str], taxonomy: Taxonomy, numbers: dict) -> list[str]:
+    """What the validation images have that others have not, or have as well."""
+    return say_unlearnt(rows, val, taxonomy, numbers) + say_copies(rows, val)
+
+
+def say_unlearnt(rows: list[dict], val: set[str], taxonomy: Taxonomy, numbers: dict) -> list[str]:
+    """Classes of the validation images that no training image shows. numbers: category ids, by key
+    of the rows."""
+    seen: dict[bool, set] = {True: set(), False: set()}
+    for row in rows:
+        of_row = {segment["category_id"] for segment in row["segments"]}
+        seen[row["image"]["file_name"] in val] |= of_row
+    names = dict(zip(taxonomy.ids, taxonomy.short_names))
+    lost = sorted(names[numbers[key]] for key in seen[True] - seen[False])
+    return [f"{brief(lost)}: in validation images alone, so nothing is learnt of it"] * bool(lost)
 
 
 def say_copies(rows: list[dict], val: set[str]) -> list[str]:

@@ -34,7 +34,7 @@ from tools import exchange
 from tools.import_notes import (
     copies_of,
     require_objects,
-    say_copies,
+    say_division,
     say_doubtful,
     say_left_out,
 )
@@ -69,8 +69,7 @@ def import_folder(
         masks_are: of kind `masks`, what values mean, one of FORMS; empty: guessed.
         classes: of kind `masks`, names of the values of maps of classes.
         join: a data set that they are for (`tools.joined`), which has validation images already.
-    Returns: {"labeled", "unlabeled", "val": images, "instances": {class: number}, "dropped":
-        {reason: number}, "notes": [what was guessed, joined, followed]}.
+    Returns: images labeled, unlabeled, val; instances by class, dropped by reason; notes.
     Raises: UserError for what cannot be read, or if `output` holds something else.
     """
     source, output = Path(source), Path(output)
@@ -102,8 +101,9 @@ def import_folder(
             notes.append(joined)
         taxonomy, numbers = numbered(known, background) if base is None else base.classes
         val = divide(rows, val_share, seed, source, why)
-        done = finish(output, rows, val, taxonomy, numbers)
-        return {**done, "dropped": dict(dropped), "notes": notes + say_copies(rows, val)}
+        notes += say_division(rows, val, taxonomy, numbers)
+        said = {"dropped": dict(dropped), "notes": notes}
+        return finish(output, rows, val, taxonomy, numbers) | said
     finally:
         release(output)
 
@@ -291,8 +291,9 @@ def _count(
 ) -> None:
     """Count the instances that become no segment. void: those without a mask of their own."""
     for k, (instance, area, visible) in enumerate(zip(instances, areas, seen[1:]), 1):
-        if k in void and visible:
-            dropped[VOIDED] += 1
+        if k in void:
+            dropped[VOIDED] += int(visible)
+            dropped["instances without a pixel"] += instance.category is not VOID
         elif instance.category is VOID:
             dropped[VOIDED] += area > 0
         elif instance.category != REST:

@@ -12,8 +12,9 @@ from ground.errors import UserError
 from ground.files import place
 from readers.annotations import Classes
 from readers.annotations.masks import PLAIN
+from readers.class_maps import is_one
 from readers.ground_truth import Taxonomy
-from readers.panoptic import load_folder
+from readers.panoptic import has_maps, load_folder
 from readers.panoptic_json import read_json
 from readers.pictures import brief, file_digest, image_header
 
@@ -28,6 +29,11 @@ class Base:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        if is_one(self.folder) and not has_maps(self.folder):
+            raise UserError(
+                f"{self.folder}: holds class maps; expected COCO panoptic format, as an import "
+                "writes it: import it, --from masks, with labels/ called masks/, and join that"
+            )
         data = load_folder(self.folder, "all")
         self.taxonomy, self.rows, self.files = data.taxonomy, {}, {}
         labeled = {data.train.name(i) for i in data.labeled}
@@ -95,7 +101,8 @@ class Base:
         Raises: UserError if a class is none of DIR's, or an image is called like one of DIR's that
             is another picture.
         """
-        numbers, joined, again = self._numbers(classes, background), dict(self.rows), 0
+        numbers, joined = self._numbers(classes, background), dict(self.rows)
+        again = truth = 0
         for row in rows:
             name, old = row["image"]["file_name"], self.rows.get(row["image"]["file_name"])
             if old:
@@ -103,6 +110,7 @@ class Base:
             if old and not row["segments"]:
                 continue
             again += old is not None
+            truth += old is not None and old["part"] == "val"
             for segment in row["segments"]:
                 segment["category_id"] = numbers[segment["category_id"]]
             joined[name] = {**row, "part": old["part"] if old else "train", "listed": True}
@@ -116,9 +124,10 @@ class Base:
             if path.parent.name != "all":
                 place(path, output / "splits" / path.parent.name / path.name)
         more = len(joined) - len(self.rows)
+        measure = f" ({truth} of them validation images, which runs are measured by)"
         return list(joined.values()), (
-            f"{again} images of {self.folder} have new annotations, and {more} are added to its "
-            f"{len(self.rows)}"
+            f"{again} images of {self.folder} have new annotations{measure if truth else ''}, and "
+            f"{more} are added to its {len(self.rows)}"
         )
 
     def _numbers(self, classes: Classes, background: str) -> dict:

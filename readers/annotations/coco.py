@@ -444,6 +444,9 @@ def _instances(
         if a.get("ignore") in (1, True):
             category = VOID
             source.passed["objects marked as to be ignored"] += 1
+        elif not polygons and not isinstance(form, dict):
+            category = VOID
+            source.passed["boxes without a mask"] += 1
         around = partial(_around, a.get("bbox"), polygons, size, where)
         instances.append(Instance(category, draw, bool(crowd), around))
     return instances

@@ -269,7 +269,7 @@ def _instances(regions: list[tuple], size: Size) -> list[Instance]:
         draw = _drawing(kind, entry["value"], size, where)
         if kind in SHAPELESS:
             slight = kind != "rectangle"
-            instances.append(Instance(category, shapes.nothing, around=draw, slight=slight))
+            instances.append(Instance(VOID, shapes.nothing, around=draw, slight=slight))
         else:
             instances.append(Instance(category, draw))
     return instances

@@ -25,6 +25,7 @@ from readers.annotations.values import (
     OWN,
     Values,
     read_values,
+    unread_lists,
     unused_lists,
 )
 from readers.panoptic_json import MAX_ID
@@ -135,7 +136,7 @@ def _require_values(folder: Path, masks: list[Mask], values: Values) -> None:
             f"{masks[0].path.parent}: maps of classes, and nothing says what the values mean; "
             "expected --classes 0:NAME,1:NAME,... (void for what is none, '#804080:NAME,...' for "
             f"colours), or these, a line each, in {folder / OWN[0]}; lists of tools are read, too: "
-            f"{', '.join(COLOUR_LISTS + NUMBER_LISTS)}"
+            f"{', '.join(COLOUR_LISTS + NUMBER_LISTS)}{unread_lists(folder)}"
         )
 
 

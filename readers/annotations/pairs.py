@@ -5,6 +5,7 @@ train/ and val/, or val.txt beside them; or masks beside their images.
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Iterable, NamedTuple
@@ -14,9 +15,8 @@ from readers.annotations.files import PARTS, list_files
 from readers.annotations.others import hint
 from readers.annotations.records import Record, Source
 from readers.class_maps import CLASSES
-from readers.pictures import brief
+from readers.pictures import LOSSY, brief
 
-LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")  # endings of files that keep no exact values
 # What a mask's name may have behind that of its image: a word, or the number of an instance.
 _WORD = r"(masks?|labels?|seg|segmentation|gt|instances?|annotation)"
 SUFFIX = re.compile(
@@ -43,12 +43,27 @@ Rows = list[tuple[Record, list[Mask]]]
 
 
 def find_pairs(folder: Path, source: Source) -> Rows:
-    """All images with their masks. What is passed over is counted, and what is guessed is a note.
-    Raises: UserError for a mask without an image, or of two."""
+    """All images with their masks, and without one those of unlabeled/. What is passed over is
+    counted, and what is guessed is a note. Raises: UserError for a mask without an image, or of
+    two."""
     images, masks = folder / "images", folder / "masks"
-    names = list_files(images)
     if not images.is_dir() and not _maps(masks) and (found := _beside(folder, source)):
         return found
+    rows = _in_folders(folder, images, masks, source)
+    read = ("images", "masks", UNLABELED)
+    left = [name for name in list_files(folder) if name.split("/")[0] not in read]
+    source.passed["pictures outside of images/ and unlabeled/"] += len(left)
+    return rows + _further(folder)
+
+
+def _further(folder: Path) -> Rows:
+    """Images that nobody annotated."""
+    further = folder / UNLABELED
+    return [(Record(name, further / name, part="train"), []) for name in list_files(further)]
+
+
+def _in_folders(folder: Path, images: Path, masks: Path, source: Source) -> Rows:
+    names = list_files(images)
     tops = sorted({name.split("/")[0] for name in names})
     if any("/" not in name for name in names):
         own = [name for name in names if "/" not in name]
@@ -126,14 +141,13 @@ def _beside(folder: Path, source: Source) -> Rows:
         rows += _pairs(place, images, place, sorted(masks), part, source, endings)
     if not count:
         return []
-    further = list_files(folder / UNLABELED)
-    rows += [(Record(name, folder / UNLABELED / name), []) for name in further]
+    further = _further(folder)
     left = len(list_files(folder)) - used - len(further)
     source.passed["pictures of other folders"] += left
     source.notes.append(f"{count} pictures are masks by their names, of the images beside them")
     if not parts:
         _divide(folder, rows, source)
-    return rows
+    return rows + further
 
 
 def _masks_among(names: list[str]) -> set[str]:
@@ -209,28 +223,31 @@ def _pairs(
     endings: list | None = None,
 ) -> Rows:
     """Images `names` of a folder with those of the masks `files`. endings: as of `_by_ending`."""
-    files = [PurePosixPath(file) for file in files]
+    real = {_composed(file): file for file in files}
+    files = [PurePosixPath(file) for file in real]
     stems = defaultdict(list)
     for name in names:
-        stems[_stem(name)].append(name)
+        stems[_composed(_stem(name))].append(name)
     stems = _by_ending(stems, files, source, [] if endings is None else endings) or stems
-    owners = {name: [name] for name in names} | stems  # masks are called a.png or a.jpg.png
+    # masks are called a.png or a.jpg.png
+    owners = {_composed(name): [name] for name in names} | stems
     inner = [file for file in files if len(file.parts) == 2]
     tops = {file.parts[0] for file in inner}
     by_image = tops <= stems.keys() and not all(file.stem in stems for file in inner)
     exact = {file.parent for file in files if file.stem in stems and len(file.parts) <= 2}
     owned = defaultdict(list)
     for file in files:
-        depth, path = len(file.parts), masks / file
+        depth, path = len(file.parts), masks / real[str(file)]
         label, stem, single = "" if depth == 1 or by_image else file.parts[0], file.stem, False
         if depth == 3 or depth == 2 and by_image:
             stem, single = file.parts[-2], True
         elif stem not in owners and (file.parent not in exact or images == masks):
             stem, single = _before(SUFFIX, stem, stems)
         if depth > 3 or stem not in owners:
+            place = "" if depth == 1 else "masks/CLASS/NAME.png, and "
             raise UserError(
-                f"{path}: expected masks/CLASS/NAME.png, and an image images/NAME.*; rename it, or "
-                "take it out of the folder"
+                f"{path}: expected {place}an image {images / file.stem}.*; rename it, or take it "
+                "out of the folder"
             )
         first, *others = owners[stem]
         if others:
@@ -246,6 +263,11 @@ def _pairs(
             )
         owned[first].append(Mask(label, path, single))
     return [(Record(name, images / name, part=part), owned[name]) for name in names]
+
+
+def _composed(name: str) -> str:
+    """As most systems write it; what macOS packs may have letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _by_ending(

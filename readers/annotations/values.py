@@ -28,6 +28,7 @@ COLOURED = [  # a line of a list of colours
     ),
     re.compile(r"(?P<name>.*?\D)\s*[,;]\s*" + _RGB % ((r"\s*[,;]\s*",) * 2)),
     re.compile(_RGB % ((r"\s*[\s,]\s*",) * 2) + r"\s*[\s,]\s*(?P<name>\D.*)"),
+    re.compile(r"(?P<name>(?=.*[^\d\s].*\s\d).*?\S)\s+" + _RGB % (r"\s+", r"\s+")),
 ]
 
 
@@ -76,21 +77,42 @@ def read_values(folder: Path, names: str, largest: int) -> Values:
                 f"{place / 'classes.json'}: not read with maps; write the same into "
                 f"{place / OWN[0]}, VALUE:NAME a line"
             )
-        for file in (place / name for name in LISTS):
-            if file.is_file() and (values := _of_file(file, largest)):
-                return values
+        found = _lists(place, largest)
+        for values in found[1:]:
+            _require_alike(found[0], values, "take out the one that is wrong, or say it in")
+        if found:
+            return found[0]
     found = []
     for place in sorted(folder.iterdir()):
         if PARTS.get(place.name) in ("train", "val"):
-            files = [place / name for name in LISTS if (place / name).is_file()]
-            found += [values for file in files if (values := _of_file(file, largest))]
+            found += _lists(place, largest)
     for values in found[1:]:
-        if values.names != found[0].names:
-            raise UserError(
-                f"{values.where}: names other values than {found[0].where}; expected one list for "
-                "all parts, or --classes"
-            )
+        _require_alike(found[0], values, "expected one list for all parts, or")
     return found[0] if found else Values({})
+
+
+def _lists(place: Path, largest: int) -> list[Values]:
+    files = [place / name for name in LISTS if (place / name).is_file()]
+    return [values for file in files if (values := _of_file(file, largest))]
+
+
+def _require_alike(first: Values, other: Values, advice: str) -> None:
+    """Raise UserError for a list that contradicts another. Of numbers and of colours, which may be
+    meant for other maps, the first is taken."""
+    if first.coloured == other.coloured and first.names != other.names:
+        raise UserError(f"{other.where}: names other values than {first.where}; {advice} --classes")
+
+
+def unread_lists(folder: Path) -> str:
+    """What to say of a list that lies there and is not read: its name, or its lines, are none of
+    those that are known; empty if there is none."""
+    for place in (folder / "masks", folder):
+        for file in sorted(place.glob("*.csv")) + sorted(place.glob("*.txt")):
+            known = file.name in LISTS
+            if known or re.search("class|label|colou?r", file.name, re.IGNORECASE):
+                name = "" if known else f", called {COLOUR_LISTS[0]} or {OWN[0]}"
+                return f"; {file} is not understood: expected lines NAME,R,G,B or VALUE:NAME{name}"
+    return ""
 
 
 def unused_lists(folder: Path) -> list[str]:
