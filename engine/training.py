@@ -222,7 +222,8 @@ class Run:
         for name, value in row.items() if self.curves is not None else ():
             if isinstance(value, float):
                 self.curves.add_scalar(name, value, row["step"])
-        if row["step"] % self.cfg.log_every == 0 and "loss" in row:
+        every = min(self.cfg.log_every, max(1, bar.total // 20))  # of a short run, more often
+        if row["step"] % every == 0 and "loss" in row:
             bar.set_postfix_str(summary(row, device), refresh=False)
 
     def _begin(self, start: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from ground.errors import UserError, refuse
 from readers.ground_truth import IGNORE, VOID_NAMES, DataSet, Taxonomy, Truth
 from readers.name_lists import lines_of, numbered
 from readers.panoptic import PanopticFolder
-from readers.pictures import Images, brief, file_digest, open_image, pictures
+from readers.pictures import LOSSY, Images, brief, file_digest, open_image, pictures
 from readers.splits import read_split
 
 NONE = 255  # value of a pixel without class
@@ -63,6 +63,10 @@ class ClassMaps(Images):
         Raises: UserError if the map cannot be read, has another size, or a value without class.
         """
         path = self.map_file(i)
+        if path.suffix.lower() in LOSSY:
+            raise UserError(
+                f"{path}: JPEG keeps no exact values; expected a class map as PNG", "unreadable"
+            )
         stored = np.asarray(open_image(path, None))
         if stored.ndim != 2 or stored.dtype.kind not in "ui":
             raise UserError(
@@ -199,7 +203,11 @@ def read_classes(root: Path) -> tuple[Taxonomy, np.ndarray]:
     named = {value: name for value, name in named.items() if value not in void}
     firsts = [name.split(",")[0].strip() for name in named.values()]
     if not named or "" in firsts or len(set(firsts)) < len(firsts):
-        raise UserError(f"{path}: expected at least one name, all of them distinct, none empty")
+        twice = [name for name in firsts if firsts.count(name) > 1]
+        found = f"{brief(twice[0])} is there {len(twice)} times; " if twice else ""
+        raise UserError(
+            f"{path}: {found}expected at least one name, all of them distinct, none empty"
+        )
     if not all(0 <= value < 65536 for value in listed) or NONE in named:
         raise UserError(f"{path}: expected values from 0 to 65535 without {NONE}, which is none")
     values = np.full(max(256, max(listed) + 1) + 1, UNKNOWN, np.int32)  # the last: all larger ones

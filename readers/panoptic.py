@@ -234,4 +234,7 @@ def _first(root: Path, candidates: list[str], what: str, advice: str = "") -> Pa
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
-    raise UserError(f"{root}: {what} is missing; looked for {', '.join(candidates)}{advice}")
+    maps = ""
+    if advice and (root / "images").is_dir() and (root / "labels").is_dir():
+        maps = "; for class maps in labels/, classes.txt is missing, a name a line"
+    raise UserError(f"{root}: {what} is missing; looked for {', '.join(candidates)}{maps}{advice}")

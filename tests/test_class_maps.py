@@ -220,3 +220,23 @@ def test_a_list_of_classes_beside_a_panoptic_json_changes_nothing(tmp_path):
     (root / "classes.txt").write_text("sky\nball\n")
     dataset = Source("custom", str(root), split="1_3").load(MINI)
     assert isinstance(dataset.train, PanopticFolder)
+
+
+def test_class_maps_that_keep_no_exact_values_are_refused(tmp_path):
+    root = own_folder(tmp_path)
+    path = root / "labels" / "train" / "p0.png"
+    Image.open(path).convert("L").save(path.with_suffix(".jpg"))
+    path.unlink()
+    dataset = class_maps.load(root, "all")
+    with pytest.raises(UserError, match="p0.jpg: JPEG keeps no exact values; .*PNG"):
+        dataset.train.truth(dataset.train.names.tolist().index("p0.jpg"))
+
+
+def test_a_folder_of_class_maps_without_its_list_is_told_what_is_missing(tmp_path, capsys):
+    root = own_folder(tmp_path)
+    (root / "classes.txt").rename(root / "names.txt")
+    assert run_folder("validate", root) == 2
+    assert "for class maps in labels/, classes.txt is missing" in capsys.readouterr().err
+    (root / "classes.txt").write_text("sky\nball\nsky\n")
+    with pytest.raises(UserError, match="'sky' is there 2 times; expected .* distinct"):
+        class_maps.read_classes(root)

@@ -850,3 +850,14 @@ def test_the_next_thing_is_read_while_this_one_is_worked_on_and_no_other():
     next(things)
     things.close()  # as whoever is stopped does
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("turn, said", [(3, True), (1, False)])
+def test_validate_says_which_annotated_images_are_turned(turn, said, tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set", images=2)
+    with Image.open(root / "images" / "train1.png") as image:
+        exif = image.getexif()
+        exif[274] = turn
+        image.save(root / "images" / "train1.png", exif=exif)
+    out, _, _ = validated(root, code=0, capsys=capsys)
+    assert ("1 annotated images are turned as their EXIF says" in out) == said

@@ -189,6 +189,8 @@ def write_folder(output: Path, rows: list[dict], taxonomy: Taxonomy, info: dict)
     write_atomic(output / "objects.csv", _csv(COLUMNS, _objects(rows, taxonomy)).encode())
     header, counts = _counts(rows, taxonomy)
     write_atomic(output / "counts.csv", _csv(header, counts).encode())
+    listed = "".join(f"{k}:{name}\n" for k, name in enumerate(_headings(taxonomy), 1))
+    write_atomic(output / "semantic" / "classes.txt", listed.encode())
     if any("results" in row for row in rows):
         write_atomic(output / RESULTS, _results(rows).encode())
 

@@ -28,7 +28,7 @@ from readers.checks import out_of_reach, repeated_stuff, require_truth
 from readers.exposure import CUT_OFF, above_white, uses_little
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.panoptic import PanopticFolder
-from readers.pictures import pictures
+from readers.pictures import image_header, pictures
 from readers.scale import object_width, scale_text
 
 SHOWN, SHOWN_CLASSES = 5, 25  # faults of a kind and classes in the printed report; the JSON has all
@@ -119,7 +119,7 @@ class _Reading(torch.utils.data.Dataset):
 
     def __getitem__(self, k: int) -> tuple[np.ndarray, int, list[tuple], list[tuple]]:
         """Labels and pixels of its segments (N, 2) int64; pixels of its map; faults: (kind, text);
-        what is odd about its brightness: likewise."""
+        what is odd about its picture: likewise."""
         train = k < len(self.train)
         images, i = (self.train, k) if train else (self.val, k - len(self.train))
         errors: list[UserError] = []
@@ -132,7 +132,7 @@ class _Reading(torch.utils.data.Dataset):
 
         image, odd = attempt(lambda: images.image(i)), []
         if image is not None:
-            odd = _odd_brightness(images, i, image, attempt)
+            odd = _odd(images, i, image, attempt)
         truth = None
         if isinstance(images, MiniImages):
             truth = images.truth(i)
@@ -153,8 +153,8 @@ class _Reading(torch.utils.data.Dataset):
         return segments, size, [(kind, text) for text, kind in faults.items()], odd
 
 
-def _odd_brightness(images, i: int, image: Image.Image, attempt: Callable) -> list[tuple[str, str]]:
-    """(kind, text) where image i shows next to nothing, or loses what is bright."""
+def _odd(images, i: int, image: Image.Image, attempt: Callable) -> list[tuple[str, str]]:
+    """(kind, text) where image i shows next to nothing, loses what is bright, or is turned."""
     odd = []
     if uses_little(image):
         lows, highs = zip(*image.getextrema())
@@ -163,6 +163,8 @@ def _odd_brightness(images, i: int, image: Image.Image, attempt: Callable) -> li
         share = attempt(lambda: above_white(images.path(i), images.white))
         if share and share > CUT_OFF:
             odd.append(("cut off", f"{images.name(i)} ({100 * share:.0f}%)"))
+        if attempt(lambda: image_header(images.path(i)))[1] is not None and i < images.annotated:
+            odd.append(("turned", images.name(i)))
     return odd
 
 
@@ -210,7 +212,7 @@ def check(
         "validation": _Part(range(train, train + len(dataset.val)), len(taxonomy)),
     }
     require_truth(dataset, complain=faults.append)
-    listed, odd = [(e.kind, str(e)) for e in faults], {"little": [], "cut off": []}
+    listed, odd = [(e.kind, str(e)) for e in faults], {"little": [], "cut off": [], "turned": []}
     for images in _folders(dataset):
         for i, k, count in repeated_stuff(images):
             text = f"{images.name(i)}: {count} segments of {taxonomy.short_names[k]}"
@@ -317,14 +319,20 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
     if odd["little"]:
         lines.append(
             f"{len(odd['little'])} of {count} that use less than 1/16 of their range, 0 to 255, "
-            f"and show next to nothing: {_some(odd['little'])}; 16-bit images become 0 to 255 by "
-            f"--white (here {white})"
+            f"and show next to nothing: {_some(odd['little'])}"
+            + (not train.stretch)
+            * f"; 16-bit images become 0 to 255 by --white (here {white})"
         )
     if odd["cut off"]:
         what = (
             f"{len(odd['cut off'])} of {count} of 16 bits that lose what is brighter than --white"
         )
         lines.append(f"{what} {white}: {_some(odd['cut off'])}")
+    if odd["turned"]:
+        lines.append(
+            f"{len(odd['turned'])} annotated images are turned as their EXIF says, and what was "
+            f"annotated is taken to be of the turned picture: {_some(odd['turned'])}"
+        )
     lines += _unlisted(dataset)
     for images in _folders(dataset):
         if images.without_crowd:
