@@ -2376,7 +2376,7 @@ def test_masks_of_other_images_or_settings_are_refused_and_kept(tmp_path):
         UserError,
         match=(
             "masks: 1 of 1 files .*0000.png.json is of another image of that name than the one "
-            "at hand; choose another folder"
+            "at hand, or of another exposure of it, .*; choose another folder"
         ),
     ):
         mask_files.generate_masks(second, Answers(4), masks)

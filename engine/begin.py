@@ -347,7 +347,10 @@ def _require_same_warm_up(folder: Path, config: dict, cfg: Config, course: Cours
     if config.get("data") is None:
         print(f"warning: {folder}: an older DeWa run, which does not say of which images it is")
     elif config["data"] != dataset.train.fingerprint():
-        other = f"other training images, those of a data set called {config.get('dataset')}"
+        other = (
+            f"other training images, those of a data set called {config.get('dataset')}, or of "
+            "another exposure, see --stretch"
+        )
         differs = f"{other}; {differs}" if differs else other
     if differs:
         raise UserError(

@@ -20,6 +20,7 @@ from readers.runs import from_runs, to_runs
 # What reading a file that is not one of masks raises.
 BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError)
 AGAIN = "delete it and run --stage masks again"
+EXPOSED = ", or of another exposure of it, see --stretch"
 
 
 # ------------------------------------------------------------------------------------------ making
@@ -91,7 +92,9 @@ def _compare(images, indices, about: dict | None, folder: Path) -> tuple[list[in
         digest, made_by = content["image"].get("sha256"), content.get("generator")
         silent += digest is None or made_by is None and about is not None
         if digest not in (None, images.digest(i)):
-            others.append(f"{path.name} is of another image of that name than the one at hand")
+            others.append(
+                f"{path.name} is of another image of that name than the one at hand{EXPOSED}"
+            )
         elif about is not None and made_by not in (None, about):
             settings = differences(made_by, about)
             others.append(f"{path.name} was made with other settings ({settings})")
@@ -279,8 +282,9 @@ def _content(path: Path, name: str) -> dict:
 
 def _of_another_image(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path}: masks of another image of that name than the {name} at hand; name the folder of "
-        "its own masks with --masks, or make them in another folder with --stage masks --out",
+        f"{path}: masks of another image of that name than the {name} at hand{EXPOSED}; name the "
+        "folder of its own masks with --masks, or make them in another folder with --stage masks "
+        "--out",
         "masks",
     )
 

@@ -564,15 +564,15 @@ def test_a_colour_may_lie_before_or_behind_its_name(row, tmp_path):
 
 def test_pictures_without_masks_are_unlabelled_or_counted_wherever_they_lie(tmp_path):
     root = masks_scene(tmp_path / "s", "{}.png", IDS)
-    before = taken(root, classes="road,house,car")[1]
+    before = taken(root, classes="background,road,house,car")[1]
     for place in ("unlabeled/x.png", "unlabeled/deep/y.png", "other/z.png", "w.png"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         photo(root / place, (12, 10), len(place))
-    dataset, result = taken(root, classes="road,house,car")
+    dataset, result = taken(root, classes="background,road,house,car")
     assert result["unlabeled"] == before["unlabeled"] + 2
     assert result["dropped"]["pictures outside of images/ and unlabeled/"] == 2
     unlabelled = {dataset.train.name(i) for i in dataset.unlabeled}
-    assert {"x.png", "y.png"} <= unlabelled
+    assert {"x.png", "deep_y.png"} <= unlabelled
 
 
 def test_masks_whose_names_are_composed_otherwise_belong_to_their_images(tmp_path):
@@ -581,5 +581,5 @@ def test_masks_whose_names_are_composed_otherwise_belong_to_their_images(tmp_pat
     mask = root / "masks" / f"{there.stem}.png"
     there.rename(there.with_name(f"Stra\u00dfe \u00f6{there.suffix}"))
     mask.rename(mask.with_name("Stra\u00dfe o\u0308.png"))
-    dataset, result = taken(root, classes="road,house,car")
+    dataset, result = taken(root, classes="background,road,house,car")
     assert result["labeled"] + result["val"] == len([*(root / "masks").glob("*.png")])

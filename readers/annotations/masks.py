@@ -82,7 +82,7 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
         named = {label: label for label in sorted(labels)}
     things = not by_value or form == "both" or classes.says_stuff
     for key, name in named.items():
-        classes.add(key, name, str(folder / "masks"), things)
+        classes.add(key, name, values.where or str(folder / "masks"), things)
     source.notes += _say_turned(record for record, own in files if own)
     for record, own in files:
         record.read = partial(_instances, own, forms, values, classes) if own else None

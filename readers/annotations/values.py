@@ -26,7 +26,7 @@ COLOURED = [  # a line of a list of colours
     re.compile(
         r"\d+\s*[,;]\s*(?P<name>[^,;]*[^\d,;\s][^,;]*?)\s*[,;]\s*" + _RGB % ((r"\s*[,;]\s*",) * 2)
     ),
-    re.compile(r"(?P<name>.*?\D)\s*[,;]\s*" + _RGB % ((r"\s*[,;]\s*",) * 2)),
+    re.compile(r"(?P<name>(?=.*[^\d\s,;]).*?\S)\s*[,;]\s*" + _RGB % ((r"\s*[,;]\s*",) * 2)),
     re.compile(_RGB % ((r"\s*[\s,]\s*",) * 2) + r"\s*[\s,]\s*(?P<name>\D.*)"),
     re.compile(r"(?P<name>(?=.*[^\d\s].*\s\d).*?\S)\s+" + _RGB % (r"\s+", r"\s+")),
 ]
