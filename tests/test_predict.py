@@ -407,6 +407,8 @@ def test_predictions_are_those_of_evaluation_and_valid_coco_panoptic_files(
         assert classes.dtype == np.uint8 and np.array_equal(
             classes.astype(int) - 1, seen["miou"][of::2][i]
         )
+    listed = (out / "semantic" / "classes.txt").read_text().splitlines()
+    assert listed == [f"{k}:{name}" for k, name in enumerate(taxonomy.short_names, 1)]
     assert mine.result(things, taxonomy.short_names)["all"] == metrics["all"]
 
 
@@ -488,7 +490,7 @@ def test_fault_34_predictions_overwrite_nothing_meet_nowhere_and_name_what_is_no
     content = json.loads((out / "panoptic.json").read_text())
     assert [image["file_name"] for image in content["images"]] == names
     assert all(
-        {str(p.relative_to(out / kind)) for p in (out / kind).rglob("*.*")}
+        {str(p.relative_to(out / kind)) for p in (out / kind).rglob("*.*")} - {"classes.txt"}
         == {f"{name}.png" for name in names}
         for kind in predict.KINDS
     )
