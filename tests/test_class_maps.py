@@ -235,7 +235,8 @@ def test_class_maps_that_keep_no_exact_values_are_refused(tmp_path):
 def test_a_folder_of_class_maps_without_its_list_is_told_what_is_missing(tmp_path, capsys):
     root = own_folder(tmp_path)
     (root / "classes.txt").rename(root / "names.txt")
-    assert run_folder("validate", root) == 2
+    flags = ("--stage", "validate", "--dataset", "custom", "--data-root", str(root))
+    assert dearli.main(list(flags)) == 2
     assert "for class maps in labels/, classes.txt is missing" in capsys.readouterr().err
     (root / "classes.txt").write_text("sky\nball\nsky\n")
     with pytest.raises(UserError, match="'sky' is there 2 times; expected .* distinct"):
