@@ -438,15 +438,9 @@ DEEPLAB_FIELDS = set(
 )
 # What versions did that did not know a field yet, and so did not store it.
 BEFORE = {
-    **{
-        "white": 65535,
-        "stretch": False,
-        "optimizer": "adamw",
-        "schedule": "poly",
-        "lr_warmup": 0.0,
-    },
+    **{"white": 65535, "optimizer": "adamw", "schedule": "poly", "lr_warmup": 0.0},
     **{"seen_width": 0.0, "object_width": 0.0, "window": 0, "least_score": 0.5},
-    **{"merging": "pixels", "least_quality": 0.0},
+    **{"merging": "pixels", "least_quality": 0.0, "stretch": False},
     **{"milestones": "0.9231", "scaled_side": "short", "jitter_prob": 1.0, "cutout": "none"},
     **{"class_threshold": 0.85, "mask_threshold": 0.9, "coupled": 0.0, "guided_steps": 0},
     **{"clip_view": "crop", "clip_margin": 0.0, "clip_model": "", "clip_pretrained": ""},

@@ -19,6 +19,7 @@ from readers.splits import read_split
 
 # The JSON of a part (train, val) and a variant, below the root of a data set.
 PLACES = ("panoptic_{}{}", "annotations/panoptic_{}{}", "annotations/panoptic_{}2017{}")
+MAPS = "; for class maps in labels/, classes.txt is missing, a name a line"
 IMPORT = "; of annotations of other tools --stage import makes such a folder"
 
 
@@ -179,9 +180,10 @@ def load_folder(
     """
     root = Path(root).expanduser()
     require_root(root)
+    advice = (MAPS if (root / "labels").is_dir() else "") + IMPORT
     train_json, val_json = (
         _first(
-            root, [f"{p.format(part, variant)}.json" for p in PLACES], "the panoptic JSON", IMPORT
+            root, [f"{p.format(part, variant)}.json" for p in PLACES], "the panoptic JSON", advice
         )
         for part in ("train", "val")
     )
@@ -234,7 +236,4 @@ def _first(root: Path, candidates: list[str], what: str, advice: str = "") -> Pa
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
-    maps = ""
-    if advice and (root / "images").is_dir() and (root / "labels").is_dir():
-        maps = "; for class maps in labels/, classes.txt is missing, a name a line"
-    raise UserError(f"{root}: {what} is missing; looked for {', '.join(candidates)}{maps}{advice}")
+    raise UserError(f"{root}: {what} is missing; looked for {', '.join(candidates)}{advice}")

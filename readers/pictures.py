@@ -190,7 +190,8 @@ def as_rgb(image: Image.Image, white: int = WHITE, stretch: bool = False) -> Ima
     asked = stretch or white != WHITE or image.mode.startswith(("I", "F"))
     values = sixteen_bits(image) if asked else None
     if stretch:
-        values = np.asarray(image.convert("RGB")) if values is None else values
+        if values is None:
+            values = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         image = Image.fromarray(ramp(counts(values))[values])
     elif values is not None:
         image = Image.fromarray(scaled(white)[values])

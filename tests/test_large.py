@@ -9,8 +9,9 @@ from PIL import Image
 
 from ground.errors import UserError
 from mini import microcosm
-from readers import large, pictures
+from readers import large, pictures, stretch
 from readers.large import LargeImage
+from readers.stretch import counts, ramp
 from tests.helpers import run
 
 SHAPE = 133, 217
@@ -33,15 +34,22 @@ def test_parts_of_a_tiff_are_those_of_the_whole(way, kind, channels, tmp_path, m
     stored = values[..., 0] if channels == 1 else values
     tifffile.imwrite(tmp_path / "a.tif", stored, **options)
     monkeypatch.setattr(large, "KEPT", 20_000)  # bytes: a few tiles
+    monkeypatch.setattr(large, "BAND", 50)  # rows: the last ones are fewer
+    monkeypatch.setattr(stretch, "PIECE", 1000)
+    stretched = LargeImage(tmp_path / "a.tif", stretch=True)
     image = LargeImage(tmp_path / "a.tif", white=65535)
     assert image.size == SHAPE[::-1]
     whole = (values >> 8 if kind == "u2" else values).astype(np.uint8)
     whole = np.repeat(whole, 3, 2) if channels == 1 else whole[..., :3]
+    clear = values[..., :3]
+    clear = np.broadcast_to(ramp(counts(clear))[clear], whole.shape)
     for _ in range(30):
         left, top = rng.integers(0, SHAPE[1]), rng.integers(0, SHAPE[0])
         right, bottom = rng.integers(left, SHAPE[1]) + 1, rng.integers(top, SHAPE[0]) + 1
         part = np.asarray(image.crop((left, top, right, bottom)))
         assert np.array_equal(part, whole[top:bottom, left:right])
+        part = np.asarray(stretched.crop((left, top, right, bottom)))
+        assert np.array_equal(part, clear[top:bottom, left:right])
         assert image.bytes == sum(tile.nbytes for tile in image.kept.values())
         assert image.bytes <= 20_000 or len(image.kept) == 1
 

@@ -135,8 +135,7 @@ def segments_info(answer, taxonomy: Taxonomy) -> list[dict]:
 
 class Predictor:
     """A run as a function of images. reading: "student/ensemble", ...   about: what `info` of the
-    JSON shall say of its weights.
-    """
+    JSON shall say of its weights."""
 
     def __init__(self, method: Method, reading: str, about: dict):
         self.method, self.reading = method, reading
@@ -148,12 +147,14 @@ class Predictor:
 
     def __call__(self, image) -> Prediction:
         """image: a path; or PIL, of any size and mode, not turned (`readers.pictures.open_image`
-        does that); or what `from_array` takes. 16 bits become 8 as in the run."""
+        does that); or what `from_array` takes."""
         if isinstance(image, (str, os.PathLike)):
-            image = self.open(Path(image))
-        elif not isinstance(image, Image.Image):
-            image = from_array(image)
-        image = as_rgb(image, self.white, self.cfg.stretch)
+            return self.predict(self.open(Path(image)))
+        image = image if isinstance(image, Image.Image) else from_array(image)
+        return self.predict(as_rgb(image, self.white, self.cfg.stretch))
+
+    def predict(self, image: Image.Image) -> Prediction:
+        """image: as `open` has it, RGB by the run's exposure."""
         answer = predict_image(self.method, image, [self.reading], semantic=True)[self.reading]
         if self.cfg.labels == "instances":
             sure = answer.sure(self.cfg.least_score)
@@ -365,8 +366,8 @@ class Pictures:
             write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
             with open(self.log, "ab", buffering=0) as log:
                 opened = ahead(todo, lambda n: model.open(self.source / n))
-                total = {"total": len(todo), "unit": "image", "dynamic_ncols": True}
-                for name, read in tqdm(opened, "predict", **total):
+                bar = tqdm(opened, "predict", len(todo), unit="image", dynamic_ncols=True)
+                for name, read in bar:
                     self._predict(model, name, read, log)
             rows = [self.rows[name] for name in sorted(self.rows)]
             both = {f"{key}s": [row[key] for row in rows] for key in ("image", "annotation")}
@@ -417,7 +418,7 @@ class Pictures:
                     self.cut_off.append(name)
                 if uses_little(image):
                     self.dark.append(name)
-                self.rows[name] = self._write(name, model(image))
+                self.rows[name] = self._write(name, model.predict(image))
         except UserError as error:
             if not error.kind:  # it is no fault of the picture
                 raise

@@ -163,7 +163,8 @@ def _odd(images, i: int, image: Image.Image, attempt: Callable) -> list[tuple[st
         share = attempt(lambda: above_white(images.path(i), images.white))
         if share and share > CUT_OFF:
             odd.append(("cut off", f"{images.name(i)} ({100 * share:.0f}%)"))
-        if attempt(lambda: image_header(images.path(i)))[1] is not None and i < images.annotated:
+        header = attempt(lambda: image_header(images.path(i))) if i < images.annotated else None
+        if header is not None and header[1] is not None:
             odd.append(("turned", images.name(i)))
     return odd
 
@@ -317,11 +318,10 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
             lines.append(f"{what}: {', '.join(unseen)}")
     count, white = _number(len(train) + len(val), "image"), train.white
     if odd["little"]:
+        by = "" if train.stretch else f"; 16-bit images become 0 to 255 by --white (here {white})"
         lines.append(
             f"{len(odd['little'])} of {count} that use less than 1/16 of their range, 0 to 255, "
-            f"and show next to nothing: {_some(odd['little'])}"
-            + (not train.stretch)
-            * f"; 16-bit images become 0 to 255 by --white (here {white})"
+            f"and show next to nothing: {_some(odd['little'])}{by}"
         )
     if odd["cut off"]:
         what = (
