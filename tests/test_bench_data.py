@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,3 +89,12 @@ def test_bf16_is_left_out_where_the_cpu_has_no_instructions_for_it(monkeypatch):
             else:
                 with pytest.raises(Skipped, match="no instructions for bf16"):
                     bench.require_instructions(bench.WORKS[row].ours)
+
+
+@pytest.mark.parametrize("calls, seconds", [((9.0,), 9.0), ((9.0, 1.0), 1.0), ((9.0, 3, 1, 2), 2)])
+def test_the_making_does_not_count_nor_the_first_of_several_calls(calls, seconds):
+    answers = iter([50.0, *map(float, calls), {"peak GB": 0.5}])
+    pipe, result = SimpleNamespace(recv=lambda: next(answers)), {"all": []}
+    for _ in range(len(calls) + 2):
+        bench.hear(None, pipe, result)
+    assert (result["seconds"], result["peak GB"]) == (seconds, 0.5) and "all" not in result

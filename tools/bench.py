@@ -177,7 +177,7 @@ def measured(work: Work, official: Path | None, threads: int, repeats: int | Non
         if "skipped" in sides[0][-1]:  # then a peer says nothing
             break
     count = repeats or work.repeats
-    for t in (*range(count + 1), None):
+    for t in (*range(count + (count > 1)), None):
         for process, pipe, result in sides:
             if "all" in result:
                 pipe.send(t)
@@ -189,7 +189,10 @@ def measured(work: Work, official: Path | None, threads: int, repeats: int | Non
 
 
 def hear(process, pipe, result: dict) -> None:
-    """One answer of `serve`, into the result; the last one ends it. The first two calls warm up."""
+    """One answer of `serve`, into the result; the last one ends it.
+
+    The making does not count, nor the first of several calls.
+    """
     try:
         answer = pipe.recv()
     except EOFError:
@@ -198,7 +201,8 @@ def hear(process, pipe, result: dict) -> None:
     if isinstance(answer, float):
         result["all"].append(round(answer, 4))
         return
-    times = result.pop("all")[2:]  # without the making and the first call
+    times = result.pop("all")[1:]
+    times = times[1:] or times
     if "peak GB" in answer:
         result |= {"seconds": round(statistics.median(times), 4), "times": times}
     result |= answer
