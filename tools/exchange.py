@@ -15,7 +15,7 @@ Written by `tools.predict` beside its own files, for a picture PATH/a.jpg:
                           numbers, as COCO's are, these are the image_id; else it is that of
                           instances.json. Without pictures that are read by parts
     counts.csv            a row for each picture: how many things of each class, how many pixels of
-                          each class of stuff, and how many without an answer
+                          each class, and how many without an answer
 
 Parts of an object are polygons of one group_id; a hole is cut out by a line to it and back. Stuff
 is drawn, too, but for the only class of it beside things: it is what the things leave, and
@@ -262,22 +262,21 @@ def _objects(rows: list[dict], taxonomy: Taxonomy) -> Iterable[list]:
 
 
 def _counts(rows: list[dict], taxonomy: Taxonomy) -> tuple[list[str], Iterable[list]]:
-    """Heading and rows: the picture, its size, things by class, pixels of stuff by class and of no
+    """Heading and rows: the picture, its size, things by class, and pixels of every class and of no
     segment."""
-    columns = sorted(
-        zip(taxonomy.ids, _headings(taxonomy), taxonomy.things), key=lambda column: not column[2]
-    )
-    header = [name if thing else f"{name} (pixels)" for _, name, thing in columns]
+    columns = [*zip(taxonomy.ids, _headings(taxonomy), taxonomy.things)]
+    things = [(number, name) for number, name, thing in columns if thing]
+    classes = things + [(number, name) for number, name, thing in columns if not thing]
+    header = [name for _, name in things] + [f"{name} (pixels)" for _, name in classes]
     counts = []
     for row in rows:
-        image, count = row["image"], Counter()
+        image, count, pixels = row["image"], Counter(), Counter()
         for segment in row["annotation"]["segments_info"]:
-            count[segment["category_id"], True] += 1
-            count[segment["category_id"], False] += segment["area"]
+            count[segment["category_id"]] += 1
+            pixels[segment["category_id"]] += segment["area"]
         size = image["file_name"], image["width"], image["height"]
-        answered = sum(segment["area"] for segment in row["annotation"]["segments_info"])
-        counted = (count[number, thing] for number, _, thing in columns)
-        counts.append([*size, *counted, image["width"] * image["height"] - answered])
+        found = [count[number] for number, _ in things] + [pixels[number] for number, _ in classes]
+        counts.append([*size, *found, image["width"] * image["height"] - pixels.total()])
     return ["picture", "width", "height", *header, NO_ANSWER], counts
 
 

@@ -262,7 +262,7 @@ class Pictures:
     """
 
     def __init__(self, source: Path, output: Path, force: bool = False, resume: bool = False):
-        self.source, self.output = Path(source), Path(output)
+        self.asked, self.source, self.output = source, Path(source), Path(output)
         self.json, self.log = self.output / "panoptic.json", self.output / "panoptic.jsonl"
         self.names, self.others, self.faults = [self.source.name], [], []
         if self.source.is_file():
@@ -386,7 +386,7 @@ class Pictures:
             every = len(self.names) + self.unnamed
             rest = f"; the others are in {self.output}" if len(self.faults) < every else ""
             raise UserError(
-                f"{self.source}: {len(self.faults)} of {every} pictures could not be read (see "
+                f"{self.asked}: {len(self.faults)} of {every} pictures could not be read (see "
                 f"above){rest}"
             )
         return len(todo)
