@@ -108,7 +108,8 @@ def stage_dewa(source, place, machine, cfg, course, masks=None):
     folder = place.out or place.folder(source, "dewa", cfg.seed)
     images, dataset = source.load_images(cfg)
     before = begun(course, folder)
-    cfg = scaled(dataclasses.replace(cfg, white=images.white), dataset)
+    cfg = dataclasses.replace(cfg, white=images.white, stretch=images.stretch)
+    cfg = scaled(cfg, dataset)
     cfg = as_begun(course, cfg, before, "dewa_steps")
 
     def prepare():

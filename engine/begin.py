@@ -50,8 +50,9 @@ def require_training_files(dataset: DataSet, cfg: Config, evaluate: bool) -> Non
 
 
 def settle(cfg: Config, dataset: DataSet) -> Config:
-    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`."""
-    cfg = replace(cfg, white=dataset.train.white)
+    """What the data set decides, as numbers: `--white 0`, `--object-width 0`, `--alpha labeled`;
+    and that the miniature world is not stretched, whatever the preset."""
+    cfg = replace(cfg, white=dataset.train.white, stretch=dataset.train.stretch)
     cfg = scaled(cfg, dataset) if dataset.labeled else cfg  # none: whoever needs some will say so
     if cfg.alpha != "labeled":
         return cfg
@@ -274,7 +275,7 @@ def start_from(start: Stored | None, init: dict | None, method: Method, dataset:
         if start.config.get("data") not in (None, dataset.train.fingerprint()):
             print(
                 f"{start.path}: was warmed up on other images than the training images of this "
-                f"run ({start.config.get('dataset')})"
+                f"run ({start.config.get('dataset')}), or saw them by another exposure"
             )
     elif "weights" not in start.state or start.state["weights"].kind != "dewa":
         stored.require_classes(start, len(dataset.taxonomy))
@@ -363,18 +364,8 @@ def require_own_results(
     folder: Path, run: Stored, source: Source, cfg: Config, dataset: DataSet
 ) -> None:
     """Raise UserError if results in a folder would be replaced by those of something else."""
-    own, there = folder == run.path, {**BEFORE, **run.config} if run.config else {}
-    others = [
-        f"{name} {there[name]} there, {value} now"
-        for name, value in vars(cfg).items()
-        if there.get(name, value) != value and name not in MAY_CHANGE
-    ]
-    if own and others:
-        raise UserError(
-            f"{folder}: its results are of other numbers ({', '.join(others)}) and would be "
-            "replaced; name a folder for the new ones with --out"
-        )
-    if own and elsewhere(run.config, source, dataset):
+    require_own_numbers(folder, run, cfg)
+    if folder == run.path and elsewhere(run.config, source, dataset):
         raise UserError(
             f"{folder}: its results are of {run.config['data_root']} and would be replaced by "
             f"those of {source.data_root}, which has other training images; name a folder for the "
@@ -384,6 +375,21 @@ def require_own_results(
         raise UserError(
             f"{folder}: holds another run, whose results would be replaced by those of "
             f"{run.path}; choose another folder with --out"
+        )
+
+
+def require_own_numbers(folder: Path, run: Stored, cfg: Config) -> None:
+    """The same of a run's own folder and other numbers alone."""
+    there = {**BEFORE, **run.config} if run.config else {}
+    others = [
+        f"{name} {there[name]} there, {value} now"
+        for name, value in vars(cfg).items()
+        if there.get(name, value) != value and name not in MAY_CHANGE
+    ]
+    if folder == run.path and others:
+        raise UserError(
+            f"{folder}: its results are of other numbers ({', '.join(others)}) and would be "
+            "replaced; name a folder for the new ones with --out"
         )
 
 

@@ -128,7 +128,7 @@ def idle(args: argparse.Namespace, cfg: Config) -> dict[str, str]:
         "not mini": not mini,
         "not custom": args.dataset != "custom",
         "mini": mini,
-        "bytes": mini and stage not in STORED and not args.images,
+        "bytes": mini and stage not in ("predict", "export") and not args.images,
         "images": args.images is not None,
         "no eval": unmeasured,
         "no graph": stage == "export" and args.format != "onnx",

@@ -3,9 +3,10 @@ and then the flags.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
-from config import PAPERS_DATASETS
+from config import PAPERS_DATASETS, Config
 from engine import checkpoint, stored
 from engine.checks import check, require_of_the_run, require_sense
 from engine.flags import DATASETS, configure, given, steps_of
@@ -84,11 +85,17 @@ def data_set(config: dict) -> str:
 
 
 def resolve_load(weights: str | Path, flags: dict) -> dict:
-    """The same for `dearli.load`. flags: by name. Raises: TypeError for one that does not exist."""
+    """The same for `dearli.load`. flags: by name. Raises: TypeError for one that does not exist, or
+    has a value of another type."""
     args = parser().parse_args(["--stage", "predict", "--weights", str(weights), "--input", "."])
     unknown = next((name for name in flags if not hasattr(args, name)), None)
     if unknown:
         raise TypeError(f"load: no flag {unknown}; available: {', '.join(vars(args))}")
+    for field in fields(Config):
+        value = flags.get(field.name)
+        kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(field.type)
+        if value is not None and kinds and type(value) not in kinds:
+            raise TypeError(f"load: {field.name}={value!r}: expected {field.type.__name__}")
     return resolve(
         argparse.Namespace(**{**vars(args), **flags, "flags": args.flags | flags.keys()})
     )

@@ -26,7 +26,7 @@ from typing import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from config import Config
+from config import BEFORE, Config
 from data import Batches, loader
 from engine import checkpoint
 from engine.checkpoint import state_of
@@ -97,7 +97,8 @@ class Run:
         stored = state["config"]
         differs = differing(stored, self.config)
         if differs:
-            listed = ", ".join(difference(k, stored.get(k), self.config[k]) for k in differs)
+            there = {**BEFORE, **stored}
+            listed = ", ".join(difference(k, there.get(k), self.config[k]) for k in differs)
             raise UserError(
                 f"{self.folder}: cannot be resumed with another configuration ({listed}); choose "
                 "another folder with --out"

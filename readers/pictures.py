@@ -187,18 +187,24 @@ def open_image(
 def as_rgb(image: Image.Image, white: int = WHITE, stretch: bool = False) -> Image.Image:
     """Any image as 8-bit RGB, as `open_image` says; it is not turned. Raises: ValueError if it has
     32 bits a channel, or a sign."""
-    asked = stretch or white != WHITE or image.mode.startswith(("I", "F"))
-    values = sixteen_bits(image) if asked else None
     if stretch:
-        if values is None:
-            values = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        values = values_of(image)
         image = Image.fromarray(ramp(counts(values))[values])
-    elif values is not None:
-        image = Image.fromarray(scaled(white)[values])
+    elif white != WHITE or image.mode.startswith(("I", "F")):
+        values = sixteen_bits(image)
+        image = image if values is None else Image.fromarray(scaled(white)[values])
     if image.mode != "RGB":
         return image.convert("RGB")
     image.load()  # before its file is closed; convert() would copy every pixel
     return image
+
+
+def values_of(image: Image.Image) -> np.ndarray:
+    """(H, W) or (H, W, 3), uint8 or uint16: what is stored, without alpha, of 8 bits as RGB."""
+    values = sixteen_bits(image)
+    if values is None:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return values
 
 
 def image_header(path: Path) -> tuple[tuple[int, int], Image.Transpose | None]:

@@ -44,24 +44,36 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
         )
     if image.mode.startswith("I"):
         return np.asarray(image).clip(0, WHITE).astype(np.uint16)
-    tiles = getattr(image, "tile", ())
+    tiles, path = getattr(image, "tile", ()), getattr(image, "filename", "")
+    if not tiles and path and image.format in DEEP_FORMATS:
+        with _file_of(image) as again:  # once read, an image no longer knows how it was stored
+            tiles = again.tile
     stored = {t[3] if isinstance(t[3], str) else str(t[3][0]) for t in tiles if t[3]}
     bits = image.tag_v2.get(258, ()) if image.format == "TIFF" else ()
     if not any(";16" in kind for kind in stored) and 16 not in bits:
         return None
     (order,) = stored if len(stored) == 1 else ("",)
-    if order not in EXCHANGED or not image.filename:
+    if order not in EXCHANGED or not path:
         raise ValueError(
             f"16 bits a channel, stored as {order or 'planes'}, of which only the upper 8 can be "
-            f"had; expected RGB or grey"
+            f"had; expected RGB or grey, by the path of its file"
         )
-    with Image.open(image.filename, formats=(image.format,)) as low:
+    with _file_of(image) as low:
         low.tile = [_stored_as(EXCHANGED[order], tile) for tile in low.tile]
         low, high = np.asarray(low), np.asarray(image)
+    if low.shape != high.shape:
+        raise ValueError("16 bits a channel, and no longer as large as in its file")
     # Taken for four bytes a pixel: the upper and the lower one of grey, then those of alpha.
     if order == "LA;16B":
         return low[..., 0].astype(np.uint16) << 8 | low[..., 1]
     return high[..., :3].astype(np.uint16) << 8 | low[..., :3]
+
+
+def _file_of(image: Image.Image) -> Image.Image:
+    """The same image of the same file, not yet read."""
+    again = Image.open(image.filename, formats=(image.format,))
+    again.seek(image.tell())
+    return again
 
 
 def _stored_as(order: str, tile: tuple) -> tuple:

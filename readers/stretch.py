@@ -19,12 +19,29 @@ def counts(values: np.ndarray) -> np.ndarray:
     return sum(np.bincount(flat[k : k + PIECE], minlength=levels) for k in pieces)
 
 
+def limits(counts: np.ndarray) -> tuple[int, int]:
+    """The values that become 0 and 255: the shares DARK and BRIGHT of all reach them. Where both
+    are one value, as on an empty ground, the least and the largest."""
+    low, high = np.searchsorted(counts.cumsum(), counts.sum() * np.array([DARK, BRIGHT])).tolist()
+    if low == high:
+        low, high = np.flatnonzero(counts)[[0, -1]].tolist()
+    return low, high
+
+
 def ramp(counts: np.ndarray) -> np.ndarray:
-    """What becomes of each value, uint8 of the shape of `counts`: the value that the share DARK of
-    all reaches is 0, the one that BRIGHT reaches is 255, linear between.
+    """What becomes of each value, uint8 of the shape of `counts`: 0 to 255 between the limits.
 
     What was stretched stays as it is, stretched once more.
     """
-    low, high = np.searchsorted(counts.cumsum(), counts.sum() * np.array([DARK, BRIGHT]))
+    low, high = limits(counts)
     values = (np.arange(len(counts)) - low) * (255 / max(high - low, 1))
     return values.clip(0, 255).round().astype(np.uint8)
+
+
+def beyond(counts: np.ndarray) -> float:
+    """The share of the values that lie farther outside of the limits than these are apart: objects
+    of less than the shares, on an even ground."""
+    low, high = limits(counts)
+    values = np.arange(len(counts))
+    outside = (values < 2 * low - high) | (values > 2 * high - low)
+    return float(counts[outside].sum() / max(counts.sum(), 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from config import Config, numbers_of
 from data import Batches
 from engine import rehearsal
-from engine.begin import settle
+from engine.begin import require_own_numbers, settle
 from engine.evaluation import evaluate
 from engine.method import Method
 from engine.request import Course, Source
@@ -158,6 +158,7 @@ def report_again(
 
     safe: colours that colour-blind people can tell apart.
     """
+    require_own_numbers(folder, stored, cfg)
     own = stored.path if stored.path.is_dir() else folder
     run, *others = [run_folder.read(path, stored.config) for path in (own, *compare)]
     source = dataclasses.replace(source, eval_on=run.metrics.get("evaluated_on", "val"))

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ground.errors import UserError
 from inference import panoptic_inference
 from mini import microcosm
 from mini.scenes import mini_taxonomy
+from readers.pictures import open_image
 from tests.helpers import (
     ROOT,
     TINY,
@@ -83,7 +85,7 @@ def test_onnxruntime_says_what_torch_says_of_a_teacher_and_clip(
     assert theirs[0].shape == (3, 8, len(model.taxonomy) + 1)
     assert theirs[1].shape == (3, 8, SIDE // 4, SIDE // 4)
     assert about["categories"] == json.loads(json.dumps(model.taxonomy.categories()))
-    told = {"which": "teacher", "posterior": "ensemble", "alpha": 0.6, "size": SIDE, "layout": 1}
+    told = {"which": "teacher", "posterior": "ensemble", "alpha": 0.6, "size": SIDE, "layout": 2}
     assert told.items() <= about.items()
     assert (about["object_mask_threshold"], about["overlap_threshold"]) == (0.0, 0.1)
     content = path.read_bytes()  # of the machine it knows what it was told
@@ -100,8 +102,12 @@ def test_onnxruntime_says_what_torch_says_of_a_trained_backbone_without_clip(tmp
     assert about["alpha"] == 1 and about["weights"] == "run"
 
 
-def test_the_snippet_of_the_document_makes_the_map_of_panoptic_inference(tmp_path, monkeypatch):
-    runtime = pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("stretch", [False, True])
+def test_the_snippet_of_the_document_makes_the_map_of_panoptic_inference(
+    stretch, tmp_path, monkeypatch
+):
+    runtime = ModuleType("onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     text = (ROOT / "docs" / "predict.md").read_text()
     (snippet,) = [code for code in re.findall("```python\n(.*?)```", text, re.S) if "onnx" in code]
     photo(tmp_path / "picture.jpg", (150, 100))
@@ -116,6 +122,8 @@ def test_the_snippet_of_the_document_makes_the_map_of_panoptic_inference(tmp_pat
         probabilities[0, q, c] = p
     about = {"size": side, "mean": [1.0, 2.0, 3.0], "categories": taxonomy.categories()}
     about |= {"object_mask_threshold": 0.0, "overlap_threshold": 0.8, "merging": "pixels"}
+    about |= {"layout": onnx_export.LAYOUT, "stretch": stretch}
+    seen = open_image(tmp_path / "picture.jpg", stretch=stretch).resize((side, 43), 2)
 
     class Session:
         def __init__(self, path):
@@ -128,9 +136,10 @@ def test_the_snippet_of_the_document_makes_the_map_of_panoptic_inference(tmp_pat
             images = inputs["images"]
             assert images.shape == (1, 3, side, side) and images.dtype == np.uint8
             assert (images[0, :, 43:] == np.array([1, 2, 3])[:, None, None]).all()
+            assert np.array_equal(images[0, :, :43].transpose(1, 2, 0), np.asarray(seen))
             return [probabilities.numpy(), masks.numpy()]
 
-    monkeypatch.setattr(runtime, "InferenceSession", Session)
+    runtime.InferenceSession = Session
     monkeypatch.chdir(tmp_path)
     made = {}
     exec(snippet, made)

@@ -170,7 +170,7 @@ def test_the_commands_of_a_report_remake_the_configuration(reported, small_mini,
         cfg = request["cfg"]
         stored = json.loads((folder / "config.json").read_text())
         assert {k: stored[k] for k in dataclasses.asdict(cfg)} == dataclasses.asdict(
-            dataclasses.replace(cfg, white=sixteen_bit.WHITE).settled()
+            dataclasses.replace(cfg, white=sixteen_bit.WHITE, stretch=False).settled()
         ) and request["place"].out == folder
         taxonomy = scenes.mini_taxonomy()
         assert identity(request["source"], args.method or "ssl", taxonomy) | {"taxonomy": 0} == {

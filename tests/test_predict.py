@@ -587,11 +587,11 @@ def test_a_run_sees_16_bit_pictures_by_its_own_white_point(small_run, tmp_path, 
     dark = maps("deep")  # the run was trained on 8 bits: divided by 256
     assert (
         "warning: " in dark[1]
-        and "1 pictures that show next to nothing" in dark[1]
-        and "--white 65535 (4095 is that of 12 bits): 'a.png'" in dark[1]
+        and "1 pictures that use less than 1/16 of their range" in dark[1]
+        and "--white, here 65535; 4095 is that of 12 bits): 'a.png'" in dark[1]
     )
     assert (
-        "1 pictures of 16 bits that lose what is brighter, by the run's --white 255"
+        "1 pictures of 16 bits that lose what is brighter than --white 255: 'a.png'"
         in maps("deep", "--white", "255")[1]
     )
     model = dearli.load(small_run / "run", device="cpu", white=4095)

@@ -283,13 +283,12 @@ def test_validate_says_what_is_dark_cut_off_unlisted_or_stuff_twice(tmp_path, ca
     out, _, content = validated(root, "--no-stretch", code=0, capsys=capsys)
     assert (
         "note: 2 of 5 images that use less than 1/16 of their range, 0 to 255, and show next to "
-        "nothing: train1.png (9 to 15), val0.png (0 to 12)" in out
+        "nothing (16-bit ones become 0 to 255 by --white, here 4095; 4095 is that of 12 bits): "
+        "train1.png (9 to 15), val0.png (0 to 12)" in out
     )
     assert (
-        "--white (here 4095)" in out
-        and "note: 1 of 5 images of 16 bits that lose what is brighter than --white 4095: "
-        "val1.png (50%)"
-        in out
+        "note: 1 of 5 images of 16 bits that lose what is brighter than --white 4095: "
+        "val1.png (50%)" in out
     )
     assert (
         "note: 1 picture in images that no JSON lists, which are not used: new.png; list them"

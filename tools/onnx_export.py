@@ -12,7 +12,7 @@ What remains is `inference.panoptic_inference` (docs/predict.md has it in numpy)
 masks `inference.merge_masks`. What it needs is in
 the file, as JSON in the metadata `dearli`:
 
-    layout                1, of these names and keys
+    layout                2, of these names and keys; 1 has no stretch, and is not stretched
     size                  S, pixels
     magnification         pixels shown for a pixel of an image; 0: whole images are shown
     mean                  R, G, B, 0 to 255: the colour of the padding
@@ -47,7 +47,7 @@ from model import Segmenter
 from tools.export import free
 from tools.predict import Predictor, predictor
 
-LAYOUT = 1  # of inputs, outputs and metadata
+LAYOUT = 2  # of inputs, outputs and metadata
 LARGEST = 2**31  # bytes of an ONNX file: a limit of protobuf
 TOLERANCE = 0.01  # mean difference of probabilities that rounding does not explain
 

@@ -57,7 +57,7 @@ from ground.ahead import ahead
 from ground.errors import UserError, choose
 from ground.files import claim, release, write_atomic
 from ground.identity import listed
-from readers.exposure import CUT_OFF, above_white, uses_little
+from readers.exposure import doubts, meaning
 from readers.ground_truth import Taxonomy
 from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
 from readers.sixteen_bit import WHITE
@@ -359,7 +359,7 @@ class Pictures:
         Raises: UserError at the end if some could not be read.
         """
         todo, info = [name for name in self.names if name not in self.rows], model.info()
-        self.dark, self.cut_off = [], []
+        self.doubts = {"little": [], "cut off": []}
         try:
             self._require_same(info)
             rows = ({"info": info}, *self.rows.values())
@@ -379,7 +379,7 @@ class Pictures:
                 self.log.unlink()
         finally:
             release(self.output)
-        self._say("" if model.cfg.stretch else f", by the run's --white {model.white}")
+        self._say(model.white, model.cfg.stretch)
         if rows:
             print(exchange.next_step(self.output, rows, model.taxonomy))
         if self.faults:
@@ -414,10 +414,8 @@ class Pictures:
                     raise
                 self.rows[name] = self._write_large(model, name)
             else:
-                if above_white(path, model.white) > CUT_OFF:
-                    self.cut_off.append(name)
-                if uses_little(image):
-                    self.dark.append(name)
+                for doubt in doubts(path, image, model.white, model.cfg.stretch):
+                    self.doubts[doubt].append(name)
                 self.rows[name] = self._write(name, model.predict(image))
         except UserError as error:
             if not error.kind:  # it is no fault of the picture
@@ -465,22 +463,17 @@ class Pictures:
             "objects": objects,
         }
 
-    def _say(self, white: str) -> None:
-        """What was passed over, what looks wrong, and what could not be read. white: by which."""
+    def _say(self, white: int, stretch: bool) -> None:
+        """What was passed over, what looks wrong, and what could not be read."""
         if self.others:
             print(
                 f"{self.source}: {len(self.others)} files passed over, by their endings no images: "
                 f"{listed([*map(brief, self.others)])}"
             )
-        for names, what in (
-            (self.dark, "that show next to nothing, less than 1/16 of the range from 0 to 255"),
-            (self.cut_off, "of 16 bits that lose what is brighter"),
-        ):
-            if names:
-                print(
-                    f"warning: {self.source}: {len(names)} pictures {what}{white}"
-                    f"{white and ' (4095 is that of 12 bits)'}: {listed([*map(brief, names)])}"
-                )
+        for doubt, what in meaning(white, stretch).items():
+            if names := self.doubts[doubt]:
+                shown = listed([*map(brief, names)])
+                print(f"warning: {self.source}: {len(names)} pictures {what}: {shown}")
         for fault in self.faults:
             print(f"warning: {fault}")
 

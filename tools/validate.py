@@ -25,7 +25,7 @@ from ground.files import write_atomic
 from mini.scenes import MiniImages
 from readers import mask_files
 from readers.checks import out_of_reach, repeated_stuff, require_truth
-from readers.exposure import CUT_OFF, above_white, uses_little
+from readers.exposure import doubts, little, meaning
 from readers.ground_truth import DataSet, Taxonomy, Truth
 from readers.panoptic import PanopticFolder
 from readers.pictures import image_header, pictures
@@ -155,14 +155,13 @@ class _Reading(torch.utils.data.Dataset):
 
 def _odd(images, i: int, image: Image.Image, attempt: Callable) -> list[tuple[str, str]]:
     """(kind, text) where image i shows next to nothing, loses what is bright, or is turned."""
-    odd = []
-    if uses_little(image):
-        lows, highs = zip(*image.getextrema())
-        odd.append(("little", f"{images.name(i)} ({min(lows)} to {max(highs)})"))
+    if isinstance(images, MiniImages):
+        found = little(image)
+    else:
+        exposure = images.white, images.stretch
+        found = attempt(lambda: doubts(images.path(i), image, *exposure)) or {}
+    odd = [(kind, f"{images.name(i)} ({text})") for kind, text in found.items()]
     if not isinstance(images, MiniImages):
-        share = attempt(lambda: above_white(images.path(i), images.white))
-        if share and share > CUT_OFF:
-            odd.append(("cut off", f"{images.name(i)} ({100 * share:.0f}%)"))
         header = attempt(lambda: image_header(images.path(i))) if i < images.annotated else None
         if header is not None and header[1] is not None:
             odd.append(("turned", images.name(i)))
@@ -316,18 +315,10 @@ def _notices(dataset: DataSet, classes: list[dict], odd: dict[str, list[str]]) -
         if unseen:
             what = f"{_number(len(unseen), 'class')} of {len(classes)} that no {part} image shows"
             lines.append(f"{what}: {', '.join(unseen)}")
-    count, white = _number(len(train) + len(val), "image"), train.white
-    if odd["little"]:
-        by = "" if train.stretch else f"; 16-bit images become 0 to 255 by --white (here {white})"
-        lines.append(
-            f"{len(odd['little'])} of {count} that use less than 1/16 of their range, 0 to 255, "
-            f"and show next to nothing: {_some(odd['little'])}{by}"
-        )
-    if odd["cut off"]:
-        what = (
-            f"{len(odd['cut off'])} of {count} of 16 bits that lose what is brighter than --white"
-        )
-        lines.append(f"{what} {white}: {_some(odd['cut off'])}")
+    count = _number(len(train) + len(val), "image")
+    for doubt, what in meaning(train.white, train.stretch).items():
+        if odd[doubt]:
+            lines.append(f"{len(odd[doubt])} of {count} {what}: {_some(odd[doubt])}")
     if odd["turned"]:
         lines.append(
             f"{len(odd['turned'])} annotated images are turned as their EXIF says, and what was "
