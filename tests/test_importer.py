@@ -553,7 +553,7 @@ def test_what_is_ignored_or_has_no_mask_is_void_and_not_background(tmp_path):
         "instances without a pixel": 2,  # the dog
     }
     assert any(
-        note.startswith("12 regions are void, neither learnt nor measured")
+        note.startswith("12 regions are void, not measured, no object in training")
         for note in result["notes"]
     )
 
@@ -1129,7 +1129,7 @@ def test_stuff_is_one_segment_of_its_class_and_is_no_crowd(tmp_path):
     rewrite(coco / "annotations.json", lambda content: content["annotations"][0].update(iscrowd=0))
     result = importer.import_folder("coco-instances", coco, tmp_path / "some")
     assert told(result) == [
-        "5 of 6 instances are crowd, neither learnt nor measured; nothing else is there of "
+        "5 of 6 instances are crowd, not measured, no object in training; nothing else is there of "
         "['dog'], so if these are single objects, set it to 0: sed -i "
         """'s/"iscrowd": *1/"iscrowd": 0/g' FILE.json"""
     ]
@@ -2086,8 +2086,8 @@ def test_what_is_void_for_want_of_a_background_is_said(tmp_path):
     root = write_masks(tmp_path / "s")
     _, result = imported("masks", root)
     assert result["notes"] == [
-        "72 % of the pixels of annotated images are in no segment, and so void: neither learnt "
-        "nor measured; --background NAME makes a class of them"
+        "72 % of the pixels of annotated images are in no segment, and so void: not measured, "
+        "no object in training; --background NAME makes a class of them"
     ]
     for flags, said in (({"background": "rest"}, 0), ({"stuff": "cat"}, 1)):
         again = importer.import_folder("masks", root, tmp_path / f"{[*flags]}", **flags)
@@ -2170,3 +2170,37 @@ def test_a_class_that_no_training_image_shows_is_said(tmp_path):
     _, result = imported("coco-instances", root)
     assert result["dropped"]["boxes without a mask"] == 2
     assert "['cat']: in validation images alone, so nothing is learnt of it" in result["notes"]
+
+
+@pytest.mark.parametrize("folders, val", [(("train", "val"), "val"), (("train", "test"), "test")])
+def test_folders_of_labelme_files_divide_them(folders, val, tmp_path):
+    for part in (*folders, "more"):
+        write_labelme(tmp_path / "in" / part, ("x", "y"), ("z",))
+    dataset, result = imported("labelme", tmp_path / "in")
+    names = [dataset.val.name(i) for i in range(len(dataset.val))]
+    assert sorted(names) == [f"{val}_x.png", f"{val}_y.png"]
+    assert f"validation images are those in folders for {val}" in result["notes"]
+    assert (result["labeled"], result["unlabeled"]) == (4, 2)
+    assert result["dropped"]["validation images without annotation"] == 1
+
+
+def test_a_test_folder_beside_a_validation_folder_is_left_out_and_one_folder_divides_nothing(
+    tmp_path,
+):
+    for part in ("train", "val", "test"):
+        write_labelme(tmp_path / "in" / part, ("x", "y"), ())
+    dataset, result = imported("labelme", tmp_path / "in")
+    assert result["dropped"]["images of a test set"] == 2
+    assert len(dataset.val) == result["labeled"] == 2
+    write_labelme(tmp_path / "one" / "val", ("x", "y", "z"), ())
+    result = importer.import_folder("labelme", tmp_path / "one", tmp_path / "one out")
+    assert "all that is annotated is in folders for val, so these divide nothing" in result["notes"]
+    assert (result["labeled"], result["val"]) == (2, 1)
+
+
+def test_a_share_that_draws_nothing_is_said(tmp_path):
+    for part in ("train", "val"):
+        write_labelme(tmp_path / "in" / part, ("x", "y"), ())
+    flags = {"val_share": 0.5, "seed": 3}
+    result = importer.import_folder("labelme", tmp_path / "in", tmp_path / "out", **flags)
+    assert "--val-share and --seed draw nothing: the division is there already" in result["notes"]

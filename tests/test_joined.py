@@ -26,7 +26,8 @@ def base(tmp_path):
 def corrected(base, root, *names):
     """Labelme files of images of the base, as predict writes them beside the pictures."""
     write_labelme(root, names, bare=())
-    for name in names:
+    for k, name in enumerate(names):
+        photo(root / f"{name}.png", (12, 10), 90 + k)  # none of the base's
         if (base / "images" / f"{name}.png").exists():
             shutil.copy(base / "images" / f"{name}.png", root / f"{name}.png")
     return root
@@ -207,3 +208,67 @@ def test_class_maps_are_not_joined_and_what_to_do_is_said(base, tmp_path):
     root = own_folder(tmp_path / "maps")
     words = "holds class maps; expected COCO panoptic format"
     refused(root, corrected(base, tmp_path / "out", "d"), words, **REST)
+
+
+def test_pictures_of_the_data_set_are_known_by_their_pixels_under_other_names(base, tmp_path):
+    """As predict calls them of a folder above: val/c.png, and with it the new folder val_c.png."""
+    before = panoptic.load_folder(base, "all")
+    val, flat, root = (
+        before.val.name(0),
+        corrected(base, tmp_path / "flat", "a", "b"),
+        tmp_path / "out",
+    )
+    for part, name in (("val", val), ("train", "d.png")):
+        (root / part).mkdir(parents=True)
+        shutil.copy(base / "images" / name, root / part / name)
+        shutil.copy(flat / "a.json", root / part / f"{name[0]}.json")
+        rewrite(root / part / f"{name[0]}.json", lambda c, name=name: c.update(imagePath=name))
+    dataset, result = join(base, root, **REST)
+    assert [dataset.val.name(i) for i in range(len(dataset.val))] == [val]
+    images = sorted(path.name for path in (tmp_path / "new" / "images").iterdir())
+    assert images == ["a.png", "b.png", "c.png", "d.png"]
+    assert (
+        "2 images of" in result["notes"][-1] and "and 0 are added to its 4" in result["notes"][-1]
+    )
+    assert "(2 of them are known by their pixels, under other names)" in result["notes"][-1]
+    shutil.copy(root / "val" / val, root / "again.png")
+    shutil.copy(root / "val" / f"{val[0]}.json", root / "again.json")
+    rewrite(root / "again.json", lambda c: c.update(imagePath="again.png"))
+    with pytest.raises(UserError, match=f"both are annotated, and both are the picture {val} of"):
+        join(base, root, "twice", **REST)
+
+
+@pytest.mark.parametrize("what", ["images", "maps"])
+def test_names_that_training_and_validation_share_are_refused(what, base, tmp_path):
+    """One of two files would be gone, or be that of both."""
+    for part in ("train", "val"):
+        for folder in ("images", "panoptic"):
+            (base / folder / part).mkdir(exist_ok=True)
+            for file in (base / folder).glob("*.png"):
+                shutil.copy(file, base / folder / part / file.name)
+    content = json.loads((base / "panoptic_val.json").read_text())
+    train = json.loads((base / "panoptic_train.json").read_text())
+    own, other = content["annotations"][0], train["annotations"][0]["file_name"]
+    name = own["file_name"] if what == "maps" else content["images"][0]["file_name"]
+    folder = "panoptic" if what == "maps" else "images"
+    (base / folder / "val" / name).rename(base / folder / "val" / other)
+    (own if what == "maps" else content["images"][0])["file_name"] = other
+    (base / "panoptic_val.json").write_text(json.dumps(content))
+    assert len(panoptic.load_folder(base, "all").val) == 1  # sound where it is
+    with pytest.raises(
+        UserError, match=f"{what} of training and of validation are called '{other}'"
+    ):
+        join(base, corrected(base, tmp_path / "out", "new"), **REST)
+
+
+def test_validation_images_that_nobody_annotated_stay_and_count_once_somebody_did(base, tmp_path):
+    photo(base / "images" / "v.png", (12, 10), 77)
+    rewrite(
+        base / "panoptic_val.json",
+        lambda c: c["images"].append({"id": 99, "file_name": "v.png", "width": 12, "height": 10}),
+    )
+    dataset, result = join(base, corrected(base, tmp_path / "out", "new"), **REST)
+    assert dataset.val.unused == ["v.png"] and (result["val"], result["unlabeled"]) == (1, 1)
+    assert (tmp_path / "new" / "images" / "v.png").exists()
+    dataset, result = join(base, corrected(base, tmp_path / "more", "v"), "newer", **REST)
+    assert "v.png" in [dataset.val.name(i) for i in range(len(dataset.val))] and result["val"] == 2

@@ -42,8 +42,8 @@ def require_objects(
         return []
     only = [classes[key][0] for key in count if crowd[key] == count[key]]
     return [
-        f"{crowd.total()} of {count.total()} instances are crowd, neither learnt nor "
-        f"measured{f'; nothing else is there of {brief(only)}, {SINGLE}' if only else ''}"
+        f"{crowd.total()} of {count.total()} instances are crowd, not measured, no object "
+        f"in training{f'; nothing else is there of {brief(only)}, {SINGLE}' if only else ''}"
     ]
 
 
@@ -57,8 +57,8 @@ def say_left_out(voided: int, empty: int, renamed: list[str]) -> list[str]:
         )
     if voided:
         notes.append(
-            f"{voided} regions are void, neither learnt nor measured: what is to be ignored, or "
-            "has no mask with a pixel"
+            f"{voided} regions are void, not measured, no object in training: what is to be "
+            "ignored, or has no mask with a pixel"
         )
     if renamed:
         notes.append(
@@ -79,7 +79,7 @@ def say_void(rows: list[dict], background: str) -> list[str]:
         return []
     return [
         f"{100 * (1 - drawn / pixels):.0f} % of the pixels of annotated images are in no segment, "
-        "and so void: neither learnt nor measured; --background NAME makes a class of them"
+        "and so void: not measured, no object in training; --background NAME makes a class of them"
     ]
 
 
@@ -159,9 +159,14 @@ def say_inverted(rows: list[dict], classes: Classes, background: str) -> list[st
     ]
 
 
-def say_division(rows: list[dict], val: set[str], taxonomy: Taxonomy, numbers: dict) -> list[str]:
-    """What the validation images have that others have not, or have as well."""
-    return say_unlearnt(rows, val, taxonomy, numbers) + say_copies(rows, val)
+def say_division(
+    rows: list[dict], val: set[str], taxonomy: Taxonomy, numbers: dict, asked: bool
+) -> list[str]:
+    """What the validation images have that others have not, or have as well. asked: somebody said
+    how they are to be drawn."""
+    idle = "--val-share and --seed draw nothing: the division is there already"
+    notes = [idle] if asked and any(row["part"] for row in rows) else []
+    return notes + say_unlearnt(rows, val, taxonomy, numbers) + say_copies(rows, val)
 
 
 def say_unlearnt(rows: list[dict], val: set[str], taxonomy: Taxonomy, numbers: dict) -> list[str]:

@@ -42,6 +42,7 @@ from tools.joined import Base
 from tools.prepare import encode
 
 SHOWN_CLASSES = 12  # in the summary
+VAL_SHARE = 0.2  # of the labelled images, unless somebody says otherwise
 VOIDED = "void"  # in a count of what is left out: regions, until they become a note
 EMPTY = "empty"  # the same of images whose annotation has no object
 
@@ -51,7 +52,7 @@ def import_folder(
     source: Path,
     output: Path,
     background: str = "",
-    val_share: float = 0.2,
+    val_share: float = VAL_SHARE,
     seed: int = 0,
     stuff: str = "",
     masks_are: str = "",
@@ -101,7 +102,7 @@ def import_folder(
             notes.append(joined)
         taxonomy, numbers = numbered(known, background) if base is None else base.classes
         val = divide(rows, val_share, seed, source, why)
-        notes += say_division(rows, val, taxonomy, numbers)
+        notes += say_division(rows, val, taxonomy, numbers, (val_share, seed) != (VAL_SHARE, 0))
         said = {"dropped": dict(dropped), "notes": notes}
         return finish(output, rows, val, taxonomy, numbers) | said
     finally:
@@ -195,12 +196,16 @@ def convert_all(
 ) -> tuple[list[dict], Counter, list[str]]:
     """A row for each image (`convert`), what was left out, and which images were renamed."""
     rows, dropped, stems, renamed = [], Counter(), {}, []
-    theirs = base.rows.keys() if base else ()
     bar = {"desc": "import", "unit": "image", "dynamic_ncols": True}
     for record in tqdm(read.records, total=read.count, **bar):
+        if base:
+            record.part = ""  # it has a division of its own
+        elif record.part == "test":
+            dropped["images of a test set"] += 1
+            continue
         # an image of the data set that is joined keeps its name, and no other gets one of its stems
-        same = record.name in theirs
-        name = record.name if same else _flat(record.name, stems, renamed, base)
+        name = base.name_of(record) if base else None
+        name = name or _flat(record.name, stems, renamed, base)
         row = convert(record, name, output, background, dropped, classes, base)
         if record.part == "val" and not row["segments"]:
             dropped["validation images without annotation"] += 1
@@ -392,7 +397,8 @@ def finish(
     labeled = []
     for number, row in enumerate(rows, 1):
         name, segments = row["image"]["file_name"], row["segments"]
-        part = content["val" if name in val else "train"]
+        measures = name in val or row["part"] == "val" and not segments  # of a set that is joined
+        part = content["val" if measures else "train"]
         part["images"].append({"id": number, **row["image"]})
         if not segments:
             continue
@@ -412,7 +418,7 @@ def finish(
     (output / "import.part").unlink()
     return {
         "labeled": len(labeled),
-        "unlabeled": len(rows) - len(labeled) - len(val),
+        "unlabeled": len(content["train"]["images"]) - len(labeled),
         "val": len(val),
         "instances": {names[number]: count[number] for number in taxonomy.ids},
     }

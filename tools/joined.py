@@ -6,11 +6,13 @@ on, unlabelled if nobody annotated it. DIR itself is only read.
 """
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 from ground.errors import UserError
 from ground.files import place
-from readers.annotations import Classes
+from ground.identity import of_bytes
+from readers.annotations import Classes, Record
 from readers.annotations.masks import PLAIN
 from readers.class_maps import is_one
 from readers.ground_truth import Taxonomy
@@ -36,23 +38,45 @@ class Base:
             )
         data = load_folder(self.folder, "all")
         self.taxonomy, self.rows, self.files = data.taxonomy, {}, {}
+        self.parts: dict[str, str] = {}  # by `images` or `maps` and a name, in small letters
         labeled = {data.train.name(i) for i in data.labeled}
         for part, images in (("train", data.train), ("val", data.val)):
             boxes = _boxes(images.annotations)
             for i in range(len(images)):
                 name, known = images.name(i), i < images.annotated
                 segments = self._segments(images.segments_of(i), boxes.get(name)) if known else []
-                width, height = image_header(images.path(i))[0]
-                self.rows[name] = {
-                    "image": {"file_name": name, "width": width, "height": height},
-                    "part": part,
-                    "segments": segments,
-                    "map": str(images.files[i]) if known else "",
-                    "listed": part == "train" and name in labeled,
-                }
+                file = str(images.files[i]) if known else ""
+                self._add(part, name, images.path(i), segments, file)
+                self.rows[name]["listed"] = part == "train" and name in labeled
                 self.files[name] = images.path(i), images.map_file(i) if known else None
+            for name in images.unused:  # listed for validation, and not annotated
+                if (images.folder / name).is_file():
+                    self._add(part, name, images.folder / name)
         self.stems = {os.path.splitext(name)[0].casefold() for name in self.rows}
         self.maps = {row["map"].casefold() for row in self.rows.values()}
+        self.sizes, self.met = defaultdict(list), {}
+        for name, (picture, _) in self.files.items():
+            self.sizes[picture.stat().st_size].append(name)
+
+    def _add(self, part: str, name: str, picture: Path, segments=(), file: str = "") -> None:
+        """Take a row. Raises: UserError if another has its name, or that of its map: both would be
+        one file in the new folder."""
+        for what, own in (("images", name), ("maps", file)):
+            if own and self.parts.setdefault(f"{what} {own.casefold()}", part) != part:
+                raise UserError(
+                    f"{self.folder}: {what} of training and of validation are called "
+                    f"{brief(own)}, and would be one file in the new folder; rename one of them, "
+                    "and in its JSON"
+                )
+        width, height = image_header(picture)[0]
+        self.rows[name] = {
+            "image": {"file_name": name, "width": width, "height": height},
+            "part": part,
+            "segments": [*segments],
+            "map": file,
+            "listed": False,
+        }
+        self.files[name] = picture, None
 
     def _segments(self, segments, boxes: dict | None) -> list[dict]:
         rows = []
@@ -82,6 +106,24 @@ class Base:
             )
         classes.stuff -= self.stuff  # which need not occur
         classes.inherited = self.stuff - {classes.background}
+
+    def name_of(self, record: Record) -> str | None:
+        """What the picture of a record is called in DIR, if it is there: as here, or otherwise.
+
+        Raises: UserError if another annotated record is that picture.
+        """
+        image, name = record.image, record.name
+        if name not in self.rows:
+            whole = isinstance(image, bytes)
+            alike = self.sizes.get(len(image) if whole else image.stat().st_size, ())
+            digest = (of_bytes(image) if whole else file_digest(image)) if alike else ""
+            name = next((n for n in alike if file_digest(self.files[n][0]) == digest), None)
+        if name and record.read and self.met.setdefault(name, record.name) != record.name:
+            raise UserError(
+                f"{record.name} and {self.met[name]}: both are annotated, and both are the picture "
+                f"{name} of {self.folder}; take one of them out"
+            )
+        return name
 
     def map_name(self, name: str) -> str:
         """Where the map of an image goes that was annotated now: the place of its old one, or one
@@ -123,11 +165,13 @@ class Base:
         for path in sorted((self.folder / "splits").glob("*/*.txt")):
             if path.parent.name != "all":
                 place(path, output / "splits" / path.parent.name / path.name)
-        more = len(joined) - len(self.rows)
+        more, other = len(joined) - len(self.rows), sum(k != name for k, name in self.met.items())
+        known = f" ({other} of them are known by their pixels, under other names)" if other else ""
         measure = f" ({truth} of them validation images, which runs are measured by)"
+        known += measure if truth else ""
         return list(joined.values()), (
-            f"{again} images of {self.folder} have new annotations{measure if truth else ''}, and "
-            f"{more} are added to its {len(self.rows)}"
+            f"{again} images of {self.folder} have new annotations{known}, and {more} are "
+            f"added to its {len(self.rows)}"
         )
 
     def _numbers(self, classes: Classes, background: str) -> dict:

@@ -5,6 +5,7 @@ or of the linked folder that it is in.
 import contextlib
 import os
 from pathlib import Path, PurePosixPath
+from typing import Callable, Iterable
 
 from ground.errors import UserError
 from readers.pictures import brief, pictures
@@ -23,6 +24,27 @@ def list_files(folder: Path, ending: str | tuple[str, ...] = "") -> list[str]:
     (with a dot, in small letters; one of several). A folder that is not there has none."""
     images, others = _everything(folder)
     return [name for name in others if name.lower().endswith(ending)] if ending else images
+
+
+def part_of(name: str) -> str:
+    """What an image is for by its folders (a value of PARTS, the innermost), or empty."""
+    words = reversed(os.path.dirname(name).lower().split("/"))
+    return next((PARTS[word] for word in words if word in PARTS), "")
+
+
+def division(annotated: Iterable[str], notes: list[str]) -> Callable[[str], str]:
+    """The part of an image by its name, where folders divide those that are annotated into training
+    and validation (or test, if there is no other); else always empty. Adds a line on which it
+    is."""
+    used = {part_of(name) for name in annotated}
+    second = next((part for part in ("val", "test") if part in used), "")
+    if not second:
+        return lambda name: ""
+    if not used & {"train", ""}:
+        notes.append(f"all that is annotated is in folders for {second}, so these divide nothing")
+        return lambda name: ""
+    notes.append(f"validation images are those in folders for {second}")
+    return part_of if second == "val" else lambda name: part_of(name).replace("test", "val")
 
 
 def survey(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from PIL import Image
 from ground.errors import UserError
 from readers.annotations import shapes
 from readers.annotations.coco import NO_PHOTOS
-from readers.annotations.files import list_files
+from readers.annotations.files import division, list_files
 from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Draw, Patch, Size
@@ -76,6 +76,9 @@ def read_label_studio(folder: Path, classes: Classes) -> Source:
             source.passed["pictures in folders of masks, labels or the like"] += 1
         elif name not in records:
             records[name] = Record(name, folder / name)
+    part = division((name for name, one in records.items() if one.read), source.notes)
+    for name, record in records.items():
+        record.part = part(name)
     return source.settle(folder, [*records.values()])
 
 

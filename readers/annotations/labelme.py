@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from ground import identity
 from ground.errors import UserError
 from readers.annotations import shapes
-from readers.annotations.files import list_files
+from readers.annotations.files import division, list_files
 from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Patch, Size
@@ -51,7 +51,7 @@ def read_labelme(folder: Path, classes: Classes) -> Source:
 def _records(
     folder: Path, files: list[str], images: dict[str, None], source: Source, classes: Classes
 ) -> Iterator[Record]:
-    used, untouched = set(), 0
+    used, untouched, part = set(), 0, division(files, source.notes)
     for file in files:
         path = folder / file
         content = _load(folder, file)
@@ -63,14 +63,16 @@ def _records(
                 "an image"
             )
         used.add(name)
-        yield Record(name, image, partial(_instances, path, content, source, classes))
+        yield Record(name, image, partial(_instances, path, content, source, classes), part(name))
     if untouched:
         source.notes.append(
             f"{untouched} of {len(files)} files are as --stage predict wrote them, and are taken "
             "for right; of a picture that nobody has looked at delete the JSON: it is unlabelled "
             "then"
         )
-    yield from (Record(name, folder / name) for name in images if name not in used)
+    for name in images:
+        if name not in used:
+            yield Record(name, folder / name, part=part(name))
 
 
 def digest(shapes: list[dict]) -> str:

@@ -18,7 +18,7 @@ import yaml
 
 from ground.errors import UserError
 from readers.annotations import shapes
-from readers.annotations.files import PARTS, list_files
+from readers.annotations.files import PARTS, list_files, part_of
 from readers.annotations.others import hint
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
 from readers.annotations.shapes import Size
@@ -45,7 +45,7 @@ def read_yolo(folder: Path, classes: Classes) -> Source:
         left = [name for name in pictures if name not in parts and _label_of(name) in texts]
         _require_listed(folder / file, gone, left)
     else:
-        parts = {name: _part(name) for name in pictures}
+        parts = {name: part_of(name) for name in pictures}
     parts = _division(file, parts, source.notes)
     _count_unlisted(pictures, parts, source)
     labels = _labels(folder, parts, texts)
@@ -245,12 +245,6 @@ def _listed(folder: Path, file: str, bases: list[str], pictures: list[str]) -> d
             )
         names[name] = None
     return names
-
-
-def _part(name: str) -> str:
-    """Part that a folder says, the innermost."""
-    words = reversed(posixpath.dirname(name).lower().split("/"))
-    return next((PARTS[word] for word in words if word in PARTS), "")
 
 
 def _division(file: str, parts: dict[str, str], notes: list[str]) -> dict[str, str]:
