@@ -59,16 +59,23 @@ class Prediction:
         return self.segment_map == k + 1 if self.masks is None else self.masks[k]
 
     def sure(self, least: float) -> "Prediction":
-        """Without instances of a lower score, and without those of whose pixels surer ones hide
-        more than half: what is drawn and counted.
+        """What is drawn and counted: without instances of a lower score, and without those of whose
+        pixels surer ones that stay hide more than half.
         """
-        pixels = np.bincount(self.segment_map.ravel(), minlength=len(self.labels) + 1)[1:]
-        own = pixels if self.masks is None else self.masks.sum((1, 2))
-        keep = (self.scores >= least) & (pixels > 0) & (2 * pixels >= own)
-        lut = np.append(0, np.cumsum(keep) * keep).astype(self.segment_map.dtype)
-        masks = None if self.masks is None else self.masks[keep]
-        kept = {"labels": self.labels[keep], "scores": self.scores[keep], "masks": masks}
-        return replace(self, segment_map=lut[self.segment_map], **kept)
+        chosen = self.scores >= least
+        if self.masks is None:
+            pixels = np.bincount(self.segment_map.ravel(), minlength=len(self.labels) + 1)[1:]
+            chosen = np.flatnonzero(chosen & (pixels > 0))
+            lut = np.zeros(len(self.labels) + 1, self.segment_map.dtype)
+            lut[chosen + 1] = np.arange(1, len(chosen) + 1)
+            segment_map, masks = lut[self.segment_map], None
+        else:
+            chosen = np.flatnonzero(chosen & self.masks.any((1, 2)))
+            kept, laid = lay_down(torch.from_numpy(self.masks[chosen]))
+            chosen, segment_map = chosen[kept], laid.numpy()
+            masks = self.masks[chosen]
+        kept = {"labels": self.labels[chosen], "scores": self.scores[chosen], "masks": masks}
+        return replace(self, segment_map=segment_map, **kept)
 
 
 @torch.no_grad()

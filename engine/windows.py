@@ -11,8 +11,9 @@ them. What the windows say is joined so:
   whatever that one says of it;
 - larger ones, which no window shows whole, are joined where two windows agree about the pixels that
   both show (IoU of at least AGREE);
-- of what is left the surer one takes its pixels first, whole ones before parts; an instance that
-  then keeps less than half of its pixels is another view of what is there already;
+- of what is left the surer one takes its pixels first, whole ones before parts (of instances,
+  which may have any score, those of at least --least-score before all others); one that then keeps
+  less than half of its pixels is another view of what is there already;
 - the rest of the image is stuff: the class with the largest sum of posteriors over all windows.
 
 Windows come row by row, and what no further one shows is written at once: beside the result only
@@ -35,6 +36,7 @@ from engine.method import Method
 from inference import KEPT, PSEUDO, Prediction
 
 AGREE = 0.5  # least IoU of two parts of one object, in the pixels that both windows show
+SAME = 0.75  # least IoU of a piece and of what its window shows of the whole object
 CHUNK = 2**24  # pixels of an image that are looked at at once
 FAINT = 0.01  # of the largest sum in a window: a class that is nowhere above it is not there
 
@@ -121,11 +123,11 @@ class Stitcher:
     """What all windows of one image say, by one reading.
 
     segment_map, semantic: (H, W) arrays that are filled, in memory or in files; zeros at first.
-    least: score of an instance.
+    least: score of an instance.   sure: score below which one gives way to all that have it.
     """
 
-    def __init__(self, grid: Grid, things: np.ndarray, segment_map, semantic, least: float = 0.0):
-        self.least = least
+    def __init__(self, grid: Grid, things: np.ndarray, segment_map, semantic, least=0.0, sure=0.0):
+        self.least, self.sure = least, sure
         self.grid, self.things = grid, things
         self.segment_map, self.semantic = segment_map, semantic
         self.size = segment_map.shape[::-1]
@@ -213,11 +215,12 @@ class Stitcher:
         Returns: the objects;  canvas: what is written, and the k-th of these objects as number
             k + 1 + what is written;  origin: (top, left) of the canvas in the image.
         """
+        mark_pieces(self.waiting)
         tops, lefts, bottoms, rights = zip(*(one.box for one in self.waiting))
         origin = top, left = min(tops), min(lefts)
         canvas = self.segment_map[top : max(bottoms), left : max(rights)].copy()
         written, groups = len(self.labels), []
-        for one in sorted(self.waiting, key=_order):
+        for one in sorted(self.waiting, key=self._order):
             below = canvas[_part(one.box, origin)]
             numbers, pixels = np.unique(below[one.mask], return_counts=True)
             free = int(pixels[numbers == 0].sum())
@@ -235,6 +238,11 @@ class Stitcher:
                     place[place == written + k + 1] = written + len(groups)
                 groups[k] = []
         return groups, canvas, origin
+
+    def _order(self, one: Instance):
+        """Of those that are sure, and then of the others: whole ones before parts, surer ones
+        first; the rest makes it one order."""
+        return one.score < self.sure, one.part, -one.score, -one.area, one.box
 
     def result(self) -> Prediction:
         """When all rows are finished: what no thing has taken becomes stuff, a segment a class.
@@ -263,15 +271,42 @@ def _boxes(prediction: Prediction) -> list[tuple[slice, slice] | None]:
     return [(ndimage.find_objects(mask.view(np.uint8)) or [None])[0] for mask in prediction.masks]
 
 
-def _order(one: Instance):
-    """Whole ones before parts, surer ones first; the rest makes it one order."""
-    return one.part, -one.score, -one.area, one.box
-
-
 def _part(box: tuple[int, int, int, int], origin: tuple[int, int]) -> tuple[slice, slice]:
     """A box of the image in an array that begins at origin."""
     (top, left, bottom, right), (y, x) = box, origin
     return slice(top - y, bottom - y), slice(left - x, right - x)
+
+
+def mark_pieces(instances: list[Instance]) -> None:
+    """Those are parts, too, that are a piece of an object whose other pieces their window does not
+    show, as where something lies across it: no border cuts them."""
+    boxes, windows = (np.array([getattr(one, n) for one in instances]) for n in ("box", "window"))
+    labels = np.array([one.label for one in instances])
+    for one in instances:
+        if one.part:
+            continue
+        # of another window, on the box of this one, and going on outside of its window
+        beside = (boxes[:, :2] < one.box[2:]).all(1) & (boxes[:, 2:] > one.box[:2]).all(1)
+        beside &= (boxes[:, :2] < one.window[:2]).any(1) | (boxes[:, 2:] > one.window[2:]).any(1)
+        for k in np.flatnonzero(beside & (labels == one.label) & (windows != one.window).any(1)):
+            if _seen_in(instances[k], one) >= SAME:
+                one.part = True
+                break
+
+
+def _seen_in(other: Instance, one: Instance) -> float:
+    """IoU of an instance and of what its window shows of another one."""
+    (top, left, *_), (y, x, end, last) = other.box, one.window
+    rows, columns = slice(max(y - top, 0), end - top), slice(max(x - left, 0), last - left)
+    shown = np.count_nonzero(other.mask[rows, columns])
+    first = [max(pair) for pair in zip(one.box[:2], other.box[:2])]
+    stop = [min(pair) for pair in zip(one.box[2:], other.box[2:])]
+    mine, theirs = (
+        m.mask[tuple(slice(a - o, b - o) for a, b, o in zip(first, stop, m.box))]
+        for m in (one, other)
+    )
+    common = np.count_nonzero(mine & theirs)
+    return common / (one.area + shown - common)
 
 
 def _one_object(one: Instance, group: list[Instance], canvas, origin, number: int) -> bool:
@@ -313,13 +348,14 @@ def predict_in_windows(
     Returns: by reading; `semantic` as `Stitcher.result` has it.
     """
     grid, readings = Grid.of(picture.size, method.cfg), list(readings)
+    sure = method.cfg.least_score if method.cfg.labels == "instances" else 0.0
     shape = picture.size[::-1]
     stitchers = {}
     for reading in readings:
         maps = (
             arrays(reading) if arrays else (np.zeros(shape, np.int32), np.zeros(shape, np.uint16))
         )
-        stitchers[reading] = Stitcher(grid, _things(method, reading), *maps, least)
+        stitchers[reading] = Stitcher(grid, _things(method, reading), *maps, least, sure)
     for row in progress(range(len(grid.tops))):
         top = grid.tops[row]
         for lefts in _batches(grid.lefts, method.cfg.eval_batch):

@@ -223,9 +223,37 @@ def test_what_is_drawn_is_sure_and_not_hidden():
     sure = found.sure(0.5)
     assert sure.labels.tolist() == [0, 2] and sure.scores.tolist() == pytest.approx([0.9, 0.7])
     assert np.array_equal(sure.segment_map == 1, one)
-    assert np.array_equal(sure.segment_map == 2, beside & ~one & ~inside)
+    assert np.array_equal(sure.segment_map == 2, beside & ~one)  # `inside` is not there
     assert np.array_equal(sure.masks[1], beside)
     assert len(replace(found, masks=None).sure(0.95).labels) == 0
+
+
+def test_what_a_hidden_one_covers_is_not_hidden():
+    """The one that goes is on top of one that stays: its pixels are free."""
+    one, beside = disc(30, 50, 20), disc(30, 75, 20)
+    both = one | beside  # seen to less than a half beside the first, so not drawn
+    found = found_of([one, both & (disc(30, 62, 24)), beside], [0, 1, 2], [0.9, 0.8, 0.7])
+    sure = found.sure(0.5)
+    assert sure.labels.tolist() == [0, 2]
+    assert np.array_equal(sure.segment_map == 2, beside & ~one)
+
+
+def test_in_windows_a_sure_part_goes_before_a_whole_one_that_nobody_believes():
+    things, maps = np.ones(3, bool), (np.zeros((60, 90), np.int32), np.zeros((60, 90), np.uint16))
+    stitcher = Stitcher(Grid((0,), (0, 30), 60, 60, (60, 60)), things, *maps, sure=0.5)
+    bar = np.zeros((60, 90), bool)
+    bar[20:40, 5:85] = True  # in no window whole
+    blob = np.zeros((60, 90), bool)
+    blob[18:42, 32:58] = True  # whole in both, and nothing
+    for left in (0, 30):
+        masks = np.stack([bar, blob])[:, :, left : left + 60]
+        arrays = np.array([0, 0]), np.array([0.95, 0.01], np.float32)
+        found = Prediction(paint(torch.from_numpy(masks)).numpy(), *arrays, masks=masks)
+        stitcher.add(0, left, replace(found, sums=np.ones((3, 60, 60), np.float32)))
+    stitcher.finish_row(60)
+    answer = stitcher.result()
+    best = answer.segment_map == 1 + int(answer.scores.argmax())
+    assert np.array_equal(best, bar)
 
 
 def test_windows_stitch_instances_by_their_masks():

@@ -332,3 +332,24 @@ def test_a_run_shown_by_the_width_of_its_objects_refuses_a_short_side():
         args = parser().parse_args(["--stage", stage, "--test-size", "300", *onnx])
         assert ("test_size" in idle(args, cfg)) == refused
         assert "test_size" not in idle(args, replace(cfg, seen_width=0.0))
+
+
+def test_an_object_in_two_pieces_is_one_where_a_window_shows_only_one_of_them():
+    """A pole lies across a disc: half of it is whole in a window, and no border cuts it."""
+    counted = []
+    for seed in range(40):
+        rng, (ys, xs) = np.random.default_rng(seed), np.mgrid[:64, :256]
+        x, y = int(rng.integers(20, 236)), int(rng.integers(14, 50))
+        ids = np.ones((64, 256), int)
+        ids[(ys - y) ** 2 + (xs - x) ** 2 < 144] = 2
+        ids[abs(xs - x) < 4] = 3
+        image, ids, labels = coded(ids, [0, SKY, DISC, BAR])
+
+        def alter(prediction, window, rng=rng):
+            scores = rng.uniform(0.9, 0.95, len(prediction.labels))
+            return replace(prediction, scores=scores.astype(np.float32))
+
+        answer = predict_in_windows(Oracle(alter=alter), image, ["student/decoder"])
+        labels = answer["student/decoder"].labels.tolist()
+        counted.append((labels.count(DISC), labels.count(BAR)))
+    assert {*counted} == {(1, 1)}
