@@ -210,6 +210,13 @@ def require_of_the_run(args: argparse.Namespace, stored: dict) -> None:
                 f"{dashed(name)} {value}: {args.weights} fits another configuration, it was "
                 f"trained with {stored[name]}; leave the flag out"
             )
+    known = stored.get("taxonomy") is not None and args.stage == "predict"
+    for name in ("dataset", "data_root", "variant", "split") if known else ():
+        if name in args.flags:
+            raise UserError(
+                f"{dashed(name)}: {args.weights} knows its classes, and nothing else of a data set "
+                "is read here; leave the flag out"
+            )
     if "labels" in args.flags and not stored:
         raise UserError(f"--labels: {args.weights} has no teacher, whose pseudo-labels it is about")
     if "preset" in args.flags and "num_queries" in stored:
@@ -356,15 +363,15 @@ def _require_folders(args: argparse.Namespace) -> None:
     """Pictures, and folders of them, of masks and of the official code."""
     if args.stage == "predict" and not args.input.exists():
         raise UserError(f"{args.input}: no such picture or folder of pictures")
-    masks = (
-        args.masks if args.stage == "zeroshot" and str(args.masks) not in ("gt", "sam") else None
-    )
+    made = args.stage in ("dewa", "ssl", "validate")  # or said by who reads them
+    named = str(args.masks) in ("gt", "sam") and args.stage == "zeroshot"
+    masks = None if named or made else args.masks
     for folder, what in (
         (args.input if args.stage == "import" else None, "folder of annotated images"),
         (args.join, "data set to join"),
         (args.images, "folder of images"),
         (args.assets, "folder; --assets names a copy of the official repository"),
-        (masks, "folder of masks; expected one, or gt or sam"),
+        (masks, f"folder of masks{'; expected one, or gt or sam' * (args.stage == 'zeroshot')}"),
     ):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder}: no such {what}")

@@ -54,6 +54,8 @@ def place(source: Path, target: Path) -> None:
     """A file as a hard link, or as a copy where there can be none (another disk); of a link, what
     it leads to. What is at the target goes."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):
+        return
     target.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(source), target)

@@ -17,6 +17,7 @@ import numpy as np
 from ground.errors import UserError, refuse
 from readers.ground_truth import IGNORE, VOID_NAMES, DataSet, Taxonomy, Truth
 from readers.name_lists import lines_of, numbered
+from readers.palettes import require_one_palette
 from readers.panoptic import PanopticFolder
 from readers.pictures import LOSSY, Images, brief, file_digest, open_image, pictures
 from readers.splits import read_split
@@ -27,6 +28,10 @@ CLASSES = ("classes.txt", "classes.json")
 LAYOUT = (
     "expected images/ and labels/ (class maps, PNG) with folders train and val in them, or val.txt "
     "with the names of the validation images; and classes.txt"
+)
+SAVE = (
+    "save all maps with one palette, or without one if the numbers count; --stage import --from "
+    "masks reads them by their colours"
 )
 
 
@@ -125,6 +130,11 @@ def load(root: Path, split: str, seed: int = 0, complain: Callable = refuse) -> 
     for part, images in parts.items():
         if not images.annotated:
             raise UserError(f"{images.labels}: no map of a {part} image is there; {LAYOUT}")
+    maps = [images.map_file(i) for images in (train, val) for i in range(images.annotated)]
+    try:
+        require_one_palette(maps, SAVE)
+    except UserError as error:
+        complain(UserError(str(error), error.kind or "palette"))
     return DataSet(root.name, taxonomy, train, val, *read_split(root, split, train, seed, complain))
 
 

@@ -47,8 +47,11 @@ def read_split(
 def _listed(path: Path, images, wrong: Callable[[str], None]) -> tuple[list[int], list[int]]:
     """The images of labeled.txt, and of unlabeled.txt beside it or all others."""
     names = [images.name(i) for i in range(len(images))]
-    numbers = {str(Path(name).with_suffix("")): i for i, name in enumerate(names)}
-    numbers |= {name: i for i, name in enumerate(names)}  # lists may leave endings out (VOC's do)
+    numbers: dict[str, int | None] = {}
+    for i, name in enumerate(names):  # lists may leave endings out (VOC's do)
+        stem = str(Path(name).with_suffix(""))
+        numbers[stem] = None if stem in numbers else i
+    numbers |= {name: i for i, name in enumerate(names)}
     labeled = _read_list(path, images, numbers, wrong)
     for i in labeled:
         if i >= images.annotated:
@@ -66,15 +69,20 @@ def _listed(path: Path, images, wrong: Callable[[str], None]) -> tuple[list[int]
     return [i for i in labeled if i < images.annotated], unlabeled
 
 
-def _read_list(path: Path, images, numbers: dict[str, int], wrong: Callable) -> list[int]:
+def _read_list(path: Path, images, numbers: dict[str, int | None], wrong: Callable) -> list[int]:
     """Indices of the images that a list names, in its order."""
     indices: dict[int, None] = {}
     for line in lines(path):
         # Official lists have two columns and name files by their path; names of one's own may have
         # spaces in them.
         names = [name for text in (line, line.split()[0]) for name in (text, text.split("/")[-1])]
-        i = next((numbers[name] for name in names if name in numbers), None)
-        if i is None:
+        found = next((name for name in names if name in numbers), None)
+        i = numbers.get(found)
+        if found and i is None:
+            wrong(
+                f"{path}: {brief(found)} is the name of several images but for the ending; add it"
+            )
+        elif i is None:
             wrong(f"{path}: {brief(names[2])} is not an image of the training set")
         elif i in indices:
             wrong(f"{path}: {brief(images.name(i))} is listed twice")

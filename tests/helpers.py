@@ -417,6 +417,7 @@ def fitting(args, flags=TINY_FLAGS):
     by_width = stored.get("object_width") and "seen_width" not in asked.flags
     stored = stored if stored.get("network") == "deeplab" or by_width else None
     known -= idle(asked, configure(asked, stored)).keys()
+    known -= {"split"} if asked.stage == "predict" else set()  # a run knows its classes
     pairs = [
         (flag, value)
         for flag, value in zip(flags[::2], flags[1::2])

@@ -241,3 +241,17 @@ def test_a_folder_of_class_maps_without_its_list_is_told_what_is_missing(tmp_pat
     (root / "classes.txt").write_text("sky\nball\nsky\n")
     with pytest.raises(UserError, match="'sky' is there 2 times; expected .* distinct"):
         class_maps.read_classes(root)
+
+
+def test_palettes_that_show_one_number_in_two_colours_are_refused(tmp_path, capsys):
+    root = own_folder(tmp_path)
+    path = root / "labels" / "train" / "p1.png"
+    image = Image.open(path)
+    image.putpalette([255 - value for value in RAINBOW])
+    image.save(path)
+    with pytest.raises(UserError, match="its palette shows . as #......, that of .*reads them by"):
+        class_maps.load(root, "all")
+    assert (
+        dearli.main(["--stage", "validate", "--dataset", "custom", "--data-root", str(root)]) == 2
+    )
+    assert "the numbers may mean other classes in each" in capsys.readouterr().out

@@ -1156,3 +1156,54 @@ def test_the_snippets_of_the_documents_work(small_run, tmp_path, monkeypatch, ca
             Image.open(tmp_path / "overlay.png").size == (640, 640)
             and "(128, 128)" in capsys.readouterr().out
         )
+
+
+def test_force_leaves_nothing_of_an_earlier_call(small_run, tmp_path, capsys):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(small_run / "pictures", pictures)
+    assert predict_stage(small_run, "--input", pictures, "--out", out) == 0
+    (out / "results.json").write_text("[]")  # of a run of instances
+    (pictures / "a.png").unlink()
+    edited = out / "labelme" / "a.json"
+    own = edited.read_text()
+    rewrite(edited, lambda content: content["shapes"].append({"label": "x"}))
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--force") == 2
+    assert "a.json: not as predict wrote it" in capsys.readouterr().err and edited.exists()
+    edited.write_text(own)
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--force") == 0
+    assert not [path for path in out.rglob("*") if path.name.startswith(("a.", "results"))]
+    assert sorted(path.name for path in (out / "labelme").rglob("*.json")) == ["b.json", "c.json"]
+    # going on keeps what is there, and says what of it is not of these pictures
+    shutil.copytree(small_run / "pictures" / "more", tmp_path / "other")
+    capsys.readouterr()
+    flags = ("--input", tmp_path / "other", "--out", out, "--resume")
+    assert predict_stage(small_run, *flags) == 0
+    said = capsys.readouterr().out
+    assert f"2 pictures of earlier calls as well, which are not in {tmp_path / 'other'}" in said
+
+
+def test_what_predict_wrote_is_no_input_of_the_call_that_replaces_it(small_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert predict_stage(small_run, "--input", small_run / "pictures", "--out", out) == 0
+    before = fingerprint(out)
+    for folder in (out / "labelme", out / "labelme" / "more", out / "overlay"):
+        assert predict_stage(small_run, "--input", folder, "--out", out, "--force") == 2
+        assert f"{folder}: is what --out {out} holds" in capsys.readouterr().err
+    assert fingerprint(out) == before
+    one = out / "labelme" / "a.png"
+    assert predict_stage(small_run, "--input", one, "--out", out, "--force") == 0 and one.exists()
+
+
+def test_corrections_in_folders_are_found_too(tmp_path):
+    (tmp_path / "labelme" / "day1").mkdir(parents=True)
+    (tmp_path / "instances.json").write_text("{}")
+    (tmp_path / "labelme" / "day1" / "a.json").write_text('{"shapes": []}')
+    with pytest.raises(UserError, match=r"1 files in .* are corrected \('day1/a.json'\)"):
+        exchange.require_corrections("coco-instances", tmp_path)
+
+
+def test_a_data_set_is_no_matter_of_a_prediction_by_a_run(small_run, tmp_path, capsys):
+    for flag in (("--split", 3), ("--dataset", "coco")):
+        flags = ("--input", small_run / "pictures", "--out", tmp_path / "out", *flag)
+        assert predict_stage(small_run, *flags) == 2
+        assert f"error: {flag[0]}: {small_run / 'run'} knows its classes" in capsys.readouterr().err

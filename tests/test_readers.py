@@ -24,6 +24,7 @@ from readers.runs import to_runs
 from tests.helpers import (
     TINY,
     fingerprint,
+    photo,
     png_of_16_bits,
     rewrite,
     run_folder,
@@ -157,7 +158,14 @@ def test_all_faults_of_a_folder_are_listed_by_kind_and_nothing_is_changed(tmp_pa
         "split": ["train14", "elsewhere", "train15"],
         "masks": ["train3", "train7"],
     }
-    elsewhere = {"stuff twice", "nothing", "value", "astray"}  # have tests of their own
+    elsewhere = {
+        "stuff twice",
+        "nothing",
+        "value",
+        "palette",
+        "astray",
+        "other",
+    }  # have tests of their own
     assert list(content["problems"]) == [
         k for k in validate.KINDS if k not in elsewhere
     ]  # in one order
@@ -860,3 +868,19 @@ def test_validate_says_which_annotated_images_are_turned(turn, said, tmp_path, c
         image.save(root / "images" / "train1.png", exif=exif)
     out, _, _ = validated(root, code=0, capsys=capsys)
     assert ("1 annotated images are turned as their EXIF says" in out) == said
+
+
+def test_a_name_without_its_ending_has_to_be_that_of_one_image(tmp_path, capsys):
+    root = write_coco_folder(tmp_path / "set", images=2)
+    rewrite(
+        root / "panoptic_train.json",
+        lambda c: c["images"].append(
+            {"id": 99, "file_name": "train0.jpg", "width": 12, "height": 10}
+        ),
+    )
+    photo(root / "images" / "train0.jpg", (12, 10))
+    (root / "one.txt").write_text("train0\n")
+    one_refusal(root, "'train0' is the name of several images but for", str(root / "one.txt"))
+    (root / "one.txt").write_text("train0.png\n")
+    dataset = panoptic.load_folder(root, str(root / "one.txt"))
+    assert [dataset.train.name(i) for i in dataset.labeled] == ["train0.png"]

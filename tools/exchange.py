@@ -135,7 +135,8 @@ def require_corrections(kind: str, folder: Path) -> None:
             f"{folder}: what --stage predict wrote; the files to correct are in {inner}: did you "
             f"mean --input {inner}?"
         )
-    changed = sorted(file.name for file in inner.glob("*.json") if is_corrected(file))
+    files = sorted(inner.rglob("*.json"))
+    changed = [file.relative_to(inner).as_posix() for file in files if is_corrected(file)]
     if kind == "coco-instances" and changed:
         raise UserError(
             f"{predicted}: has what was predicted, but {len(changed)} files in {inner} are "
@@ -193,6 +194,8 @@ def write_folder(output: Path, rows: list[dict], taxonomy: Taxonomy, info: dict)
     write_atomic(output / "semantic" / "classes.txt", listed.encode())
     if any("results" in row for row in rows):
         write_atomic(output / RESULTS, _results(rows).encode())
+    else:
+        (output / RESULTS).unlink(missing_ok=True)
 
 
 def coco_results(answer, taxonomy: Taxonomy) -> str:

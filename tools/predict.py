@@ -57,6 +57,7 @@ from ground.ahead import ahead
 from ground.errors import UserError, choose
 from ground.files import claim, release, write_atomic
 from ground.identity import listed
+from readers.arrays import from_array
 from readers.exposure import doubts, meaning
 from readers.ground_truth import Taxonomy
 from readers.pictures import as_rgb, brief, endings, file_digest, name_fault, open_image, pictures
@@ -147,7 +148,7 @@ class Predictor:
 
     def __call__(self, image) -> Prediction:
         """image: a path; or PIL, of any size and mode, not turned (`readers.pictures.open_image`
-        does that); or what `from_array` takes."""
+        does that); or what `readers.arrays.from_array` takes."""
         if isinstance(image, (str, os.PathLike)):
             return self.predict(self.open(Path(image)))
         image = image if isinstance(image, Image.Image) else from_array(image)
@@ -208,50 +209,6 @@ def predictor(
     return Predictor(method, f"{which}/{posterior}", {"weights": str(stored.path)})
 
 
-def from_array(values) -> Image.Image:
-    """An array or a tensor as PIL, by its values and not by a guess.
-
-    values: uint8, (H, W), (H, W, 1), RGB (H, W, 3) or RGBA (H, W, 4), 0 to 255; or uint16 (H, W).
-    Raises: TypeError saying what was expected: of floats nobody knows whether they end at 1 or at
-        255.
-    """
-    expected = (
-        "expected one image: a path, a PIL image, or an array (H, W) or (H, W, 3), RGB, "
-        "uint8, 0 to 255"
-    )
-    if isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"a {type(values).__name__}: {expected}; of several images, call it for each"
-        )
-    try:
-        x = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-    except (TypeError, ValueError):
-        x = np.asarray(None)
-    if x.dtype.kind not in "buif":
-        raise TypeError(f"{type(values).__name__}: {expected}")
-    found = f"an array {x.shape} of {x.dtype}"
-    if x.ndim == 4:
-        raise TypeError(f"{found}: {expected}; of a batch, call it for each image")
-    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4):
-        raise TypeError(
-            f"{found}: {expected}; channels come last: x.transpose(1, 2, 0), of a tensor "
-            "x.permute(1, 2, 0)"
-        )
-    if x.ndim not in (2, 3) or not x.size or x.ndim == 3 and x.shape[2] not in (1, 3, 4):
-        raise TypeError(f"{found}: {expected}")
-    if x.dtype.kind == "f":
-        raise TypeError(
-            f"{found}: {expected}; of values from 0 to 1: (255 * x).round().astype(np.uint8), "
-            "from 0 to 255: x.round().astype(np.uint8)"
-        )
-    if x.ndim == 3 and x.shape[2] == 1:
-        x = x[..., 0]
-    x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    if x.dtype != np.uint8 and not (x.ndim == 2 and x.dtype in (np.uint16, bool)):
-        raise TypeError(f"{found}: {expected}; of values from 0 to 255: x.astype(np.uint8)")
-    return Image.fromarray(np.ascontiguousarray(x))
-
-
 class Pictures:
     """A picture, or those of a folder and of the folders in it, and where their predictions go.
 
@@ -272,6 +229,8 @@ class Pictures:
         claim(self.output)
         resume = resume and self.log.exists()
         self.begun, rows = _read(self.log) if resume else ({}, {})
+        there = _read(self.log)[1] if force and not resume and self.log.exists() else {}
+        self.replaced = exchange.labelme_files(there)
         self.labelme = exchange.labelme_files([*self.names, *rows])
         self.rows = {name: row for name, row in rows.items() if self._is_done(name, row)}
         if resume or force:
@@ -283,6 +242,11 @@ class Pictures:
         if not self.source.is_dir():
             raise UserError(f"{self.source}: no such picture or folder of pictures")
         own = {os.path.realpath(self.output / kind) for kind in (*KINDS, exchange.FOLDER)}
+        if own.intersection(map(str, (self.source.resolve(), *self.source.resolve().parents))):
+            raise UserError(
+                f"{self.source}: is what --out {self.output} holds; expected pictures elsewhere, "
+                "or another --out"
+            )
         images = [Path(name) for name in pictures(self.source, self.others.append, own)]
         self.others.sort()
         if not images:
@@ -320,6 +284,7 @@ class Pictures:
     def _require_uncorrected(self) -> None:
         """What somebody corrected in labelme is hours of work."""
         files = [self.labelme[name] for name in self.names if name not in self.rows]
+        files += {*self.replaced.values()} - {*files}
         folder = self.output / exchange.FOLDER
         corrected = [file for file in files if exchange.is_corrected(folder / file)]
         if corrected:
@@ -346,7 +311,10 @@ class Pictures:
     def targets(self, name: str) -> list[Path]:
         """The images of KINDS, and in the folder of labelme the JSON and the picture."""
         labelme = [self.output / exchange.FOLDER / file for file in (self.labelme[name], name)]
-        return [*(self.output / kind / f"{name}.png" for kind in KINDS), *labelme]
+        return [*self._images(name), *labelme]
+
+    def _images(self, name: str) -> list[Path]:
+        return [self.output / kind / f"{name}.png" for kind in KINDS]
 
     def large_targets(self, name: str) -> list[Path]:
         """Those of a picture that is read by parts (`tools.large`)."""
@@ -362,6 +330,7 @@ class Pictures:
         self.doubts = {"little": [], "cut off": []}
         try:
             self._require_same(info)
+            self._clear()
             rows = ({"info": info}, *self.rows.values())
             write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
             with open(self.log, "ab", buffering=0) as log:
@@ -403,6 +372,16 @@ class Pictures:
                 f"{self.output}: cannot go on with what another model began ({differs}); choose "
                 "another folder with --out, or begin anew with --force"
             )
+
+    def _clear(self) -> None:
+        """With --force what an earlier call wrote goes whole, and not as far as names are alike."""
+        folder, kept = self.output / exchange.FOLDER, {*self.labelme.values()}
+        for name, file in self.replaced.items():
+            gone = [] if file in kept else [folder / file]
+            if name not in self.names:
+                gone += [*self._images(name), *self.large_targets(name), folder / name]
+            for path in gone:
+                path.unlink(missing_ok=True)
 
     def _predict(self, model: Predictor, name: str, read, log) -> None:
         path = self.source / name
@@ -469,6 +448,11 @@ class Pictures:
             print(
                 f"{self.source}: {len(self.others)} files passed over, by their endings no images: "
                 f"{listed([*map(brief, self.others)])}"
+            )
+        if others := sorted(self.rows.keys() - {*self.names}):
+            print(
+                f"{self.output}: has {len(others)} pictures of earlier calls as well, which are "
+                f"not in {self.asked}: {listed([*map(brief, others)])}"
             )
         for doubt, what in meaning(white, stretch).items():
             if names := self.doubts[doubt]:

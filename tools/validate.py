@@ -58,6 +58,8 @@ no pixel: segments are in segments_info but have no pixel
     take them from the JSON, or make the map again
 value: maps have values that are no class
     name them in classes.txt, or make them 255 (no class)
+palette: class maps show one number in different colours
+    save them with one palette, or by --stage import --from masks, which knows the colours
 astray: class maps belong to no image
     give them the names of their images, or take them away
 area: areas of the JSON are not the number of pixels in the map
@@ -70,6 +72,8 @@ split: names of the split lists are wrong
     mend the lists: names of training images, once each, in one list only
 masks: files of SAM masks are absent, damaged or of another image
     delete what is damaged and run --stage masks again
+other: something else is wrong
+    see each line
 """
 _LINES = _KINDS.strip().splitlines()
 KINDS = {
@@ -228,7 +232,7 @@ def check(
     problems = {
         kind: {"what": what, "do": remedy, "faults": texts}
         for kind, (what, remedy) in KINDS.items()
-        if (texts := [text for k, text in listed if k == kind])
+        if (texts := [text for k, text in listed if (k if k in KINDS else "other") == kind])
     }
     return {
         "classes": classes,

@@ -55,18 +55,6 @@ def read_map(
     return values, void
 
 
-def palette_of(path: Path) -> dict[int, int]:
-    """The colours, 65536 r + 256 g + b, of the indices that a map with a palette uses; of others
-    none."""
-    if path.suffix.lower() == ".npy":
-        return {}
-    image = open_image(path, None)
-    if image.mode != "P":
-        return {}
-    table = np.array(image.getpalette("RGB")).reshape(-1, 3) @ (65536, 256, 1)
-    return {int(v): int(table[v]) for v in np.unique(np.asarray(image)) if v < len(table)}
-
-
 def draw_values(values: np.ndarray) -> list[tuple[int, Draw]]:
     """Each value of a map, however large, and how to draw it."""
     distinct, places = np.unique(values, return_inverse=True)

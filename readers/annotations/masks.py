@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from ground.errors import UserError
-from readers.annotations.maps import draw_regions, draw_values, palette_of, read_map
+from readers.annotations.maps import draw_regions, draw_values, read_map
 from readers.annotations.others import hint
 from readers.annotations.pairs import Mask, find_pairs, likely
 from readers.annotations.records import UNNAMED, VOID, Classes, Instance, Record, Source
@@ -28,6 +28,7 @@ from readers.annotations.values import (
     unread_lists,
     unused_lists,
 )
+from readers.palettes import require_one_palette
 from readers.panoptic_json import MAX_ID
 from readers.pictures import brief, image_header
 
@@ -76,7 +77,11 @@ def read_masks(folder: Path, classes: Classes, form: str = "", names: str = "") 
         named = values.classes()
         source.notes += _say_classes(values, classes, form == "both")
         if form != "both" and not values.coloured:
-            _require_one_palette(masks)
+            mend = (
+                "name the colours, --classes '#804080:NAME,...' or a list of them, or, if the "
+                "numbers count, save the maps without palettes"
+            )
+            require_one_palette([mask.path for mask in masks], mend)
     else:
         labels = {mask.label or PLAIN for mask in masks} - UNNAMED.keys()
         named = {label: label for label in sorted(labels)}
@@ -110,8 +115,8 @@ def _say_classes(values: Values, classes: Classes, both: bool) -> list[str]:
         notes.append(f"of these values nothing is learnt or measured: {brief(shown)}")
     if values.rest and not classes.background:
         notes.append(
-            f"the background of {values.where} is void, neither learnt nor measured; --background "
-            "NAME makes a class of it"
+            f"the background of {values.where} is void, not measured, no object in training; "
+            "--background NAME makes a class of it"
         )
     each = "each number an instance" if both else "each connected region an instance"
     if classes.inherited is not None:
@@ -138,22 +143,6 @@ def _require_values(folder: Path, masks: list[Mask], values: Values) -> None:
             f"colours), or these, a line each, in {folder / OWN[0]}; lists of tools are read, too: "
             f"{', '.join(COLOUR_LISTS + NUMBER_LISTS)}{unread_lists(folder)}"
         )
-
-
-def _require_one_palette(masks: list[Mask]) -> None:
-    """Raise UserError where one number has different colours in two maps, as palettes have that a
-    program has made for each of them: it need not mean one class. Looks at some of the maps."""
-    colours: dict[int, tuple] = {}
-    for mask in masks[:: -(-len(masks) // LOOKED_AT)]:
-        for value, colour in palette_of(mask.path).items():
-            before = colours.setdefault(value, (colour, mask.path))
-            if before[0] != colour:
-                raise UserError(
-                    f"{mask.path}: its palette shows {value} as #{colour:06x}, that of "
-                    f"{before[1]} as #{before[0]:06x}, so the numbers may mean other classes in "
-                    "each; name the colours, --classes '#804080:NAME,...' or a list of them, or, "
-                    "if the numbers count, save the maps without palettes"
-                )
 
 
 # ----------------------------------------------------------------------------------- values
