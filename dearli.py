@@ -144,6 +144,7 @@ def stage_sup(source, place, machine, cfg, course, init=None, masks=None):
     about = {
         "data": dataset.train.fingerprint(dataset.labeled),
         "truth": dataset.truth_fingerprint(unlabeled=False),
+        "labeled": dataset.labeled_fingerprint(),
         "init": record,
     }
     masks = masks or place.masks(source)
@@ -180,6 +181,7 @@ def stage_ssl(source, place, machine, cfg, course, method="dearli", init=None, m
     about = {
         "data": dataset.train.fingerprint(),
         "truth": dataset.truth_fingerprint(),
+        "labeled": dataset.labeled_fingerprint(),
         "init": record,
     }
     masks = masks or place.masks(source)

@@ -6,6 +6,7 @@ weights that it started from, its masks, its frozen backbone. All of it is store
 it is compared, or taken from what is stored.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from engine.stored import Stored
 from engine.training import Run
 from ground import files, ranks
 from ground.errors import UserError
-from ground.identity import differences, of_tensors
+from ground.identity import differences, of_tensors, of_text
 from readers.checks import limits, require_files, require_truth
 from readers.ground_truth import DataSet, Taxonomy
 from readers.scale import object_width, scale_text
@@ -365,6 +366,7 @@ def require_own_results(
 ) -> None:
     """Raise UserError if results in a folder would be replaced by those of something else."""
     require_own_numbers(folder, run, cfg)
+    require_own_measure(folder, run, dataset)
     if folder == run.path and elsewhere(run.config, source, dataset):
         raise UserError(
             f"{folder}: its results are of {run.config['data_root']} and would be replaced by "
@@ -391,6 +393,29 @@ def require_own_numbers(folder: Path, run: Stored, cfg: Config) -> None:
             f"{folder}: its results are of other numbers ({', '.join(others)}) and would be "
             "replaced; name a folder for the new ones with --out"
         )
+
+
+def require_own_measure(folder: Path, run: Stored, dataset: DataSet) -> None:
+    """The same of the figures in a folder, and another run or other validation images."""
+    path = folder / "metrics.json"
+    try:
+        there = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    for key, now in measured_by(run.config or {}, dataset).items():
+        if there.get(key, now) != now and (key != "run" or folder != run.path):
+            what = {"run": "another run", "validation": "other validation images, or other truth"}
+            raise UserError(
+                f"{path}: is of {what[key]}, and would be replaced; name a folder for the new "
+                "figures with --out"
+            )
+
+
+def measured_by(config: dict, dataset: DataSet) -> dict[str, str]:
+    """What figures are of, for metrics.json. config: of a stored run; empty: not known, or the run
+    itself."""
+    run = {"run": of_text(json.dumps(config, sort_keys=True, default=str))} if config else {}
+    return {**run, "validation": dataset.measure_fingerprint()}
 
 
 def elsewhere(config: dict, source: Source, dataset: DataSet) -> bool:

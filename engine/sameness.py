@@ -15,7 +15,7 @@ MAY_CHANGE = set(
 )
 
 # What runs did not always store of their identity.
-LATER = {"taxonomy", "data", "truth", "init", "masks", "data_root", "variant"}
+LATER = {"taxonomy", "data", "truth", "labeled", "init", "masks", "data_root", "variant"}
 
 
 def differing(stored: dict, config: dict) -> list[str]:
@@ -56,6 +56,7 @@ def difference(key: str, there, now) -> str:
         return f"masks: {differs or 'others'} (it began with those of {there.get('folder')})"
     what = {
         "data": "data: other training images, or by another exposure,",
+        "labeled": "labeled: other contents of labelled images or of their ground truth",
         "truth": "truth: other ground truth, or other labelled or unlabelled images",
     }.get(key)
     return f"{what} than it began with" if what else f"{key}: {there!s:.60} there, {now!s:.60} now"

@@ -10,6 +10,7 @@ from ground.colours import palette
 from ground.errors import UserError
 from readers.pictures import brief
 
+READ = 5000  # labelled images, at most, that are read whole to know them again
 IGNORE = -1  # semantic ground truth: no class
 # What people call pixels of no class, in lists of classes.
 VOID_NAMES = frozenset("__ignore__ void unlabeled unlabelled ignore".split())
@@ -201,3 +202,20 @@ class DataSet:
         parts += [f"unlabelled {train.name(i)}" for i in self.unlabeled if unlabeled]
         sampled = identity.sample(sorted(self.labeled, key=train.name))
         return identity.of_text(*sorted(parts), *(train.truth_digest(i) for i in sampled))
+
+    def labeled_fingerprint(self) -> str:
+        """Of the contents of all labelled images and their ground truth, of which the other
+        fingerprints only take a sample; empty where a sample is all of them, or if they are more
+        than READ."""
+        if not identity.SAMPLED < len(self.labeled) <= READ:
+            return ""
+        train, those = self.train, sorted(self.labeled, key=self.train.name)
+        return identity.of_text(*(f"{train.digest(i)} {train.truth_digest(i)}" for i in those))
+
+    def measure_fingerprint(self) -> str:
+        """Of what runs are measured by: the validation images and their ground truth."""
+        names, val = self.taxonomy.short_names, self.val
+        parts = [f"{val.name(i)} {val.segments_text(i, names)}" for i in range(len(val))]
+        sampled = identity.sample(sorted(range(len(val)), key=val.name))
+        truth = (val.truth_digest(i) for i in sampled)
+        return identity.of_text(val.fingerprint(), *sorted(parts), *truth)

@@ -10,7 +10,7 @@ from pathlib import Path
 from config import Config, numbers_of
 from data import Batches
 from engine import rehearsal
-from engine.begin import require_own_numbers, settle
+from engine.begin import measured_by, require_own_numbers, settle
 from engine.evaluation import evaluate
 from engine.method import Method
 from engine.request import Course, Source
@@ -53,7 +53,8 @@ def finish(
         metrics = evaluate(method, dataset)
         if course.groups:
             _add_groups(metrics, dataset, course.groups)
-        content = {"evaluated_on": source.evaluated_on, "images": len(dataset.val), **metrics}
+        about = {"evaluated_on": source.evaluated_on, "images": len(dataset.val)}
+        content = {**about, **measured_by(config or {}, dataset), **metrics}
         if ranks.rank() == 0:
             write_atomic(folder / "metrics.json", json.dumps(content, indent=1).encode())
         columns = [column for metric in method.metrics for column in metric.columns]
@@ -161,6 +162,7 @@ def report_again(
     require_own_numbers(folder, stored, cfg)
     own = stored.path if stored.path.is_dir() else folder
     run, *others = [run_folder.read(path, stored.config) for path in (own, *compare)]
+    _say_other_measure(run, others)
     source = dataclasses.replace(source, eval_on=run.metrics.get("evaluated_on", "val"))
     dataset, cards = None, {}
     missing = "" if run.reading or stored.is_warm_up else "the run was not evaluated"
@@ -181,6 +183,16 @@ def report_again(
         print(f"warning: no pictures: {error}")
     print(page.write(folder, [run, *others], dataset, cards, missing))
     return folder
+
+
+def _say_other_measure(run, others: list) -> None:
+    mine = run.metrics.get("validation")
+    for other in others:
+        if mine and other.metrics.get("validation") not in (None, mine):
+            print(
+                f"warning: {other.folder}: measured by other validation images, or other truth, "
+                f"than {run.folder}: the figures beside each other do not compare"
+            )
 
 
 def _others(runs: list, cfg: Config, dataset: DataSet, device, name: str) -> list[Other]:

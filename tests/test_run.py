@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,12 +12,24 @@ import dearli
 from config import OFFICIAL
 from engine import checkpoint, stored
 from engine.checkpoint import state_of
-from ground import tensor_files
+from engine.sameness import differing
+from ground import identity, tensor_files
 from ground.errors import UserError
 from model import Mask2Former
 from pretrained import foundation, official
 from readers import ground_truth
-from tests.helpers import REAL_DATA, TINY, random_vocabulary, run, tiny_head, tiny_segmenter
+from readers.panoptic import load_folder
+from tests.helpers import (
+    REAL_DATA,
+    TINY,
+    random_vocabulary,
+    rewrite,
+    run,
+    run_folder,
+    tiny_head,
+    tiny_segmenter,
+    write_coco_folder,
+)
 
 # ------------------------------------------------------------------------ checkpoint.py, trainer.py
 
@@ -245,3 +258,46 @@ def test_official_files_are_told_apart_and_what_does_not_fit_is_refused(
         assert run("--stage", "eval", "--weights", tmp_path / name) == 2, name
         message = capsys.readouterr().err
         assert words in message and message.count("\n") == 1
+
+
+def test_figures_are_not_replaced_by_those_of_other_images_or_runs(tmp_path, capsys):
+    root, out = write_coco_folder(tmp_path / "set", images=4), tmp_path / "run"
+    for name in ("run", "other"):
+        flags = ("--split", "2", "--steps", 1, "--out", tmp_path / name)
+        assert run_folder("sup", root, *flags, "--seed", len(name)) == 0
+    assert dearli.main(["--stage", "eval", "--weights", str(out)]) == 0  # the same again
+    shutil.copytree(root, tmp_path / "fewer")
+    rewrite(tmp_path / "fewer" / "panoptic_val.json", lambda c: c["annotations"].pop() and None)
+    own = (out / "metrics.json").read_text()
+    fewer = ["--stage", "eval", "--data-root", str(tmp_path / "fewer"), "--dataset", "custom"]
+    capsys.readouterr()
+    assert dearli.main([*fewer, "--weights", str(out)]) == 2
+    assert "is of other validation images, or other truth" in capsys.readouterr().err
+    assert (out / "metrics.json").read_text() == own
+    there = ["--out", str(tmp_path / "there")]
+    assert dearli.main([*fewer, "--weights", str(out), *there]) == 0
+    assert dearli.main([*fewer, "--weights", str(tmp_path / "other"), *there]) == 2
+    assert "is of another run, and would be replaced" in capsys.readouterr().err
+    compare = ["--stage", "report", "--weights", str(out), "--compare", str(tmp_path / "there")]
+    assert dearli.main([*compare, "--report-images", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {tmp_path / 'there'}: measured by other validation images" in said
+
+
+def test_all_labelled_images_are_known_again_however_many_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "SAMPLED", 1)
+    root = write_coco_folder(tmp_path / "set", images=4)
+    dataset = load_folder(root, "3")
+    seen = {}
+    for folder in (None, "images", "panoptic"):
+        if folder:
+            path = root / folder / dataset.train.name(dataset.labeled[-1])
+            path.write_bytes(path.read_bytes()[:-1] + b"?")  # as long, and no sample is of it
+        prints = dataset.train.fingerprint(dataset.labeled), dataset.truth_fingerprint()
+        seen[folder] = *prints, dataset.labeled_fingerprint()
+    assert len({prints[:2] for prints in seen.values()}) == 1
+    assert len({prints[2] for prints in seen.values()}) == 3
+    before, now = ({"stage": "sup", "labeled": seen[key][2]} for key in (None, "images"))
+    assert differing(before, now) == ["labeled"] and not differing({"stage": "sup"}, now)
+    monkeypatch.setattr(identity, "SAMPLED", 3)
+    assert dataset.labeled_fingerprint() == ""  # a sample is all of them
