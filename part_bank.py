@@ -53,12 +53,13 @@ class PartBank(nn.Module):
     @torch.no_grad()
     def part_of(self, features: Tensor, classes: Tensor) -> Tensor:
         """(N,) the part of each pixel: the prototype of its class with the largest cosine, the
-        first of equal ones.
+        first of equal ones; one that is 0, which no pixel has made, has none.
 
         features: (N, L') of the encoder.   classes: (N,) int64 in [0, C).
         """
         prototypes = F.normalize(self.prototypes, dim=-1).flatten(0, 1)  # (C K, L')
         cosines = F.normalize(features.float(), dim=-1) @ prototypes.T
+        cosines = cosines.masked_fill(~prototypes.any(1), -2.0)
         own = classes[:, None] * self.parts + torch.arange(self.parts, device=classes.device)
         return cosines.gather(1, own).argmax(1)
 
@@ -146,7 +147,7 @@ def _drawn(draws: Tensor, count: Tensor) -> Tensor:
 def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """Centres (clusters, L) of points (N, L), by Lloyd's algorithm from seeds far from each other.
 
-    Fewer distinct points than clusters: the rest are 0, which no cosine prefers.
+    Fewer distinct points than clusters: the rest are 0.
     generator: on the CPU.   Source: k-means++ (Arthur and Vassilvitskii, 2007).
     """
     centres = points.new_zeros(clusters, points.shape[1])

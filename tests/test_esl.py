@@ -264,3 +264,11 @@ def test_kmeans_finds_clusters_and_does_with_too_few_points():
     two = kmeans(torch.tensor([[1.0, 1], [1, 1], [2, 2]]), 4, torch.Generator().manual_seed(0))
     assert sorted(two.tolist()) == [[0, 0], [0, 0], [1, 1], [2, 2]]
     assert torch.equal(kmeans(torch.zeros(0, 2), 3, generator), torch.zeros(3, 2))
+
+
+def test_a_part_without_a_pixel_is_nobodys_part():
+    """Features may have any sign: beside a prototype that looks the other way 0 would be nearer."""
+    bank = PartBank(2, 3, 2, 4, 2)
+    bank.prototypes[1, 0] = torch.tensor([1.0, 0.0])
+    features = torch.tensor([[-1.0, 0.1], [1.0, 0.2], [-1.0, 0.1]])
+    assert bank.part_of(features, torch.tensor([1, 1, 0])).tolist() == [0, 0, 0]
