@@ -65,7 +65,7 @@ class Config:
     encoder_layers: int = 6  # deformable attention layers of the pixel decoder
     encoder_ffn: int = 1024  # hidden units, pixel decoder
     encoder_points: int = 4  # sampling points a head and level
-    decoder_layers: int = 9  # masked attention layers; with the initial queries 10 outputs
+    decoder_layers: int = 9  # masked attention layers; with the initial queries one output more
     decoder_ffn: int = 2048  # hidden units, masked-attention decoder
     # DeepLabv3+
     network: str = "mask2former"  # what is trained: `mask2former`, or `deeplab` (ESL's DeepLabv3+,
@@ -188,7 +188,7 @@ class Config:
     cutout: str = "none"  # strong view: rectangles of noise; aspects as the paper of PL-DC prints
     #    them, `paper`, or as its public code has them, `code`
     white: int = 0  # 16-bit grey value that becomes 255; 0 = measured: the least of 2^k - 1 (k = 8
-    #    ... 16) that no 16-bit training image exceeds
+    #    ... 16) that no 16-bit training image exceeds, of 1 000 evenly spread
     stretch: bool = False  # each image is stretched by its own values, so that exposures are alike:
     #    their 1st and 99.8th percentile become 0 and 255, whatever their bits, instead of white
     test_size: int = 640  # pixels, short side at evaluation
@@ -255,8 +255,8 @@ OFFICIAL = Config()  # ADE20K; SAM and CLIP at full size
 COCO = replace(OFFICIAL, crop=512, dewa_crop=640, test_size=512, test_max=2048)
 SUP_STEPS_A_SPLIT = 10_000  # supplement D: of the smallest split; a larger one takes as many more
 # SAM's thresholds (0.88, 0.95) are for a confident model; the mini SAM has a modest opinion of its
-# own masks. At SAM's own NMS, these kept the best recall on the mini SAM's test scenes for about 13
-# masks an image: there are some 6 segments to be found.
+# own masks. At SAM's own NMS, these kept the best recall on the test scenes of an earlier mini SAM
+# for about 13 masks an image (today's has 12): there are some 6 segments to be found.
 MINI = Config(
     backbone="mini",
     pretrained="",

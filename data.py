@@ -4,7 +4,7 @@ Every random number is sampled from (seed, step, slot), so a batch does not depe
 what came before it or on where a run was resumed.
 Differs from the paper: short sides are 0.5 to 2.0 of the crop (official code; the paper says 0.1 to
 2.0), and labelled images also get the SSD colour augmentation (official code only). Quarter turns
-are ours.
+and views by the width of objects (--seen-width) are ours.
 Axes: H W pixels of an image, h w of a view, S T height and width of the crop, N segments, B images.
 Sources: Mask2Former (arXiv:2112.01527); SSD (arXiv:1512.02325); CutMix (arXiv:1905.04899).
 Try: `python dearli.py --stage sup --steps 250 --scale-min 1 --scale-max 1 --out runs/try-scale`:
@@ -297,7 +297,7 @@ def labeled_view(
 
 @dataclass
 class Labeled:
-    """images (B, 3, S, S) uint8; B targets; names of the files."""
+    """images (B, 3, S, T) uint8; B targets; names of the files."""
 
     images: Tensor
     targets: list[Target]
@@ -312,8 +312,8 @@ class Labeled:
 class Unlabeled:
     """Two views of B images, and for images with a CutMix box the two views of the partner.
 
-    weak, strong: (B, 3, S, S) uint8.   boxes: B boxes (top, bottom, left, right) or None.
-    partner_weak, partner_strong: (M, 3, S, S) uint8, M = boxes that are not None, in their order.
+    weak, strong: (B, 3, S, T) uint8.   boxes: B boxes (top, bottom, left, right) or None.
+    partner_weak, partner_strong: (M, 3, S, T) uint8, M = boxes that are not None, in their order.
     """
 
     weak: Tensor

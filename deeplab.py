@@ -3,7 +3,8 @@
 The encoder is any backbone with four maps, the coarsest at stride 8 or 16; ASPP looks at that one
 with several dilations, and joins the map of stride 4. A segmentation head gives class logits, a
 projector the vectors that ESL compares pixels by.
-Differs from the paper: nothing that it states. Layout and widths are U2PL's, whose protocol ESL
+Differs from the paper: the segmentation head of ESL has two Conv-BN-ReLU blocks and a 1x1
+convolution, not three blocks: logits have a sign. Layout and widths are U2PL's, whose protocol ESL
 shares; multi-grid dilations are not.
 Axes: B images, C classes, L channels of the projection, L' of the encoder, h w at stride 4.
 Sources: DeepLabv3+ (arXiv:1802.02611), U2PL (arXiv:2203.03884), OHEM (arXiv:1604.03540).

@@ -4,7 +4,7 @@ learns to draw them.
 SAM is asked everywhere, knows no class and overlaps itself; only L_loc of Eq. (3) is learned (class
 weight 0, in the loss and in the matching). Which of the masks are segments of the taxonomy is left
 to the semi-supervised stage.
-Differs from the paper: nothing.
+Differs from the paper: length and crop are those of its code (docs/differences.md).
 Source: Segment Anything (arXiv:2304.02643).
 Axes: N masks, H W pixels, B images.
 Try, after the demo: `python dearli.py --stage sup --steps 100 --init runs/mini-dewa --out

@@ -3,7 +3,8 @@ undecided, and parts of objects that are told apart by contrast.
 
 Implements the dynamic soft label and its cross-entropy, and the pixel-to-part contrastive loss;
 prototypes and queues of the parts are in `part_bank.py`.
-Differs from the paper: nothing that it states; docs/differences.md lists what it leaves open.
+Differs from the paper: the segmentation head has two of three blocks, logits having a sign; what
+it leaves open is in docs/differences.md.
 Axes: B images, C classes, K parts a class, H W pixels, N pixels of several images, A anchors, L
 channels of the projection, L' of the encoder.
 Sources: Enhanced Soft Label for Semi-Supervised Semantic Segmentation (ICCV 2023), which has no

@@ -232,9 +232,9 @@ class MeanTeacher(Supervised):
 
         sizes: (padded, image, output) of all of them, as in `inference.resize_masks`.   t: as in
         `teacher_answer`.
-        No confidence threshold and no area filter: a segment is in or out by the rules of panoptic
-        inference alone. Semantic ones (cfg.labels) are the classes of semantic inference, a segment
-        each; no pixel is void.
+        No confidence threshold and no area filter beside the rules of panoptic inference, which
+        with --merging masks ask a quality of things, --least-quality. Semantic ones (cfg.labels)
+        are the classes of semantic inference, a segment each; no pixel is void.
         """
         targets, cfg = [], self.cfg
         for posterior, mask_logits in zip(*self.teacher_answer(features, t)):

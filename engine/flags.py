@@ -112,7 +112,7 @@ FLAGS = (
     #    cityscapes
     Flag("data-root", DATA, ""),
     #    folder of the data set (datasets/NAME, or $DEARLI_DATASETS/NAME; custom: to be named, in
-    #    COCO panoptic format, or with class maps)
+    #    COCO panoptic format, with class maps, or with COCO's instances)
     Flag("variant", DIVIDED, ""),
     #    ending of the JSON names of a custom data set, as in panoptic_train_4class.json
     Flag("split", DIVIDED),
@@ -155,14 +155,15 @@ FLAGS = (
     #    --from masks, what values mean: instances, classes, both (256 * class + instance), binary
     #    (else guessed, and said)
     Flag("classes", ("import",), ""),
-    #    --from masks, names of the values of maps of classes: NAME,NAME,... from 1 on, or
-    #    7:NAME,11:NAME
+    #    --from masks, names of the values of maps of classes: NAME,NAME,... from 1 on (from 0 where
+    #    the first is background or void), or 7:NAME,11:NAME
     Flag("join", ("import",), type=Path),
     #    a data set that the annotations are for: OUT holds what it has, and these
     Flag("val-share", ("import",), 0.2),
     #    share of the labelled images for validation, where the source has no division of its own
     Flag("posterior", ("predict", "export"), choices=("decoder", "ensemble")),
-    #    (default: the paper's reading: the decoder's for sup and ssl, else the ensemble's)
+    #    (default: the reading of its method's paper: the ensemble's of dear and dearli, else the
+    #    decoder's)
     Flag("which", ("predict", "export"), "student", choices=("student", "teacher"), what="model"),
     Flag("force", ("predict",), False),
     #    replace earlier predictions

@@ -1,5 +1,5 @@
 """A segmenter on a pretrained backbone: the image tower of a CLIP with the words of the classes, or
-a timm ConvNeXt.
+a timm network of four maps.
 """
 
 import torch

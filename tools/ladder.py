@@ -82,8 +82,8 @@ class Rung:
         return place.folder(source, f"{self.run}-{source.split}", cfg.seed)
 
     def config(self, cfg: Config) -> Config:
-        """Equal steps, as in the paper; the control has more, and no longer a burn-in; `on_top`
-        has more by its burn-in."""
+        """Equal steps (the paper's supervised runs have steps of their own); the control has more,
+        and no longer a burn-in; `on_top` has more by its burn-in."""
         cfg = dataclasses.replace(cfg, **dict(self.numbers), **dict(self.changes)).settled()
         steps = cfg.ssl_steps + cfg.dewa_steps * self.control + cfg.burn_in * self.on_top
         if self.kind == "sup":
