@@ -406,15 +406,16 @@ def require_own_measure(folder: Path, run: Stored, dataset: DataSet) -> None:
         if there.get(key, now) != now and (key != "run" or folder != run.path):
             what = {"run": "another run", "validation": "other validation images, or other truth"}
             raise UserError(
-                f"{path}: is of {what[key]}, and would be replaced; name a folder for the new "
-                "figures with --out"
+                f"{path}: is of {what[key]}, and would be replaced; name another folder for "
+                "the new figures with --out"
             )
 
 
 def measured_by(config: dict, dataset: DataSet) -> dict[str, str]:
     """What figures are of, for metrics.json. config: of a stored run; empty: not known, or the run
     itself."""
-    run = {"run": of_text(json.dumps(config, sort_keys=True, default=str))} if config else {}
+    fixed = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    run = {"run": of_text(json.dumps(fixed, sort_keys=True, default=str))} if config else {}
     return {**run, "validation": dataset.measure_fingerprint()}
 
 

@@ -363,7 +363,7 @@ def _require_folders(args: argparse.Namespace) -> None:
     """Pictures, and folders of them, of masks and of the official code."""
     if args.stage == "predict" and not args.input.exists():
         raise UserError(f"{args.input}: no such picture or folder of pictures")
-    made = args.stage in ("dewa", "ssl", "validate")  # or said by who reads them
+    made = args.stage not in ("zeroshot", "eval", "report")  # or said by who reads them
     named = str(args.masks) in ("gt", "sam") and args.stage == "zeroshot"
     masks = None if named or made else args.masks
     for folder, what in (

@@ -307,6 +307,8 @@ def configure(args: argparse.Namespace, stored: dict | None = None) -> Config:
         cfg = replace(cfg, **METHODS[args.method or "pldc"].on(args.preset or args.dataset))
     if "pretrained" not in values and values.get("backbone", cfg.backbone) != cfg.backbone:
         values["pretrained"] = TAGS.get(values["backbone"], "")
+    if cfg.stretch and values.get("stretch") is False:  # it has no white point: to be measured
+        values.setdefault("white", 0)
     splits = PAPERS_SPLITS.get(args.dataset, ())
     if args.split in splits and args.dataset not in INSTANCE_DATASETS:
         cfg = replace(cfg, sup_steps=SUP_STEPS_A_SPLIT * (splits.index(args.split) + 1))

@@ -39,7 +39,7 @@ class Rehearsal:
         self.watch = None
         self.seconds = 0.0
         changed = changes(vars(cfg), preset)
-        if cfg.white == WHITE or cfg.stretch:  # nothing was measured, or nothing is seen by it
+        if cfg.white == WHITE:  # nothing was measured
             changed.pop("white", None)
         numbers = ", ".join(f"{name} {value}" for name, value in changed.items())
         numbers = f"other than the preset's: {numbers}" if numbers else "the preset's numbers"

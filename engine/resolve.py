@@ -4,6 +4,7 @@ and then the flags.
 
 import argparse
 from dataclasses import fields
+from numbers import Integral, Real
 from pathlib import Path
 
 from config import PAPERS_DATASETS, Config
@@ -93,8 +94,9 @@ def resolve_load(weights: str | Path, flags: dict) -> dict:
         raise TypeError(f"load: no flag {unknown}; available: {', '.join(vars(args))}")
     for field in fields(Config):
         value = flags.get(field.name)
-        kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(field.type)
-        if value is not None and kinds and type(value) not in kinds:
+        kind = {bool: bool, int: Integral, float: Real}.get(field.type)
+        wrong = kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool))
+        if value is not None and wrong:
             raise TypeError(f"load: {field.name}={value!r}: expected {field.type.__name__}")
     return resolve(
         argparse.Namespace(**{**vars(args), **flags, "flags": args.flags | flags.keys()})

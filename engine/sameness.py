@@ -55,7 +55,7 @@ def difference(key: str, there, now) -> str:
         differs = differences(there.get("generator") or {}, now["generator"] or {})
         return f"masks: {differs or 'others'} (it began with those of {there.get('folder')})"
     what = {
-        "data": "data: other training images, or by another exposure,",
+        "data": "data: other training images",
         "labeled": "labeled: other contents of labelled images or of their ground truth",
         "truth": "truth: other ground truth, or other labelled or unlabelled images",
     }.get(key)

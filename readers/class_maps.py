@@ -132,7 +132,7 @@ def load(root: Path, split: str, seed: int = 0, complain: Callable = refuse) -> 
             raise UserError(f"{images.labels}: no map of a {part} image is there; {LAYOUT}")
     maps = [images.map_file(i) for images in (train, val) for i in range(images.annotated)]
     try:
-        require_one_palette(maps, SAVE)
+        require_one_palette(maps, SAVE, lambda v: v < len(values) and values[v] >= 0)
     except UserError as error:
         complain(UserError(str(error), error.kind or "palette"))
     return DataSet(root.name, taxonomy, train, val, *read_split(root, split, train, seed, complain))

@@ -3,10 +3,11 @@
 import contextlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ground.errors import UserError
-from readers.pictures import endings, open_image, opened, values_of
+from readers.pictures import endings, opened, values_of
 from readers.sixteen_bit import DEEP_FORMATS, WHITE, sixteen_bits
 from readers.stretch import beyond, counts
 
@@ -61,28 +62,31 @@ def above_white(path: Path, white: int) -> float:
 
 def see(white: int, stretch: bool, *sets) -> None:
     """Settle the white point of sets of images: the number given, or (0) the one of the first set,
-    which are those of training. Images that are stretched have one, too: they may be read without
-    (`--no-stretch`)."""
-    white = white or white_point(sets[0])
+    which are those of training. Images that are stretched have none."""
+    white = WHITE if stretch else white or white_point(sets[0])
     for images in sets:
         images.white, images.stretch = white, stretch
 
 
 def doubts(path: Path, image: Image.Image, white: int, stretch: bool) -> dict[str, str]:
     """What may be wrong with how an image is seen: "little" and its range, "cut off" and the share
-    of its values. image: as it is seen; a stretched one always uses all of its range."""
-    found = little(open_image(path, white=white) if stretch else image)
-    if stretch:
-        with opened(path) as stored:
-            share, much = beyond(counts(values_of(stored))), STRAY
-    else:
-        share, much = above_white(path, white), CUT_OFF
-    return found | ({"cut off": f"{100 * share:.{1 if stretch else 0}f}%"} if share > much else {})
+    of its values. image: as it is seen; a stretched one always uses all of its range, so what is
+    stored is asked, of 16 bits by as many of them as it uses."""
+    if not stretch:
+        share = above_white(path, white)
+        return little(image) | ({"cut off": f"{100 * share:.0f}%"} if share > CUT_OFF else {})
+    with opened(path) as stored:
+        how_often = counts(values_of(stored))
+    low, high = np.flatnonzero(how_often)[[0, -1]].tolist()
+    levels = max(256, 1 << high.bit_length())
+    found = {"little": f"{low} to {high}"} if high - low < LITTLE * levels / 256 else {}
+    share = beyond(how_often)
+    return found | ({"cut off": f"{100 * share:.1f}%"} if share > STRAY else {})
 
 
 def little(image: Image.Image) -> dict[str, str]:
-    """ "little" of an RGB image whose values lie within LITTLE grey levels: black, white, or a scan
-    with few of its bits."""
+    """The first of them, of an RGB image whose values lie within LITTLE grey levels: black, white,
+    or a scan with few of its bits."""
     lows, highs = zip(*image.getextrema())
     low, high = min(lows), max(highs)
     return {"little": f"{low} to {high}"} if high - low < LITTLE else {}
@@ -90,7 +94,7 @@ def little(image: Image.Image) -> dict[str, str]:
 
 def meaning(white: int, stretch: bool) -> dict[str, str]:
     """What `doubts` mean, to be said after a number of images."""
-    by = f"16-bit ones become 0 to 255 by --white, here {white}; 4095 is that of 12 bits"
+    by = f"0 to 255; 16-bit ones become that by --white, here {white}; 4095 is that of 12 bits"
     cut_off = f"of 16 bits that lose what is brighter than --white {white}"
     if stretch:
         by = "stretched, their noise is seen; not so with --no-stretch"
@@ -98,5 +102,5 @@ def meaning(white: int, stretch: bool) -> dict[str, str]:
             "with something far darker or brighter than nearly all of their pixels, as which "
             "--stretch makes it black or white; --no-stretch does not"
         )
-    little = f"that use less than 1/16 of their range, 0 to 255, and show next to nothing ({by})"
+    little = f"that use less than 1/16 of their range and show next to nothing ({by})"
     return {"little": little, "cut off": cut_off}

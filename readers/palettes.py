@@ -22,12 +22,17 @@ def palette_of(path: Path) -> dict[int, int]:
     return {int(v): int(table[v]) for v in np.unique(np.asarray(image)) if v < len(table)}
 
 
-def require_one_palette(paths: list[Path], mend: str) -> None:
+def require_one_palette(paths: list[Path], mend: str, counts=lambda value: True) -> None:
     """Raise UserError where one number has different colours in two maps, as palettes have that a
-    program has made for each of them: it need not mean one class. Looks at some of the maps."""
+    program has made for each of them: it need not mean one class. Looks at some of the maps.
+
+    counts: whether a value is that of a class.
+    """
     colours: dict[int, tuple] = {}
     for path in paths[:: -(-len(paths) // LOOKED_AT) or 1]:
         for value, colour in palette_of(path).items():
+            if not counts(value):
+                continue
             before = colours.setdefault(value, (colour, path))
             if before[0] != colour:
                 raise UserError(

@@ -3,6 +3,7 @@
 Pillow keeps 16 bits of grey, but of colour only the upper 8; here they are read in full.
 """
 
+import contextlib
 import functools
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")  # those that can have 16 bits a channel
+DEEP_MODES = ("RGB", "RGBA", "LA")  # of Pillow, that may be the upper 8 of 16 bits
 WHITE = 65535  # of 16 bits; becomes 255 where no other white point is known
 # How Pillow calls pixels of 16 bits a channel, and those with the bytes in the other order (N: the
 # machine's own).
@@ -45,8 +47,9 @@ def sixteen_bits(image: Image.Image) -> np.ndarray | None:
     if image.mode.startswith("I"):
         return np.asarray(image).clip(0, WHITE).astype(np.uint16)
     tiles, path = getattr(image, "tile", ()), getattr(image, "filename", "")
-    if not tiles and path and image.format in DEEP_FORMATS:
-        with _file_of(image) as again:  # once read, an image no longer knows how it was stored
+    if not tiles and path and image.format in DEEP_FORMATS and image.mode in DEEP_MODES:
+        # Once read, an image no longer knows how it was stored; nobody does where its file is gone.
+        with contextlib.suppress(OSError, EOFError), _file_of(image) as again:
             tiles = again.tile
     stored = {t[3] if isinstance(t[3], str) else str(t[3][0]) for t in tiles if t[3]}
     bits = image.tag_v2.get(258, ()) if image.format == "TIFF" else ()

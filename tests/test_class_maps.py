@@ -247,6 +247,9 @@ def test_palettes_that_show_one_number_in_two_colours_are_refused(tmp_path, caps
     root = own_folder(tmp_path)
     path = root / "labels" / "train" / "p1.png"
     image = Image.open(path)
+    image.putpalette(RAINBOW[:-3] + [1, 2, 3])
+    image.save(path)
+    class_maps.load(root, "all")  # 255 is no class
     image.putpalette([255 - value for value in RAINBOW])
     image.save(path)
     with pytest.raises(UserError, match="its palette shows . as #......, that of .*reads them by"):

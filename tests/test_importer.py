@@ -2192,6 +2192,11 @@ def test_a_test_folder_beside_a_validation_folder_is_left_out_and_one_folder_div
     dataset, result = imported("labelme", tmp_path / "in")
     assert result["dropped"]["images of a test set"] == 2
     assert len(dataset.val) == result["labeled"] == 2
+    (tmp_path / "in" / "val" / "x.json").write_text('{"shapes": [], "imagePath": "x.png"}')
+    (tmp_path / "in" / "val" / "y.json").write_text('{"imagePath": "y.png", "shapes": [\n ]}')
+    shutil.rmtree(tmp_path / "in" / "test")
+    result = importer.import_folder("labelme", tmp_path / "in", tmp_path / "drawn")
+    assert (result["labeled"], result["unlabeled"], result["val"]) == (1, 2, 1)
     write_labelme(tmp_path / "one" / "val", ("x", "y", "z"), ())
     result = importer.import_folder("labelme", tmp_path / "one", tmp_path / "one out")
     assert "all that is annotated is in folders for val, so these divide nothing" in result["notes"]

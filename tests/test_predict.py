@@ -1173,6 +1173,11 @@ def test_force_leaves_nothing_of_an_earlier_call(small_run, tmp_path, capsys):
     assert predict_stage(small_run, "--input", pictures, "--out", out, "--force") == 0
     assert not [path for path in out.rglob("*") if path.name.startswith(("a.", "results"))]
     assert sorted(path.name for path in (out / "labelme").rglob("*.json")) == ["b.json", "c.json"]
+    (pictures / "b.png").write_text("no picture any more")
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--force") == 2
+    assert not [path for path in out.rglob("*") if path.name.startswith("b.")]
+    shutil.copy(small_run / "pictures" / "b.png", pictures)
+    assert predict_stage(small_run, "--input", pictures, "--out", out, "--force") == 0
     # going on keeps what is there, and says what of it is not of these pictures
     shutil.copytree(small_run / "pictures" / "more", tmp_path / "other")
     capsys.readouterr()

@@ -290,8 +290,8 @@ def test_validate_says_what_is_dark_cut_off_unlisted_or_stuff_twice(tmp_path, ca
     Image.new("RGB", size).save(root / "images" / ".hidden.png")
     out, _, content = validated(root, "--no-stretch", code=0, capsys=capsys)
     assert (
-        "note: 2 of 5 images that use less than 1/16 of their range, 0 to 255, and show next to "
-        "nothing (16-bit ones become 0 to 255 by --white, here 4095; 4095 is that of 12 bits): "
+        "note: 2 of 5 images that use less than 1/16 of their range and show next to nothing (0 to "
+        "255; 16-bit ones become that by --white, here 4095; 4095 is that of 12 bits): "
         "train1.png (9 to 15), val0.png (0 to 12)" in out
     )
     assert (

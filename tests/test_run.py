@@ -299,5 +299,5 @@ def test_all_labelled_images_are_known_again_however_many_they_are(tmp_path, mon
     assert len({prints[2] for prints in seen.values()}) == 3
     before, now = ({"stage": "sup", "labeled": seen[key][2]} for key in (None, "images"))
     assert differing(before, now) == ["labeled"] and not differing({"stage": "sup"}, now)
-    monkeypatch.setattr(identity, "SAMPLED", 3)
-    assert dataset.labeled_fingerprint() == ""  # a sample is all of them
+    monkeypatch.setattr(ground_truth, "READ", 2)
+    assert dataset.labeled_fingerprint() == ""

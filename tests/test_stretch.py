@@ -12,6 +12,8 @@ from PIL import Image
 import dearli
 from config import BEFORE, CUSTOM, MINI, OFFICIAL
 from engine import begin
+from engine.flags import configure
+from engine.parser import parser
 from engine.stored import Stored
 from mini.scenes import load_mini
 from readers import exposure, pictures
@@ -92,6 +94,19 @@ def test_a_picture_of_16_bits_that_is_open_gives_the_same_as_its_file_every_time
     image.thumbnail((10, 10))
     with pytest.raises(ValueError, match="no longer as large as in its file"):
         pictures.as_rgb(image, stretch=True)
+    path.unlink()  # nobody knows any more, and nothing breaks
+    assert pictures.as_rgb(Image.fromarray(by_white), stretch=True).mode == "RGB"
+
+
+def test_a_picture_that_is_read_needs_its_file_no_more(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 99, (9, 9, 3)).astype(np.uint8)).save(path)
+    image = Image.open(path)
+    expected = np.asarray(pictures.as_rgb(image, stretch=True))
+    path.unlink()
+    assert np.array_equal(np.asarray(pictures.as_rgb(image, stretch=True)), expected)
+    path.write_text("something else")
+    assert np.array_equal(np.asarray(pictures.as_rgb(image, stretch=True)), expected)
 
 
 def test_a_frame_of_16_bits_has_its_own_lower_bits(tmp_path):
@@ -104,12 +119,12 @@ def test_a_frame_of_16_bits_has_its_own_lower_bits(tmp_path):
                 assert np.array_equal(pictures.values_of(stack), deep[k])
 
 
-def test_stretched_images_are_other_images_and_keep_the_white_point_they_had_without(tmp_path):
+def test_stretched_images_have_no_white_point_and_are_other_images(tmp_path):
     png_of_16_bits(tmp_path / "a.png", np.arange(600, dtype=np.uint16).reshape(20, 30))
     plain, images = (pictures.ImageFolder(tmp_path) for _ in range(2))
     exposure.see(0, False, plain)
     exposure.see(0, True, images)
-    assert plain.white == images.white == 1023
+    assert (plain.white, images.white) == (1023, 65535)
     assert np.asarray(plain.image(0)).max() < 160 < np.asarray(images.image(0)).max()
     assert plain.digest(0) != images.digest(0)
 
@@ -197,12 +212,20 @@ def test_what_a_run_saw_stretched_is_not_read_otherwise_without_a_word(tmp_path,
     page.write_bytes(written)
     capsys.readouterr()
     assert dearli.main([*main, "--no-stretch"]) == 2
-    assert "other numbers (stretch True there, False now)" in capsys.readouterr().err
+    assert "stretch True there, False now) and would be replaced" in capsys.readouterr().err
     assert page.read_bytes() == written
     # a run of before this flag was there knows none, and goes on without
     assert run_folder("ssl", root, *flags, "--steps", 2, "--no-stretch", "--resume") == 2
     said = capsys.readouterr().err
-    assert "by another exposure" in said and "stretch: True there, False now" in said
+    assert "stretch: True there, False now" in said
     with pytest.raises(TypeError, match="load: stretch='no': expected bool"):
         dearli.load(out, device="cpu", stretch="no")
     assert dearli.load(out, device="cpu", stretch=False).cfg.stretch is False
+    assert dearli.load(out, device="cpu", least_quality=np.float32(0.5)).cfg.least_quality == 0.5
+    # read without, its images have a white point: the one that is measured
+    deep = np.asarray(Image.open(root / "images" / "val0.png").convert("L")).astype(np.uint16) << 4
+    for path in sorted((root / "images").iterdir()):
+        png_of_16_bits(path, np.minimum(deep, 4095))
+    flags = ["--stage", "eval", "--weights", str(out), "--no-stretch", "--out", str(tmp_path / "e")]
+    assert dearli.main(flags) == 0 and "lose what is brighter" not in capsys.readouterr().out
+    assert configure(parser().parse_args(flags), {"stretch": True, "white": 65535}).white == 0

@@ -198,11 +198,10 @@ def convert_all(
     rows, dropped, stems, renamed = [], Counter(), {}, []
     bar = {"desc": "import", "unit": "image", "dynamic_ncols": True}
     for record in tqdm(read.records, total=read.count, **bar):
-        if base:
-            record.part = ""  # it has a division of its own
-        elif record.part == "test":
+        if record.part == "test":
             dropped["images of a test set"] += 1
             continue
+        record.part = "" if base else record.part  # which has a division of its own
         # an image of the data set that is joined keeps its name, and no other gets one of its stems
         name = base.name_of(record) if base else None
         name = name or _flat(record.name, stems, renamed, base)

@@ -38,7 +38,7 @@ class Base:
             )
         data = load_folder(self.folder, "all")
         self.taxonomy, self.rows, self.files = data.taxonomy, {}, {}
-        self.parts: dict[str, str] = {}  # by `images` or `maps` and a name, in small letters
+        self.parts: dict[str, str] = {}  # by `images` or `maps` and a name
         labeled = {data.train.name(i) for i in data.labeled}
         for part, images in (("train", data.train), ("val", data.val)):
             boxes = _boxes(images.annotations)
@@ -54,7 +54,7 @@ class Base:
                     self._add(part, name, images.folder / name)
         self.stems = {os.path.splitext(name)[0].casefold() for name in self.rows}
         self.maps = {row["map"].casefold() for row in self.rows.values()}
-        self.sizes, self.met = defaultdict(list), {}
+        self.sizes, self.met, self.digests = defaultdict(list), {}, {}
         for name, (picture, _) in self.files.items():
             self.sizes[picture.stat().st_size].append(name)
 
@@ -62,7 +62,7 @@ class Base:
         """Take a row. Raises: UserError if another has its name, or that of its map: both would be
         one file in the new folder."""
         for what, own in (("images", name), ("maps", file)):
-            if own and self.parts.setdefault(f"{what} {own.casefold()}", part) != part:
+            if own and self.parts.setdefault(f"{what} {own}", part) != part:
                 raise UserError(
                     f"{self.folder}: {what} of training and of validation are called "
                     f"{brief(own)}, and would be one file in the new folder; rename one of them, "
@@ -117,13 +117,19 @@ class Base:
             whole = isinstance(image, bytes)
             alike = self.sizes.get(len(image) if whole else image.stat().st_size, ())
             digest = (of_bytes(image) if whole else file_digest(image)) if alike else ""
-            name = next((n for n in alike if file_digest(self.files[n][0]) == digest), None)
+            name = next((n for n in alike if self._digest(n) == digest), None)
         if name and record.read and self.met.setdefault(name, record.name) != record.name:
             raise UserError(
                 f"{record.name} and {self.met[name]}: both are annotated, and both are the picture "
                 f"{name} of {self.folder}; take one of them out"
             )
         return name
+
+    def _digest(self, name: str) -> str:
+        """Of a picture of DIR, which is read once."""
+        if name not in self.digests:
+            self.digests[name] = file_digest(self.files[name][0])
+        return self.digests[name]
 
     def map_name(self, name: str) -> str:
         """Where the map of an image goes that was annotated now: the place of its old one, or one

@@ -39,6 +39,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import torch
@@ -168,6 +169,11 @@ class Predictor:
     def open(self, path: Path) -> Image.Image:
         """As the run sees its images."""
         return open_image(path, white=self.white, stretch=self.cfg.stretch)
+
+    def read(self, path: Path) -> tuple[Image.Image, dict[str, str]]:
+        """The same, and what may be wrong with how it is seen (`readers.exposure.doubts`)."""
+        image = self.open(path)
+        return image, doubts(path, image, self.white, self.cfg.stretch)
 
     def info(self) -> dict:
         """What a prediction depends on, beside the image. sha256: of weights and classes."""
@@ -334,7 +340,7 @@ class Pictures:
             rows = ({"info": info}, *self.rows.values())
             write_atomic(self.log, "".join(json.dumps(row) + "\n" for row in rows).encode())
             with open(self.log, "ab", buffering=0) as log:
-                opened = ahead(todo, lambda n: model.open(self.source / n))
+                opened = ahead(todo, lambda n: model.read(self.source / n))
                 bar = tqdm(opened, "predict", len(todo), unit="image", dynamic_ncols=True)
                 for name, read in bar:
                     self._predict(model, name, read, log)
@@ -375,30 +381,36 @@ class Pictures:
 
     def _clear(self) -> None:
         """With --force what an earlier call wrote goes whole, and not as far as names are alike."""
-        folder, kept = self.output / exchange.FOLDER, {*self.labelme.values()}
         for name, file in self.replaced.items():
-            gone = [] if file in kept else [folder / file]
-            if name not in self.names:
-                gone += [*self._images(name), *self.large_targets(name), folder / name]
-            for path in gone:
+            labelme = [self.output / exchange.FOLDER / own for own in (file, name)]
+            self._remove([*self._images(name), *self.large_targets(name), *labelme])
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        """Delete files, but for a picture that is to be predicted."""
+        inputs = {os.path.realpath(self.source / name) for name in self.names}
+        for path in paths:
+            if os.path.realpath(path) not in inputs:
                 path.unlink(missing_ok=True)
 
     def _predict(self, model: Predictor, name: str, read, log) -> None:
         path = self.source / name
         try:
             try:
-                image = read()
+                image, found = read()
             except UserError as error:
                 if not large.is_large(error, path):
                     raise
+                self._remove({*self.targets(name)} - {*self.large_targets(name)})
                 self.rows[name] = self._write_large(model, name)
             else:
-                for doubt in doubts(path, image, model.white, model.cfg.stretch):
+                for doubt in found:
                     self.doubts[doubt].append(name)
+                self._remove({*self.large_targets(name)} - {*self.targets(name)})
                 self.rows[name] = self._write(name, model.predict(image))
         except UserError as error:
             if not error.kind:  # it is no fault of the picture
                 raise
+            self._remove([*self.targets(name), *self.large_targets(name)])
             self.faults.append(error)
         else:
             append(log, self.rows[name])

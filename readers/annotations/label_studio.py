@@ -76,7 +76,8 @@ def read_label_studio(folder: Path, classes: Classes) -> Source:
             source.passed["pictures in folders of masks, labels or the like"] += 1
         elif name not in records:
             records[name] = Record(name, folder / name)
-    part = division((name for name, one in records.items() if one.read), source.notes)
+    notes = source.notes if classes.inherited is None else []  # what is joined has a division
+    part = division((name for name, one in records.items() if one.read), notes)
     for name, record in records.items():
         record.part = part(name)
     return source.settle(folder, [*records.values()])

@@ -5,10 +5,12 @@ is labelled __ignore__, is void where nothing else is. Axes: H W pixels, N point
 """
 
 import base64
+import contextlib
 import io
 import json
 import math
 import posixpath
+import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ SHAPELESS = "point points line linestrip".split()  # have no area
 # Kinds that have corners, of labelme and of its descendants, and the others that have an area.
 CORNERED = "polygon rectangle oriented_rectangle rotation quadrilateral".split()
 AREAL = [*CORNERED, "circle", "mask"]
+EMPTY = re.compile(rb'"shapes"\s*:\s*\[\s*\]')
 STROKE = 10  # pixels, width of a line as labelme's own converters draw it
 DOT = 5  # pixels, radius of a point, likewise
 
@@ -51,7 +54,9 @@ def read_labelme(folder: Path, classes: Classes) -> Source:
 def _records(
     folder: Path, files: list[str], images: dict[str, None], source: Source, classes: Classes
 ) -> Iterator[Record]:
-    used, untouched, part = set(), 0, division(files, source.notes)
+    used, untouched = set(), 0
+    drawn = [file for file in files if classes.background or not _is_empty(folder / file)]
+    part = division(drawn, source.notes if classes.inherited is None else [])
     for file in files:
         path = folder / file
         content = _load(folder, file)
@@ -90,6 +95,13 @@ def is_untouched(content: dict) -> bool:
         return content["predicted"] == digest(content["shapes"])
     except (KeyError, TypeError, ValueError):
         return False
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file has no shape; what cannot be read is for `_load` to say."""
+    with contextlib.suppress(OSError):
+        return EMPTY.search(path.read_bytes()) is not None
+    return False
 
 
 def _load(folder: Path, file: str) -> dict:
