@@ -36,7 +36,7 @@ from engine.method import Method
 from inference import KEPT, PSEUDO, Prediction
 
 AGREE = 0.5  # least IoU of two parts of one object, in the pixels that both windows show
-SAME = 0.75  # least IoU of a piece and of what its window shows of the whole object
+SAME = 0.9  # least IoU of a piece and of what its window shows of the whole object
 CHUNK = 2**24  # pixels of an image that are looked at at once
 FAINT = 0.01  # of the largest sum in a window: a class that is nowhere above it is not there
 
