@@ -363,9 +363,9 @@ def _require_folders(args: argparse.Namespace) -> None:
     """Pictures, and folders of them, of masks and of the official code."""
     if args.stage == "predict" and not args.input.exists():
         raise UserError(f"{args.input}: no such picture or folder of pictures")
-    made = args.stage not in ("zeroshot", "eval", "report")  # or said by who reads them
-    named = str(args.masks) in ("gt", "sam") and args.stage == "zeroshot"
-    masks = None if named or made else args.masks
+    named = args.stage == "zeroshot" and str(args.masks) in ("gt", "sam")
+    read = args.stage in ("zeroshot", "eval", "report")  # others make them, or say themselves
+    masks = args.masks if read and not named else None
     for folder, what in (
         (args.input if args.stage == "import" else None, "folder of annotated images"),
         (args.join, "data set to join"),

@@ -1,6 +1,7 @@
 """Palettes of maps: which colour a number has, and whether all maps agree about it."""
 
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -22,7 +23,9 @@ def palette_of(path: Path) -> dict[int, int]:
     return {int(v): int(table[v]) for v in np.unique(np.asarray(image)) if v < len(table)}
 
 
-def require_one_palette(paths: list[Path], mend: str, counts=lambda value: True) -> None:
+def require_one_palette(
+    paths: list[Path], mend: str, counts: Callable[[int], bool] = lambda value: True
+) -> None:
     """Raise UserError where one number has different colours in two maps, as palettes have that a
     program has made for each of them: it need not mean one class. Looks at some of the maps.
 
